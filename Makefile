@@ -1,0 +1,35 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both set themselves up.
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# OpenMP threads that spin while they wait slow down small networks on few cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test lint setup clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[demo,dev]'
+	touch $@
+
+demo: setup
+	dvc repro
+	@echo
+	dvc metrics show
+	@echo "report: $(CURDIR)/reports/index.html"
+
+test: setup
+	pytest
+
+lint: setup
+	ruff check .
+	ruff format --check .
+	mypy
+
+clean:
+	rm -rf $(VENV)

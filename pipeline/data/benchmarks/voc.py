@@ -1,0 +1,266 @@
+"""PASCAL VOC's segmentation layout: reader and writer.
+
+ROOT/JPEGImages/ID.jpg                    the image
+ROOT/SegmentationClass/ID.png             palette index = label id, 255 = void
+ROOT/SegmentationObject/ID.png            palette index = number of the object, 255 = void
+ROOT/ImageSets/Segmentation/SPLIT.txt     one ID a line
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.data.benchmarks.example import Example, InstanceTarget
+from pipeline.data.labels import IGNORE_INDEX
+from pipeline.errors import PipelineError
+from pipeline.files import write_bytes
+
+VOID = 255
+IMAGES = "JPEGImages"
+CLASSES = "SegmentationClass"
+OBJECTS = "SegmentationObject"
+SPLITS = "ImageSets/Segmentation"
+
+
+@dataclass(frozen=True)
+class VocExample:
+    """One image of a `VocBenchmark`; see `Example`."""
+
+    root: Path
+    image_id: str
+    num_categories: int
+
+    @property
+    def image_path(self) -> Path:
+        return self.root / IMAGES / f"{self.image_id}.jpg"
+
+    @property
+    def class_path(self) -> Path:
+        return self.root / CLASSES / f"{self.image_id}.png"
+
+    @property
+    def object_path(self) -> Path:
+        return self.root / OBJECTS / f"{self.image_id}.png"
+
+    def semantic(self) -> NDArray[np.int32]:
+        indices = read_index_png(self.class_path)
+        labels = indices.astype(np.int32)
+        labels[indices == VOID] = IGNORE_INDEX
+        if labels.size and labels.max() > self.num_categories:
+            raise PipelineError(
+                f"{self.class_path}: label id {labels.max()}, but the benchmark has "
+                f"{self.num_categories} categories; correct its `categories` in params.yaml"
+            )
+        return labels
+
+    def instances(self) -> list[InstanceTarget]:
+        semantic = self.semantic()
+        objects = self._objects(semantic.shape)
+        targets = []
+        for number in np.unique(objects[(objects > 0) & (objects != VOID)]):
+            mask = (objects == number) & (semantic > 0)
+            labels = np.unique(semantic[mask])
+            if len(labels) > 1:
+                raise PipelineError(
+                    f"{self.object_path}: object {number} covers label ids "
+                    f"{', '.join(map(str, labels))} of {self.class_path}; expected one"
+                )
+            if len(labels) == 1:
+                targets.append(InstanceTarget(int(labels[0]), mask))
+        return targets
+
+    def void(self) -> NDArray[np.bool_]:
+        semantic = self.semantic()
+        return (semantic == IGNORE_INDEX) | (self._objects(semantic.shape) == VOID)
+
+    def _objects(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        objects = read_index_png(self.object_path)
+        if objects.shape != shape:
+            raise PipelineError(
+                f"{self.object_path}: {_size(objects.shape)} pixels, but {self.class_path} has "
+                f"{_size(shape)}"
+            )
+        return objects
+
+
+class VocBenchmark:
+    """A split of a folder in PASCAL VOC's layout; see `Benchmark`."""
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        split: str,
+        categories: list[str],
+        groups: Mapping[str, str],
+    ) -> None:
+        """Read the lists and check that every image has its two masks.
+
+        Args:
+            root: the folder that holds `JPEGImages` and its neighbours.
+            split: name of a file of `ImageSets/Segmentation`, without `.txt`.
+            categories: names in the order of the label ids, without background.
+            groups: name -> another such file, whose images must be in `split`.
+
+        Raises:
+            PipelineError: a folder, list, image or mask is missing, or a list is empty or repeats
+                itself.
+        """
+        self.root = Path(root)
+        self.categories = list(categories)
+        self._check_folders()
+        self._ids = self._read_split(split)
+        self.groups = {name: self._read_group(name, of, split) for name, of in groups.items()}
+        self._check_files()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[Example]:
+        for image_id in self._ids:
+            yield VocExample(self.root, image_id, len(self.categories))
+
+    def _check_folders(self) -> None:
+        if not self.root.is_dir():
+            raise PipelineError(
+                f"{self.root}: no such folder; expected a benchmark in VOC's layout"
+            )
+        for part in (IMAGES, CLASSES, OBJECTS, SPLITS):
+            if not (self.root / part).is_dir():
+                raise PipelineError(
+                    f"{self.root / part}: no such folder; VOC's layout has {IMAGES}, {CLASSES}, "
+                    f"{OBJECTS} and {SPLITS}"
+                )
+
+    def _read_split(self, split: str) -> list[str]:
+        folder = self.root / SPLITS
+        path = folder / f"{split}.txt"
+        if not path.is_file():
+            known = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
+            raise PipelineError(f"{path}: no such file; splits of this benchmark: {known}")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        ids = [line.strip() for line in lines if line.strip()]
+        if not ids:
+            raise PipelineError(f"{path}: empty; expected one image id a line")
+        seen: set[str] = set()
+        for image_id in ids:
+            if image_id in seen:
+                raise PipelineError(f"{path}: image {image_id} is listed twice")
+            if Path(image_id).name != image_id:
+                raise PipelineError(
+                    f"{path}: {image_id!r} is not an image id; expected a file stem"
+                )
+            seen.add(image_id)
+        return ids
+
+    def _read_group(self, name: str, of: str, split: str) -> frozenset[str]:
+        ids = self._read_split(of)
+        strangers = sorted(set(ids) - set(self._ids))
+        if strangers:
+            raise PipelineError(
+                f"{self.root / SPLITS / of}.txt: group {name!r} holds {len(strangers)} images that "
+                f"are not in split {split!r}, for example {strangers[0]}"
+            )
+        return frozenset(ids)
+
+    def _check_files(self) -> None:
+        for image_id in self._ids:
+            example = VocExample(self.root, image_id, len(self.categories))
+            for path in (example.image_path, example.class_path, example.object_path):
+                if not path.is_file():
+                    raise PipelineError(f"{path}: no such file, but {image_id} is in the split")
+
+
+class VocWriter:
+    """Writes images with their masks in PASCAL VOC's layout; same input, same bytes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+
+    def add(
+        self,
+        image_id: str,
+        jpeg: bytes,
+        semantic: NDArray[np.integer],
+        instances: NDArray[np.integer],
+    ) -> None:
+        """Write one image and its two masks.
+
+        Args:
+            image_id: file stem.
+            jpeg: the encoded image.
+            semantic: (H, W) label ids; `IGNORE_INDEX` or 255 is void.
+            instances: (H, W) object numbers from 1, 0 outside; `IGNORE_INDEX` or 255 is void.
+
+        Raises:
+            ValueError: the maps differ in shape, or hold a value that VOC's format cannot.
+        """
+        if semantic.shape != instances.shape:
+            raise ValueError(f"semantic {semantic.shape} and instances {instances.shape} differ")
+        write_bytes(self.root / IMAGES / f"{image_id}.jpg", jpeg)
+        write_bytes(self.root / CLASSES / f"{image_id}.png", encode_index_png(semantic))
+        write_bytes(self.root / OBJECTS / f"{image_id}.png", encode_index_png(instances))
+
+    def write_split(self, name: str, image_ids: Iterable[str]) -> None:
+        """Write `ImageSets/Segmentation/NAME.txt`."""
+        text = "".join(f"{image_id}\n" for image_id in image_ids)
+        write_bytes(self.root / SPLITS / f"{name}.txt", text.encode())
+
+
+def read_index_png(path: Path) -> NDArray[np.uint8]:
+    """Palette indices (H, W) of a mask of VOC's, stored with a palette or as greys.
+
+    Raises:
+        PipelineError: missing, unreadable, or stored as colours.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+            if image.mode not in ("P", "L"):
+                raise PipelineError(
+                    f"{path}: a PNG of mode {image.mode}; expected label ids as palette indices "
+                    "(mode P, or L)"
+                )
+            return np.array(image, dtype=np.uint8)
+    except FileNotFoundError:
+        raise PipelineError(f"{path}: no such mask; expected a palette PNG") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise PipelineError(f"{path}: not a readable PNG mask ({error})") from None
+
+
+def encode_index_png(indices: NDArray[np.integer]) -> bytes:
+    """Palette PNG with VOC's colours of an integer map (H, W); `IGNORE_INDEX` becomes 255.
+
+    Raises:
+        ValueError: a value below `IGNORE_INDEX` or above 255.
+    """
+    if indices.size and (indices.min() < IGNORE_INDEX or indices.max() > VOID):
+        raise ValueError(f"values {indices.min()} to {indices.max()}: expected -1 to 255")
+    stored = np.where(indices == IGNORE_INDEX, VOID, indices).astype(np.uint8)
+    image = Image.fromarray(stored).convert("L")
+    image.putpalette(voc_palette().tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=False)
+    return buffer.getvalue()
+
+
+def voc_palette() -> NDArray[np.uint8]:
+    """VOC's 256 colours (256, 3): the bits of the index, three at a time, from the top."""
+    indices = np.arange(256)
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    for shift in range(8):
+        for channel in range(3):
+            bit = (indices >> (3 * shift + channel)) & 1
+            colours[:, channel] |= (bit << (7 - shift)).astype(np.uint8)
+    return colours
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]}"

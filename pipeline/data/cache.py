@@ -1,0 +1,159 @@
+"""Results that outlive the stage which computed them.
+
+DVC deletes the outputs of a stage before it runs again, so work that is to be continued or
+re-used lives outside them. A `BlobCache` maps a key (the hash of an input) to bytes (the result)
+under fixed settings; other settings are another folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections import OrderedDict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.files import digest, write_bytes, write_json
+
+CHUNK_NAME = re.compile(r"[0-9a-f]{32}\.parquet")
+MAX_PENDING_BYTES = 64 << 20
+NUM_OPEN_CHUNKS = 8
+
+
+class BlobCache:
+    """Bytes by key, kept in Parquet chunks that are written once and never changed.
+
+    A chunk lies at `<root>/<digest of settings>/<digest of its bytes>.parquet`, columns `key` and
+    `value`. It appears whole or not at all, so a killed run loses at most the entries since the
+    last flush, and several processes may write to one cache at once. A chunk whose bytes no longer
+    agree with its name is removed; its entries then count as missing.
+
+    Only keys are held in memory, with the values of the few chunks read last: read keys in about
+    the order in which they were put.
+
+    Args:
+        root: folder that holds one folder a settings digest; made at the first flush.
+        settings: all that the results depend on besides the key; must be representable in JSON.
+        flush_every: number of puts after which a chunk is written.
+    """
+
+    def __init__(self, root: Path, settings: dict[str, Any], *, flush_every: int = 256) -> None:
+        if flush_every < 1:
+            raise ValueError(f"flush_every must be at least 1, got {flush_every}")
+        self.settings = settings
+        self.flush_every = flush_every
+        self.dir = Path(root) / digest(settings)[:32]
+        self._pending: dict[str, bytes] = {}
+        self._pending_bytes = 0
+        self._chunks: OrderedDict[str, dict[str, bytes]] = OrderedDict()
+        self._chunk_of: dict[str, str] = {}
+        self._scan()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.flush()
+
+    def __len__(self) -> int:
+        return len(self._chunk_of.keys() | self._pending.keys())
+
+    def get(self, key: str) -> bytes | None:
+        """The bytes stored under `key`, or None if there are none (or they were damaged)."""
+        if key in self._pending:
+            return self._pending[key]
+        while (name := self._chunk_of.get(key)) is not None:
+            values = self._read_chunk(name)
+            if values is not None:
+                return values[key]
+            self._discard(name)
+        return None
+
+    def put(self, key: str, value: bytes) -> None:
+        """Store `value` under `key`; it is on disk after the next flush."""
+        self._pending_bytes += len(value)
+        self._pending[key] = value
+        if len(self._pending) >= self.flush_every or self._pending_bytes >= MAX_PENDING_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write all entries not yet on disk as one chunk."""
+        if not self._pending:
+            return
+        data = _encode_chunk(self._pending)
+        name = f"{_bytes_digest(data)}.parquet"
+        if not (self.dir / "settings.json").exists():
+            write_json(self.dir / "settings.json", self.settings)
+        write_bytes(self.dir / name, data)
+        self._chunk_of.update(dict.fromkeys(self._pending, name))
+        self._pending = {}
+        self._pending_bytes = 0
+
+    def _scan(self) -> None:
+        """Read the keys of all chunks; remove the chunks that cannot be read."""
+        self._chunk_of = {}
+        for path in sorted(self.dir.glob("*.parquet")):
+            if not CHUNK_NAME.fullmatch(path.name):
+                continue
+            try:
+                keys = pq.read_table(path, columns=["key"])["key"].to_pylist()
+            except (pa.ArrowException, OSError, KeyError):
+                if self._read_intact(path.name) is None:
+                    path.unlink(missing_ok=True)
+                    continue
+                raise
+            self._chunk_of.update(dict.fromkeys(keys, path.name))
+
+    def _read_chunk(self, name: str) -> dict[str, bytes] | None:
+        """Key -> value of one chunk, or None if it is gone or damaged."""
+        if name in self._chunks:
+            self._chunks.move_to_end(name)
+            return self._chunks[name]
+        data = self._read_intact(name)
+        if data is None:
+            return None
+        table = pq.read_table(io.BytesIO(data))
+        values = dict(zip(table["key"].to_pylist(), table["value"].to_pylist(), strict=True))
+        self._chunks[name] = values
+        if len(self._chunks) > NUM_OPEN_CHUNKS:
+            self._chunks.popitem(last=False)
+        return values
+
+    def _read_intact(self, name: str) -> bytes | None:
+        """The bytes of a chunk, or None if it is gone or they disagree with its name."""
+        try:
+            data = (self.dir / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        return data if f"{_bytes_digest(data)}.parquet" == name else None
+
+    def _discard(self, name: str) -> None:
+        """Remove a damaged chunk; its keys may still be found in other chunks."""
+        (self.dir / name).unlink(missing_ok=True)
+        self._scan()
+
+
+def _bytes_digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _encode_chunk(entries: dict[str, bytes]) -> bytes:
+    table = pa.table(
+        {
+            "key": pa.array(entries.keys(), pa.string()),
+            "value": pa.array(entries.values(), pa.large_binary()),
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="none", use_dictionary=False)
+    return buffer.getvalue()

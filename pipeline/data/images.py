@@ -1,0 +1,241 @@
+"""Bytes to pixels and back: the one robust decoder of photos, and the formats of our shards.
+
+Letters: H, W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.data.labels import IGNORE_INDEX
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+MAX_ELONGATION = 200
+ORIENTATION_TAG = 0x0112
+# EXIF orientation -> the operation that puts the image upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
+MAX_BYTE_CATEGORIES = 254
+BYTE_IGNORE = 255
+WORD_IGNORE = 65535
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message is a short reason, fit for a table."""
+
+
+def load_image(data: bytes | Path, *, max_pixels: int = 100_000_000) -> Image.Image:
+    """Decode a photo to upright 8-bit RGB.
+
+    EXIF rotation is applied, transparency is laid on white, 16-bit values keep their high byte,
+    of an animation the first frame is taken. The size is checked before any pixel is decoded.
+
+    Args:
+        data: content of a JPEG, PNG, WebP, BMP, TIFF or GIF file, or the path of one.
+        max_pixels: largest accepted width x height. (Pillow itself refuses some 179 million.)
+
+    Raises:
+        ImageError: with the reason: "empty file", "not an image", "truncated", "damaged: ...",
+            "too large: WxH", "too elongated: WxH", "unsupported colours: MODE".
+    """
+    content = _read(data) if isinstance(data, Path) else data
+    image = _open(content, max_pixels)
+    try:
+        image.load()
+        orientation = _orientation(image)
+        rgb = _to_rgb(image)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders answer hostile bytes with any exception
+        raise ImageError(_reason(error)) from None
+    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def shrink_short_side(image: Image.Image, side: int) -> Image.Image:
+    """Resize so that the short side is at most `side` pixels; smaller images are left alone."""
+    short = min(image.size)
+    if short <= side:
+        return image
+    width, height = (max(1, round(length * side / short)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def is_plain_jpeg(data: bytes, image: Image.Image) -> bool:
+    """Whether `data` is a JPEG that every reader decodes to `image`.
+
+    `image` is what `load_image` made of `data`, perhaps shrunk since. Plain means: gray or RGB, one
+    frame, no EXIF rotation, the same size.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
+            return (
+                header.format == "JPEG"
+                and header.mode in ("L", "RGB")
+                and header.size == image.size
+                and _orientation(header) == 1
+            )
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
+def encode_jpeg(image: Image.Image, quality: int = 95) -> bytes:
+    """JPEG file of an RGB image, without metadata."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def encode_png(array: np.ndarray) -> bytes:
+    """PNG file of an array.
+
+    Args:
+        array: (H, W) or (H, W, 3) uint8, (H, W) uint16, or (H, W) bool, stored as 0 and 255.
+    """
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    if array.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"expected bool, uint8 or uint16, got {array.dtype}")
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """Array of a PNG file written by `encode_png`: (H, W) or (H, W, 3), uint8 or uint16.
+
+    Raises:
+        ImageError: `data` is not a whole PNG file.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            return np.array(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(_reason(error)) from None
+
+
+def encode_label(label: np.ndarray, num_categories: int) -> bytes:
+    """PNG file of label ids.
+
+    Up to 254 categories it is 8-bit gray with ignore as 255, beyond 16-bit with ignore as 65535.
+
+    Args:
+        label: (H, W) integers in -1 (ignore) .. num_categories.
+        num_categories: K, without background.
+
+    Raises:
+        ValueError: a value out of that range, or more than 65,534 categories.
+    """
+    if not 0 <= num_categories < WORD_IGNORE:
+        raise ValueError(f"num_categories must be in 0..{WORD_IGNORE - 1}, got {num_categories}")
+    if label.size and (label.min() < IGNORE_INDEX or label.max() > num_categories):
+        raise ValueError(
+            f"label ids must be in {IGNORE_INDEX}..{num_categories}, "
+            f"got {label.min()}..{label.max()}"
+        )
+    is_byte = num_categories <= MAX_BYTE_CATEGORIES
+    ignore = BYTE_IGNORE if is_byte else WORD_IGNORE
+    stored = np.where(label == IGNORE_INDEX, ignore, label)
+    return encode_png(stored.astype(np.uint8 if is_byte else np.uint16))
+
+
+def decode_label(data: bytes) -> np.ndarray:
+    """Label ids (H, W), int32, of a file written by `encode_label`; ignore is -1.
+
+    Raises:
+        ImageError: `data` is not a whole PNG file of one channel.
+    """
+    stored = decode_png(data)
+    if stored.ndim != 2:
+        raise ImageError(f"not a label image: shape {stored.shape}")
+    ignore = BYTE_IGNORE if stored.dtype == np.uint8 else WORD_IGNORE
+    label = stored.astype(np.int32)
+    label[stored == ignore] = IGNORE_INDEX
+    return label
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror}") from None
+
+
+def _open(content: bytes, max_pixels: int) -> Image.Image:
+    """Parse the header and check the size it announces."""
+    if not content:
+        raise ImageError("empty file")
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:
+        known = content.startswith(SIGNATURES)
+        raise ImageError("damaged: header" if known else "not an image") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        pixels = re.search(r"\d+", str(error))
+        raise ImageError(f"too large: {pixels.group() if pixels else '?'} pixels") from None
+    except Exception as error:  # as above: any exception may come out of a parser
+        raise ImageError(_reason(error)) from None
+    width, height = image.size
+    if width * height == 0:
+        raise ImageError(f"damaged: size {width}x{height}")
+    if width * height > max_pixels:
+        raise ImageError(f"too large: {width}x{height}")
+    # Scaling the short side of such a strip to a network's input would take gigabytes.
+    if max(image.size) > MAX_ELONGATION * min(image.size):
+        raise ImageError(f"too elongated: {width}x{height}")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8; 1 where there is none or the metadata cannot be parsed."""
+    try:
+        value = image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # damaged metadata does not spoil the pixels
+        return 1
+    return value if value in UPRIGHT else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    elif image.mode == "I":
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        image = Image.fromarray(_float_to_byte(np.asarray(image)))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError:
+        raise ImageError(f"unsupported colours: {image.mode}") from None
+
+
+def _float_to_byte(values: np.ndarray) -> np.ndarray:
+    """Float pixels, in [0, 1] or else in [0, 255], as uint8."""
+    values = np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0)
+    scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
+    return np.rint((values * scale).clip(0, 255)).astype(np.uint8)
+
+
+def _reason(error: Exception) -> str:
+    """A short reason, the same in every run: Pillow's text without memory addresses."""
+    if isinstance(error, MemoryError):
+        return "too large: out of memory"
+    text = re.sub(r"<[^>]*>", "", str(error)).strip()
+    if "truncated" in text.lower():
+        return "truncated"
+    return f"damaged: {text or type(error).__name__}"

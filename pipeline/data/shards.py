@@ -1,0 +1,241 @@
+"""WebDataset shards of samples: written whole, described by a manifest, read in order or by index.
+
+A sample is a dict: `__key__` and one entry of bytes per member (`jpg`, `mask.png`, `json`, ...). A
+folder of shards holds `00000.tar`, `00001.tar`, ... and, written last, `manifest.json`: for each
+shard its name, samples, bytes and SHA-256, their total, and the settings of the stage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from webdataset.writer import TarWriter
+
+from pipeline.errors import PipelineError
+from pipeline.files import file_sha256, read_json, replace_dir, write_json
+
+MANIFEST = "manifest.json"
+KEY = re.compile(r"[0-9A-Za-z_-]+")
+TAR_BLOCK = 512
+
+Sample = dict[str, Any]
+
+
+def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset of the data, size) of each regular file of an uncompressed tar.
+
+    A tar that was cut off is an error even where the cut falls between two members, which
+    `tarfile` passes over in silence.
+
+    Raises:
+        tarfile.ReadError: the file is cut off or is not a tar; earlier members were yielded.
+    """
+    file_size = path.stat().st_size
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.offset_data + member.size > file_size:
+                raise tarfile.ReadError(f"cut off inside member {member.name}")
+            if member.isreg() and not member.issparse():
+                yield member.name, member.offset_data, member.size
+        end = tar.offset
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(TAR_BLOCK) != bytes(TAR_BLOCK):
+            raise tarfile.ReadError(f"cut off or damaged at byte {end}")
+
+
+def write_shards(
+    samples: Iterable[Mapping[str, Any]],
+    out_dir: Path,
+    *,
+    shard_size: int,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write samples to a new folder of shards and return its manifest.
+
+    The same samples give the same bytes. `out_dir` is replaced as a whole at the end; if `samples`
+    raises, it keeps what it had.
+
+    Args:
+        samples: `__key__` and members; members are bytes, `json` may be a dict.
+        out_dir: folder that only this call writes.
+        shard_size: number of samples in a shard.
+        settings: further entries of the manifest.
+
+    Raises:
+        ValueError: a key is used twice or has other characters than 0-9 A-Z a-z _ and -, a member
+            is not bytes, or a setting has the name of a manifest entry.
+    """
+    if shard_size < 1:
+        raise ValueError(f"shard_size must be at least 1, got {shard_size}")
+    reserved = {"shards", "samples"} & set(settings or {})
+    if reserved:
+        raise ValueError(f"settings may not be named {', '.join(sorted(reserved))}")
+    shards: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    remaining = iter(samples)
+    with replace_dir(out_dir) as temporary_dir:
+        while first := list(islice(remaining, 1)):
+            path = temporary_dir / f"{len(shards):05d}.tar"
+            count = _write_tar(path, chain(first, islice(remaining, shard_size - 1)), seen)
+            shards.append(
+                {
+                    "name": path.name,
+                    "samples": count,
+                    "bytes": path.stat().st_size,
+                    "sha256": file_sha256(path),
+                }
+            )
+        manifest = {"shards": shards, "samples": len(seen), **(settings or {})}
+        write_json(temporary_dir / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(shard_dir: Path) -> dict[str, Any]:
+    """The manifest of a folder of shards.
+
+    Raises:
+        PipelineError: it is missing (the folder was not finished) or has no list of shards.
+    """
+    path = Path(shard_dir) / MANIFEST
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list):
+        raise PipelineError(f"{path}: not a manifest of shards; run the stage that writes it again")
+    return manifest
+
+
+def read_shards(shard_dir: Path, *, members: Iterable[str] = ()) -> Iterator[Sample]:
+    """Yield the samples of a folder in order, each with `__key__` and the bytes of its members.
+
+    Args:
+        shard_dir: folder written by `write_shards`.
+        members: names that every sample must have, by default those of the first one.
+
+    Raises:
+        PipelineError: a shard is missing, cut off or changed, or a sample lacks a member; the
+            message names it. Every shard is checked before its first sample is yielded.
+    """
+    store = open_samples(shard_dir, members=members)
+    for index in range(len(store)):
+        yield store[index]
+
+
+def open_samples(shard_dir: Path, *, members: Iterable[str] = ()) -> SampleStore:
+    """Check a folder of shards against its manifest and index its samples; see `read_shards`."""
+    return SampleStore(Path(shard_dir), frozenset(members))
+
+
+class SampleStore:
+    """Random access to the samples of a folder of shards.
+
+    Holds names and offsets only and opens a shard at each read, so it may be used by several
+    threads, pickled, and sent to worker processes.
+
+    Attributes:
+        keys: sample keys, in order.
+        manifest: content of manifest.json.
+    """
+
+    def __init__(self, shard_dir: Path, members: frozenset[str]) -> None:
+        self.manifest = read_manifest(shard_dir)
+        self.keys: list[str] = []
+        self._locations: list[tuple[Path, dict[str, tuple[int, int]]]] = []
+        for entry in self.manifest["shards"]:
+            path = shard_dir / entry["name"]
+            _check_shard(path, entry)
+            for key, spans in _index_tar(path).items():
+                members = members or frozenset(spans)
+                _check_members(path, key, members - spans.keys())
+                self.keys.append(key)
+                self._locations.append((path, spans))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Sample:
+        """`__key__` and the bytes of all members of one sample."""
+        path, spans = self._locations[index]
+        sample: Sample = {"__key__": self.keys[index]}
+        with path.open("rb") as file:
+            for name, (offset, size) in spans.items():
+                file.seek(offset)
+                sample[name] = file.read(size)
+        return sample
+
+    def member(self, index: int, name: str) -> bytes:
+        """The bytes of one member; KeyError if the sample has none of that name."""
+        path, spans = self._locations[index]
+        offset, size = spans[name]
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def json(self, index: int) -> dict[str, Any]:
+        """The parsed member `json`."""
+        return json.loads(self.member(index, "json"))
+
+
+def _write_tar(path: Path, samples: Iterable[Mapping[str, Any]], seen: set[str]) -> int:
+    """Write one shard and return its number of samples; `seen` collects the keys."""
+    count = 0
+    with path.open("wb") as file:
+        with TarWriter(file, user="", group="", encoder=False, mtime=0) as writer:
+            for sample in samples:
+                writer.write(_checked_sample(sample, seen))
+                count += 1
+        file.flush()
+        os.fsync(file.fileno())
+    return count
+
+
+def _checked_sample(sample: Mapping[str, Any], seen: set[str]) -> Sample:
+    key = sample["__key__"]
+    if not KEY.fullmatch(key):
+        raise ValueError(f"sample key {key!r} has characters other than 0-9 A-Z a-z _ -")
+    if key in seen:
+        raise ValueError(f"sample key {key!r} is used twice")
+    seen.add(key)
+    checked = dict(sample)
+    if isinstance(checked.get("json"), Mapping):
+        checked["json"] = json.dumps(checked["json"], ensure_ascii=False).encode()
+    for name, value in checked.items():
+        if name != "__key__" and not isinstance(value, bytes):
+            raise ValueError(f"sample {key}: member {name!r} is {type(value).__name__}, not bytes")
+    return checked
+
+
+def _check_shard(path: Path, entry: Mapping[str, Any]) -> None:
+    again = "run the stage that writes it again"
+    if not path.is_file():
+        raise PipelineError(f"{path}: listed in {MANIFEST}, but missing; {again}")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise PipelineError(f"{path}: {size} bytes, {MANIFEST} says {entry['bytes']}; {again}")
+    if file_sha256(path) != entry["sha256"]:
+        raise PipelineError(f"{path}: content differs from the SHA-256 in {MANIFEST}; {again}")
+
+
+def _check_members(path: Path, key: str, missing: frozenset[str]) -> None:
+    if missing:
+        raise PipelineError(f"{path}: sample {key} lacks {', '.join(sorted(missing))}")
+
+
+def _index_tar(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Sample key -> member name -> (offset, size); a key ends at the first dot."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        for file_name, offset, size in tar_members(path):
+            key, _, name = file_name.partition(".")
+            if not KEY.fullmatch(key) or not name:
+                raise PipelineError(f"{path}: {file_name!r} is not the name of a sample's member")
+            samples.setdefault(key, {})[name] = (offset, size)
+    except tarfile.TarError as error:
+        raise PipelineError(f"{path}: not a whole tar: {error}") from None
+    return samples

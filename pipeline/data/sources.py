@@ -1,0 +1,347 @@
+"""The index dataset: which images there are, and the bytes of each.
+
+Three formats: a folder tree of image files, WebDataset tars (img2dataset's output as it is), and
+Parquet files with a column of image bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from webdataset.shardlists import expand_urls
+
+from pipeline.data.images import ImageError
+from pipeline.data.shards import TAR_BLOCK, tar_members
+from pipeline.errors import PipelineError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "img", "image_bytes", "content")
+KEY_DIGITS = 20
+
+Report = Callable[[str, str], None]
+
+
+class SourceSpec(Protocol):
+    """What describes a source: `SourceParams` of params.yaml, for one."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def root(self) -> Path: ...
+    @property
+    def pattern(self) -> str: ...
+
+
+class ImageLocation(Protocol):
+    """Where an image's bytes are: an `ImageRef` or a row of a table."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def member(self) -> str | None: ...
+    @property
+    def offset(self) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """One image of a source.
+
+    Attributes:
+        key: sample key.
+        source: name of the source.
+        path: the file that holds it, below the root as given.
+        member: name in the tar, or row number in the Parquet file; None for a file of its own.
+        offset: byte at which its data begins in the tar; None elsewhere.
+        size: number of bytes in the tar; None elsewhere.
+    """
+
+    key: str
+    source: str
+    path: str
+    member: str | None = None
+    offset: int | None = None
+    size: int | None = None
+
+
+def sample_key(source: str, path: str, member: str | None = None) -> str:
+    """Key of an image: 20 hex digits, the same wherever the source's root lies.
+
+    Args:
+        source: name of the source.
+        path: file, relative to the root, with forward slashes.
+        member: see `ImageRef`.
+    """
+    text = "\0".join((source, path, member or ""))
+    return hashlib.sha1(text.encode()).hexdigest()[:KEY_DIGITS]
+
+
+def list_images(
+    name: str, source: SourceSpec, *, report: Report | None = None
+) -> Iterator[ImageRef]:
+    """Yield all images of a source in a fixed order: by file name, within a file by position.
+
+    Hidden files are left out, links are followed except those that lead back to a folder above.
+    Contents are not looked at: a file counts as an image by its extension (.jpg, .jpeg, .png,
+    .webp, .bmp, .tif, .tiff, .gif in any case).
+
+    Args:
+        name: name of the source.
+        source: format, root, and pattern of tars or Parquet files relative to the root; braces and
+            wildcards are expanded, an empty pattern means all of them.
+        report: called with (file, reason) for a broken tar or Parquet file, of which then only what
+            could be read is used. By default a broken file is an error.
+
+    Raises:
+        PipelineError: the root is missing, a file named by the pattern is missing, a tar or Parquet
+            file is broken, or there is no image.
+    """
+    root = Path(source.root)
+    if not root.is_dir():
+        raise PipelineError(f"index.{name}.root: {root}: no such folder")
+    listers = {"folder": _list_folder, "webdataset": _list_tars, "parquet": _list_parquet}
+    count = 0
+    for relative, member, offset, size in listers[source.format](name, source, report):
+        yield ImageRef(
+            key=sample_key(name, relative, member),
+            source=name,
+            path=(root / relative).as_posix(),
+            member=member,
+            offset=offset,
+            size=size,
+        )
+        count += 1
+    if count == 0:
+        wanted = (
+            "a column of image bytes"
+            if source.format == "parquet"
+            else f"images with the extensions {' '.join(EXTENSIONS)}"
+        )
+        raise PipelineError(
+            f"index.{name}: no images below {root} (format {source.format}); expected {wanted}"
+        )
+
+
+def read_image(location: ImageLocation) -> bytes:
+    """The bytes of one image, as stored.
+
+    Args:
+        location: path, member and offset, as in `ImageRef`.
+
+    Raises:
+        ImageError: the file is gone or cannot be read, or no longer holds the image there.
+    """
+    path = Path(location.path)
+    try:
+        if location.member is None:
+            return path.read_bytes()
+        if location.offset is not None:
+            return _read_tar_member(path, location.offset)
+        return _read_parquet_row(path, int(location.member))
+    except FileNotFoundError:
+        raise ImageError("file is missing") from None
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from None
+
+
+# Listers yield (path relative to the root, member, offset, size).
+Found = tuple[str, str | None, int | None, int | None]
+
+
+def _list_folder(name: str, source: SourceSpec, report: Report | None) -> Iterator[Found]:
+    if source.pattern:
+        raise PipelineError(
+            f"index.{name}.pattern: {source.pattern!r} has no meaning for format folder; remove it"
+        )
+    root = Path(source.root)
+    for path in _walk(root, ancestors=()):
+        if path.suffix.lower() in EXTENSIONS:
+            relative = path.relative_to(root).as_posix()
+            _check_utf8(relative, path)
+            yield relative, None, None, None
+
+
+def _walk(folder: Path, ancestors: tuple[Path, ...]) -> Iterator[Path]:
+    """Files below a folder in the order of their names, without hidden ones."""
+    real = folder.resolve()
+    if real in ancestors:
+        return
+    try:
+        entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+    except OSError as error:
+        raise PipelineError(f"{folder}: cannot be listed: {error.strerror}") from None
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(entry, (*ancestors, real))
+        elif entry.is_file():
+            yield entry
+
+
+def _check_utf8(text: str, path: Path) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PipelineError(f"{str(path)!a}: file name is not UTF-8; rename the file") from None
+
+
+def _list_tars(name: str, source: SourceSpec, report: Report | None) -> Iterator[Found]:
+    root = Path(source.root)
+    for path in _matching_files(name, source, ".tar"):
+        relative = path.relative_to(root).as_posix()
+        seen: set[str] = set()
+        try:
+            for member, offset, size in tar_members(path):
+                base_name = member.rpartition("/")[2]
+                if base_name.startswith(".") or not base_name.lower().endswith(EXTENSIONS):
+                    continue
+                _check_utf8(member, path)
+                if member in seen:
+                    raise tarfile.ReadError(f"member {member} is there twice")
+                seen.add(member)
+                yield relative, member, offset, size
+        except (tarfile.TarError, OSError) as error:
+            _broken(path, _tar_reason(path, error), report)
+
+
+def _tar_reason(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    return "compressed tars cannot be read by offset; unpack it" if is_gzip else str(error)
+
+
+def _list_parquet(name: str, source: SourceSpec, report: Report | None) -> Iterator[Found]:
+    root = Path(source.root)
+    for path in _matching_files(name, source, ".parquet"):
+        relative = path.relative_to(root).as_posix()
+        try:
+            with pq.ParquetFile(path) as file:
+                num_rows = file.metadata.num_rows
+                image_column(file.schema_arrow, path)
+        except (pa.ArrowException, OSError) as error:
+            _broken(path, str(error), report)
+            continue
+        for row in range(num_rows):
+            yield relative, str(row), None, None
+
+
+def _broken(path: Path, reason: str, report: Report | None) -> None:
+    if report is None:
+        raise PipelineError(f"{path}: broken: {reason}; replace the file or leave it out")
+    report(path.as_posix(), reason)
+
+
+def _matching_files(name: str, source: SourceSpec, suffix: str) -> list[Path]:
+    """The files that a pattern names, each once, in the order of their names."""
+    root = Path(source.root)
+    found: set[Path] = set()
+    for pattern in expand_urls(source.pattern or f"**/*{suffix}"):
+        if any(letter in pattern for letter in "*?["):
+            found.update(path for path in root.glob(pattern) if not _is_hidden(path, root))
+        elif (root / pattern).is_file():
+            found.add(root / pattern)
+        else:
+            raise PipelineError(f"index.{name}.pattern: {root / pattern}: no such file")
+    if not found:
+        raise PipelineError(
+            f"index.{name}: no {suffix} file below {root}"
+            + (f" matches pattern {source.pattern!r}" if source.pattern else "")
+        )
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def image_column(schema: pa.Schema, path: Path) -> str:
+    """Name of the column that holds image bytes, plain or as Hugging Face's struct.
+
+    Known names come first; else a single column of bytes is taken.
+
+    Raises:
+        PipelineError: there is none, or several under unknown names; `path` heads the message.
+    """
+    candidates = [field.name for field in schema if _holds_bytes(field.type)]
+    for known in IMAGE_COLUMNS:
+        if known in candidates:
+            return known
+    if len(candidates) == 1:
+        return candidates[0]
+    raise PipelineError(
+        f"{path}: expected one column of image bytes, named {', '.join(IMAGE_COLUMNS)}; "
+        f"its columns are {', '.join(schema.names)}"
+    )
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and _holds_bytes(kind.field(index).type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _read_tar_member(path: Path, offset: int) -> bytes:
+    """Data at `offset`; its size stands in the header block just before it."""
+    with path.open("rb") as file:
+        file.seek(max(0, offset - TAR_BLOCK))
+        try:
+            header = tarfile.TarInfo.frombuf(file.read(TAR_BLOCK), "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            raise ImageError("the tar has changed since it was listed") from None
+        data = file.read(header.size)
+    if len(data) != header.size:
+        raise ImageError("truncated")
+    return data
+
+
+def _read_parquet_row(path: Path, row: int) -> bytes:
+    with _parquet_lock:
+        try:
+            group, start = _row_group_of(path, row)
+            column = _row_group_column(path, path.stat().st_mtime_ns, group)
+        except pa.ArrowException as error:
+            raise ImageError(f"cannot be read: {error}") from None
+    value = column[row - start].as_py()
+    data = value["bytes"] if isinstance(value, dict) else value
+    if data is None:
+        raise ImageError("no image bytes in the row")
+    return data
+
+
+# One decoded row group may be large, and neighbouring rows are asked for together.
+_parquet_lock = threading.Lock()
+
+
+def _row_group_of(path: Path, row: int) -> tuple[int, int]:
+    """The row group that holds a row, and its first row."""
+    start = 0
+    for group, size in enumerate(_row_group_sizes(path, path.stat().st_mtime_ns)):
+        if row < start + size:
+            return group, start
+        start += size
+    raise ImageError(f"the file has {start} rows, row {row} was asked for")
+
+
+@lru_cache(maxsize=64)
+def _row_group_sizes(path: Path, mtime_ns: int) -> list[int]:
+    with pq.ParquetFile(path) as file:
+        metadata = file.metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+@lru_cache(maxsize=2)
+def _row_group_column(path: Path, mtime_ns: int, group: int) -> pa.ChunkedArray:
+    with pq.ParquetFile(path) as file:
+        column = image_column(file.schema_arrow, path)
+        return file.read_row_group(group, columns=[column])[column]

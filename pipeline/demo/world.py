@@ -1,0 +1,127 @@
+"""Draw the demo's world: an unlabelled index dataset, its hidden truth, and a benchmark.
+
+Every image is a function of (seed, part, number) alone. No stage reads the truth except to score.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.data.benchmarks.voc import CLASSES, OBJECTS, VocWriter, encode_index_png
+from pipeline.demo.glyphs import KNOWN_FAMILIES, UNSEEN_FAMILY, glyph_names, load_glyphs
+from pipeline.demo.scene import (
+    BENCH_BACKGROUNDS,
+    Scene,
+    Style,
+    choose_names,
+    draw_scene,
+)
+from pipeline.files import replace_dir
+from pipeline.params import WorldParams
+from pipeline.runtime import StageRun
+
+INDEX_STREAM, KNOWN_STREAM, UNSEEN_STREAM = 1, 2, 3
+INDEX_COUNTS = (0.10, 0.62, 0.20, 0.08)
+BENCH_COUNTS = (0.0, 0.35, 0.40, 0.25)
+CATEGORY_SHARE = 0.75
+INDEX_OTHERS = 11
+JPEG_QUALITY = 92
+
+
+def draw_world(out_dir: Path, *, params: WorldParams, seed: int, stats_path: Path) -> None:
+    """Write `index/`, `index_truth/` and `voc/` below `out_dir`.
+
+    `index/` holds plain JPEGs: one to three objects or none, from the known glyph families, and
+    `INDEX_OTHERS` kinds of object that no category names. `index_truth/` holds their masks, to
+    score pseudo-masks with. `voc/` is the benchmark in PASCAL VOC's layout: splits `known` (new
+    renderings of the known families), `unseen` (a family drawn nowhere else) and `val` (both).
+
+    Raises:
+        PipelineError: the fonts of the extra `demo` are not installed.
+    """
+    known = load_glyphs(KNOWN_FAMILIES)
+    unseen = load_glyphs((UNSEEN_FAMILY,))
+    with (
+        replace_dir(out_dir) as folder,
+        StageRun(
+            "world", stats_path=stats_path, total=params.index_images + params.bench_images
+        ) as run,
+    ):
+        _draw_index(folder, Style(known, params.size), params.index_images, seed=seed, run=run)
+        writer = VocWriter(folder / "voc")
+        ids = {
+            name: _draw_bench(
+                writer,
+                name,
+                Style(glyphs, params.size, backgrounds=BENCH_BACKGROUNDS),
+                count,
+                rng_key=(seed, stream),
+                run=run,
+            )
+            for name, glyphs, count, stream in (
+                ("known", known, (params.bench_images + 1) // 2, KNOWN_STREAM),
+                ("unseen", unseen, params.bench_images // 2, UNSEEN_STREAM),
+            )
+        }
+        for name, image_ids in ids.items():
+            writer.write_split(name, image_ids)
+        writer.write_split("val", ids["known"] + ids["unseen"])
+
+
+def _draw_index(folder: Path, style: Style, count: int, *, seed: int, run: StageRun) -> None:
+    images, truth = folder / "index", folder / "index_truth"
+    for part in (images, truth / CLASSES, truth / OBJECTS):
+        part.mkdir(parents=True)
+    for number in range(count):
+        rng = np.random.default_rng([seed, INDEX_STREAM, number])
+        scene = _random_scene(rng, style, INDEX_COUNTS)
+        stem = f"{number:05d}"
+        (images / f"{stem}.jpg").write_bytes(_jpeg(scene.image))
+        semantic = _semantic(scene)
+        (truth / CLASSES / f"{stem}.png").write_bytes(encode_index_png(semantic))
+        (truth / OBJECTS / f"{stem}.png").write_bytes(encode_index_png(scene.instances))
+        run.advance()
+
+
+def _draw_bench(
+    writer: VocWriter,
+    name: str,
+    style: Style,
+    count: int,
+    *,
+    rng_key: tuple[int, int],
+    run: StageRun,
+) -> list[str]:
+    image_ids = [f"{name}_{number:04d}" for number in range(count)]
+    for number, image_id in enumerate(image_ids):
+        rng = np.random.default_rng([*rng_key, number])
+        scene = _random_scene(rng, style, BENCH_COUNTS)
+        semantic = _semantic(scene)
+        objects = np.where(semantic > 0, scene.instances, 0)
+        writer.add(image_id, _jpeg(scene.image), semantic, objects)
+        run.advance()
+    return image_ids
+
+
+def _random_scene(rng: np.random.Generator, style: Style, shares: tuple[float, ...]) -> Scene:
+    categories, others = glyph_names()
+    others = [name for name in others[:INDEX_OTHERS] if name in style.glyphs]
+    count = int(rng.choice(len(shares), p=shares))
+    return draw_scene(rng, choose_names(rng, count, categories, others, CATEGORY_SHARE), style)
+
+
+def _semantic(scene: Scene) -> np.ndarray:
+    """(S, S) uint8 label ids: 1-based category of the object, 0 for other objects and background."""
+    categories, _ = glyph_names()
+    label_ids = [categories.index(n) + 1 if n in categories else 0 for n in scene.names]
+    return np.array([0, *label_ids], np.uint8)[scene.instances]
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()

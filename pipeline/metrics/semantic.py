@@ -1,0 +1,100 @@
+"""Scores of semantic masks from one confusion matrix over a whole benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class SemanticScores:
+    """Scores in [0, 1]; NaN where nothing was there to score.
+
+    Attributes:
+        miou: mean of `iou` over the classes that occur in target or prediction.
+        pixel_acc: share of pixels that are right.
+        mean_acc: mean recall over the classes that occur in the target.
+        freq_weighted_iou: IoU weighted by the share of each class in the target.
+        iou: (K,) intersection over union of each class; NaN for a class that never occurs.
+    """
+
+    miou: float
+    pixel_acc: float
+    mean_acc: float
+    freq_weighted_iou: float
+    iou: NDArray[np.float64]
+
+
+class ConfusionMatrix:
+    """Counts of pixels by target (row) and prediction (column).
+
+    >>> matrix = ConfusionMatrix(2)
+    >>> matrix.update(target=np.array([0, 1, 1]), prediction=np.array([0, 1, 0]))
+    >>> matrix.compute().miou
+    0.5
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        """Start from nothing; `num_classes` counts the background as well."""
+        self.num_classes = num_classes
+        self.counts: NDArray[np.int64] = np.zeros((num_classes, num_classes), dtype=np.int64)
+
+    def update(self, *, target: NDArray[np.integer], prediction: NDArray[np.integer]) -> None:
+        """Add the pixels of one or more images.
+
+        Args:
+            target: integers of any shape; values outside [0, K) (void) are left out.
+            prediction: integers of the same shape, in [0, K) wherever the target counts.
+
+        Raises:
+            ValueError: the shapes differ, or a counted prediction is out of range.
+        """
+        if target.shape != prediction.shape:
+            raise ValueError(f"target {target.shape} and prediction {prediction.shape} differ")
+        counted = (target >= 0) & (target < self.num_classes)
+        rows = target[counted].astype(np.int64)
+        columns = prediction[counted].astype(np.int64)
+        if columns.size and not 0 <= columns.min() <= columns.max() < self.num_classes:
+            raise ValueError(
+                f"predictions from {columns.min()} to {columns.max()}: expected 0 to "
+                f"{self.num_classes - 1}"
+            )
+        cells = np.bincount(rows * self.num_classes + columns, minlength=self.num_classes**2)
+        self.counts += cells.reshape(self.num_classes, self.num_classes)
+
+    def merge(self, other: ConfusionMatrix) -> None:
+        """Add the counts of another matrix over the same classes."""
+        self.counts += other.counts
+
+    def compute(self) -> SemanticScores:
+        """Scores of everything added so far."""
+        diagonal = np.diag(self.counts).astype(np.float64)
+        in_target = self.counts.sum(axis=1)
+        total = self.counts.sum()
+        iou = _ratio(diagonal, in_target + self.counts.sum(axis=0) - diagonal)
+        frequency = _ratio(in_target, np.full(self.num_classes, total))
+        present = in_target > 0
+        return SemanticScores(
+            miou=_mean(iou),
+            pixel_acc=float(diagonal.sum() / total) if total else float("nan"),
+            mean_acc=_mean(_ratio(diagonal, in_target)),
+            freq_weighted_iou=(
+                float((frequency[present] * iou[present]).sum()) if total else float("nan")
+            ),
+            iou=iou,
+        )
+
+
+def _ratio(numerator: NDArray[Any], denominator: NDArray[Any]) -> NDArray[np.float64]:
+    """Quotient, NaN where the denominator is 0."""
+    result = np.full(numerator.shape, np.nan)
+    np.divide(numerator, denominator, out=result, where=denominator > 0)
+    return result
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")

@@ -1,0 +1,199 @@
+"""Masks without training: spectral clusters of patch features that vote (SelfMask, section 3).
+
+Features of a ViT are clustered at several k; every cluster is a candidate mask, and the candidate
+which agrees best with all the others wins. Letters: C channels, h w feature grid, n = h w
+positions, H W pixels, N candidates.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.linalg import eigh
+from scipy.sparse.linalg import eigsh
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+IOU_EPS = 1e-7
+MIN_AREA = 0.05
+MAX_BOX_AREA = 0.95
+KMEANS_RESTARTS = 10
+KMEANS_STEPS = 300
+# A full decomposition costs n^3; Lanczos iteration finds the same few vectors at n^2 each.
+MAX_DENSE_POSITIONS = 1024
+
+
+def spectral_mask(
+    features: Sequence[Tensor],
+    *,
+    size: tuple[int, int],
+    padded_size: tuple[int, int] | None = None,
+    clusters: Sequence[int] = (2, 3, 4),
+    seed: int = 0,
+) -> NDArray[np.bool_]:
+    """Salient mask of one image by voting over the clusters of its feature maps.
+
+    Args:
+        features: maps (C, h, w) of one image, from one or several networks or layers; C, h and w
+            may differ between them.
+        size: (H, W) of the image.
+        padded_size: (H', W') that the maps cover, if the image was padded at the right and bottom.
+        clusters: every k to cluster each map at.
+        seed: of k-means.
+
+    Returns:
+        (H, W) mask of the winning cluster.
+
+    Raises:
+        ValueError: no features or no clusters are given.
+    """
+    if not features or not clusters:
+        raise ValueError(
+            f"got {len(features)} feature maps and {len(clusters)} numbers of clusters"
+        )
+    height, width = size
+    candidates = []
+    for feature_map in features:
+        upsampled = F.interpolate(
+            feature_map[None].float(), scale_factor=2, mode="bilinear", align_corners=True
+        )[0]
+        for labels in spectral_clusters(upsampled, clusters, seed=seed):
+            one_hot = labels == np.arange(labels.max() + 1)[:, None, None]
+            masks = torch.from_numpy(one_hot)[None].to(torch.uint8)
+            full = F.interpolate(masks, size=padded_size or size, mode="nearest")[0]
+            candidates.append(full[:, :height, :width].numpy().astype(bool))
+    stacked = np.concatenate(candidates)
+    return stacked[vote(stacked)]
+
+
+def spectral_clusters(
+    features: Tensor, clusters: Sequence[int], *, seed: int = 0
+) -> list[NDArray[np.intp]]:
+    """Cluster the positions of one feature map at several k.
+
+    The eigenvectors of the largest k hold those of every smaller one, so the decomposition is
+    done once.
+
+    Args:
+        features: (C, h, w).
+        clusters: every k; one above the number of positions counts as that number.
+        seed: of k-means.
+
+    Returns:
+        One (h, w) label map for each k, labels numbered from 0 by first appearance in raster
+        order. There may be fewer than k labels if positions coincide.
+    """
+    height, width = features.shape[1:]
+    limits = [min(k, height * width) for k in clusters]
+    vectors = spectral_embedding(features, max(limits), seed=seed)
+    return [_kmeans(vectors[:, :k], k, seed=seed).reshape(height, width) for k in limits]
+
+
+def feature_affinity(features: Tensor) -> NDArray[np.float64]:
+    """Cosine similarity between all positions of (C, h, w), (n, n), scaled as a whole to [0, 1].
+
+    Features that are all alike give ones.
+    """
+    positions = F.normalize(features.detach().cpu().double().flatten(1), dim=0)
+    cosine = (positions.T @ positions).numpy()
+    low, high = cosine.min(), cosine.max()
+    if high - low < 1e-6:
+        return np.ones_like(cosine)
+    return (cosine - low) / (high - low)
+
+
+def spectral_embedding(features: Tensor, count: int, *, seed: int = 0) -> NDArray[np.float64]:
+    """The `count` smallest generalised eigenvectors of L v = lambda D v, the constant one included.
+
+    D holds the row sums of the affinity A of (C, h, w) features and L = D - A.
+
+    Returns:
+        (n, count), columns by ascending eigenvalue, each of unit length in the metric of D.
+    """
+    affinity = feature_affinity(features)
+    scale = 1 / np.sqrt(affinity.sum(axis=1))
+    # With w = sqrt(D) v the problem is the ordinary one of the largest eigenvalues of this matrix.
+    normalised = affinity * scale[:, None] * scale
+    num_positions = len(affinity)
+    if num_positions <= max(MAX_DENSE_POSITIONS, count):
+        _, vectors = eigh(normalised, subset_by_index=(num_positions - count, num_positions - 1))
+    else:
+        start = np.random.default_rng(seed).standard_normal(num_positions)
+        values, vectors = eigsh(normalised, count, which="LA", v0=start)
+        vectors = vectors[:, np.argsort(values)]
+    return vectors[:, ::-1] * scale[:, None]
+
+
+def _kmeans(points: NDArray[np.float64], k: int, *, seed: int) -> NDArray[np.intp]:
+    """(n,) labels of the rows of `points`, numbered by first appearance."""
+    model = KMeans(k, n_init=KMEANS_RESTARTS, max_iter=KMEANS_STEPS, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than k
+        labels = model.fit(points).labels_
+    _, first_place, label_rank = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first_place))[label_rank]
+
+
+def vote(
+    candidates: NDArray[np.bool_], *, drop_long: bool = True, drop_small_large: bool = False
+) -> int:
+    """Index of the candidate mask that overlaps most with all others.
+
+    Empty masks do not vote. If the filters leave nothing, every candidate votes. The first of
+    equals wins.
+
+    Args:
+        candidates: (N, H, W) masks.
+        drop_long: leave out masks whose bounding box spans the whole height or the whole width.
+        drop_small_large: leave out masks below 5 % of the image, or with a box above 95 % of it.
+
+    Returns:
+        Index into `candidates` of the mask with the largest sum of IoU over all voters.
+
+    Raises:
+        ValueError: there are no candidates.
+    """
+    if len(candidates) == 0:
+        raise ValueError("no candidate masks to vote on")
+    masks = candidates.astype(bool)
+    keep = masks.any(axis=(1, 2))
+    if drop_long:
+        keep &= ~_is_long(masks)
+    if drop_small_large:
+        keep &= ~_is_small_or_large(masks)
+    kept = np.flatnonzero(keep) if keep.any() else np.arange(len(masks))
+    flat = masks[kept].reshape(len(kept), -1).astype(np.float32)
+    intersection = (flat @ flat.T).astype(np.float64)
+    areas = intersection.diagonal()
+    union = areas[:, None] + areas - intersection
+    scores = (intersection / (union + IOU_EPS)).sum(axis=1)
+    return int(kept[scores.argmax()])
+
+
+def _is_long(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(N,) whether a mask touches two opposite sides of the image."""
+    spans_height = masks[:, 0].any(axis=1) & masks[:, -1].any(axis=1)
+    spans_width = masks[:, :, 0].any(axis=1) & masks[:, :, -1].any(axis=1)
+    return np.asarray(spans_height | spans_width)
+
+
+def _is_small_or_large(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(N,) whether a mask is below 5 % of the image or its box (max - min) above 95 %."""
+    image_area = masks.shape[1] * masks.shape[2]
+    rows, columns = np.asarray(masks.any(axis=2)), np.asarray(masks.any(axis=1))
+    box_area = _extent(rows) * _extent(columns)
+    too_small = masks.sum(axis=(1, 2)) < MIN_AREA * image_area
+    return too_small | (box_area > MAX_BOX_AREA * image_area)
+
+
+def _extent(occupied: NDArray[np.bool_]) -> NDArray[np.signedinteger]:
+    """Last minus first true place of each row of (N, length); undefined for a row without any."""
+    length = occupied.shape[1]
+    last = length - 1 - occupied[:, ::-1].argmax(axis=1)
+    return np.asarray(last - occupied.argmax(axis=1))

@@ -1,0 +1,165 @@
+"""The ZUTIS network: semantic and instance segmentation from one CLIP encoder.
+
+Letters: B batch, L decoder layers, Q queries, D encoder width, C text space, H W pixels; h w is the
+token grid after upsampling, twice the patch grid.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models.decoder import TransformerDecoder, sine_position_encoding
+from pipeline.models.tokens import encode_patches, vision_tower
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ZutisOutput(NamedTuple):
+    """What the network says about a batch, float32 under autocast too.
+
+    Attributes:
+        mask_logits: (B, L, Q, h, w) mask proposals of every decoder layer, before the sigmoid.
+        patch_tokens: (B, h, w, C) dense embeddings of unit norm in text space.
+    """
+
+    mask_logits: Tensor
+    patch_tokens: Tensor
+
+    @property
+    def mask_probs(self) -> Tensor:
+        """(B, L, Q, h, w) mask proposals in [0, 1]."""
+        return self.mask_logits.sigmoid()
+
+
+class Perceptron(nn.Module):
+    """Linear layers with ReLU between them.
+
+    Args:
+        *dims: Widths from input to output, at least two.
+    """
+
+    def __init__(self, *dims: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(dims))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map (..., dims[0]) to (..., dims[-1])."""
+        for layer in self.layers[:-1]:
+            inputs = layer(inputs).relu()
+        return self.layers[-1](inputs)
+
+
+class Zutis(nn.Module):
+    """Zero-shot unsupervised transfer instance segmenter (ZUTIS paper, section 3).
+
+    Args:
+        encoder: CLIP vision transformer in the key layout of OpenAI and open_clip.
+        decoder: Transformer decoder of width D.
+        ffn1: Perceptron D -> D that turns tokens into the decoder's memory and mask features.
+        ffn2: Perceptron D -> D on the decoded queries.
+        query_embed: (Q, D) initial values of the learned queries.
+        stop_gradient: Keep the mask losses away from the encoder, as published.
+        query_norm: Scale the decoded queries to unit norm, as published.
+
+    Raises:
+        PipelineError: `encoder` is not a CLIP vision transformer.
+        ValueError: `query_embed` does not have the encoder's width.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: TransformerDecoder,
+        ffn1: nn.Module,
+        ffn2: nn.Module,
+        query_embed: Tensor,
+        *,
+        stop_gradient: bool = True,
+        query_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        width = vision_tower(encoder).class_embedding.shape[0]
+        if query_embed.ndim != 2 or query_embed.shape[1] != width:
+            raise ValueError(f"query_embed is {tuple(query_embed.shape)}, expected (Q, {width})")
+        self.query_embed = nn.Parameter(query_embed)
+        self.encoder = encoder
+        self.ffn1 = ffn1
+        self.ffn2 = ffn2
+        self.decoder = decoder
+        self.stop_gradient = stop_gradient
+        self.query_norm = query_norm
+        # CLIP was trained with its own mean and std; the published network uses ImageNet's.
+        # Not saved: official checkpoints do not have them.
+        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        self.register_buffer("mean", mean[:, None, None], persistent=False)
+        self.register_buffer("std", std[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> ZutisOutput:
+        """Segment RGB images (B, 3, H, W) with values in [0, 1]."""
+        return self.forward_normalised(self.normalise(images))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Shift and scale RGB in [0, 1] by ImageNet's mean and standard deviation."""
+        return (images - self.mean) / self.std
+
+    def forward_normalised(self, images: Tensor) -> ZutisOutput:
+        """Segment images (B, 3, H, W) that went through `normalise`.
+
+        Pixels beyond a multiple of the patch size are ignored; the output covers the whole image
+        nevertheless, as published.
+
+        Raises:
+            PipelineError: the images are smaller than a patch.
+        """
+        tokens = encode_patches(self.encoder, images, position_resize="scale")
+        # bfloat16 upsampling would lose what the float32 outputs promise.
+        tokens = tokens.float().permute(0, 3, 1, 2)
+        tokens = F.interpolate(tokens, scale_factor=2, mode="bilinear", align_corners=False)
+        tokens = tokens.permute(0, 2, 3, 1)
+        mask_tokens = tokens.detach() if self.stop_gradient else tokens
+        return ZutisOutput(self.propose_masks(mask_tokens), self.project(tokens))
+
+    def propose_masks(self, tokens: Tensor) -> Tensor:
+        """Mask logits (B, L, Q, h, w) from tokens (B, h, w, D)."""
+        batch, height, width, dim = tokens.shape
+        memory = self.ffn1(tokens.flatten(1, 2))
+        positions = sine_position_encoding(height, width, dim, device=tokens.device)
+        queries = self.query_embed.expand(batch, -1, -1)
+        queries = self.ffn2(self.decoder(queries, memory, positions))
+        with torch.autocast(tokens.device.type, enabled=False):
+            queries = queries.float()
+            if self.query_norm:
+                queries = F.normalize(queries, dim=-1)
+            logits = queries.flatten(1, 2) @ memory.float().transpose(1, 2)
+        return logits.reshape(*queries.shape[:3], height, width)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Unit-norm tokens (B, h, w, C) in text space from tokens (B, h, w, D).
+
+        The layer norm spans the whole (h, w, C) block of an image, not each token. Published
+        weights were trained with it, so a token depends on all others and on the image size.
+        """
+        with torch.autocast(tokens.device.type, enabled=False):
+            projected = tokens.float() @ vision_tower(self.encoder).proj.float()
+            projected = F.layer_norm(projected, projected.shape[1:])
+            return projected / (projected.norm(dim=-1, keepdim=True) + 1e-7)
+
+    def extra_repr(self) -> str:
+        """The architecture in one line, for messages."""
+        tower = vision_tower(self.encoder)
+        blocks = sum(1 for name, _ in self.encoder.named_modules() if name.endswith(".ln_1"))
+        return (
+            f"patch {tower.conv1.weight.shape[-1]}, width {tower.proj.shape[0]}, "
+            f"{blocks} encoder blocks, {tower.positional_embedding.shape[0] - 1} positions, "
+            f"text space {tower.proj.shape[1]}, {len(self.query_embed)} queries, "
+            f"{len(self.decoder.layers)} decoder layers"
+        )

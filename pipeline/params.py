@@ -1,0 +1,291 @@
+"""The typed content of params.yaml: one frozen section per stage, and its only reader.
+
+Defaults are the papers' settings. An unknown key, a value of the wrong type or out of its range is
+a `PipelineError` that names the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.errors import PipelineError
+
+RelaxedPath = Annotated[Path, Strict(False)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Workers = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A group of params: frozen, strict, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class EncoderParams(Section):
+    """A CLIP model.
+
+    `model` is an open_clip architecture or a model-config JSON file; `pretrained` an open_clip tag
+    or a weights file.
+    """
+
+    model: str = "ViT-B-16-quickgelu"
+    pretrained: str = "openai"
+
+
+class SourceParams(Section):
+    """One pool of unlabelled images.
+
+    `folder`: a tree of image files below `root`. `webdataset`: tars below `root` that match
+    `pattern` (braces allowed). `parquet`: files below `root` that match `pattern`, with a column of
+    image bytes.
+    """
+
+    format: Literal["folder", "webdataset", "parquet"] = "folder"
+    root: RelaxedPath
+    pattern: str = ""
+
+
+class EmbedParams(Section):
+    """Stage 1: image embeddings of the index dataset."""
+
+    encoder: EncoderParams = EncoderParams(model="ViT-L-14-336-quickgelu")
+    batch_size: Count = 64
+    shard_size: Count = 10_000
+    workers: Workers = 2
+    max_pixels: Count = 100_000_000
+
+
+class RetrieveParams(Section):
+    """Stage 2: the top-k images of each category.
+
+    `overlap` settles an image that several categories want: `best` gives it to the most similar
+    one, `all` keeps it in each, `last` gives it to the last category of the list (the published
+    code). `num_negatives` images, those least similar to every category, form an archive 0 that
+    training may use as background (0: none, as published).
+    """
+
+    templates: Literal["prompts85", "name"] = "prompts85"
+    overlap: Literal["best", "all", "last"] = "best"
+    num_negatives: Annotated[int, Field(ge=0)] = 0
+    block_rows: Count = 65_536
+
+
+class MaskParams(Section):
+    """Stage 3: one pseudo-mask per archive image.
+
+    `selfmask` runs the network of `weights`; `spectral` clusters the features of `encoder` at
+    every k of `clusters` and lets the clusters vote.
+    """
+
+    source: Literal["selfmask", "spectral"] = "selfmask"
+    weights: RelaxedPath = Path("models/pretrained/selfmask_nq20.pt")
+    encoder: EncoderParams = EncoderParams()
+    clusters: Annotated[list[Count], Field(min_length=1)] = [2, 3, 4]
+    threshold: Probability = 0.5
+    refine: bool = True
+    short_side: Count = 512
+    batch_size: Count = 16
+    shard_size: Count = 500
+    max_pixels: Count = 100_000_000
+
+
+class PseudoLabelParams(Section):
+    """Stage 4: dense labels by DenseCLIP, training-free.
+
+    `prompt_denoising` and `key_smoothing` are the thresholds of the two refinements; null is off.
+    `published_activation` keeps MaskCLIP's exact GELU and layer-norm eps of 1e-6 where CLIP has
+    QuickGELU and 1e-5. `dense_attention` `maskclip` keeps residual and MLP of the last block, as
+    the code does; `value_only` is the paper's text.
+    """
+
+    encoder: EncoderParams = EncoderParams()
+    templates: Literal["prompts85", "name"] = "prompts85"
+    prompt_denoising: Probability | None = None
+    key_smoothing: Probability | None = None
+    published_activation: bool = True
+    dense_attention: Literal["maskclip", "value_only"] = "maskclip"
+    normalisation: Literal["imagenet", "clip"] = "imagenet"
+    logit_scale: Positive = 100.0
+    batch_size: Count = 16
+    shard_size: Count = 500
+
+
+class TrainParams(Section):
+    """Stage 5: ZUTIS on the pseudo-labels.
+
+    `target` is what training sees: `saliency`, `denseclip` or `fused`, where DenseCLIP overrules at
+    `confidence_threshold` and `conflict` says by what. `logit_scale` multiplies the cosines in the
+    cross-entropy (1 as published). `negative_canvas` is the share of images whose canvas is one of
+    the negatives of stage 2; `split_components` pastes every connected component of a pseudo-mask
+    as an object of its own.
+    """
+
+    encoder: EncoderParams = EncoderParams()
+    target: Literal["saliency", "denseclip", "fused"] = "saliency"
+    confidence_threshold: Probability = 0.5
+    conflict: Literal["category", "ignore"] = "ignore"
+    templates: Literal["prompts85", "name"] = "name"
+    iterations: Count = 20_000
+    batch_size: Count = 8
+    crop_size: Count = 384
+    scale_range: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.1, 1.0]
+    flip: Probability = 0.5
+    colour_jitter: Probability = 0.8
+    max_paste: Count = 10
+    same_archive: Probability = 0.5
+    negative_canvas: Probability = 0.0
+    split_components: bool = False
+    learning_rate: Positive = 5e-5
+    encoder_learning_rate: Positive = 5e-6
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    ce_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    mask_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    logit_scale: Positive = 1.0
+    stop_gradient: bool = True
+    num_queries: Count = 100
+    decoder_layers: Count = 6
+    num_heads: Count = 8
+    feedforward_dim: Count = 2048
+    workers: Workers = 2
+    log_every: Count = 20
+    checkpoint_every: Count = 1000
+
+
+class EvaluateParams(Section):
+    """Stage 6: prediction and scores on the benchmarks.
+
+    `resize_to` brings the short side of an image to this many pixels before the network, `max_side`
+    bounds its long side; predictions return to the original size.
+    """
+
+    threshold: Probability = 0.5
+    suppression: Literal["none", "hard", "linear", "gaussian"] = "hard"
+    temperature: Positive = 1.0
+    resize_to: Count | None = None
+    max_side: Count | None = None
+    batch_size: Count = 1
+    overlays: Annotated[int, Field(ge=0)] = 24
+
+
+class BenchParams(Section):
+    """A labelled set to score on: its format, folder, split, category list and known groups.
+
+    `categories` is a shipped set's name or a list; `groups` maps a name to an image list of the
+    benchmark that is scored apart as well.
+    """
+
+    format: Literal["voc"] = "voc"
+    root: RelaxedPath
+    split: str = "val"
+    categories: str | list[str] = "voc"
+    groups: dict[str, str] = {}
+
+
+class AuditParams(Section):
+    """True masks of index images, in VOC's layout, used to score pseudo-masks and nothing else."""
+
+    root: RelaxedPath
+    categories: str | list[str]
+
+
+class WorldParams(Section):
+    """The demo's drawn world: numbers of images and side in pixels."""
+
+    index_images: Count = 2000
+    bench_images: Count = 300
+    size: Annotated[int, Field(ge=32)] = 96
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    k: Count = 500
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    categories: str | list[str]
+    background: Annotated[list[str], Field(min_length=1)] = ["background"]
+    worlds: dict[str, WorldParams] = {}
+    index: Annotated[dict[str, SourceParams], Field(min_length=1)]
+    embed: EmbedParams = EmbedParams()
+    retrieve: RetrieveParams = RetrieveParams()
+    mask: MaskParams = MaskParams()
+    pseudo_label: PseudoLabelParams = PseudoLabelParams()
+    train: TrainParams = TrainParams()
+    evaluate: EvaluateParams = EvaluateParams()
+    benches: dict[str, BenchParams] = {}
+    audits: dict[str, AuditParams] = {}
+
+
+def read_params(path: Path) -> Params:
+    """Read and check a params file (YAML 1.2, as DVC reads it).
+
+    Raises:
+        PipelineError: no such file, not YAML, or a key that is unknown, missing or has a value of
+            the wrong type or range; every offending key is named.
+    """
+    try:
+        content = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PipelineError(
+            f"{path}: no such file; `pipeline init --preset folder` writes one"
+        ) from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise PipelineError(f"{path}: not valid YAML: {error}") from None
+    return parse_params(content, name=str(path))
+
+
+def parse_params(content: Any, *, name: str = "params.yaml") -> Params:
+    """Check the parsed content of a params file; `name` heads the error messages."""
+    if not isinstance(content, dict):
+        raise PipelineError(f"{name}: expected `key: value` lines, found {type(content).__name__}")
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        raise PipelineError("\n".join(_complaints(name, error))) from None
+
+
+def _complaints(name: str, error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        location = [part for part in item["loc"] if not _is_union_branch(part)]
+        key = ".".join(str(part) for part in location)
+        if item["type"] == "extra_forbidden":
+            yield f"{name}: unknown key {key!r}{_suggestion(location)}"
+        elif item["type"] == "missing":
+            yield f"{name}: key {key!r} is missing"
+        else:
+            yield f"{name}: {key}: {item['msg']}, got {item['input']!r}"
+
+
+def _is_union_branch(part: str | int) -> bool:
+    return part in ("str", "list[str]")
+
+
+def _suggestion(location: list[str | int]) -> str:
+    """Name the closest known key of the section that holds the unknown one."""
+    section: Any = Params
+    for part in location[:-1]:
+        field = section.model_fields.get(part) if isinstance(section, type) else None
+        section = field.annotation if field is not None else _value_section(section)
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            section = _value_section(section) or section
+    if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        return ""
+    known = sorted(section.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
+
+
+def _value_section(annotation: Any) -> Any:
+    for argument in get_args(annotation):
+        if isinstance(argument, type) and issubclass(argument, BaseModel):
+            return argument
+    return None

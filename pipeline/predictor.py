@@ -1,0 +1,300 @@
+"""From an image to label map and objects, with any category names.
+
+segmenter = Segmenter.load("models/zutis", categories=["cat", "dog"])
+prediction = segmenter("photo.jpg")
+prediction.semantic                       # (H, W) label ids, 0 is background
+[segmenter.categories[i.label_id - 1] for i in prediction.instances]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipeline.data.categories import load_category_set
+from pipeline.data.images import load_image
+from pipeline.data.prompts import TEMPLATE_SETS
+from pipeline.errors import PipelineError
+from pipeline.files import read_json
+from pipeline.models.build import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    build_zutis,
+    load_state,
+    load_strict,
+)
+from pipeline.models.clip import label_embeddings, load_clip
+from pipeline.models.postprocess import (
+    Instance,
+    Suppression,
+    instance_predictions,
+    semantic_prediction,
+)
+from pipeline.models.tokens import vision_tower
+from pipeline.models.zutis import Zutis
+from pipeline.runtime import Runtime, make_runtime
+
+ImageInput = Image.Image | Path | str | NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What `config.json` of a checkpoint says.
+
+    Attributes:
+        architecture: keyword arguments of `build_zutis`.
+        encoder_model: see `load_clip`; so is `encoder_pretrained`.
+        categories: names it was trained with, in the order of the label ids from 1.
+        background: names whose mean embedding is label id 0.
+        templates: name of the prompt templates of its text embeddings.
+        step: training steps made.
+    """
+
+    architecture: Mapping[str, Any]
+    encoder_model: str
+    encoder_pretrained: str
+    categories: list[str]
+    background: list[str]
+    templates: str
+    step: int
+
+
+@dataclass(frozen=True)
+class PredictionSettings:
+    """How the network's output becomes a prediction; defaults of the ZUTIS paper.
+
+    Attributes:
+        threshold: probability above which a pixel belongs to an object.
+        temperature: factor of the cosine in an object's category score.
+        suppression: non-maximum suppression among the objects of a category.
+        resize_to: short side of the network's input in pixels; None keeps the image's.
+        max_side: bound on its long side; None for no bound.
+    """
+
+    threshold: float = 0.5
+    temperature: float = 5.0
+    suppression: Suppression = "hard"
+    resize_to: int | None = None
+    max_side: int | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The segmentation of one image, at its own size.
+
+    Attributes:
+        semantic: (H, W) int32 label ids, 0 is background.
+        instances: objects by falling score.
+        categories: names in the order of the label ids from 1.
+    """
+
+    semantic: NDArray[np.int32]
+    instances: list[Instance]
+    categories: list[str] = field(repr=False)
+
+
+class Segmenter:
+    """A ZUTIS network with the text embeddings of some categories."""
+
+    def __init__(
+        self,
+        network: Zutis,
+        text_embeddings: Tensor,
+        *,
+        categories: Sequence[str],
+        runtime: Runtime,
+        settings: PredictionSettings,
+    ) -> None:
+        """Put the parts together; `Segmenter.load` makes them.
+
+        Args:
+            network: on the device of `runtime`.
+            text_embeddings: (1 + K, C) unit rows by label id, the background's first.
+            categories: K names.
+            runtime: device and precision.
+            settings: see `PredictionSettings`.
+        """
+        self.categories = list(categories)
+        self.settings = settings
+        self.patch_size = vision_tower(network.encoder).conv1.weight.shape[-1]
+        self._network = network.eval()
+        self._text = text_embeddings.to(runtime.device)
+        self._runtime = runtime
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint_dir: Path | str,
+        *,
+        categories: Sequence[str] | None = None,
+        device: str = "auto",
+        settings: PredictionSettings | None = None,
+        runtime: Runtime | None = None,
+    ) -> Segmenter:
+        """Load a checkpoint that `pipeline train` wrote.
+
+        Args:
+            checkpoint_dir: folder with `model.safetensors` and `config.json`.
+            categories: any names; None for those the checkpoint was trained with.
+            device: auto, cpu or cuda.
+            settings: see `PredictionSettings`.
+            runtime: takes the place of `device`.
+
+        Raises:
+            PipelineError: no checkpoint, one of another architecture, or a name that is empty,
+                repeated or unknown to the text encoder.
+        """
+        folder = Path(checkpoint_dir)
+        config = read_checkpoint_config(folder)
+        runtime = runtime or make_runtime(device=device)
+        names = load_category_set(
+            config.categories if categories is None else list(categories),
+            background=config.background,
+        )
+        clip = load_clip(config.encoder_model, config.encoder_pretrained, runtime.device)
+        text = label_embeddings(
+            clip,
+            background=config.background,
+            categories=names,
+            templates=TEMPLATE_SETS[config.templates],
+        )
+        try:
+            network = build_zutis(clip.visual, **config.architecture)
+        except TypeError as error:
+            raise PipelineError(f"{folder / CONFIG_NAME}: architecture: {error}") from None
+        load_strict(network, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
+        return cls(
+            network.to(runtime.device),
+            text,
+            categories=names,
+            runtime=runtime,
+            settings=settings or PredictionSettings(),
+        )
+
+    def __call__(self, image: ImageInput) -> Prediction:
+        """Segment one image: a path, a PIL image, or (H, W, 3) uint8 RGB.
+
+        Raises:
+            ImageError: the file cannot be read; the message is the reason.
+        """
+        return self.predict([image])[0]
+
+    def predict(self, images: Sequence[ImageInput]) -> list[Prediction]:
+        """Segment several images; those whose inputs are of one size share a forward pass."""
+        pictures = [to_rgb(image) for image in images]
+        inputs = [
+            to_tensor(picture, self.settings, patch_size=self.patch_size) for picture in pictures
+        ]
+        groups: dict[torch.Size, list[int]] = {}
+        for index, tensor in enumerate(inputs):
+            groups.setdefault(tensor.shape, []).append(index)
+        predictions: dict[int, Prediction] = {}
+        for members in groups.values():
+            sizes = [(pictures[index].height, pictures[index].width) for index in members]
+            batch = torch.stack([inputs[index] for index in members])
+            predictions.update(zip(members, self._segment(batch, sizes), strict=True))
+        return [predictions[index] for index in range(len(pictures))]
+
+    @torch.no_grad()
+    def _segment(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """Predictions at `sizes` (H, W) of network inputs (B, 3, H', W') in [0, 1]."""
+        with self._runtime.autocast():
+            output = self._network(images.to(self._runtime.device))
+        mask_probs = output.mask_logits[:, -1].float().sigmoid()
+        patch_tokens = output.patch_tokens.float()
+        predictions = []
+        for probs, tokens, size in zip(mask_probs, patch_tokens, sizes, strict=True):
+            semantic = semantic_prediction(tokens[None], self._text, size)[0]
+            instances = instance_predictions(
+                probs,
+                tokens,
+                self._text,
+                size,
+                threshold=self.settings.threshold,
+                temperature=self.settings.temperature,
+                suppression=self.settings.suppression,
+            )
+            labels = semantic.cpu().numpy().astype(np.int32)
+            predictions.append(Prediction(labels, instances, self.categories))
+        return predictions
+
+
+def read_checkpoint_config(checkpoint_dir: Path) -> CheckpointConfig:
+    """Read `config.json` of a checkpoint.
+
+    Raises:
+        PipelineError: missing, or an entry is missing or of the wrong type; the message names it.
+    """
+    path = Path(checkpoint_dir) / CONFIG_NAME
+    if not path.is_file():
+        raise PipelineError(f"{path}: no such file; `pipeline train` writes a checkpoint")
+    content = read_json(path)
+    try:
+        encoder = content["encoder"]
+        config = CheckpointConfig(
+            architecture=dict(content["architecture"]),
+            encoder_model=str(encoder["model"]),
+            encoder_pretrained=str(encoder["pretrained"]),
+            categories=[str(name) for name in content["categories"]],
+            background=[str(name) for name in content["background"]],
+            templates=str(content["templates"]),
+            step=int(content["step"]),
+        )
+    except KeyError as error:
+        raise PipelineError(f"{path}: entry {error.args[0]!r} is missing; train again") from None
+    except (TypeError, ValueError) as error:
+        raise PipelineError(f"{path}: not the settings of a checkpoint ({error})") from None
+    if config.templates not in TEMPLATE_SETS:
+        raise PipelineError(
+            f"{path}: templates {config.templates!r}: expected one of {', '.join(TEMPLATE_SETS)}"
+        )
+    return config
+
+
+def input_size(
+    width: int, height: int, settings: PredictionSettings, *, patch_size: int
+) -> tuple[int, int]:
+    """(width, height) of the network's input for an image.
+
+    Where nothing asks for another size the image keeps its own, as published. A resized side is a
+    multiple of the patch size, so that no pixel is cut off; no side is shorter than a patch.
+    """
+    scale = 1.0 if settings.resize_to is None else settings.resize_to / min(width, height)
+    if settings.max_side is not None:
+        scale = min(scale, settings.max_side / max(width, height))
+    if scale == 1.0 and min(width, height) >= patch_size:
+        return width, height
+    patches_x, patches_y = (max(1, round(side * scale / patch_size)) for side in (width, height))
+    return patches_x * patch_size, patches_y * patch_size
+
+
+def to_tensor(image: Image.Image, settings: PredictionSettings, *, patch_size: int) -> Tensor:
+    """Network input (3, H', W') float32 in [0, 1] of an RGB image."""
+    size = input_size(image.width, image.height, settings, patch_size=patch_size)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def to_rgb(image: ImageInput) -> Image.Image:
+    """RGB image of a path, a PIL image of any mode, or an (H, W, 3) uint8 array.
+
+    Raises:
+        ImageError: the file cannot be read.
+        ValueError: an array of another shape or type.
+    """
+    if isinstance(image, str | Path):
+        return load_image(Path(image))
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f"{image.dtype} array {image.shape}: expected uint8 (H, W, 3)")
+    return Image.fromarray(image)

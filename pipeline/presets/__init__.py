@@ -1,0 +1,77 @@
+"""Presets: complete params files, from the embedded default to the papers' settings."""
+
+from __future__ import annotations
+
+import difflib
+from io import StringIO
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from pipeline.errors import PipelineError
+from pipeline.files import write_bytes
+
+_FOLDER = Path(__file__).parent
+_OWN_IMAGES = "folder"
+
+
+def list_presets() -> list[tuple[str, str]]:
+    """Names of the presets and the first line of each file's comment."""
+    return [
+        (path.stem, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
+        for path in sorted(_FOLDER.glob("*.yaml"))
+    ]
+
+
+def preset_text(name: str) -> str:
+    """Content of a preset's params file.
+
+    Raises:
+        PipelineError: no preset has this name.
+    """
+    names = [known for known, _ in list_presets()]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise PipelineError(f"--preset: {name!r} is unknown; {hint}known: {', '.join(names)}")
+    return (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def write_preset(
+    name: str,
+    out: Path,
+    *,
+    images: Path | None = None,
+    categories: list[str] | None = None,
+    force: bool = False,
+) -> None:
+    """Write a preset to `out`; `images` and `categories` fill in the preset `folder`.
+
+    Raises:
+        PipelineError: unknown preset, `out` exists and `force` is off, `images` is no folder, or
+            `images` or `categories` given with another preset.
+    """
+    text = preset_text(name)
+    if (images or categories) and name != _OWN_IMAGES:
+        raise PipelineError(f"--images and --categories belong to preset {_OWN_IMAGES}, not {name}")
+    if images is not None and not images.is_dir():
+        raise PipelineError(f"--images: {images}: no such folder")
+    if out.exists() and not force:
+        raise PipelineError(f"{out}: exists already; add --force to overwrite it")
+    write_bytes(out, _filled_in(text, images, categories).encode())
+
+
+def _filled_in(text: str, images: Path | None, categories: list[str] | None) -> str:
+    """Set the index folder and the category list, keeping comments and order."""
+    if images is None and categories is None:
+        return text
+    yaml = YAML()
+    yaml.width = 100
+    content = yaml.load(text)
+    if images is not None:
+        content["index"]["photos"]["root"] = str(images)
+    if categories is not None:
+        content["categories"] = categories
+    buffer = StringIO()
+    yaml.dump(content, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Drawing, charts and the template of the report page."""

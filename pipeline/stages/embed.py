@@ -1,0 +1,297 @@
+"""Stage 1, embed: one source of the index dataset -> Parquet shards of CLIP image embeddings.
+
+Letters: B images, C embedding length, S side of the encoder's input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline.data.cache import BlobCache
+from pipeline.data.images import ImageError, load_image
+from pipeline.data.sources import ImageRef, list_images, read_image
+from pipeline.data.tables import (
+    STATUS_OK,
+    STATUS_SKIPPED,
+    embedding_schema,
+    encoder_name,
+    write_table,
+)
+from pipeline.errors import PipelineError
+from pipeline.files import replace_dir
+from pipeline.models.clip import ClipEncoder, load_clip
+from pipeline.params import EmbedParams, SourceParams
+from pipeline.runtime import Runtime, StageRun
+
+CACHE_VERSION = 1
+CACHED_SIZE = struct.Struct("<II")
+MIN_CHUNK = 256
+
+
+def run(
+    *,
+    name: str,
+    source: SourceParams,
+    out_dir: Path,
+    params: EmbedParams,
+    runtime: Runtime,
+    stats_path: Path,
+) -> None:
+    """Embed all images of a source.
+
+    The shards have one row an image, in the order of the source, whatever the number of workers. An
+    image that cannot be read is a row with status "skipped" and the reason. Embeddings are cached
+    by the content of the image: a run that was killed continues, and images seen before are not
+    embedded again.
+
+    Args:
+        name: name of the source.
+        source: where its images are.
+        out_dir: folder of the shards, replaced as a whole.
+        params: encoder, batch and shard sizes, workers (0: decode in the main thread).
+        runtime: device and cache folder.
+        stats_path: JSON file of the counts.
+
+    Raises:
+        PipelineError: no image is there, or none can be read; the encoder cannot be loaded.
+    """
+    refs = list(list_images(name, source))
+    encoder = load_clip(params.encoder.model, params.encoder.pretrained, runtime.device)
+    settings = {
+        "version": CACHE_VERSION,
+        "encoder": encoder.fingerprint(),
+        "precision": str(runtime.amp_dtype),
+    }
+    chunk_size = params.batch_size * -(-MIN_CHUNK // params.batch_size)
+    with (
+        StageRun("embed", stats_path=stats_path, total=len(refs)) as stage_run,
+        BlobCache(runtime.cache_dir / "embed", settings, flush_every=chunk_size + 1) as cache,
+        replace_dir(out_dir) as shard_dir,
+        ThreadPoolExecutor(params.workers) if params.workers else nullcontext() as pool,
+    ):
+        load = _Loader(cache, preprocess=encoder.preprocess, max_pixels=params.max_pixels)
+        embedder = _Embedder(encoder, cache, batch_size=params.batch_size, runtime=runtime)
+        writer = _ShardWriter(
+            shard_dir,
+            schema=embedding_schema(
+                encoder.embed_dim, encoder_name(params.encoder.model, params.encoder.pretrained)
+            ),
+            shard_size=params.shard_size,
+        )
+        window = 2 * params.batch_size + params.workers
+        for start in range(0, len(refs), chunk_size):
+            chunk = refs[start : start + chunk_size]
+            loaded = _ordered_map(pool, load, chunk, window=window)
+            writer.add(chunk, embedder(_counted(stage_run, chunk, loaded)))
+        writer.close()
+        if stage_run.items == 0:
+            first = stage_run.skipped[0]
+            raise PipelineError(
+                f"index.{name}: none of the {len(refs)} images below {source.root} can be read; "
+                f"the first is {first['item']}: {first['reason']}"
+            )
+
+
+@dataclass(slots=True)
+class _Image:
+    """What is known of one image on its way to a row.
+
+    Either `error` says why it is skipped, or `embedding` (C,) float16 comes from the cache, or
+    `pixels` (3, S, S) wait for the encoder.
+    """
+
+    num_bytes: int | None = None
+    sha256: str | None = None
+    width: int | None = None
+    height: int | None = None
+    error: str | None = None
+    embedding: np.ndarray | None = None
+    pixels: Tensor | None = None
+
+
+class _Loader:
+    """Reads, hashes and, unless its embedding is cached, decodes an image; used by all workers."""
+
+    def __init__(
+        self, cache: BlobCache, *, preprocess: Callable[..., Tensor], max_pixels: int
+    ) -> None:
+        self._cache = cache
+        self._lock = threading.Lock()
+        self._preprocess = preprocess
+        self._max_pixels = max_pixels
+
+    def __call__(self, ref: ImageRef) -> _Image:
+        image = _Image()
+        try:
+            data = read_image(ref)
+            image.num_bytes = len(data)
+            image.sha256 = hashlib.sha256(data).hexdigest()
+            if not self._fill_from_cache(image, image.sha256):
+                pixels = load_image(data, max_pixels=self._max_pixels)
+                image.width, image.height = pixels.size
+                image.pixels = self._preprocess(pixels)
+        except ImageError as error:
+            image.error = str(error)
+        return image
+
+    def _fill_from_cache(self, image: _Image, sha256: str) -> bool:
+        with self._lock:
+            blob = self._cache.get(sha256)
+        if blob is None:
+            return False
+        width, height = CACHED_SIZE.unpack_from(blob)
+        if width * height > self._max_pixels:
+            return False
+        image.width, image.height = width, height
+        image.embedding = np.frombuffer(blob, "<f2", offset=CACHED_SIZE.size)
+        return True
+
+
+class _Embedder:
+    """Embeds the images of a chunk in batches and puts the results into the cache at its end.
+
+    Batches always have the same shape, and the cache grows by whole chunks only: a run that
+    continues then forms the very batches of one that was never interrupted, and gives its bytes.
+    """
+
+    def __init__(
+        self, encoder: ClipEncoder, cache: BlobCache, *, batch_size: int, runtime: Runtime
+    ) -> None:
+        self._encoder = encoder
+        self._cache = cache
+        self._batch_size = batch_size
+        self._runtime = runtime
+
+    def __call__(self, images: Iterable[_Image]) -> list[_Image]:
+        """Return the images with every embedding filled in that can be."""
+        chunk: list[_Image] = []
+        batch: dict[str, Tensor] = {}
+        embeddings: dict[str, np.ndarray] = {}
+        for image in images:
+            chunk.append(image)
+            if image.pixels is not None and image.sha256 not in embeddings:
+                batch[str(image.sha256)] = image.pixels
+            image.pixels = None
+            if len(batch) == self._batch_size:
+                embeddings.update(self._encode(batch))
+                batch.clear()
+        embeddings.update(self._encode(batch))
+        self._store(chunk, embeddings)
+        return chunk
+
+    def _encode(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        if not batch:
+            return {}
+        pixels = torch.stack(list(batch.values()))
+        padding = torch.zeros(self._batch_size - len(batch), *pixels.shape[1:])
+        images = torch.cat([pixels, padding]).to(self._runtime.device)
+        with torch.inference_mode(), self._runtime.autocast():
+            embeddings = self._encoder.encode_images(images)[: len(batch)].float()
+        if not torch.isfinite(embeddings).all():
+            raise PipelineError(
+                "embed.encoder: the encoder gives embeddings that are not finite; "
+                "check its weights file"
+            )
+        return dict(zip(batch, embeddings.half().cpu().numpy(), strict=True))
+
+    def _store(self, chunk: list[_Image], embeddings: dict[str, np.ndarray]) -> None:
+        for image in chunk:
+            if image.embedding is None and image.sha256 in embeddings:
+                image.embedding = embeddings[image.sha256]
+                header = CACHED_SIZE.pack(image.width, image.height)
+                self._cache.put(image.sha256, header + image.embedding.astype("<f2").tobytes())
+        self._cache.flush()
+
+
+class _ShardWriter:
+    """Collects rows and writes a Parquet file whenever `shard_size` of them are there."""
+
+    def __init__(self, shard_dir: Path, *, schema: pa.Schema, shard_size: int) -> None:
+        self._shard_dir = shard_dir
+        self._schema = schema
+        self._shard_size = shard_size
+        self._rows: list[tuple[ImageRef, _Image]] = []
+        self._num_shards = 0
+
+    def add(self, refs: Iterable[ImageRef], images: Iterable[_Image]) -> None:
+        """Append one row an image."""
+        self._rows.extend(zip(refs, images, strict=True))
+        while len(self._rows) >= self._shard_size:
+            self._write(self._rows[: self._shard_size])
+            self._rows = self._rows[self._shard_size :]
+
+    def close(self) -> None:
+        """Write the rows that are left."""
+        if self._rows:
+            self._write(self._rows)
+            self._rows = []
+
+    def _write(self, rows: list[tuple[ImageRef, _Image]]) -> None:
+        records = [_record(ref, image) for ref, image in rows]
+        table = pa.Table.from_pylist(records, schema=self._schema)
+        write_table(self._shard_dir / f"{self._num_shards:05d}.parquet", table)
+        self._num_shards += 1
+
+
+def _record(ref: ImageRef, image: _Image) -> dict[str, object]:
+    return {
+        "key": ref.key,
+        "source": ref.source,
+        "path": ref.path,
+        "member": ref.member,
+        "offset": ref.offset,
+        "width": image.width,
+        "height": image.height,
+        "bytes": image.num_bytes,
+        "sha256": image.sha256,
+        "status": STATUS_SKIPPED if image.error else STATUS_OK,
+        "error_message": image.error,
+        "embedding": image.embedding,
+    }
+
+
+def _counted(
+    stage_run: StageRun, refs: Iterable[ImageRef], images: Iterable[_Image]
+) -> Iterator[_Image]:
+    """Pass images on and count what becomes of each."""
+    for ref, image in zip(refs, images, strict=True):
+        if image.error:
+            item = ref.path if ref.member is None else f"{ref.path}/{ref.member}"
+            stage_run.skip(item, image.error)
+        else:
+            stage_run.advance()
+            stage_run.count("cached", int(image.embedding is not None))
+        yield image
+
+
+def _ordered_map(
+    pool: Executor | None,
+    function: Callable[[ImageRef], _Image],
+    refs: Iterable[ImageRef],
+    *,
+    window: int,
+) -> Iterator[_Image]:
+    """Map in the order of the input, with at most `window` results under way."""
+    if pool is None:
+        yield from map(function, refs)
+        return
+    pending: deque[Future[_Image]] = deque()
+    for ref in refs:
+        pending.append(pool.submit(function, ref))
+        if len(pending) > window:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

@@ -1,0 +1,334 @@
+"""Stage 3: archives -> shards of images with pseudo-masks.
+
+Every image is masked once, by SelfMask or by spectral voting, and optionally snapped to its edges
+by the bilateral solver. Masks are cached by the image's hash, so a larger k masks new images only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipeline.data.cache import BlobCache
+from pipeline.data.images import (
+    ImageError,
+    decode_png,
+    encode_jpeg,
+    encode_png,
+    is_plain_jpeg,
+    load_image,
+    shrink_short_side,
+)
+from pipeline.data.shards import write_shards
+from pipeline.data.sources import read_image
+from pipeline.data.tables import ArchiveRow, read_archives
+from pipeline.errors import PipelineError
+from pipeline.files import file_sha256
+from pipeline.models.bilateral import bilateral_solve
+from pipeline.models.clip import load_clip
+from pipeline.models.selfmask import load_selfmask
+from pipeline.models.spectral import spectral_mask
+from pipeline.params import MaskParams
+from pipeline.runtime import Runtime, StageRun
+
+NEGATIVE_LABEL_ID = 0
+BATCHES_IN_MEMORY = 4
+# Bounds on what one image may cost: attention and the affinity matrix are quadratic in its area.
+MAX_SELFMASK_TOKENS = 16_384
+MAX_SPECTRAL_POSITIONS = 6_144
+POSITIONS_PER_PATCH = 4
+
+
+@dataclass(frozen=True)
+class Masker:
+    """A way to make masks.
+
+    Attributes:
+        settings: all that its masks depend on besides the image; representable in JSON.
+        max_pixels: larger images are shrunk for it, and the masks enlarged again.
+        predict: images (B, 3, H, W) in [0, 1] -> mask probabilities (B, H, W), on the CPU.
+        threshold: a pixel belongs to the mask where its probability exceeds this.
+    """
+
+    settings: dict[str, Any]
+    max_pixels: int
+    predict: Callable[[Tensor], Tensor]
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An archive image as it goes into a shard.
+
+    Attributes:
+        row: its place in the archives.
+        image: RGB, upright, short side limited.
+        jpeg: the same as a file.
+    """
+
+    row: ArchiveRow
+    image: Image.Image
+    jpeg: bytes
+
+
+def run(
+    *,
+    archives_path: Path,
+    out_dir: Path,
+    params: MaskParams,
+    runtime: Runtime,
+    stats_path: Path,
+) -> dict[str, Any]:
+    """Write one sample for each archive image: `jpg`, `mask.png` (0 and 255) and `json`.
+
+    Images that cannot be read, or have changed since they were embedded, are skipped and listed.
+    Images of archive 0, the negatives, get an empty mask. The stats count `masked` (computed now),
+    `cached` (known from an earlier run or archive), `negatives`, and `empty_masks`.
+
+    Args:
+        archives_path: table of stage 2.
+        out_dir: folder of shards, written whole.
+        params: section `mask`.
+        runtime: device, seed and cache folder.
+        stats_path: JSON of counts.
+
+    Returns:
+        The manifest of the shards.
+
+    Raises:
+        PipelineError: no archives or weights, or not one image could be read.
+    """
+    rows = read_archives(archives_path)
+    if not rows:
+        raise PipelineError(f"{archives_path}: no images; run `pipeline retrieve` again")
+    masker = make_masker(params, runtime)
+    settings = {**masker.settings, "refine": params.refine, "short_side": params.short_side}
+    with (
+        StageRun("mask", stats_path=stats_path, total=len(rows)) as stage_run,
+        BlobCache(runtime.cache_dir / "masks", settings) as cache,
+    ):
+        return write_shards(
+            _samples(rows, masker=masker, cache=cache, params=params, stage_run=stage_run),
+            out_dir,
+            shard_size=params.shard_size,
+            settings={"mask": settings},
+        )
+
+
+def make_masker(params: MaskParams, runtime: Runtime) -> Masker:
+    """Load the network that `params.source` asks for."""
+    if params.source == "selfmask":
+        return _selfmask_masker(params, runtime)
+    return _spectral_masker(params, runtime)
+
+
+def _selfmask_masker(params: MaskParams, runtime: Runtime) -> Masker:
+    model = load_selfmask(params.weights, runtime.device)
+
+    def predict(images: Tensor) -> Tensor:
+        with runtime.autocast():
+            return model.saliency(images.to(runtime.device)).cpu()
+
+    return Masker(
+        settings={
+            "source": "selfmask",
+            "weights": file_sha256(params.weights),
+            "architecture": asdict(model.config),
+            "threshold": params.threshold,
+            "precision": str(runtime.amp_dtype),
+        },
+        max_pixels=MAX_SELFMASK_TOKENS * model.config.patch_size**2,
+        predict=predict,
+        threshold=params.threshold,
+    )
+
+
+def _spectral_masker(params: MaskParams, runtime: Runtime) -> Masker:
+    encoder = load_clip(params.encoder.model, params.encoder.pretrained, runtime.device)
+    patch = encoder.patch_size
+
+    def predict(images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        with runtime.autocast():
+            features = encoder.patch_features(images.to(runtime.device)).float().cpu()
+        masks = [
+            spectral_mask(
+                [feature_map],
+                size=(height, width),
+                padded_size=(math.ceil(height / patch) * patch, math.ceil(width / patch) * patch),
+                clusters=params.clusters,
+                seed=runtime.seed,
+            )
+            for feature_map in features
+        ]
+        return torch.from_numpy(np.stack(masks)).float()
+
+    return Masker(
+        settings={
+            "source": "spectral",
+            "encoder": encoder.fingerprint(),
+            "clusters": list(params.clusters),
+            "seed": runtime.seed,
+            "precision": str(runtime.amp_dtype),
+        },
+        max_pixels=MAX_SPECTRAL_POSITIONS // POSITIONS_PER_PATCH * patch**2,
+        predict=predict,
+        threshold=0.5,
+    )
+
+
+def _samples(
+    rows: Sequence[ArchiveRow],
+    *,
+    masker: Masker,
+    cache: BlobCache,
+    params: MaskParams,
+    stage_run: StageRun,
+) -> Iterator[dict[str, Any]]:
+    """Yield the sample of every readable row, in order, a few batches in memory at a time."""
+    chunk_size = BATCHES_IN_MEMORY * params.batch_size
+    for start in range(0, len(rows), chunk_size):
+        chunk = rows[start : start + chunk_size]
+        photos = [photo for row in chunk if (photo := _read_photo(row, params, stage_run))]
+        objects = [photo for photo in photos if photo.row.label_id != NEGATIVE_LABEL_ID]
+        masks = _masks_by_sha256(
+            objects, masker=masker, cache=cache, params=params, stage_run=stage_run
+        )
+        for photo in photos:
+            if photo.row.label_id == NEGATIVE_LABEL_ID:
+                mask_png = encode_png(np.zeros(photo.image.size[::-1], dtype=bool))
+                stage_run.count("negatives")
+            else:
+                mask_png = masks[photo.row.sha256]
+                stage_run.count("empty_masks", int(not decode_png(mask_png).any()))
+            yield _sample(photo, mask_png)
+            stage_run.advance()
+    if stage_run.items == 0:
+        example = stage_run.skipped[0]
+        raise PipelineError(
+            f"none of the {len(rows)} archive images could be read; the first, {example['item']}: "
+            f"{example['reason']}. If the images have moved or changed, run `pipeline embed` again"
+        )
+
+
+def _read_photo(row: ArchiveRow, params: MaskParams, stage_run: StageRun) -> Photo | None:
+    """Read and shrink one image; None if it had to be skipped."""
+    try:
+        data = read_image(row)
+        if hashlib.sha256(data).hexdigest() != row.sha256:
+            raise ImageError("changed since it was embedded")
+        full = load_image(data, max_pixels=params.max_pixels)
+    except ImageError as error:
+        stage_run.skip(row.path if row.member is None else f"{row.path}:{row.member}", str(error))
+        return None
+    image = shrink_short_side(full, params.short_side)
+    jpeg = data if is_plain_jpeg(data, image) else encode_jpeg(image)
+    return Photo(row=row, image=image, jpeg=jpeg)
+
+
+def _masks_by_sha256(
+    photos: Sequence[Photo],
+    *,
+    masker: Masker,
+    cache: BlobCache,
+    params: MaskParams,
+    stage_run: StageRun,
+) -> dict[str, bytes]:
+    """Mask files of some images by their hash, from the cache where it has them."""
+    masks: dict[str, bytes] = {}
+    unknown: dict[str, Image.Image] = {}
+    for photo in photos:
+        sha256 = photo.row.sha256
+        if sha256 not in masks and sha256 not in unknown:
+            known = cache.get(sha256)
+            if known is None:
+                unknown[sha256] = photo.image
+            else:
+                masks[sha256] = known
+    stage_run.count("masked", len(unknown))
+    stage_run.count("cached", len(photos) - len(unknown))
+    for batch in _equal_size_batches(unknown, params.batch_size):
+        images = [unknown[sha256] for sha256 in batch]
+        for sha256, mask in zip(
+            batch, predict_masks(images, masker=masker, refine=params.refine), strict=True
+        ):
+            masks[sha256] = encode_png(mask)
+            cache.put(sha256, masks[sha256])
+    return masks
+
+
+def _equal_size_batches(images: dict[str, Image.Image], batch_size: int) -> Iterator[list[str]]:
+    """Keys of images in batches whose members have the same size."""
+    keys_of_size: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for key, image in images.items():
+        keys_of_size[image.size].append(key)
+    for keys in keys_of_size.values():
+        for start in range(0, len(keys), batch_size):
+            yield keys[start : start + batch_size]
+
+
+def predict_masks(
+    images: Sequence[Image.Image], *, masker: Masker, refine: bool
+) -> list[NDArray[np.bool_]]:
+    """Masks of some RGB images of one size.
+
+    Args:
+        images: all (W, H).
+        masker: see `make_masker`.
+        refine: snap each mask to the edges of its image by the bilateral solver. An empty mask
+            stays empty.
+
+    Returns:
+        (H, W) masks.
+    """
+    pixels = np.stack([np.asarray(image) for image in images])
+    height, width = pixels.shape[1:3]
+    tensors = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    shrink = math.sqrt(masker.max_pixels / (height * width))
+    if shrink < 1:
+        smaller = (max(1, int(height * shrink)), max(1, int(width * shrink)))
+        tensors = F.interpolate(tensors, smaller, mode="bilinear", antialias=True)
+    probs = masker.predict(tensors)
+    if shrink < 1:
+        probs = F.interpolate(probs[:, None], (height, width), mode="bilinear")[:, 0]
+    masks = (probs > masker.threshold).numpy()
+    if not refine:
+        return list(masks)
+    return [
+        bilateral_solve(image, mask) > 0.5 if mask.any() else mask
+        for image, mask in zip(pixels, masks, strict=True)
+    ]
+
+
+def _sample(photo: Photo, mask_png: bytes) -> dict[str, Any]:
+    row = photo.row
+    return {
+        "__key__": f"{row.key}_{row.label_id}",
+        "jpg": photo.jpeg,
+        "mask.png": mask_png,
+        "json": {
+            "category": row.category,
+            "label_id": row.label_id,
+            "rank": row.rank,
+            "similarity": row.similarity,
+            "key": row.key,
+            "source": row.source,
+            "path": row.path,
+            "member": row.member,
+            "sha256": row.sha256,
+            "original_width": row.width,
+            "original_height": row.height,
+        },
+    }

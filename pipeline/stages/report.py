@@ -1,0 +1,538 @@
+"""Stage 7: everything the other stages left behind, on one self-contained HTML page.
+
+Data -> one dict -> one template: the functions below gather, `report.html.j2` lays out. What a run
+has not produced is shown as "not run". Equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from pipeline.data.categories import load_category_set
+from pipeline.data.images import decode_label, decode_png, load_image
+from pipeline.data.labels import decode_confidence, training_target
+from pipeline.data.shards import MANIFEST, SampleStore, open_samples
+from pipeline.data.tables import ArchiveRow, read_archives
+from pipeline.errors import PipelineError
+from pipeline.files import read_json, write_bytes
+from pipeline.params import EncoderParams, Params, read_params
+from pipeline.report.charts import line_chart
+from pipeline.report.pictures import (
+    category_colour,
+    fit_image,
+    fit_labels,
+    paint_labels,
+    picture,
+)
+from pipeline.runtime import StageRun
+
+TEMPLATE_DIR = Path(__file__).resolve().parents[1] / "report"
+
+STAGES = {
+    "embed": "One vector per image of the index",
+    "retrieve": "The top-k images of each category",
+    "mask": "One class-agnostic mask per archive image",
+    "pseudo_label": "A label per pixel, training-free",
+    "train": "The segmenter, on pseudo-labels alone",
+    "evaluate": "Scores on labelled images",
+    "report": "This page",
+}
+STATS_OF_STAGE = {"evaluate": ("evaluate", "audit")}
+
+BENCH_COLUMNS = {
+    "miou": "mIoU",
+    "baseline_miou": "DenseCLIP mIoU",
+    "pixel_acc": "Pixel acc.",
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_agnostic": "Agnostic AP",
+    "ap50_agnostic": "Agnostic AP50",
+    "ap75_agnostic": "Agnostic AP75",
+}
+NOT_SCORES = ("n_images", "protocol", "groups")
+GLOSSARY = {
+    "mIoU": "overlap of predicted and true pixels of a class (intersection over union), averaged "
+    "over the classes with background, from one confusion matrix over the whole benchmark.",
+    "Pixel acc.": "share of all labelled pixels whose class is predicted right.",
+    "AP": "area under the precision-recall curve of whole objects, averaged over categories and "
+    "over the mask overlaps 0.50 to 0.95 at which an object counts as found.",
+    "AP50, AP75": "the same at one overlap, 0.50 (roughly right) and 0.75 (tight).",
+    "Agnostic AP": "AP with all categories taken for one: are objects found, whatever their name?",
+    "DenseCLIP": "the training-free baseline: every patch of the image encoder takes the nearest "
+    "category name (Zhou, Loy and Dai, also known as MaskCLIP).",
+    "Archive precision": "share of archive images that do show the category they were found for.",
+    "Pseudo-mask IoU": "overlap of a pseudo-mask with the true object pixels of its image.",
+    "Pseudo-label mIoU": "mIoU of the labels that training could see, against true masks.",
+}
+PACKAGES = ("torch", "open_clip_torch", "faiss-cpu", "webdataset", "dvc", "pillow", "numpy")
+
+AUDIT_PREFIX = "audit-"
+THUMBS_PER_ARCHIVE, THUMBS_IN_ALL, MAX_ARCHIVES = 10, 200, 100
+NUM_SAMPLES, SPREAD_STEP = 12, 5
+OVERLAYS_PER_KIND, OVERLAYS_IN_ALL = 6, 16
+THUMB_SIDE, SAMPLE_SIDE, OVERLAY_SIDE = 96, 192, 1200
+THUMB_BYTES, SAMPLE_BYTES, OVERLAY_BYTES = 6_000, 12_000, 80_000
+LISTED_SKIPS = 200
+RESULTS = ("strips", "samples", "curves", "benches", "audits", "overlays")
+
+
+def run(
+    *,
+    archives_path: Path,
+    labels_dir: Path,
+    live_dir: Path,
+    params_path: Path,
+    stats_path: Path,
+    reports_dir: Path = Path("reports"),
+    out_path: Path = Path("reports/index.html"),
+) -> None:
+    """Write the report page.
+
+    Args:
+        archives_path: Parquet table of the archives.
+        labels_dir: label shards.
+        live_dir: DVCLive's folder of the training run.
+        params_path: params file of the run.
+        stats_path: where this stage's own counts go.
+        reports_dir: folder with `stats/`, `metrics/`, `plots/` and `overlays/`.
+        out_path: the HTML file.
+
+    Raises:
+        PipelineError: no stage has left anything, or one of its files is damaged.
+    """
+    with StageRun("report", stats_path=stats_path, total=len(STAGES), unit="section") as stage:
+        params = read_params(params_path) if params_path.is_file() else None
+        archives = read_archives(archives_path) if archives_path.is_file() else []
+        names = _category_names(archives, params)
+        sections: dict[str, Any] = {"stages": _stages(reports_dir / "stats")}
+        stage.advance()
+        sections["strips"], sections["samples"] = _shard_pictures(labels_dir, archives, params)
+        stage.advance()
+        sections["curves"] = _curves(live_dir)
+        stage.advance()
+        sections["benches"] = _benches(reports_dir, names)
+        sections["audits"] = _audits(reports_dir / "metrics")
+        stage.advance()
+        sections["overlays"] = _overlays(reports_dir / "overlays")
+        stage.advance()
+        stages_ran = any(dag_stage["runs"] for dag_stage in sections["stages"])
+        if not (archives or stages_ran or any(sections[name] for name in RESULTS)):
+            raise PipelineError(
+                f"{reports_dir}: nothing to report on, no stage has run yet; run `dvc repro`"
+            )
+        page = sections | {
+            "headline": _headline(sections, names, params),
+            "categories": _legend(names),
+            "settings": _settings(params),
+            "glossary": GLOSSARY,
+            "versions": _versions(),
+        }
+        write_bytes(out_path, _render(page).encode())
+        stage.advance(2)
+
+
+def _render(page: Mapping[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATE_DIR),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("report.html.j2").render(page)
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def _score(value: Any) -> str:
+    """A score in [0, 1] as a percentage with one decimal; a dash where there is none."""
+    return f"{100 * value:.1f}" if _is_number(value) else "–"
+
+
+def _integer(value: Any) -> str:
+    return f"{int(value):,}" if _is_number(value) else "–"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _words(key: str) -> str:
+    """A key as words: "baseline_pixel_acc" -> "Baseline pixel acc"."""
+    text = key.replace("_", " ").replace(".", " · ")
+    text = text.replace("miou", "mIoU").replace("iou", "IoU").replace("mIoU", "mIoU")
+    return text[:1].upper() + text[1:] if not text.startswith("mIoU") else text
+
+
+# -- inputs ----------------------------------------------------------------------------------------
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise PipelineError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _category_names(archives: Sequence[ArchiveRow], params: Params | None) -> list[str]:
+    """Names in the order of the label ids from 1."""
+    if params is not None:
+        return load_category_set(params.categories, background=params.background)
+    named = {row.label_id: row.category for row in archives if row.label_id > 0}
+    return [named.get(label_id, "?") for label_id in range(1, max(named, default=0) + 1)]
+
+
+# -- sections --------------------------------------------------------------------------------------
+
+
+def _stages(stats_dir: Path) -> list[dict[str, Any]]:
+    """The DAG in order, each stage with its runs (one per source, benchmark or audit)."""
+    runs = {stage: _runs(stats_dir, stage) for stage in STAGES}
+    seconds = {stage: sum(run["seconds"] for run in runs[stage]) for stage in STAGES}
+    total = sum(seconds.values())
+    return [
+        {
+            "name": stage,
+            "purpose": purpose,
+            "runs": runs[stage],
+            "time": _duration(seconds[stage]),
+            "share": f"{100 * seconds[stage] / total:.1f}" if total else "0",
+        }
+        for stage, purpose in STAGES.items()
+    ]
+
+
+def _runs(stats_dir: Path, stage: str) -> list[dict[str, Any]]:
+    """Counts of a stage; those of the page itself would change it and are left out."""
+    prefixes = () if stage == "report" else STATS_OF_STAGE.get(stage, (stage,))
+    paths = [
+        path
+        for prefix in prefixes
+        for path in sorted([*stats_dir.glob(f"{prefix}.json"), *stats_dir.glob(f"{prefix}-*.json")])
+    ]
+    return [_run(path, path.stem.removeprefix(stage).lstrip("-")) for path in paths]
+
+
+def _run(path: Path, name: str) -> dict[str, Any]:
+    stats = _read_object(path)
+    skipped_items = stats.get("skipped_items", [])
+    counts = {"cached": 0} | stats.get("counts", {})
+    return {
+        "name": name.replace("-", " "),
+        "seconds": float(stats.get("seconds") or 0.0),
+        "time": _duration(float(stats.get("seconds") or 0.0)),
+        "items": stats.get("items", 0),
+        "facts": {
+            "items": _integer(stats.get("items")),
+            "skipped": _integer(stats.get("skipped")),
+            **{_words(key).lower(): _integer(value) for key, value in counts.items()},
+        },
+        "skipped": stats.get("skipped", 0),
+        "skipped_items": skipped_items[:LISTED_SKIPS],
+        "unlisted": max(0, stats.get("skipped", 0) - LISTED_SKIPS),
+    }
+
+
+def _shard_pictures(
+    labels_dir: Path, archives: Sequence[ArchiveRow], params: Params | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Strips of the archives and the overlays of a dozen samples."""
+    if not archives or not (labels_dir / MANIFEST).is_file():
+        return [], []
+    store = open_samples(labels_dir)
+    index_of = {key: index for index, key in enumerate(store.keys)}
+    found: dict[int, list[tuple[ArchiveRow, int]]] = {}
+    for row in archives:
+        index = index_of.get(f"{row.key}_{row.label_id}")
+        if index is not None:
+            found.setdefault(row.label_id, []).append((row, index))
+    strips = [_strip(store, rows, len(found)) for rows in list(found.values())[:MAX_ARCHIVES]]
+    samples = [_sample(store, row, index, params) for row, index in _spread(found)]
+    return strips, samples
+
+
+def _strip(
+    store: SampleStore, rows: Sequence[tuple[ArchiveRow, int]], num_archives: int
+) -> dict[str, Any]:
+    """The first images of one archive."""
+    shown = min(THUMBS_PER_ARCHIVE, max(2, THUMBS_IN_ALL // num_archives))
+    thumbs = []
+    for row, index in rows[:shown]:
+        image = fit_image(load_image(store.member(index, "jpg")), THUMB_SIDE)
+        alt = f"{row.category or 'negative'}, rank {row.rank}"
+        thumb = picture(image, alt=alt, max_bytes=THUMB_BYTES)
+        thumbs.append(thumb | {"similarity": f"{row.similarity:.3f}"})
+    first = rows[0][0]
+    return {
+        "name": first.category if first.label_id else "negatives",
+        "colour": category_colour(first.label_id),
+        "size": _integer(len(rows)),
+        "thumbs": thumbs,
+    }
+
+
+def _spread(found: Mapping[int, Sequence[tuple[ArchiveRow, int]]]) -> list[tuple[ArchiveRow, int]]:
+    """A dozen samples, spread over categories and over ranks from first to last."""
+    archives = [rows for label_id, rows in found.items() if label_id > 0]
+    total = min(NUM_SAMPLES, sum(len(rows) for rows in archives))
+    chosen: dict[tuple[int, int], tuple[ArchiveRow, int]] = {}
+    for slot in range(total):
+        rows = archives[slot * len(archives) // total % len(archives)]
+        place = slot * SPREAD_STEP % total / max(1, total - 1)
+        row, index = rows[round(place * (len(rows) - 1))]
+        chosen[row.label_id, row.rank] = row, index
+    return list(chosen.values())
+
+
+def _sample(
+    store: SampleStore, row: ArchiveRow, index: int, params: Params | None
+) -> dict[str, Any]:
+    """Image, pseudo-mask, dense labels and training target of one sample, as pictures."""
+    image = fit_image(load_image(store.member(index, "jpg")), SAMPLE_SIDE)
+    mask = decode_png(store.member(index, "mask.png")) > 127
+    dense_labels = decode_label(store.member(index, "label.png"))
+    maps = {"pseudo-mask": mask * row.label_id, "DenseCLIP": dense_labels}
+    if params is not None:
+        maps["training saw"] = training_target(
+            mask,
+            row.label_id,
+            dense_labels,
+            decode_confidence(decode_png(store.member(index, "confidence.png"))),
+            target=params.train.target,
+            confidence_threshold=params.train.confidence_threshold,
+            conflict=params.train.conflict,
+        )
+    pictures = {"image": picture(image, alt=f"Image of {row.category}", max_bytes=SAMPLE_BYTES)}
+    for title, labels in maps.items():
+        painted = paint_labels(np.asarray(image), fit_labels(labels, image.size))
+        alt = f"{title} over the image of {row.category}"
+        pictures[title] = picture(Image.fromarray(painted), alt=alt, max_bytes=SAMPLE_BYTES)
+    return {
+        "name": row.category,
+        "colour": category_colour(row.label_id),
+        "rank": row.rank,
+        "similarity": f"{row.similarity:.3f}",
+        "pictures": pictures,
+        "label_ids": {int(value) for labels in maps.values() for value in np.unique(labels)},
+    }
+
+
+def _curves(live_dir: Path) -> list[dict[str, Any]]:
+    """A line chart of every curve that DVCLive wrote (TSV with columns step and value)."""
+    root = live_dir / "plots" / "metrics"
+    charts = []
+    for path in sorted(root.rglob("*.tsv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+        columns = [name for name in rows[0] if name not in ("step", "timestamp")] if rows else []
+        if len(columns) != 1 or "step" not in rows[0]:
+            raise PipelineError(f"{path}: expected the columns step and one value; train again")
+        points = [(_float(row["step"]), _float(row[columns[0]])) for row in rows]
+        charts.append(line_chart(path.relative_to(root).with_suffix("").as_posix(), points))
+    return charts
+
+
+def _benches(reports_dir: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    benches = []
+    for path in sorted((reports_dir / "metrics").glob("*.json")):
+        if path.stem.startswith(AUDIT_PREFIX):
+            continue
+        metrics = _read_object(path)
+        groups = metrics.get("groups") or {}
+        benches.append(
+            {
+                "name": path.stem,
+                "headline": _bench_headline(metrics),
+                "rows": [_scores(path.stem, metrics)]
+                + [_scores(name, group, is_group=True) for name, group in groups.items()],
+                "protocol": dict(_flatten(metrics.get("protocol") or {})),
+                "per_class": _per_class(reports_dir / "plots" / f"{path.stem}_per_class.csv", names),
+            }
+        )
+    return benches
+
+
+def _bench_headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    miou, baseline = metrics.get("miou"), metrics.get("baseline_miou")
+    both = _is_number(miou) and _is_number(baseline)
+    return {
+        "miou": _score(miou),
+        "ap50": _score(metrics.get("ap50")),
+        "baseline": _score(baseline),
+        "gain": f"{100 * (miou - baseline):+.1f}" if both else "",
+        "n_images": _integer(metrics.get("n_images")),
+    }
+
+
+def _scores(name: str, metrics: Mapping[str, Any], *, is_group: bool = False) -> dict[str, Any]:
+    return {
+        "name": name,
+        "is_group": is_group,
+        "n_images": _integer(metrics.get("n_images")),
+        "scores": {
+            key: _score(value)
+            for key, value in metrics.items()
+            if key not in NOT_SCORES and (_is_number(value) or value is None)
+        },
+    }
+
+
+def _per_class(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Bars of the classes, best first; those that never occur last."""
+    if not path.is_file():
+        return []
+    label_ids = {name: label_id for label_id, name in enumerate(names, start=1)}
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if rows and not {"category", "iou"} <= rows[0].keys():
+        raise PipelineError(f"{path}: expected the columns category, iou, baseline_iou")
+    bars = [
+        {
+            "name": row["category"],
+            "colour": category_colour(label_ids.get(row["category"], 0)),
+            "iou": _float(row["iou"]),
+            "baseline": _float(row.get("baseline_iou")),
+        }
+        for row in rows
+    ]
+    return [
+        bar | {"iou": _score(bar["iou"]), "baseline": _score(bar["baseline"])}
+        for bar in sorted(bars, key=lambda bar: -bar["iou"] if _is_number(bar["iou"]) else math.inf)
+    ]
+
+
+def _audits(metrics_dir: Path) -> list[dict[str, Any]]:
+    """Scores of archives, pseudo-masks and pseudo-labels against true masks of index images."""
+    audits = []
+    for path in sorted(metrics_dir.glob(f"{AUDIT_PREFIX}*.json")):
+        scores = {key: value for key, value in _flatten(_read_object(path))}
+        audits.append(
+            {
+                "name": path.stem.removeprefix(AUDIT_PREFIX),
+                "scores": {
+                    _words(key): _score(value) if isinstance(value, float) else str(value)
+                    for key, value in scores.items()
+                    if _is_number(value)
+                },
+            }
+        )
+    return audits
+
+
+def _overlays(overlays_dir: Path) -> list[dict[str, Any]]:
+    """Best and worst predictions of each benchmark."""
+    paths = sorted(overlays_dir.glob("*/index.json"))
+    shown = min(OVERLAYS_PER_KIND, max(1, OVERLAYS_IN_ALL // (2 * max(1, len(paths)))))
+    return [
+        {
+            "name": path.parent.name,
+            "kinds": {
+                kind: [_overlay(path.parent, entry) for entry in _of_kind(path, kind)[:shown]]
+                for kind in ("best", "worst")
+            },
+        }
+        for path in paths
+    ]
+
+
+def _of_kind(path: Path, kind: str) -> list[dict[str, Any]]:
+    return [entry for entry in read_json(path) if entry["kind"] == kind]
+
+
+def _overlay(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+    image = fit_image(load_image(folder / entry["file"]), OVERLAY_SIDE)
+    alt = f"Prediction on image {entry['image_id']}"
+    shown = picture(image, alt=alt, max_bytes=OVERLAY_BYTES)
+    return shown | {"image_id": entry["image_id"], "miou": _score(entry.get("miou"))}
+
+
+def _headline(
+    sections: Mapping[str, Any], names: Sequence[str], params: Params | None
+) -> dict[str, Any]:
+    embed = next(stage for stage in sections["stages"] if stage["name"] == "embed")
+    seconds = sum(run["seconds"] for stage in sections["stages"] for run in stage["runs"])
+    return {
+        "num_categories": _integer(len(names)),
+        "index_size": _integer(sum(run["items"] for run in embed["runs"])) if embed["runs"] else "",
+        "k": _integer(params.k) if params else "",
+        "time": _duration(seconds) if seconds else "",
+    }
+
+
+def _legend(names: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"label_id": label_id, "name": name, "colour": category_colour(label_id)}
+        for label_id, name in enumerate(names, start=1)
+    ]
+
+
+def _settings(params: Params | None) -> dict[str, str]:
+    """The params that a reader needs to judge the numbers."""
+    if params is None:
+        return {}
+    train = params.train
+    return {
+        "images per archive (k)": _integer(params.k),
+        "index encoder": _encoder(params.embed.encoder),
+        "overlap of archives": params.retrieve.overlap,
+        "pseudo-masks": params.mask.source,
+        "dense encoder": _encoder(params.pseudo_label.encoder),
+        "trained encoder": _encoder(train.encoder),
+        "iterations": _integer(train.iterations),
+        "batch size": _integer(train.batch_size),
+        "training target": train.target,
+        "seed": str(params.seed),
+    }
+
+
+def _encoder(encoder: EncoderParams) -> str:
+    return f"{encoder.model} / {encoder.pretrained}"
+
+
+def _versions() -> dict[str, str]:
+    versions = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Leaves of nested objects, their keys joined by dots."""
+    leaves: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves += _flatten(value, f"{prefix}{key}.")
+        else:
+            leaves.append((f"{prefix}{key}", value))
+    return leaves
+
+
+def _float(text: str | None) -> float:
+    """A table's number; NaN where the cell is empty or not a number."""
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
