@@ -49,7 +49,7 @@ def load_image(data: bytes | Path, *, max_pixels: int = 100_000_000) -> Image.Im
 
     Raises:
         ImageError: with the reason: "empty file", "not an image", "truncated", "damaged: ...",
-            "too large: WxH", "too elongated: WxH", "unsupported colours: MODE".
+            "too large: WxH", "too elongated: WxH", "cannot be read: ...".
     """
     content = _read(data) if isinstance(data, Path) else data
     image = _open(content, max_pixels)
@@ -57,8 +57,6 @@ def load_image(data: bytes | Path, *, max_pixels: int = 100_000_000) -> Image.Im
         image.load()
         orientation = _orientation(image)
         rgb = _to_rgb(image)
-    except ImageError:
-        raise
     except Exception as error:  # decoders answer hostile bytes with any exception
         raise ImageError(_reason(error)) from None
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
@@ -218,10 +216,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    try:
-        return image.convert("RGB")
-    except ValueError:
-        raise ImageError(f"unsupported colours: {image.mode}") from None
+    return image.convert("RGB")
 
 
 def _float_to_byte(values: np.ndarray) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 A DINO-style ViT encodes the image, a transformer decoder turns learned queries into mask
 proposals, and an objectness head picks one of them. State-dict names are those of the published
-checkpoints. Letters: B batch, L decoder layers, Q queries, D width, h w patch grid, N = h w patches,
-H W pixels.
+checkpoints. Letters: B batch, L decoder layers, Q queries, D width, h w patch grid, N = h w
+patches, H W pixels.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class SelfMaskOutput:
     """Mask proposals of every decoder layer; the last layer is the answer.
 
     Attributes:
-        mask_logits: (B, L, Q, 2h, 2w) float32, over the image padded right and bottom to whole patches.
+        mask_logits: (B, L, Q, 2h, 2w) float32, over the image padded at the right and bottom to
+            whole patches.
         objectness_logits: (B, L, Q) float32.
         cell_size: side in pixels of one cell of `mask_logits`.
     """

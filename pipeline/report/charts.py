@@ -95,7 +95,8 @@ def _bucket_means(
 
 def _running_mean(points: Sequence[tuple[float, float]], reach: int) -> list[tuple[float, float]]:
     windows = (
-        (x, points[max(0, index - reach) : index + reach + 1]) for index, (x, _) in enumerate(points)
+        (x, points[max(0, index - reach) : index + reach + 1])
+        for index, (x, _) in enumerate(points)
     )
     return [(x, sum(y for _, y in window) / len(window)) for x, window in windows]
 

@@ -43,6 +43,8 @@ from pipeline.models.spectral import spectral_mask
 from pipeline.params import MaskParams
 from pipeline.runtime import Runtime, StageRun
 
+# Raise it when masks change though their settings do not: it keeps old ones out of the cache.
+MASK_VERSION = 1
 NEGATIVE_LABEL_ID = 0
 BATCHES_IN_MEMORY = 4
 # Bounds on what one image may cost: attention and the affinity matrix are quadratic in its area.
@@ -114,7 +116,12 @@ def run(
     if not rows:
         raise PipelineError(f"{archives_path}: no images; run `pipeline retrieve` again")
     masker = make_masker(params, runtime)
-    settings = {**masker.settings, "refine": params.refine, "short_side": params.short_side}
+    settings = {
+        "version": MASK_VERSION,
+        **masker.settings,
+        "refine": params.refine,
+        "short_side": params.short_side,
+    }
     with (
         StageRun("mask", stats_path=stats_path, total=len(rows)) as stage_run,
         BlobCache(runtime.cache_dir / "masks", settings) as cache,

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.data.cache import BlobCache
-from pipeline.data.images import decode_image, encode_label, encode_png
+from pipeline.data.images import encode_label, encode_png, load_image
 from pipeline.data.labels import BACKGROUND, encode_confidence
 from pipeline.data.prompts import templates
 from pipeline.data.shards import SampleStore, open_samples, write_shards
@@ -141,7 +141,7 @@ class _Labeller:
     def _compute(self, jpegs: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
         by_size: dict[tuple[int, int], list[tuple[str, Image.Image]]] = defaultdict(list)
         for key, jpeg in jpegs.items():
-            image = decode_image(jpeg)
+            image = load_image(jpeg)
             by_size[image.size].append((key, image))
         for group in by_size.values():
             for batch in _batches(group, self.batch_size):

@@ -11,8 +11,9 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jinja2
 import numpy as np
@@ -53,12 +54,15 @@ BENCH_COLUMNS = {
     "miou": "mIoU",
     "baseline_miou": "DenseCLIP mIoU",
     "pixel_acc": "Pixel acc.",
+    "mean_acc": "Mean acc.",
+    "freq_weighted_iou": "Weighted IoU",
     "ap": "AP",
     "ap50": "AP50",
     "ap75": "AP75",
     "ap_agnostic": "Agnostic AP",
     "ap50_agnostic": "Agnostic AP50",
     "ap75_agnostic": "Agnostic AP75",
+    "baseline_pixel_acc": "DenseCLIP pixel acc.",
 }
 NOT_SCORES = ("n_images", "protocol", "groups")
 GLOSSARY = {
@@ -80,11 +84,12 @@ PACKAGES = ("torch", "open_clip_torch", "faiss-cpu", "webdataset", "dvc", "pillo
 AUDIT_PREFIX = "audit-"
 THUMBS_PER_ARCHIVE, THUMBS_IN_ALL, MAX_ARCHIVES = 10, 200, 100
 NUM_SAMPLES, SPREAD_STEP = 12, 5
-OVERLAYS_PER_KIND, OVERLAYS_IN_ALL = 6, 16
+OVERLAYS_PER_KIND, OVERLAYS_IN_ALL = 4, 16
 THUMB_SIDE, SAMPLE_SIDE, OVERLAY_SIDE = 96, 192, 1200
 THUMB_BYTES, SAMPLE_BYTES, OVERLAY_BYTES = 6_000, 12_000, 80_000
 LISTED_SKIPS = 200
-RESULTS = ("strips", "samples", "curves", "benches", "audits", "overlays")
+MAX_CHIPS = 100
+NO_VALUE = "\u2013"
 
 
 def run(
@@ -111,38 +116,29 @@ def run(
     Raises:
         PipelineError: no stage has left anything, or one of its files is damaged.
     """
-    with StageRun("report", stats_path=stats_path, total=len(STAGES), unit="section") as stage:
+    with StageRun("report", stats_path=stats_path, unit="section") as stage:
         params = read_params(params_path) if params_path.is_file() else None
         archives = read_archives(archives_path) if archives_path.is_file() else []
-        names = _category_names(archives, params)
-        sections: dict[str, Any] = {"stages": _stages(reports_dir / "stats")}
-        stage.advance()
-        sections["strips"], sections["samples"] = _shard_pictures(labels_dir, archives, params)
-        stage.advance()
-        sections["curves"] = _curves(live_dir)
-        stage.advance()
-        sections["benches"] = _benches(reports_dir, names)
-        sections["audits"] = _audits(reports_dir / "metrics")
-        stage.advance()
-        sections["overlays"] = _overlays(reports_dir / "overlays")
-        stage.advance()
-        stages_ran = any(dag_stage["runs"] for dag_stage in sections["stages"])
-        if not (archives or stages_ran or any(sections[name] for name in RESULTS)):
+        sections: dict[str, Any] = {
+            "stages": _stages(reports_dir / "stats"),
+            "benches": _benches(reports_dir),
+            "audits": _audits(reports_dir / "metrics"),
+            "overlays": _overlays(reports_dir / "overlays"),
+            "archives": _shard_pictures(labels_dir, archives, params),
+            "curves": _curves(live_dir),
+        }
+        if not (archives or _has_run(sections["stages"]) or any(list(sections.values())[1:])):
             raise PipelineError(
                 f"{reports_dir}: nothing to report on, no stage has run yet; run `dvc repro`"
             )
-        page = sections | {
-            "headline": _headline(sections, names, params),
-            "categories": _legend(names),
-            "settings": _settings(params),
-            "glossary": GLOSSARY,
-            "versions": _versions(),
-        }
-        write_bytes(out_path, _render(page).encode())
-        stage.advance(2)
+        write_bytes(out_path, _render(sections, archives, params).encode())
+        stage.advance(len(sections))
 
 
-def _render(page: Mapping[str, Any]) -> str:
+def _render(
+    sections: Mapping[str, Any], archives: Sequence[ArchiveRow], params: Params | None
+) -> str:
+    """The page: sections, what heads them, and the colours of the categories."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE_DIR),
         autoescape=True,
@@ -150,19 +146,33 @@ def _render(page: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("report.html.j2").render(page)
+    names = _category_names(archives, params)
+    return environment.get_template("report.html.j2").render(
+        sections,
+        title=_title(sections["stages"], names),
+        facts=_facts(sections["stages"], params),
+        names=names,
+        colour_of=dict(zip(names, map(category_colour, count(1)), strict=False)),
+        columns=_columns(sections["benches"]),
+        measures=list(dict.fromkeys(name for a in sections["audits"] for name in a["scores"])),
+        settings=_settings(params),
+        glossary=GLOSSARY,
+        versions=_versions(),
+        max_chips=MAX_CHIPS,
+        no_value=NO_VALUE,
+    )
 
 
 # -- numbers ---------------------------------------------------------------------------------------
 
 
-def _score(value: Any) -> str:
-    """A score in [0, 1] as a percentage with one decimal; a dash where there is none."""
-    return f"{100 * value:.1f}" if _is_number(value) else "–"
+def _score(percentage: Any) -> str:
+    """A percentage with one decimal; a dash where there is none."""
+    return f"{percentage:.1f}" if _is_number(percentage) else NO_VALUE
 
 
 def _integer(value: Any) -> str:
-    return f"{int(value):,}" if _is_number(value) else "–"
+    return f"{int(value):,}" if _is_number(value) else NO_VALUE
 
 
 def _duration(seconds: float) -> str:
@@ -173,7 +183,7 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -230,22 +240,27 @@ def _runs(stats_dir: Path, stage: str) -> list[dict[str, Any]]:
         for prefix in prefixes
         for path in sorted([*stats_dir.glob(f"{prefix}.json"), *stats_dir.glob(f"{prefix}-*.json")])
     ]
-    return [_run(path, path.stem.removeprefix(stage).lstrip("-")) for path in paths]
+    unit = "iterations" if stage == "train" else "images"
+    return [_run(path, path.stem.removeprefix(stage).lstrip("-"), unit) for path in paths]
 
 
-def _run(path: Path, name: str) -> dict[str, Any]:
+def _run(path: Path, name: str, unit: str) -> dict[str, Any]:
     stats = _read_object(path)
     skipped_items = stats.get("skipped_items", [])
-    counts = {"cached": 0} | stats.get("counts", {})
+    counts = {
+        _words(key).lower(): _integer(value)
+        for key, value in stats.get("counts", {}).items()
+        if value or key == "cached"
+    }
     return {
         "name": name.replace("-", " "),
         "seconds": float(stats.get("seconds") or 0.0),
         "time": _duration(float(stats.get("seconds") or 0.0)),
         "items": stats.get("items", 0),
         "facts": {
-            "items": _integer(stats.get("items")),
+            unit: _integer(stats.get("items")),
             "skipped": _integer(stats.get("skipped")),
-            **{_words(key).lower(): _integer(value) for key, value in counts.items()},
+            **counts,
         },
         "skipped": stats.get("skipped", 0),
         "skipped_items": skipped_items[:LISTED_SKIPS],
@@ -255,10 +270,10 @@ def _run(path: Path, name: str) -> dict[str, Any]:
 
 def _shard_pictures(
     labels_dir: Path, archives: Sequence[ArchiveRow], params: Params | None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Strips of the archives and the overlays of a dozen samples."""
+) -> dict[str, Any]:
+    """Strips of the archives and overlays of a dozen samples; empty before there are shards."""
     if not archives or not (labels_dir / MANIFEST).is_file():
-        return [], []
+        return {}
     store = open_samples(labels_dir)
     index_of = {key: index for index, key in enumerate(store.keys)}
     found: dict[int, list[tuple[ArchiveRow, int]]] = {}
@@ -268,7 +283,13 @@ def _shard_pictures(
             found.setdefault(row.label_id, []).append((row, index))
     strips = [_strip(store, rows, len(found)) for rows in list(found.values())[:MAX_ARCHIVES]]
     samples = [_sample(store, row, index, params) for row, index in _spread(found)]
-    return strips, samples
+    return {
+        "strips": strips,
+        "num_hidden": len(found) - len(strips),
+        "samples": samples,
+        "target": params.train.target if params else "",
+        "label_ids": sorted({value for sample in samples for value in sample["label_ids"]}),
+    }
 
 
 def _strip(
@@ -285,7 +306,6 @@ def _strip(
     first = rows[0][0]
     return {
         "name": first.category if first.label_id else "negatives",
-        "colour": category_colour(first.label_id),
         "size": _integer(len(rows)),
         "thumbs": thumbs,
     }
@@ -329,7 +349,6 @@ def _sample(
         pictures[title] = picture(Image.fromarray(painted), alt=alt, max_bytes=SAMPLE_BYTES)
     return {
         "name": row.category,
-        "colour": category_colour(row.label_id),
         "rank": row.rank,
         "similarity": f"{row.similarity:.3f}",
         "pictures": pictures,
@@ -352,7 +371,7 @@ def _curves(live_dir: Path) -> list[dict[str, Any]]:
     return charts
 
 
-def _benches(reports_dir: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+def _benches(reports_dir: Path) -> list[dict[str, Any]]:
     benches = []
     for path in sorted((reports_dir / "metrics").glob("*.json")):
         if path.stem.startswith(AUDIT_PREFIX):
@@ -366,7 +385,7 @@ def _benches(reports_dir: Path, names: Sequence[str]) -> list[dict[str, Any]]:
                 "rows": [_scores(path.stem, metrics)]
                 + [_scores(name, group, is_group=True) for name, group in groups.items()],
                 "protocol": dict(_flatten(metrics.get("protocol") or {})),
-                "per_class": _per_class(reports_dir / "plots" / f"{path.stem}_per_class.csv", names),
+                "per_class": _per_class(reports_dir / "plots" / f"{path.stem}_per_class.csv"),
             }
         )
     return benches
@@ -374,12 +393,12 @@ def _benches(reports_dir: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 
 def _bench_headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
     miou, baseline = metrics.get("miou"), metrics.get("baseline_miou")
-    both = _is_number(miou) and _is_number(baseline)
+    gain = miou - baseline if _is_number(miou) and _is_number(baseline) else None
     return {
         "miou": _score(miou),
         "ap50": _score(metrics.get("ap50")),
         "baseline": _score(baseline),
-        "gain": f"{100 * (miou - baseline):+.1f}" if both else "",
+        "gain": "" if gain is None else f"{gain:+.1f}",
         "n_images": _integer(metrics.get("n_images")),
     }
 
@@ -397,27 +416,22 @@ def _scores(name: str, metrics: Mapping[str, Any], *, is_group: bool = False) ->
     }
 
 
-def _per_class(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+def _per_class(path: Path) -> list[dict[str, Any]]:
     """Bars of the classes, best first; those that never occur last."""
     if not path.is_file():
         return []
-    label_ids = {name: label_id for label_id, name in enumerate(names, start=1)}
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     if rows and not {"category", "iou"} <= rows[0].keys():
         raise PipelineError(f"{path}: expected the columns category, iou, baseline_iou")
-    bars = [
-        {
-            "name": row["category"],
-            "colour": category_colour(label_ids.get(row["category"], 0)),
-            "iou": _float(row["iou"]),
-            "baseline": _float(row.get("baseline_iou")),
-        }
-        for row in rows
+    scored = [
+        (row["category"], _float(row["iou"]), _float(row.get("baseline_iou"))) for row in rows
     ]
     return [
-        bar | {"iou": _score(bar["iou"]), "baseline": _score(bar["baseline"])}
-        for bar in sorted(bars, key=lambda bar: -bar["iou"] if _is_number(bar["iou"]) else math.inf)
+        {"name": name, "iou": _score(iou), "baseline": _score(baseline)}
+        for name, iou, baseline in sorted(
+            scored, key=lambda bar: -bar[1] if _is_number(bar[1]) else math.inf
+        )
     ]
 
 
@@ -425,13 +439,13 @@ def _audits(metrics_dir: Path) -> list[dict[str, Any]]:
     """Scores of archives, pseudo-masks and pseudo-labels against true masks of index images."""
     audits = []
     for path in sorted(metrics_dir.glob(f"{AUDIT_PREFIX}*.json")):
-        scores = {key: value for key, value in _flatten(_read_object(path))}
+        scores = _flatten(_read_object(path))
         audits.append(
             {
                 "name": path.stem.removeprefix(AUDIT_PREFIX),
                 "scores": {
                     _words(key): _score(value) if isinstance(value, float) else str(value)
-                    for key, value in scores.items()
+                    for key, value in scores
                     if _is_number(value)
                 },
             }
@@ -466,24 +480,41 @@ def _overlay(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
     return shown | {"image_id": entry["image_id"], "miou": _score(entry.get("miou"))}
 
 
-def _headline(
-    sections: Mapping[str, Any], names: Sequence[str], params: Params | None
-) -> dict[str, Any]:
-    embed = next(stage for stage in sections["stages"] if stage["name"] == "embed")
-    seconds = sum(run["seconds"] for stage in sections["stages"] for run in stage["runs"])
-    return {
-        "num_categories": _integer(len(names)),
-        "index_size": _integer(sum(run["items"] for run in embed["runs"])) if embed["runs"] else "",
-        "k": _integer(params.k) if params else "",
-        "time": _duration(seconds) if seconds else "",
-    }
+def _has_run(dag: Sequence[Mapping[str, Any]]) -> bool:
+    return any(stage["runs"] for stage in dag)
 
 
-def _legend(names: Sequence[str]) -> list[dict[str, Any]]:
-    return [
-        {"label_id": label_id, "name": name, "colour": category_colour(label_id)}
-        for label_id, name in enumerate(names, start=1)
-    ]
+def _index_size(dag: Sequence[Mapping[str, Any]]) -> str:
+    """Number of embedded images; empty before `embed` has run."""
+    runs = next(stage["runs"] for stage in dag if stage["name"] == "embed")
+    return _integer(sum(run["items"] for run in runs)) if runs else ""
+
+
+def _title(dag: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    noun = "category" if len(names) == 1 else "categories"
+    source = f"{size} unlabelled images" if (size := _index_size(dag)) else "unlabelled images"
+    return f"{_integer(len(names))} {noun} learned from {source}"
+
+
+def _facts(dag: Sequence[Mapping[str, Any]], params: Params | None) -> dict[str, str]:
+    facts = {}
+    if size := _index_size(dag):
+        facts["images in the index"] = size
+    if params:
+        facts["images per archive, k"] = _integer(params.k)
+        facts["training iterations"] = _integer(params.train.iterations)
+    if _has_run(dag):
+        facts["time of all stages"] = _duration(
+            sum(run["seconds"] for stage in dag for run in stage["runs"])
+        )
+    return facts
+
+
+def _columns(benches: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Score -> heading: the known ones in their order, then any others."""
+    present = {key for bench in benches for row in bench["rows"] for key in row["scores"]}
+    known = {key: label for key, label in BENCH_COLUMNS.items() if key in present}
+    return known | {key: _words(key) for key in sorted(present - known.keys())}
 
 
 def _settings(params: Params | None) -> dict[str, str]:

@@ -52,9 +52,13 @@ def test_flushes_every_so_many_puts_so_a_killed_run_loses_little(tmp_path: Path)
 
 
 def test_entries_are_flushed_when_the_work_fails(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), BlobCache(tmp_path, SETTINGS) as cache:
-        cache.put("a", b"one")
-        raise RuntimeError
+    def fail_half_way() -> None:
+        with BlobCache(tmp_path, SETTINGS) as cache:
+            cache.put("a", b"one")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
     assert BlobCache(tmp_path, SETTINGS).get("a") == b"one"
 
 

@@ -39,9 +39,7 @@ def test_confidence_equal_to_the_threshold_counts() -> None:
     confidence = np.full((1, 2), 0.5)
     mask, dense = np.array([[True, False]]), np.array([[3, 2]])
     at, above = (
-        training_target(
-            mask, 2, dense, confidence, target="fused", confidence_threshold=t
-        ).tolist()
+        training_target(mask, 2, dense, confidence, target="fused", confidence_threshold=t).tolist()
         for t in (0.5, 0.51)
     )
     assert at == [[X, X]]

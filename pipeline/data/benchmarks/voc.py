@@ -50,9 +50,7 @@ class VocExample:
         return self.root / OBJECTS / f"{self.image_id}.png"
 
     def semantic(self) -> NDArray[np.int32]:
-        indices = read_index_png(self.class_path)
-        labels = indices.astype(np.int32)
-        labels[indices == VOID] = IGNORE_INDEX
+        labels = _read_map(self.class_path)
         if labels.size and labels.max() > self.num_categories:
             raise PipelineError(
                 f"{self.class_path}: label id {labels.max()}, but the benchmark has "
@@ -60,11 +58,25 @@ class VocExample:
             )
         return labels
 
+    def objects(self) -> NDArray[np.int32]:
+        """Numbers (H, W) of the objects, of any category or none: 0 outside, void `IGNORE_INDEX`.
+
+        Raises:
+            PipelineError: the mask is missing, unreadable or differs in size from the other one.
+        """
+        numbers = _read_map(self.object_path)
+        shape = read_index_png(self.class_path).shape
+        if numbers.shape != shape:
+            raise PipelineError(
+                f"{self.object_path}: {_size(numbers.shape)} pixels, but {self.class_path} has "
+                f"{_size(shape)}"
+            )
+        return numbers
+
     def instances(self) -> list[InstanceTarget]:
-        semantic = self.semantic()
-        objects = self._objects(semantic.shape)
+        semantic, objects = self.semantic(), self.objects()
         targets = []
-        for number in np.unique(objects[(objects > 0) & (objects != VOID)]):
+        for number in np.unique(objects[objects > 0]):
             mask = (objects == number) & (semantic > 0)
             labels = np.unique(semantic[mask])
             if len(labels) > 1:
@@ -77,17 +89,7 @@ class VocExample:
         return targets
 
     def void(self) -> NDArray[np.bool_]:
-        semantic = self.semantic()
-        return (semantic == IGNORE_INDEX) | (self._objects(semantic.shape) == VOID)
-
-    def _objects(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        objects = read_index_png(self.object_path)
-        if objects.shape != shape:
-            raise PipelineError(
-                f"{self.object_path}: {_size(objects.shape)} pixels, but {self.class_path} has "
-                f"{_size(shape)}"
-            )
-        return objects
+        return (self.semantic() == IGNORE_INDEX) | (self.objects() == IGNORE_INDEX)
 
 
 class VocBenchmark:
@@ -233,6 +235,11 @@ def read_index_png(path: Path) -> NDArray[np.uint8]:
         raise PipelineError(f"{path}: no such mask; expected a palette PNG") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise PipelineError(f"{path}: not a readable PNG mask ({error})") from None
+
+
+def _read_map(path: Path) -> NDArray[np.int32]:
+    indices = read_index_png(path)
+    return np.where(indices == VOID, IGNORE_INDEX, indices.astype(np.int32))
 
 
 def encode_index_png(indices: NDArray[np.integer]) -> bytes:

@@ -1,0 +1,300 @@
+"""The embed stage on real files of the three formats, with a tiny random CLIP."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.data.sources import list_images
+from pipeline.errors import PipelineError
+from pipeline.models.clip import load_clip
+from pipeline.params import EmbedParams, EncoderParams, SourceParams
+from pipeline.runtime import Runtime
+from pipeline.stages import embed
+
+KILLED_IMAGES = 800
+
+
+@pytest.fixture
+def params(tiny_clip: tuple[Path, Path]) -> EmbedParams:
+    model, weights = (str(path) for path in tiny_clip)
+    encoder = EncoderParams(model=model, pretrained=weights)
+    return EmbedParams(encoder=encoder, batch_size=3, shard_size=5, workers=0)
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, params: EmbedParams, runtime: Runtime
+) -> Callable[..., tuple[pa.Table, dict[str, Any]]]:
+    """Function that embeds a source and returns all rows and the stats."""
+
+    def run_embed(
+        source: SourceParams, out: str = "embeddings/pool", **changes: Any
+    ) -> tuple[pa.Table, dict[str, Any]]:
+        cache = changes.pop("cache", "cache")
+        embed.run(
+            name="pool",
+            source=source,
+            out_dir=tmp_path / out,
+            params=params.model_copy(update=changes),
+            runtime=replace(runtime, cache_dir=tmp_path / cache),
+            stats_path=tmp_path / "stats.json",
+        )
+        tables = [pq.read_table(path) for path in sorted((tmp_path / out).iterdir())]
+        return pa.concat_tables(tables), json.loads((tmp_path / "stats.json").read_text())
+
+    return run_embed
+
+
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_rows_of_a_folder(
+    run: Callable, make_image_folder: Callable, params: EmbedParams, tmp_path: Path
+) -> None:
+    root = make_image_folder()
+    source = SourceParams(root=root)
+    table, stats = run(source)
+    refs = list(list_images("pool", source))
+    rows = table.to_pylist()
+    assert [row["key"] for row in rows] == [ref.key for ref in refs]
+    assert [(row["width"], row["height"]) for row in rows] == [(20 + n, 30 - n) for n in range(8)]
+    assert [row["bytes"] for row in rows] == [Path(ref.path).stat().st_size for ref in refs]
+    assert {row["source"] for row in rows} == {"pool"}
+    assert {(row["status"], row["error_message"]) for row in rows} == {("ok", None)}
+    assert [path.name for path in sorted((tmp_path / "embeddings/pool").iterdir())] == [
+        "00000.parquet",
+        "00001.parquet",
+    ]
+    assert (stats["items"], stats["skipped"], stats["counts"]) == (8, 0, {"cached": 0})
+
+    encoder = load_clip(params.encoder.model, params.encoder.pretrained, torch.device("cpu"))
+    for row, ref in zip(rows, refs, strict=True):
+        pixels = encoder.preprocess(Image.open(ref.path).convert("RGB"))
+        expected = encoder.encode_images(pixels.unsqueeze(0))[0].numpy()
+        np.testing.assert_allclose(np.array(row["embedding"], np.float32), expected, atol=1e-3)
+        assert np.linalg.norm(row["embedding"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_unreadable_images_are_rows_and_listed(run: Callable, make_image_folder: Callable) -> None:
+    root = make_image_folder(count=4)
+    whole = (root / "0.jpg").read_bytes()
+    (root / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "2.jpg").write_bytes(b"")
+    (root / "x.png").write_bytes(b"<html>")
+    table, stats = run(SourceParams(root=root))
+    rows = table.to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "skipped", "skipped", "ok", "skipped"]
+    assert [row["error_message"] for row in rows][1:3] == ["truncated", "empty file"]
+    assert rows[1]["embedding"] is None
+    assert rows[1]["sha256"] is not None
+    assert rows[2]["bytes"] == 0
+    assert (stats["items"], stats["skipped"]) == (2, 3)
+    assert stats["skipped_items"] == [
+        {"item": f"{root}/1.jpg", "reason": "truncated"},
+        {"item": f"{root}/2.jpg", "reason": "empty file"},
+        {"item": f"{root}/x.png", "reason": "not an image"},
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image"])
+def test_nothing_readable_is_an_error_that_leaves_nothing(
+    run: Callable, tmp_path: Path, content: bytes
+) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    for number in range(3):
+        (root / f"{number}.jpg").write_bytes(content)
+    with pytest.raises(PipelineError, match=r"index\.pool: none of the 3 images .*0\.jpg"):
+        run(SourceParams(root=root))
+    assert not (tmp_path / "stats.json").exists()
+    assert list((tmp_path / "embeddings").iterdir()) == []
+
+
+def test_empty_index_keeps_the_old_output(
+    run: Callable, make_image_folder: Callable, tmp_path: Path
+) -> None:
+    run(SourceParams(root=make_image_folder(count=2)))
+    before = shard_bytes(tmp_path / "embeddings/pool")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PipelineError, match="no images below"):
+        run(SourceParams(root=tmp_path / "empty"))
+    assert shard_bytes(tmp_path / "embeddings/pool") == before
+
+
+def test_workers_do_not_change_a_byte(
+    run: Callable, make_image_folder: Callable, tmp_path: Path
+) -> None:
+    root = make_image_folder(count=8)
+    (root / "3.jpg").write_bytes(b"broken")
+    shutil.copy(root / "0.jpg", root / "9.jpg")
+    outputs = []
+    for workers in (0, 2):
+        run(
+            SourceParams(root=root),
+            out=f"out/{workers}",
+            workers=workers,
+            cache=f"cache{workers}",
+        )
+        outputs.append(shard_bytes(tmp_path / f"out/{workers}"))
+    assert outputs[0] == outputs[1]
+
+
+def test_cached_images_are_not_embedded_again(
+    run: Callable, make_image_folder: Callable, tmp_path: Path
+) -> None:
+    root = make_image_folder(count=6)
+    run(SourceParams(root=root))
+    first = shard_bytes(tmp_path / "embeddings/pool")
+    _, stats = run(SourceParams(root=root))
+    assert stats["counts"]["cached"] == 6
+    assert shard_bytes(tmp_path / "embeddings/pool") == first
+
+    shutil.rmtree(tmp_path / "embeddings")
+    (root / "new.jpg").write_bytes((root / "0.jpg").read_bytes() + b"tail")
+    (root / "0.jpg").rename(root / "moved.jpg")
+    table, stats = run(SourceParams(root=root), workers=2)
+    assert (stats["items"], stats["counts"]["cached"]) == (7, 6)
+    by_name = {Path(row["path"]).name: row for row in table.to_pylist()}
+    assert by_name["moved.jpg"]["embedding"] == by_name["new.jpg"]["embedding"]
+    assert (by_name["moved.jpg"]["width"], by_name["moved.jpg"]["height"]) == (20, 30)
+
+
+def test_cache_is_of_one_encoder(
+    run: Callable, make_image_folder: Callable, params: EmbedParams, tmp_path: Path
+) -> None:
+    source = SourceParams(root=make_image_folder(count=3))
+    before, _ = run(source)
+    encoder = load_clip(params.encoder.model, params.encoder.pretrained, torch.device("cpu"))
+    state = {name: tensor + 0.1 for name, tensor in encoder.clip.state_dict().items()}
+    torch.save(state, tmp_path / "other.pt")
+    other = EncoderParams(model=params.encoder.model, pretrained=str(tmp_path / "other.pt"))
+    after, stats = run(source, encoder=other)
+    assert stats["counts"]["cached"] == 0
+    assert before["embedding"] != after["embedding"]
+
+
+def test_lower_size_limit_applies_to_cached_images(
+    run: Callable, make_image_folder: Callable
+) -> None:
+    source = SourceParams(root=make_image_folder(count=2))  # 20 x 30 and 21 x 29
+    run(source)
+    table, _ = run(source, max_pixels=605)
+    assert table["status"].to_pylist() == ["ok", "skipped"]
+    assert table["error_message"].to_pylist() == [None, "too large: 21x29"]
+
+
+def test_a_killed_run_continues(
+    run: Callable, params: EmbedParams, runtime: Runtime, tmp_path: Path
+) -> None:
+    """SIGKILL once the first results are on disk; then the rest only, and the very same bytes."""
+    root = tmp_path / "images"
+    root.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(KILLED_IMAGES):
+        pixels = generator.integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(root / f"{number:04d}.bmp")
+    source = SourceParams(root=root)
+    params = params.model_copy(update={"batch_size": 32, "shard_size": 300})
+    arguments = {
+        "source": source.model_dump_json(),
+        "params": params.model_dump_json(),
+        "out_dir": str(tmp_path / "embeddings/pool"),
+        "cache": str(runtime.cache_dir),
+        "stats": str(tmp_path / "stats.json"),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, json.dumps(arguments)],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while not list(runtime.cache_dir.rglob("*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "embeddings/pool").exists()
+
+    settings = params.model_dump(include={"batch_size", "shard_size"})
+    _, stats = run(source, **settings)
+    assert 256 <= stats["counts"]["cached"] < KILLED_IMAGES
+    run(source, out="fresh/pool", cache="fresh_cache", **settings)
+    assert shard_bytes(tmp_path / "embeddings/pool") == shard_bytes(tmp_path / "fresh/pool")
+
+
+CHILD = """
+import json, sys, torch
+from pathlib import Path
+from pipeline.params import EmbedParams, SourceParams
+from pipeline.runtime import Runtime
+from pipeline.stages import embed
+a = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+embed.run(
+    name="pool",
+    source=SourceParams.model_validate_json(a["source"]),
+    out_dir=Path(a["out_dir"]),
+    params=EmbedParams.model_validate_json(a["params"]),
+    runtime=Runtime(
+        device=torch.device("cpu"), amp_dtype=None, seed=0, cache_dir=Path(a["cache"])
+    ),
+    stats_path=Path(a["stats"]),
+)
+"""
+
+
+def test_tar_and_parquet_give_the_folder_s_embeddings(
+    run: Callable, make_image_folder: Callable, tmp_path: Path
+) -> None:
+    root = make_image_folder(count=4)
+    files = [(path.name, path.read_bytes()) for path in sorted(root.iterdir())]
+    for name in ("tars", "tables"):
+        (tmp_path / name).mkdir()
+    with tarfile.open(tmp_path / "tars/00000.tar", "w") as tar:
+        for name, data in files:
+            for suffix, content in ((".jpg", data), (".json", b"{}")):
+                info = tarfile.TarInfo(Path(name).stem + suffix)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    images = pa.array([{"bytes": data, "path": name} for name, data in files])
+    pq.write_table(pa.table({"image": images}), tmp_path / "tables/0.parquet")
+    expected, _ = run(SourceParams(root=root))
+    sources = [
+        SourceParams(root=tmp_path / "tars", format="webdataset", pattern="{00000..00000}.tar"),
+        SourceParams(root=tmp_path / "tables", format="parquet"),
+    ]
+    for source, members in zip(sources, (["0.jpg", "3.jpg"], ["0", "3"]), strict=True):
+        table, _ = run(source, cache=source.format)
+        assert table["embedding"].to_pylist() == expected["embedding"].to_pylist()
+        assert table["sha256"] == expected["sha256"]
+        assert [table["member"][0].as_py(), table["member"][3].as_py()] == members
+        assert not set(table["key"].to_pylist()) & set(expected["key"].to_pylist())
+    offsets = pq.read_table(tmp_path / "embeddings/pool/00000.parquet")["offset"].to_pylist()
+    assert offsets == [None] * 4
+
+
+def test_broken_tar_stops_the_stage_with_its_name(run: Callable, tmp_path: Path) -> None:
+    root = tmp_path / "tars"
+    root.mkdir()
+    (root / "0.tar").write_bytes(b"")
+    with pytest.raises(PipelineError, match=r"0\.tar: broken"):
+        run(SourceParams(root=root, format="webdataset"))

@@ -1,0 +1,336 @@
+"""Stage mask: what is in the shards, what is skipped, what a second run re-uses."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+
+from pipeline.data.images import decode_png, load_image
+from pipeline.data.shards import read_shards
+from pipeline.data.sources import sample_key
+from pipeline.data.tables import ArchiveRow, write_archives
+from pipeline.errors import PipelineError
+from pipeline.models.bilateral import bilateral_solve
+from pipeline.models.selfmask import SelfMask, SelfMaskConfig, load_selfmask, save_selfmask
+from pipeline.params import EncoderParams, MaskParams
+from pipeline.runtime import Runtime
+from pipeline.stages import mask
+
+MEMBERS = ("jpg", "mask.png", "json")
+ORIENTATION = 0x0112
+CLIP_CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def photo(width: int, height: int, seed: int) -> Image.Image:
+    """A bright disc on a noisy ground."""
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 80, (height, width, 3), np.uint8))
+    box = (width // 4, height // 4, 3 * width // 4, 3 * height // 4)
+    ImageDraw.Draw(image).ellipse(box, fill=tuple(rng.integers(150, 256, 3).tolist()))
+    return image
+
+
+def file_bytes(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def rotated_jpeg() -> bytes:
+    image = photo(48, 32, 3)
+    exif = image.getexif()
+    exif[ORIENTATION] = 6
+    return file_bytes(image, "JPEG", exif=exif, quality=90)
+
+
+def six_files() -> dict[str, bytes]:
+    plain = file_bytes(photo(48, 32, 0), "JPEG", quality=90)
+    return {
+        "a.jpg": plain,
+        "b.jpg": plain[: len(plain) // 2],
+        "c.png": file_bytes(photo(40, 40, 1).convert("RGBA"), "PNG"),
+        "d.jpg": plain,
+        "e.jpg": rotated_jpeg(),
+        "f.jpg": file_bytes(photo(200, 90, 4), "JPEG", quality=90),
+    }
+
+
+def archive_row(folder: Path, name: str, data: bytes, *, rank: int, label_id: int) -> ArchiveRow:
+    (folder / name).write_bytes(data)
+    return ArchiveRow(
+        category=f"category {label_id}",
+        label_id=label_id,
+        rank=rank,
+        key=sample_key("folder", name),
+        similarity=0.5 - rank / 64,
+        source="folder",
+        path=(folder / name).as_posix(),
+        member=None,
+        offset=None,
+        width=48,
+        height=32,
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+class World:
+    """Six images, one truncated and one a copy, in two archives; a tiny SelfMask."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "images").mkdir()
+        self.rows = [
+            archive_row(root / "images", name, data, rank=rank % 3 + 1, label_id=rank // 3 + 1)
+            for rank, (name, data) in enumerate(six_files().items())
+        ]
+        torch.manual_seed(0)
+        config = SelfMaskConfig(
+            dim=16, depth=1, num_heads=2, num_queries=3, decoder_layers=1, mlp_ratio=2, grid=4
+        )
+        save_selfmask(SelfMask(config), root / "selfmask.safetensors")
+        self.params = MaskParams(
+            weights=root / "selfmask.safetensors", short_side=60, batch_size=2, shard_size=3
+        )
+        self.runtime = Runtime(
+            device=torch.device("cpu"), amp_dtype=None, seed=0, cache_dir=root / "cache"
+        )
+
+    def run(self, out: str = "masks", **changes: Any) -> dict[str, Any]:
+        write_archives(self.root / "archives.parquet", self.rows)
+        return mask.run(
+            archives_path=self.root / "archives.parquet",
+            out_dir=self.root / out,
+            params=self.params.model_copy(update=changes),
+            runtime=self.runtime,
+            stats_path=self.root / f"{out}.stats.json",
+        )
+
+    def stats(self, out: str = "masks") -> dict[str, Any]:
+        return json.loads((self.root / f"{out}.stats.json").read_text())
+
+    def samples(self, out: str = "masks") -> dict[str, dict[str, Any]]:
+        """Sample by file name of its image."""
+        samples = {}
+        for sample in read_shards(self.root / out, members=MEMBERS):
+            sample["json"] = json.loads(sample["json"])
+            samples[Path(sample["json"]["path"]).name] = sample
+        return samples
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_second_run_gives_the_same_bytes_from_the_cache(world: World) -> None:
+    world.run("first")
+    world.run("second")
+    assert contents(world.root / "first") == contents(world.root / "second")
+    first, second = world.stats("first")["counts"], world.stats("second")["counts"]
+    assert (first["masked"], first["cached"]) == (4, 1)  # the copy is masked once
+    assert (second["masked"], second["cached"]) == (0, 5)
+
+
+def test_the_truncated_image_is_skipped_and_listed(world: World) -> None:
+    manifest = world.run()
+    assert manifest["samples"] == 5
+    assert [shard["samples"] for shard in manifest["shards"]] == [3, 2]
+    stats = world.stats()
+    assert (stats["items"], stats["skipped"]) == (5, 1)
+    [skipped] = stats["skipped_items"]
+    assert skipped["item"].endswith("b.jpg")
+    assert "truncated" in skipped["reason"]
+
+
+def test_samples_hold_image_mask_and_origin(world: World) -> None:
+    world.run()
+    for sample in world.samples().values():
+        image = load_image(sample["jpg"])
+        decoded = decode_png(sample["mask.png"])
+        assert decoded.shape == image.size[::-1]
+        assert decoded.dtype == np.uint8
+        assert set(np.unique(decoded)) <= {0, 255}
+        assert sample["__key__"] == f"{sample['json']['key']}_{sample['json']['label_id']}"
+    row = world.rows[2]
+    assert world.samples()["c.png"]["json"] == {
+        "category": "category 1",
+        "label_id": 1,
+        "rank": 3,
+        "similarity": row.similarity,
+        "key": row.key,
+        "source": "folder",
+        "path": row.path,
+        "member": None,
+        "sha256": row.sha256,
+        "original_width": 48,
+        "original_height": 32,
+    }
+
+
+def test_images_are_upright_small_and_passed_through_where_possible(world: World) -> None:
+    world.run()
+    samples = world.samples()
+    assert samples["a.jpg"]["jpg"] == six_files()["a.jpg"]
+    assert load_image(samples["e.jpg"]["jpg"]).size == (32, 48)
+    assert Image.open(io.BytesIO(samples["e.jpg"]["jpg"])).size == (32, 48)
+    assert load_image(samples["f.jpg"]["jpg"]).size == (133, 60)
+    assert Image.open(io.BytesIO(samples["c.png"]["jpg"])).format == "JPEG"
+
+
+def test_masks_are_those_of_the_network_snapped_to_edges(world: World) -> None:
+    world.run()
+    image = np.array(load_image(six_files()["a.jpg"]))
+    tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    coarse = (load_selfmask(world.params.weights).saliency(tensor)[0] > 0.5).numpy()
+    assert coarse.any()
+    refined = bilateral_solve(image, coarse) > 0.5
+    sample = world.samples()["a.jpg"]
+    np.testing.assert_array_equal(decode_png(sample["mask.png"]) > 0, refined)
+    world.run("coarse", refine=False)
+    sample = world.samples("coarse")["a.jpg"]
+    np.testing.assert_array_equal(decode_png(sample["mask.png"]) > 0, coarse)
+
+
+def test_a_larger_k_masks_new_images_only(world: World) -> None:
+    every_row = world.rows
+    world.rows = every_row[:3]
+    world.run("small")
+    world.rows = every_row
+    world.run("large")
+    assert world.stats("large")["counts"]["masked"] == 2
+
+
+@pytest.mark.parametrize("change", [{"threshold": 0.4}, {"refine": False}, {"short_side": 30}])
+def test_changed_settings_do_not_use_old_masks(world: World, change: dict[str, Any]) -> None:
+    world.run()
+    world.run("changed", **change)
+    assert world.stats("changed")["counts"]["masked"] == 4
+
+
+def test_changed_weights_do_not_use_old_masks(world: World) -> None:
+    world.run()
+    torch.manual_seed(1)
+    model = SelfMask(load_selfmask(world.params.weights).config)
+    save_selfmask(model, world.params.weights)
+    world.run("changed")
+    assert world.stats("changed")["counts"]["masked"] == 4
+
+
+def test_an_image_in_two_archives_is_masked_once(world: World) -> None:
+    first = world.rows[0]
+    world.rows = [first, replace(first, label_id=2, category="category 2")]
+    assert world.run()["samples"] == 2
+    counts = world.stats()["counts"]
+    assert (counts["masked"], counts["cached"]) == (1, 1)
+    [one, two] = read_shards(world.root / "masks", members=MEMBERS)
+    assert one["mask.png"] == two["mask.png"]
+    assert one["__key__"] != two["__key__"]
+
+
+def test_negatives_get_an_empty_mask_without_the_network(world: World) -> None:
+    world.rows = [replace(world.rows[0], label_id=0, category="background")]
+    world.run()
+    [sample] = world.samples().values()
+    assert not decode_png(sample["mask.png"]).any()
+    counts = world.stats()["counts"]
+    assert counts["negatives"] == 1
+    assert counts.get("masked", 0) == 0
+    assert counts.get("empty_masks", 0) == 0
+
+
+def test_empty_masks_stay_empty_and_are_counted(world: World) -> None:
+    world.run(threshold=1.0)
+    assert all(not decode_png(sample["mask.png"]).any() for sample in world.samples().values())
+    assert world.stats()["counts"]["empty_masks"] == 5
+
+
+def test_an_image_that_changed_since_it_was_embedded_is_skipped(world: World) -> None:
+    Path(world.rows[0].path).write_bytes(six_files()["f.jpg"])
+    world.run()
+    reasons = {Path(item["item"]).name: item["reason"] for item in world.stats()["skipped_items"]}
+    assert reasons["a.jpg"] == "changed since it was embedded"
+
+
+def test_very_long_images_are_masked_at_their_own_size(world: World) -> None:
+    masker = replace(mask.make_masker(world.params, world.runtime), max_pixels=1000)
+    [result] = mask.predict_masks([photo(900, 20, 5)], masker=masker, refine=True)
+    assert result.shape == (20, 900)
+
+
+def test_one_pixel_is_an_image_too(world: World) -> None:
+    data = file_bytes(Image.new("RGB", (1, 1), (9, 9, 9)), "PNG")
+    world.rows = [archive_row(world.root / "images", "dot.png", data, rank=1, label_id=1)]
+    world.run()
+    assert decode_png(world.samples()["dot.png"]["mask.png"]).shape == (1, 1)
+
+
+def remove_images(world: World) -> None:
+    for row in world.rows:
+        Path(row.path).unlink()
+
+
+def remove_rows(world: World) -> None:
+    world.rows = []
+
+
+def remove_weights(world: World) -> None:
+    world.params.weights.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (remove_images, "none of the 6 archive images could be read.*a.jpg: file is missing"),
+        (remove_rows, "archives.parquet: no images"),
+        (remove_weights, "selfmask.safetensors: no such weights file"),
+    ],
+)
+def test_hopeless_input_is_an_error_and_leaves_the_old_output(
+    world: World, spoil: Callable[[World], None], message: str
+) -> None:
+    world.run()
+    before = contents(world.root / "masks")
+    spoil(world)
+    with pytest.raises(PipelineError, match=message):
+        world.run()
+    assert contents(world.root / "masks") == before
+
+
+def test_spectral_masks_on_a_tiny_clip(world: World) -> None:
+    config_path, weights_path = world.root / "clip.json", world.root / "clip.safetensors"
+    config_path.write_text(json.dumps(CLIP_CONFIG))
+    torch.manual_seed(0)
+    state = open_clip.CLIP(**CLIP_CONFIG).state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, weights_path)
+    encoder = EncoderParams(model=str(config_path), pretrained=str(weights_path))
+    settings = {"source": "spectral", "encoder": encoder, "refine": False}
+    world.run("first", **settings)
+    world.run("second", **settings)
+    assert contents(world.root / "first") == contents(world.root / "second")
+    assert world.stats("second")["counts"]["masked"] == 0
+    for sample in world.samples("first").values():
+        decoded = decode_png(sample["mask.png"])
+        assert decoded.shape == load_image(sample["jpg"]).size[::-1]
+        assert 0 < decoded.mean() < 255
+    world.run("fewer", **settings, clusters=[2])
+    assert world.stats("fewer")["counts"]["masked"] == 4

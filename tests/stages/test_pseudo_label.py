@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from pipeline.data.images import decode_label, decode_png, encode_jpeg, encode_png, load_image
+from pipeline.data.shards import read_manifest, read_shards, write_shards
+from pipeline.errors import PipelineError
+from pipeline.models.clip import load_clip
+from pipeline.params import EncoderParams, PseudoLabelParams
+from pipeline.runtime import Runtime
+from pipeline.stages import pseudo_label
+from pipeline.stages.pseudo_label import build_denseclip
+
+CATEGORIES = ["cat", "dog"]
+SIZES = [(24, 16), (16, 24), (24, 16), (17, 9)]
+CONFIG: dict[str, Any] = {
+    "embed_dim": 16,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def encoder_params(tmp_path: Path) -> EncoderParams:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = open_clip.CLIP(**CONFIG).state_dict()
+    save_file(state, tmp_path / "clip.safetensors")
+    (tmp_path / "clip.json").write_text(json.dumps(CONFIG))
+    return EncoderParams(
+        model=str(tmp_path / "clip.json"), pretrained=str(tmp_path / "clip.safetensors")
+    )
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Runtime:
+    return Runtime(device=torch.device("cpu"), amp_dtype=None, seed=0, cache_dir=tmp_path / "cache")
+
+
+@pytest.fixture
+def mask_dir(tmp_path: Path) -> Path:
+    """Four images in three archives (0: negatives); the first and third are the same photo."""
+    write_masks(tmp_path / "masks", [("cat", 1), ("dog", 2), ("dog", 2), ("background", 0)])
+    return tmp_path / "masks"
+
+
+def write_masks(out_dir: Path, archives: list[tuple[str, int]]) -> None:
+    write_shards(
+        (_sample(index, *archive) for index, archive in enumerate(archives)),
+        out_dir,
+        shard_size=3,
+    )
+
+
+def _sample(index: int, category: str, label_id: int) -> dict[str, Any]:
+    width, height = SIZES[index]
+    rng = np.random.default_rng(index % 2)
+    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return {
+        "__key__": f"{index:020d}_{label_id}",
+        "jpg": encode_jpeg(Image.fromarray(pixels)),
+        "mask.png": encode_png(pixels[..., 0] > 128),
+        "json": {"category": category, "label_id": label_id, "rank": 1, "similarity": 0.25},
+    }
+
+
+def run(
+    mask_dir: Path,
+    runtime: Runtime,
+    encoder: EncoderParams,
+    *,
+    name: str = "labels",
+    categories: list[str] = CATEGORIES,
+    **params: Any,
+) -> tuple[Path, dict[str, Any]]:
+    """Run the stage; return its output folder and its stats."""
+    out_dir, stats_path = mask_dir.parent / name, mask_dir.parent / f"{name}.json"
+    pseudo_label.run(
+        mask_dir=mask_dir,
+        out_dir=out_dir,
+        categories=categories,
+        background=["background"],
+        params=PseudoLabelParams(encoder=encoder, shard_size=3, **params),
+        runtime=runtime,
+        stats_path=stats_path,
+    )
+    return out_dir, json.loads(stats_path.read_text())
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_samples_keep_their_members_and_get_labels_of_denseclip(
+    mask_dir: Path, runtime: Runtime, encoder_params: EncoderParams
+) -> None:
+    out_dir, stats = run(mask_dir, runtime, encoder_params, batch_size=2)
+    before, after = list(read_shards(mask_dir)), list(read_shards(out_dir))
+    assert [path.name for path in sorted(out_dir.glob("*.tar"))] == ["00000.tar", "00001.tar"]
+    assert (stats["items"], stats["skipped"], stats["counts"]) == (4, 0, {"cached": 0})
+    model = build_denseclip(
+        load_clip(encoder_params.model, encoder_params.pretrained, runtime.device),
+        categories=CATEGORIES,
+        background=["background"],
+        params=PseudoLabelParams(encoder=encoder_params),
+    )
+    seen = set()
+    for old, new in zip(before, after, strict=True):
+        assert {name: new[name] for name in old} == old
+        image = load_image(old["jpg"])
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        expected, confidence = model.label(pixels)
+        label = decode_label(new["label.png"])
+        assert label.tolist() == expected[0].tolist()
+        levels = decode_png(new["confidence.png"])
+        assert levels.dtype == np.uint8
+        assert levels.shape == label.shape == (image.height, image.width)
+        assert np.abs(levels / 255 - confidence[0].numpy()).max() < 0.5 / 255 + 1e-5
+        seen |= set(label.flatten().tolist())
+    assert len(seen) > 1
+    assert after[0]["label.png"] == after[2]["label.png"]
+
+
+def test_the_same_input_gives_the_same_bytes_cold_and_cached(
+    mask_dir: Path, runtime: Runtime, encoder_params: EncoderParams, tmp_path: Path
+) -> None:
+    first, _ = run(mask_dir, runtime, encoder_params)
+    expected = content(first)
+    again, stats = run(mask_dir, runtime, encoder_params)
+    assert content(again) == expected
+    assert stats["counts"]["cached"] == 4
+    elsewhere = Runtime(runtime.device, runtime.amp_dtype, 0, tmp_path / "empty")
+    cold, stats = run(mask_dir, elsewhere, encoder_params, name="cold")
+    assert content(cold) == expected
+    assert stats["counts"]["cached"] == 0
+
+
+def test_only_new_images_are_computed_and_all_of_them_under_new_settings(
+    mask_dir: Path, runtime: Runtime, encoder_params: EncoderParams
+) -> None:
+    write_masks(mask_dir, [("cat", 1), ("dog", 2)])
+    run(mask_dir, runtime, encoder_params)
+    write_masks(mask_dir, [("cat", 1), ("dog", 2), ("dog", 2), ("background", 0)])
+    _, stats = run(mask_dir, runtime, encoder_params)
+    assert stats["counts"]["cached"] == 3
+    for changes in ({"prompt_denoising": 0.5}, {"templates": "name"}, {"logit_scale": 20.0}):
+        _, stats = run(mask_dir, runtime, encoder_params, **changes)
+        assert stats["counts"]["cached"] == 0
+    _, stats = run(mask_dir, runtime, encoder_params, categories=["cat", "dog", "cow"])
+    assert stats["counts"]["cached"] == 0
+
+
+def test_the_manifest_carries_the_protocol(
+    mask_dir: Path, runtime: Runtime, encoder_params: EncoderParams
+) -> None:
+    out_dir, _ = run(mask_dir, runtime, encoder_params, key_smoothing=1.0)
+    protocol = read_manifest(out_dir)["denseclip"]
+    assert protocol["categories"] == CATEGORIES
+    assert protocol["background"] == ["background"]
+    assert protocol["key_smoothing"] == 1.0
+    assert protocol["precision"] == "float32"
+    assert len(protocol["weights"]) == 64
+
+
+def test_more_than_254_categories_are_stored_in_16_bits(
+    mask_dir: Path, runtime: Runtime, encoder_params: EncoderParams
+) -> None:
+    names = [*CATEGORIES, *(f"thing {index}" for index in range(300))]
+    out_dir, _ = run(mask_dir, runtime, encoder_params, categories=names, templates="name")
+    sample = next(read_shards(out_dir))
+    with Image.open(io.BytesIO(sample["label.png"])) as image:
+        assert image.mode.startswith("I")
+    assert decode_label(sample["label.png"]).shape == (16, 24)
+
+
+@pytest.mark.parametrize("categories", [["dog", "cat"], ["cat"]])
+def test_masks_of_another_category_list_are_refused(
+    mask_dir: Path, runtime: Runtime, encoder_params: EncoderParams, categories: list[str]
+) -> None:
+    out_dir, _ = run(mask_dir, runtime, encoder_params)
+    expected = content(out_dir)
+    (mask_dir.parent / "labels.json").unlink()
+    with pytest.raises(PipelineError, match=r"categories: .*'(cat|dog)' with label id"):
+        run(mask_dir, runtime, encoder_params, categories=categories)
+    assert content(out_dir) == expected
+    assert not (mask_dir.parent / "labels.json").exists()
+
+
+def test_no_samples_is_an_error(
+    tmp_path: Path, runtime: Runtime, encoder_params: EncoderParams
+) -> None:
+    write_shards([], tmp_path / "masks", shard_size=3)
+    with pytest.raises(PipelineError, match="masks: no samples"):
+        run(tmp_path / "masks", runtime, encoder_params)
+
+
+def test_a_damaged_shard_is_an_error_that_names_it(
+    mask_dir: Path, runtime: Runtime, encoder_params: EncoderParams
+) -> None:
+    shard = mask_dir / "00001.tar"
+    shard.write_bytes(shard.read_bytes()[:-2000])
+    with pytest.raises(PipelineError, match=r"00001\.tar"):
+        run(mask_dir, runtime, encoder_params)

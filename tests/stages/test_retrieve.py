@@ -1,0 +1,341 @@
+"""The retrieve stage against an exact numpy top-k, ties, overlaps, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline.data.prompts import templates
+from pipeline.data.tables import (
+    ArchiveRow,
+    embedding_schema,
+    encoder_name,
+    read_archives,
+    write_table,
+)
+from pipeline.errors import PipelineError
+from pipeline.models.clip import load_clip, text_embeddings
+from pipeline.params import EncoderParams, RetrieveParams
+from pipeline.runtime import Runtime
+from pipeline.stages import retrieve
+from pipeline.stages.retrieve import Entry, settle_overlaps
+
+CATEGORIES = ["cat", "dog", "potted plant"]
+
+
+@pytest.fixture
+def encoder(tiny_clip: tuple[Path, Path]) -> EncoderParams:
+    model, weights = (str(path) for path in tiny_clip)
+    return EncoderParams(model=model, pretrained=weights)
+
+
+@pytest.fixture
+def texts(encoder: EncoderParams) -> np.ndarray:
+    """(K, C) text embeddings of CATEGORIES."""
+    clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+    return text_embeddings(clip, CATEGORIES, templates("name")).numpy()
+
+
+@pytest.fixture
+def write_shards(tmp_path: Path, encoder: EncoderParams) -> Callable[..., None]:
+    """Function that writes one shard: embeddings (N, C), or None for a skipped image, and keys."""
+
+    def write(name: str, embeddings: list[Any], keys: list[str], encoder_id: str = "") -> None:
+        rows = [
+            {
+                "key": key,
+                "source": name.split("/")[0],
+                "path": f"data/{key}.jpg",
+                "member": None if number % 2 else f"{key}.jpg",
+                "offset": None if number % 2 else 512 * number,
+                "width": None if embedding is None else 10 + number,
+                "height": None if embedding is None else 20,
+                "bytes": 7,
+                "sha256": None if embedding is None else f"{number:064d}",
+                "status": "skipped" if embedding is None else "ok",
+                "embedding": None if embedding is None else np.asarray(embedding, np.float16),
+            }
+            for number, (key, embedding) in enumerate(zip(keys, embeddings, strict=True))
+        ]
+        known = encoder_id or encoder_name(encoder.model, encoder.pretrained)
+        table = pa.Table.from_pylist(rows, schema=embedding_schema(16, known))
+        write_table(tmp_path / "embeddings" / f"{name}.parquet", table)
+
+    return write
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, runtime: Runtime, encoder: EncoderParams
+) -> Callable[..., tuple[list[ArchiveRow], dict[str, Any]]]:
+    """Function that runs the stage and returns the archives and the stats."""
+
+    def run_retrieve(
+        k: int, categories: list[str] = CATEGORIES, **params: Any
+    ) -> tuple[list[ArchiveRow], dict[str, Any]]:
+        retrieve.run(
+            embeddings_dir=tmp_path / "embeddings",
+            out_path=tmp_path / "archives.parquet",
+            categories=categories,
+            k=k,
+            params=RetrieveParams(**{"templates": "name", "overlap": "all", **params}),
+            encoder=encoder,
+            runtime=runtime,
+            stats_path=tmp_path / "stats.json",
+        )
+        stats = json.loads((tmp_path / "stats.json").read_text())
+        return read_archives(tmp_path / "archives.parquet"), stats
+
+    return run_retrieve
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def random_index(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[str]]:
+    """Unit embeddings (N, 16) as stored, and keys that do not come in order."""
+    embeddings = unit(rng.normal(size=(count, 16))).astype(np.float16)
+    return embeddings, [f"{number:020x}" for number in rng.permutation(count)]
+
+
+def numpy_top_k(
+    embeddings: np.ndarray, keys: list[str], texts: np.ndarray, k: int
+) -> list[list[str]]:
+    similarities = (embeddings.astype(np.float64) @ texts.T.astype(np.float64)).astype(np.float32)
+    return [
+        [keys[row] for row in sorted(range(len(keys)), key=lambda r: (-column[r], keys[r]))[:k]]
+        for column in similarities.T
+    ]
+
+
+def keys_by_category(rows: list[ArchiveRow]) -> list[list[str]]:
+    return [[row.key for row in rows if row.label_id == n] for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("k", [1, 7, 300])
+@pytest.mark.parametrize("block_rows", [1, 64, 65_536])
+def test_exact_top_k_whatever_the_blocks(
+    run: Callable,
+    write_shards: Callable,
+    texts: np.ndarray,
+    rng: np.random.Generator,
+    k: int,
+    block_rows: int,
+) -> None:
+    embeddings, keys = random_index(rng, 300)
+    for shard, start in enumerate((0, 100, 200)):
+        part = slice(start, start + 100)
+        write_shards(f"s{shard % 2}/{shard:05d}", list(embeddings[part]), keys[part])
+    rows, stats = run(k, block_rows=block_rows)
+    assert keys_by_category(rows) == numpy_top_k(embeddings, keys, texts, k)
+    assert [row.rank for row in rows] == [*range(1, k + 1)] * 3
+    assert [row.category for row in rows] == [name for name in CATEGORIES for _ in range(k)]
+    assert (stats["items"], stats["skipped"]) == (300, 0)
+    by_key = dict(zip(keys, embeddings, strict=True))
+    for row in rows:
+        expected = by_key[row.key].astype(np.float64) @ texts[row.label_id - 1]
+        assert row.similarity == pytest.approx(expected, abs=1e-6)
+
+
+def test_rows_carry_what_the_shards_know(
+    run: Callable, write_shards: Callable, texts: np.ndarray
+) -> None:
+    write_shards("a/00000", [None, texts[0]], ["00", "01"])
+    write_shards("b/00000", [texts[1], None, texts[2]], ["02", "03", "04"])
+    rows, stats = run(1)
+    assert stats["items"] == 3
+    found = [
+        (row.category, row.key, row.source, row.path, row.member, row.offset, row.width, row.sha256)
+        for row in rows
+    ]
+    assert found == [
+        ("cat", "01", "a", "data/01.jpg", None, None, 11, f"{1:064d}"),
+        ("dog", "02", "b", "data/02.jpg", "02.jpg", 0, 10, f"{0:064d}"),
+        ("potted plant", "04", "b", "data/04.jpg", "04.jpg", 1024, 12, f"{2:064d}"),
+    ]
+
+
+@pytest.mark.parametrize("block_rows", [1, 3, 50, 65_536])
+def test_equal_similarities_are_ranked_by_key_across_shards(
+    run: Callable, write_shards: Callable, texts: np.ndarray, block_rows: int
+) -> None:
+    """200 copies of one image, keys descending, then a few better and worse ones."""
+    better, copy, worse = (unit(texts[0] + scale * np.eye(16)[3]) for scale in (0.1, 0.5, 0.9))
+    order = [f"{number:020x}" for number in reversed(range(200))]
+    write_shards("a/00000", [copy] * 90 + [better], [*order[:90], "better"])
+    write_shards("a/00001", [worse, *[copy] * 110], ["worse", *order[90:]])
+    rows, _ = run(4, categories=["cat"], block_rows=block_rows)
+    assert [row.key for row in rows] == ["better", *sorted(order)[:3]]
+    assert len({row.similarity for row in rows[1:]}) == 1
+
+
+def test_same_bytes_each_time(
+    run: Callable, write_shards: Callable, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    embeddings, keys = random_index(rng, 50)
+    write_shards("a/00000", list(embeddings), keys)
+    outputs = []
+    for block_rows in (7, 50):
+        run(10, block_rows=block_rows, overlap="best", num_negatives=5)
+        outputs.append((tmp_path / "archives.parquet").read_bytes())
+    assert outputs[0] == outputs[1]
+
+
+def test_embeddings_without_direction_are_skipped_and_listed(
+    run: Callable, write_shards: Callable, texts: np.ndarray
+) -> None:
+    nan = np.full(16, np.nan)
+    infinite = np.where(np.arange(16) == 2, np.inf, texts[0])
+    write_shards(
+        "a/00000",
+        [nan, texts[0], np.zeros(16), None, infinite, texts[1]],
+        ["nan", "one", "zero", "unread", "inf", "two"],
+    )
+    rows, stats = run(2)
+    assert {row.key for row in rows} == {"one", "two"}
+    assert (stats["items"], stats["skipped"]) == (2, 3)
+    assert sorted((skip["item"], skip["reason"]) for skip in stats["skipped_items"]) == [
+        ("inf", "embedding is not finite"),
+        ("nan", "embedding is not finite"),
+        ("zero", "embedding is zero"),
+    ]
+    with pytest.raises(PipelineError, match=r"k: 3 is larger than the 2 embedded images"):
+        run(3)
+
+
+def test_k_larger_than_the_index(
+    run: Callable, write_shards: Callable, texts: np.ndarray, tmp_path: Path
+) -> None:
+    write_shards("a/00000", [texts[0], None, texts[1]], ["0", "1", "2"])
+    with pytest.raises(PipelineError, match=r"k: 500 is larger than the 2 .*lower k to 2"):
+        run(500)
+    assert not (tmp_path / "archives.parquet").exists()
+    assert not (tmp_path / "stats.json").exists()
+    assert len(run(2)[0]) == 6
+
+
+def test_embeddings_of_another_encoder(
+    run: Callable, write_shards: Callable, texts: np.ndarray
+) -> None:
+    write_shards("a/00000", [texts[0]], ["0"], encoder_id="ViT-L-14-336-quickgelu/openai")
+    with pytest.raises(PipelineError, match=r"embedded by ViT-L-14-336-quickgelu/openai, but"):
+        run(1)
+
+
+def test_no_embeddings(run: Callable) -> None:
+    with pytest.raises(PipelineError, match="no embedding shards"):
+        run(1)
+
+
+def make_lists() -> list[list[Entry]]:
+    """Image 7 is wanted by all three, best by the second; 8 by the first two alike; 9 by one."""
+    return [
+        [Entry(1, 0.75, 8), Entry(2, 0.5, 7)],
+        [Entry(1, 0.875, 7), Entry(2, 0.75, 8)],
+        [Entry(1, 0.625, 7), Entry(2, 0.25, 9)],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("all", [[(1, 8), (2, 7)], [(1, 7), (2, 8)], [(1, 7), (2, 9)]]),
+        ("best", [[(1, 8)], [(1, 7)], [(2, 9)]]),
+        ("last", [[], [(2, 8)], [(1, 7), (2, 9)]]),
+    ],
+)
+def test_overlap_policies(policy: str, expected: list[list[tuple[int, int]]]) -> None:
+    archives = settle_overlaps(make_lists(), policy)
+    assert [[(entry.rank, entry.position) for entry in entries] for entries in archives] == expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept", "dropped", "empty"),
+    [
+        # Three images equal to the text embeddings, k = 3: every category wants every image.
+        ("all", [3, 3, 3], 0, 0),
+        ("best", [1, 1, 1], 6, 0),
+        ("last", [0, 0, 3], 6, 2),
+    ],
+)
+def test_overlaps_are_settled_and_counted(
+    run: Callable,
+    write_shards: Callable,
+    texts: np.ndarray,
+    policy: str,
+    kept: list[int],
+    dropped: int,
+    empty: int,
+) -> None:
+    write_shards("a/00000", list(texts), ["0", "1", "2"])
+    rows, stats = run(3, overlap=policy)
+    assert [sum(row.label_id == n for row in rows) for n in (1, 2, 3)] == kept
+    assert stats["counts"] == {
+        "overlaps": 3,
+        "dropped": dropped,
+        "empty_archives": empty,
+        "negatives": 0,
+    }
+    if policy == "best":
+        assert [(row.label_id, row.rank, row.key) for row in rows] == [
+            (1, 1, "0"),
+            (2, 1, "1"),
+            (3, 1, "2"),
+        ]
+
+
+def test_overlaps_do_not_count_an_image_of_one_category(
+    run: Callable, write_shards: Callable, texts: np.ndarray
+) -> None:
+    write_shards("a/00000", list(texts), ["0", "1", "2"])
+    assert run(1)[1]["counts"]["overlaps"] == 0
+
+
+@pytest.mark.parametrize("block_rows", [1, 9, 65_536])
+def test_negatives_are_the_least_similar_images_of_no_archive(
+    run: Callable,
+    write_shards: Callable,
+    texts: np.ndarray,
+    rng: np.random.Generator,
+    block_rows: int,
+) -> None:
+    embeddings, keys = random_index(rng, 40)
+    write_shards("a/00000", list(embeddings), keys)
+    rows, stats = run(4, num_negatives=6, block_rows=block_rows)
+    greatest = (embeddings.astype(np.float64) @ texts.T).max(axis=1)
+    archived = {row.key for row in rows if row.label_id}
+    expected = [keys[row] for row in np.argsort(greatest) if keys[row] not in archived][:6]
+    negatives = [row for row in rows if row.label_id == 0]
+    assert [row.key for row in negatives] == expected
+    assert [row.rank for row in negatives] == [1, 2, 3, 4, 5, 6]
+    assert {row.category for row in negatives} == {"background"}
+    assert negatives[0].similarity == pytest.approx(greatest.min(), abs=1e-6)
+    assert stats["counts"]["negatives"] == 6
+
+
+def test_negatives_end_where_the_archives_begin(
+    run: Callable, write_shards: Callable, texts: np.ndarray
+) -> None:
+    """Of three images one is free, so there is one negative, however many were asked for."""
+    write_shards("a/00000", [texts[0], texts[1], -texts[0]], ["0", "1", "2"])
+    rows, stats = run(1, categories=["cat", "dog"], num_negatives=3)
+    assert [(row.label_id, row.key) for row in rows] == [(0, "2"), (1, "0"), (2, "1")]
+    assert stats["counts"]["negatives"] == 1
+
+
+def test_templates_are_averaged(
+    run: Callable, write_shards: Callable, encoder: EncoderParams
+) -> None:
+    clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+    averaged = text_embeddings(clip, ["cat"], templates("prompts85"))[0].numpy()
+    write_shards("a/00000", [averaged], ["0"])
+    rows, _ = run(1, categories=["cat"], templates="prompts85")
+    assert rows[0].similarity == pytest.approx(1, abs=1e-3)

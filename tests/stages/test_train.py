@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from pipeline.data.images import encode_jpeg, encode_label, encode_png
+from pipeline.data.shards import write_shards
+from pipeline.errors import PipelineError
+from pipeline.models.build import build_zutis, load_state, load_strict
+from pipeline.models.clip import load_clip
+from pipeline.params import EncoderParams, TrainParams
+from pipeline.runtime import Runtime
+from pipeline.stages import train
+
+CATEGORIES = ["cat", "dog"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> EncoderParams:
+    """A random CLIP with patches of 8 pixels, as a config and a weights file."""
+    folder = tmp_path_factory.mktemp("clip")
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 1,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 8,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 16,
+            "heads": 1,
+            "layers": 1,
+        },
+    }
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(**config)
+    (folder / "tiny.json").write_text(json.dumps(config))
+    save_file(clip.state_dict(), folder / "tiny.safetensors")
+    return EncoderParams(
+        model=str(folder / "tiny.json"), pretrained=str(folder / "tiny.safetensors")
+    )
+
+
+@pytest.fixture(scope="module")
+def labels_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Label shards: four squares a category, each category with its colour, and one negative."""
+    folder = tmp_path_factory.mktemp("labels") / "labels"
+    write_shards(_shard_samples(), folder, shard_size=4)
+    return folder
+
+
+def _shard_samples() -> Iterator[dict[str, Any]]:
+    colours = {0: (120, 120, 120), 1: (250, 30, 30), 2: (30, 30, 250)}
+    for label_id in (1, 1, 1, 1, 2, 2, 2, 2, 0):
+        number = label_id * 7
+        mask = np.zeros((40, 36), dtype=bool)
+        if label_id:
+            mask[6 + number : 26, 4 : 20 + number] = True
+        pixels = np.full((40, 36, 3), 120, dtype=np.uint8)
+        pixels[mask] = colours[label_id]
+        _shard_samples.count = getattr(_shard_samples, "count", 0) + 1
+        yield {
+            "__key__": f"{_shard_samples.count:04d}_{label_id}",
+            "jpg": encode_jpeg(Image.fromarray(pixels)),
+            "mask.png": encode_png(mask),
+            "label.png": encode_label(np.zeros(mask.shape, dtype=int), 2),
+            "confidence.png": encode_png(np.zeros(mask.shape, dtype=np.uint8)),
+            "json": {"category": ["background", *CATEGORIES][label_id], "label_id": label_id},
+        }
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def small_params(encoder: EncoderParams, **changes: Any) -> TrainParams:
+    settings: dict[str, Any] = {
+        "encoder": encoder,
+        "iterations": 3,
+        "batch_size": 2,
+        "crop_size": 32,
+        "scale_range": [0.7, 1.2],
+        "max_paste": 3,
+        "negative_canvas": 0.5,
+        "num_queries": 5,
+        "decoder_layers": 2,
+        "num_heads": 4,
+        "feedforward_dim": 32,
+        "workers": 0,
+        "log_every": 2,
+        "learning_rate": 1e-3,
+        "encoder_learning_rate": 1e-3,
+    }
+    return TrainParams(**{**settings, **changes})
+
+
+def run(labels_dir: Path, root: Path, params: TrainParams, **changes: Any) -> Path:
+    settings: dict[str, Any] = {
+        "categories": CATEGORIES,
+        "background": ["background", "grass"],
+        "runtime": Runtime(torch.device("cpu"), None, seed=5, cache_dir=root / "cache"),
+    }
+    train.run(
+        labels_dir=labels_dir,
+        out_dir=root / "zutis",
+        live_dir=root / "live",
+        stats_path=root / "stats.json",
+        params=params,
+        **{**settings, **changes},
+    )
+    return root
+
+
+def curve(root: Path, name: str) -> list[tuple[int, float]]:
+    rows = (root / "live/plots/metrics/train" / f"{name}.tsv").read_text().splitlines()[1:]
+    return [(int(step), float(value)) for step, value in (row.split("\t") for row in rows)]
+
+
+def test_writes_checkpoint_curves_and_stats(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    params = small_params(encoder)
+    root = run(labels_dir, tmp_path / "a", params)
+
+    config = json.loads((root / "zutis/config.json").read_text())
+    assert config["categories"] == CATEGORIES and config["background"] == ["background", "grass"]
+    assert config["step"] == 3 and config["templates"] == "name" and config["logit_scale"] == 1.0
+    assert config["train"] == params.model_dump(mode="json")
+    clip = load_clip(**config["encoder"], device=torch.device("cpu"))
+    before = clip.visual.proj.clone()
+    model = build_zutis(clip.visual, **config["architecture"])
+    load_strict(model, load_state(root / "zutis/model.safetensors"), root)
+    assert not torch.equal(model.encoder.proj, before)
+
+    assert [step for step, _ in curve(root, "loss")] == [2, 3]
+    parts = zip(curve(root, "loss"), curve(root, "semantic"), curve(root, "mask"), strict=True)
+    for (_, total), (_, semantic), (_, mask) in parts:
+        assert total == pytest.approx(semantic + mask, rel=1e-5)
+    rate = 1e-3 * (1 / 3) ** 0.9
+    assert curve(root, "learning_rate")[-1][1] == pytest.approx(rate)
+    summary = json.loads((root / "live/metrics.json").read_text())
+    assert summary["train"]["loss"] == curve(root, "loss")[-1][1]
+    assert sorted(path.name for path in (root / "live").iterdir()) == ["metrics.json", "plots"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+    stats = json.loads((root / "stats.json").read_text())
+    assert stats["items"] == 3
+    assert stats["counts"] == {"archive_images": 8, "empty_masks": 0, "negatives": 1}
+
+
+def test_same_bytes_whatever_the_workers(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    roots = [
+        run(labels_dir, tmp_path / str(workers), small_params(encoder, workers=workers))
+        for workers in (0, 2)
+    ]
+    weights = [(root / "zutis/model.safetensors").read_bytes() for root in roots]
+    assert weights[0] == weights[1]
+    assert curve(roots[0], "loss") == curve(roots[1], "loss")
+    other = Runtime(torch.device("cpu"), None, seed=6, cache_dir=tmp_path)
+    root = run(labels_dir, tmp_path / "seed", small_params(encoder), runtime=other)
+    assert (root / "zutis/model.safetensors").read_bytes() != weights[0]
+
+
+def test_the_loss_falls(labels_dir: Path, encoder: EncoderParams, tmp_path: Path) -> None:
+    params = small_params(
+        encoder, iterations=60, batch_size=4, log_every=10, logit_scale=10.0, colour_jitter=0.0
+    )
+    root = run(labels_dir, tmp_path, params)
+    for name in ("semantic", "mask"):
+        values = [value for _, value in curve(root, name)]
+        assert values[-1] < 0.8 * values[0], name
+
+
+def test_stop_gradient_and_weights_decide_what_is_trained(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    start = load_clip(encoder.model, encoder.pretrained, torch.device("cpu")).visual.proj
+    moved = {}
+    for stop_gradient in (True, False):
+        params = small_params(encoder, ce_weight=0.0, stop_gradient=stop_gradient)
+        # Decay shrinks every weight; off, only gradients move them.
+        params = params.model_copy(update={"weight_decay": 0.0})
+        root = run(labels_dir, tmp_path / str(stop_gradient), params)
+        state = load_state(root / "zutis/model.safetensors")
+        key = "encoder.transformer.resblocks.0.mlp.c_fc.weight"
+        clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+        moved[stop_gradient] = not torch.equal(
+            state[key], clip.visual.state_dict()[key.removeprefix("encoder.")]
+        )
+        assert torch.equal(state["encoder.proj"], start)
+    assert moved == {True: False, False: True}
+
+
+def test_refuses_a_crop_below_one_patch(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    with pytest.raises(PipelineError, match=r"train\.crop_size: 7 .*8 pixels"):
+        run(labels_dir, tmp_path, small_params(encoder, crop_size=7))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_other_categories(labels_dir: Path, encoder: EncoderParams, tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"'cat', label id 1.*'dog'"):
+        run(labels_dir, tmp_path, small_params(encoder), categories=["dog", "cat"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_divergence_names_the_step_and_keeps_no_checkpoint(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    params = small_params(encoder, learning_rate=1e30, encoder_learning_rate=1e30, iterations=6)
+    with pytest.raises(PipelineError, match=r"step \d+.*diverged"):
+        run(labels_dir, tmp_path, params)
+    assert not (tmp_path / "zutis").exists() and not (tmp_path / "stats.json").exists()
