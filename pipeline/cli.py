@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from pipeline import __version__
 from pipeline.errors import PipelineError
 from pipeline.params import Params, read_params
-from pipeline.runtime import Runtime, make_runtime
+
+if TYPE_CHECKING:  # importing torch takes seconds that `--help` and mistakes need not wait for
+    from pipeline.runtime import Runtime
 
 app = typer.Typer(
     name="pipeline",
@@ -43,6 +45,8 @@ DEMO_MODELS = Path("models/demo")
 Entry = TypeVar("Entry")
 
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
+BAD_PATH = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
 
 def main() -> None:
@@ -51,9 +55,10 @@ def main() -> None:
         app()
     except PipelineError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            print("interrupted; the same command continues", file=sys.stderr)
+        raise
     except OSError as error:
         sys.exit(_explain(error))
 
@@ -66,12 +71,14 @@ def _explain(error: OSError) -> str:
             f"error: no space left on the disk{where}: free some and run the same command again; "
             "nothing half-written was kept and finished work is reused"
         )
-    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+    if isinstance(error, BAD_PATH) or error.errno == errno.EROFS:
         return f"error: {error.strerror}{where}: make it writable or choose another path"
     raise error
 
 
 def _start(params_path: Path) -> tuple[Params, Runtime]:
+    from pipeline.runtime import make_runtime
+
     params = read_params(params_path)
     return params, make_runtime(device=params.device, seed=params.seed)
 
@@ -371,5 +378,6 @@ def pretrain(
 ) -> None:
     """Pre-train the tiny CLIP and the tiny SelfMask; continues where it was stopped."""
     from pipeline.demo.pretrain import pretrain as run
+    from pipeline.runtime import make_runtime
 
     run(out, work, runtime=make_runtime(device=device, seed=seed))

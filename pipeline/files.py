@@ -47,9 +47,11 @@ def replace_dir(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
+        retired = temporary.with_suffix(".old")
         if path.is_dir():
-            shutil.rmtree(path)
+            os.replace(path, retired)
         os.replace(temporary, path)
+        shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from pipeline.errors import PipelineError
 
@@ -238,6 +238,12 @@ def read_params(path: Path) -> Params:
         raise PipelineError(
             f"{path}: no such file; `pipeline init --preset folder` writes one"
         ) from None
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot be read: {error.strerror}") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise PipelineError(f"{path}: not valid YAML: {where}{error.problem}") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise PipelineError(f"{path}: not valid YAML: {error}") from None
     return parse_params(content, name=str(path))
@@ -255,6 +261,8 @@ def parse_params(content: Any, *, name: str = "params.yaml") -> Params:
 
 def _complaints(name: str, error: ValidationError) -> Iterator[str]:
     for item in error.errors():
+        if item["loc"][-1] == "str" and isinstance(item["input"], list):
+            continue  # a list of names is judged as a list
         location = [part for part in item["loc"] if not _is_union_branch(part)]
         key = ".".join(str(part) for part in location)
         if item["type"] == "extra_forbidden":
@@ -273,19 +281,10 @@ def _suggestion(location: list[str | int]) -> str:
     """Name the closest known key of the section that holds the unknown one."""
     section: Any = Params
     for part in location[:-1]:
-        field = section.model_fields.get(part) if isinstance(section, type) else None
-        section = field.annotation if field is not None else _value_section(section)
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            section = _value_section(section) or section
-    if not (isinstance(section, type) and issubclass(section, BaseModel)):
-        return ""
+        if get_origin(section) is dict:
+            _, section = get_args(section)
+        else:
+            section = section.model_fields[part].annotation
     known = sorted(section.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
-
-
-def _value_section(annotation: Any) -> Any:
-    for argument in get_args(annotation):
-        if isinstance(argument, type) and issubclass(argument, BaseModel):
-            return argument
-    return None

@@ -67,8 +67,8 @@ def make_runtime(*, device: str = "auto", seed: int = 0) -> Runtime:
 
 def default_cache_dir() -> Path:
     """Folder of cached per-image results: $PIPELINE_CACHE, else the user's cache folder."""
-    if CACHE_VARIABLE in os.environ:
-        return Path(os.environ[CACHE_VARIABLE])
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "zutis-pipeline"
 

@@ -6,14 +6,15 @@ void. Small images are enlarged and huge ones reduced, so that every picture can
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.data.benchmarks.voc import voc_palette
 from pipeline.data.labels import IGNORE_INDEX
 
 Pixels = NDArray[np.uint8]
@@ -27,10 +28,15 @@ FONT_SIZE = 13
 LINE_HEIGHT = 20
 MARGIN = 6
 OUTLINE = 2
+DRAWN_INSTANCES = 20
+GOLDEN_RATIO = 0.618034
+FIRST_HUE = 0.02
+# (saturation, value), taken in turn.
+SHADES = ((0.85, 0.92), (0.6, 1.0), (0.9, 0.72))
 FADED = 0.35
 INK: Colour = (24, 24, 24)
 PAPER: Colour = (255, 255, 255)
-VOID_COLOUR: Colour = (150, 150, 150)
+VOID_COLOUR: Colour = (224, 224, 192)
 # Blue and orange rather than green and red: readable with any colour vision.
 CORRECT: Colour = (0, 114, 178)
 FALSE: Colour = (213, 94, 0)
@@ -41,6 +47,7 @@ ERROR_LEGEND: tuple[LegendEntry, ...] = (
     ("false (FP)", FALSE),
     ("missed (FN)", MISSED),
     ("wrong category", CONFUSED),
+    ("void", VOID_COLOUR),
 )
 
 
@@ -61,10 +68,16 @@ class DrawnInstance(Protocol):
 
 
 def colour_map(count: int) -> Pixels:
-    """VOC's first `count` colours (count, 3); from 256 on they repeat, without the black."""
-    palette = voc_palette()
-    indices = np.arange(count)
-    return palette[np.where(indices < 256, indices, 1 + (indices - 1) % 255)]
+    """Colours (count, 3) by label id; 0, the background, is black.
+
+    Neighbouring ids lie far apart in hue, and no category is grey or dark, as some are in VOC's own
+    palette, so that all show on grey images.
+    """
+    colours = [(0.0, 0.0, 0.0)]
+    for label_id in range(1, count):
+        hue = (FIRST_HUE + (label_id - 1) * GOLDEN_RATIO) % 1
+        colours.append(colorsys.hsv_to_rgb(hue, *SHADES[(label_id - 1) % len(SHADES)]))
+    return (np.array(colours[:count]).reshape(count, 3) * 255).round().astype(np.uint8)
 
 
 def overlay_semantic(
@@ -75,7 +88,7 @@ def overlay_semantic(
     names: Sequence[str] | None = None,
     alpha: float = 0.55,
 ) -> Image.Image:
-    """Label colours over an image, with a legend strip of the names that occur.
+    """Label colours over a grey image, with a legend strip of the names that occur.
 
     Args:
         image: (H, W, 3) uint8.
@@ -88,7 +101,7 @@ def overlay_semantic(
     colours = np.zeros_like(image)
     colours[labels > 0] = palette[labels[labels > 0]]
     colours[labels == IGNORE_INDEX] = VOID_COLOUR
-    picture = _blend(image, colours, where=labels != 0, alpha=alpha)
+    picture = _blend(_grey(image), colours, where=labels != 0, alpha=alpha)
     if names is None:
         return picture
     present = [int(label_id) for label_id in np.unique(labels) if label_id > 0]
@@ -102,7 +115,7 @@ def overlay_instances(
     names: Sequence[str],
     alpha: float = 0.5,
 ) -> Image.Image:
-    """Every object in a colour of its own, outlined, with its category and score.
+    """The best `DRAWN_INSTANCES` objects, each in a colour of its own, outlined and named.
 
     Args:
         image: (H, W, 3) uint8.
@@ -110,7 +123,7 @@ def overlay_instances(
         names: category names in the order of the label ids from 1.
         alpha: share of the colour inside an object.
     """
-    drawn = list(instances)
+    drawn = list(islice(instances, DRAWN_INSTANCES))
     palette = colour_map(len(drawn) + 1)
     colours = image.copy()
     covered = np.zeros(image.shape[:2], dtype=bool)
@@ -136,7 +149,7 @@ def overlay_errors(
 ) -> Image.Image:
     """Where a prediction is right, false, missed or of the wrong category, with a legend.
 
-    Background that was left alone keeps the image's own, paler colours; void is grey.
+    Background that was left alone is a pale grey image.
     """
     _check_sizes(image, prediction)
     _check_sizes(image, target)
@@ -147,7 +160,7 @@ def overlay_errors(
     colours[scored & found & ~real] = FALSE
     colours[scored & ~found & real] = MISSED
     colours[scored & found & real & (prediction != target)] = CONFUSED
-    pale = (image * (1 - FADED) + 255 * FADED).astype(np.uint8)
+    pale = (_grey(image) * (1 - FADED) + 255 * FADED).astype(np.uint8)
     picture = _blend(pale, colours, where=~scored | found | real, alpha=0.6)
     return add_legend(picture, ERROR_LEGEND)
 
@@ -191,6 +204,11 @@ def displayed(image: Pixels) -> Image.Image:
     if picture.size == (width, height):
         return picture
     return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _grey(image: Pixels) -> Pixels:
+    """The image without colour, so that only labels have one."""
+    return np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
 
 
 def _blend(

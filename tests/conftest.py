@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +84,7 @@ def make_image_folder(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Model-config JSON and weights file of a random CLIP: 32 x 32 input, embeddings of 16."""
     folder = tmp_path_factory.mktemp("tiny_clip")
     model_path, weights_path = folder / "tiny.json", folder / "tiny.safetensors"
@@ -92,4 +92,4 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_file(CLIP(**TINY_CLIP_CONFIG).state_dict(), weights_path)
-    yield model_path, weights_path
+    return model_path, weights_path

@@ -157,7 +157,7 @@ def read_image(location: ImageLocation) -> bytes:
 Found = tuple[str, str | None, int | None, int | None]
 
 
-def _list_folder(name: str, source: SourceSpec, report: Report | None) -> Iterator[Found]:
+def _list_folder(name: str, source: SourceSpec, _report: Report | None) -> Iterator[Found]:
     if source.pattern:
         raise PipelineError(
             f"index.{name}.pattern: {source.pattern!r} has no meaning for format folder; remove it"
@@ -319,7 +319,8 @@ def _read_parquet_row(path: Path, row: int) -> bytes:
     return data
 
 
-# One decoded row group may be large, and neighbouring rows are asked for together.
+# A row group is read as a whole and may be large, so the last two are kept, for all threads; the
+# time of the file's last change tells whether they still hold.
 _parquet_lock = threading.Lock()
 
 
@@ -334,14 +335,14 @@ def _row_group_of(path: Path, row: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def _row_group_sizes(path: Path, mtime_ns: int) -> list[int]:
+def _row_group_sizes(path: Path, _mtime_ns: int) -> list[int]:
     with pq.ParquetFile(path) as file:
         metadata = file.metadata
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
 @lru_cache(maxsize=2)
-def _row_group_column(path: Path, mtime_ns: int, group: int) -> pa.ChunkedArray:
+def _row_group_column(path: Path, _mtime_ns: int, group: int) -> pa.ChunkedArray:
     with pq.ParquetFile(path) as file:
         column = image_column(file.schema_arrow, path)
         return file.read_row_group(group, columns=[column])[column]

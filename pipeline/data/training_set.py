@@ -212,6 +212,7 @@ class Composition:
         max_paste: Largest number of archive images in one training image.
         same_archive: Probability that they all come from one archive, drawn uniformly.
         negative_canvas: Probability that the objects are pasted onto a negative.
+        keep_last_row_column: see `copy_paste`.
     """
 
     crop_size: int
@@ -223,6 +224,7 @@ class Composition:
     max_paste: int = 10
     same_archive: float = 0.5
     negative_canvas: float = 0.0
+    keep_last_row_column: bool = False
 
 
 class TrainingSet(Dataset[Composed]):
@@ -262,6 +264,8 @@ class TrainingSet(Dataset[Composed]):
         One to `max_paste` archive images are drawn. The first is the canvas, the others give one
         object each; a negative canvas comes on top of them. Every image is transformed by itself.
         """
+        if not 0 <= number < self._length:
+            raise IndexError(f"image {number} of {self._length}")
         rng = random.Random(f"{self._seed}/{number}")
         composition = self._composition
         num_objects = rng.randint(1, composition.max_paste)
@@ -276,7 +280,7 @@ class TrainingSet(Dataset[Composed]):
         for _ in range(num_objects):
             sample = self._augmented(rng.choice(pool), rng)
             samples.append(_single_object(sample, rng.randint(1, sample.num_instances)))
-        return copy_paste(samples, rng)
+        return copy_paste(samples, rng, keep_last_row_column=composition.keep_last_row_column)
 
     def _augmented(self, index: int, rng: random.Random) -> Sample:
         composition = self._composition

@@ -157,7 +157,9 @@ def _nearest(length: int, new_length: int) -> np.ndarray:
     return np.minimum(centres.astype(np.intp), length - 1)
 
 
-def _pad(array: np.ndarray, size: int, before: tuple[int, int], fill: np.ndarray | int) -> np.ndarray:
+def _pad(
+    array: np.ndarray, size: int, before: tuple[int, int], fill: np.ndarray | int
+) -> np.ndarray:
     padded = np.empty((size, size, *array.shape[2:]), dtype=array.dtype)
     padded[:] = fill
     top, left = before

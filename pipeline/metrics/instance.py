@@ -67,12 +67,6 @@ def encode_mask(mask: NDArray[np.bool_]) -> Rle:
     }
 
 
-def decode_mask(rle: Rle) -> NDArray[np.bool_]:
-    """Mask (H, W) of a run-length code."""
-    code = {"size": rle["size"], "counts": rle["counts"].encode("ascii")}
-    return coco_mask.decode(code).astype(bool)
-
-
 def mask_area(rle: Rle) -> int:
     """Number of pixels of a run-length coded mask."""
     return int(coco_mask.area({"size": rle["size"], "counts": rle["counts"].encode("ascii")}))

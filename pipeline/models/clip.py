@@ -300,7 +300,12 @@ def _read_pickled(path: Path) -> Any:
                 warnings.simplefilter("ignore", FutureWarning)
                 return torch.jit.load(path, map_location="cpu").state_dict()
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except pickle.UnpicklingError:  # torch's text advises to unpickle anything: not repeated here
+        raise PipelineError(
+            f"{path}: no PyTorch file of tensors alone, and other objects are not unpickled; "
+            "expected .safetensors or a .pt file of tensors"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise PipelineError(
             f"{path}: cannot be read as weights ({_first_line(error)}); expected .safetensors or a "
             ".pt file of tensors, download it again if it is damaged"
@@ -506,26 +511,46 @@ def _transform(preprocess: PreprocessCfg) -> Callable[[Image.Image], Tensor]:
 
 
 def _tokenizer(config: dict[str, Any], *, name: str, source: str) -> Callable[[list[str]], Tensor]:
-    context_length = config["text_cfg"].get("context_length", 77)
+    """The tokenizer of a named architecture, or of a config file (`name` is empty)."""
+    if name:
+        return _named_tokenizer(name)
+    text_config = config["text_cfg"]
+    foreign = text_config.get("hf_tokenizer_name") or text_config.get("hf_model_name")
+    if foreign:
+        raise PipelineError(
+            f"encoder.model: {source}: the tokenizer {foreign} is not supported in a config file; "
+            "use CLIP's own (leave the key out) or a named architecture of open_clip"
+        )
+    tokenizer = open_clip.SimpleTokenizer(context_length=text_config.get("context_length", 77))
     if "vocabulary" not in config:
-        if name:
-            with _quiet_logging():
-                return open_clip.get_tokenizer(name)  # type: ignore[no-any-return]
-        return open_clip.SimpleTokenizer(context_length=context_length)  # type: ignore[no-any-return]
-    vocabulary = config["vocabulary"]
+        return tokenizer  # type: ignore[no-any-return]
+    _check_vocabulary(config["vocabulary"], text_config.get("vocab_size"), source=source)
+    return _VocabularyTokenizer(tokenizer, config["vocabulary"])
+
+
+def _named_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
+    try:
+        with _quiet_logging():
+            return open_clip.get_tokenizer(name)  # type: ignore[no-any-return]
+    except Exception as error:  # as in _download: some architectures fetch theirs from the hub
+        raise PipelineError(
+            f"encoder.model: could not get the tokenizer of {name} ({type(error).__name__}: "
+            f"{_first_line(error)}); without a network, use an architecture with CLIP's own "
+            "tokenizer, for example ViT-B-16-quickgelu"
+        ) from None
+
+
+def _check_vocabulary(vocabulary: list[int], vocab_size: int | None, *, source: str) -> None:
     if vocabulary != sorted(set(vocabulary)) or not set(VOCABULARY_SPECIALS) <= set(vocabulary):
         raise PipelineError(
             f"encoder.model: {source}: vocabulary must be sorted, without repeats, and contain "
             f"{VOCABULARY_SPECIALS} (padding, start and end of a text)"
         )
-    if len(vocabulary) != config["text_cfg"].get("vocab_size"):
+    if len(vocabulary) != vocab_size:
         raise PipelineError(
             f"encoder.model: {source}: {len(vocabulary)} tokens in vocabulary, but "
-            f"text_cfg.vocab_size is {config['text_cfg'].get('vocab_size')}"
+            f"text_cfg.vocab_size is {vocab_size}"
         )
-    return _VocabularyTokenizer(
-        open_clip.SimpleTokenizer(context_length=context_length), vocabulary
-    )
 
 
 def _vit_features(visual: VisionTransformer, images: Tensor, *, layer: int, facet: str) -> Tensor:

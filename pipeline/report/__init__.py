@@ -1,1 +1,1 @@
-"""Drawing, charts and the template of the report page."""
+"""Pictures, charts, wording and template of the report page."""

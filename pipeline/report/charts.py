@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 WIDTH, HEIGHT = 360, 216
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 38
+LEFT, RIGHT, TOP, BOTTOM = 58, 10, 12, 38
 MAX_POINTS = 300
 SMOOTHING = 1 / 20
 
@@ -41,6 +41,7 @@ def line_chart(name: str, points: Sequence[tuple[float, float]]) -> dict[str, An
 
     return {
         "name": name,
+        "value_name": name.rpartition("/")[2].replace("_", " "),
         "width": WIDTH,
         "height": HEIGHT,
         "left": LEFT,
@@ -72,7 +73,7 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 
 def tick_label(value: float) -> str:
     """A tick's number, short: 20k, 0.25, 1e-06."""
-    if abs(value) >= 10_000:
+    if abs(value) >= 1000:
         return f"{value / 1000:g}k"
     return f"{round(value, 10):.4g}"
 

@@ -5,10 +5,10 @@ The truth is read here and nowhere else: no stage that trains sees it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,8 @@ from pipeline.data.labels import (
     decode_confidence,
     training_target,
 )
-from pipeline.data.shards import open_samples, read_manifest
-from pipeline.data.tables import ArchiveRow, read_archives
+from pipeline.data.shards import MANIFEST, SampleStore, open_samples
+from pipeline.data.tables import read_archives
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
 from pipeline.metrics.semantic import ConfusionMatrix
@@ -33,6 +33,8 @@ from pipeline.runtime import Runtime, StageRun
 
 MEMBERS = ("mask.png", "label.png", "confidence.png", "json")
 TARGETS: tuple[Target, ...] = get_args(Target)
+
+Item = TypeVar("Item", bound=np.generic)
 
 
 def run(
@@ -52,7 +54,7 @@ def run(
       that show none.
     - `mask_iou`: mean over the archive images of the IoU of the pseudo-mask with all objects, of
       any category or none; `mask_iou_category`: with the objects of the archive's category. An
-      image without such an object counts 0.
+      image without such an object counts 0. Negatives are in none of these.
     - `label_miou_TARGET`: mIoU of what training would see, for each target of section `train`;
       pixels that a target ignores are not scored, `label_ignored_fused` is their share.
 
@@ -75,29 +77,208 @@ def run(
     """
     rows = read_archives(archives_path)
     store = open_samples(labels_dir, members=MEMBERS)
-    categories = _label_categories(labels_dir)
-    truth = _Truth(name, audit.root, load_category_set(audit.categories), categories)
+    categories = _label_categories(store, labels_dir)
+    truth = _Truth(name, audit, categories)
     metrics = _Metrics(len(categories), params)
     with StageRun(
         "audit", stats_path=stats_path, total=len(rows) + len(store), unit="item"
     ) as stage:
         for row in rows:
-            found = truth.find(row.path, row.member)
-            if found is None:
-                stage.skip(_item(row), "no true mask")
+            masks = truth.find(row.path, row.member)
+            if masks is None:
+                stage.skip(row.member or row.path, "no true mask")
                 continue
-            metrics.add_row(row.label_id, found)
+            metrics.add_archive_image(row.label_id, masks)
             stage.advance()
         if not stage.items:
             raise PipelineError(
                 f"audits.{name}.root: {audit.root / CLASSES} has a mask for none of the "
                 f"{len(rows)} archive images; expected STEM.png for the image STEM.jpg"
             )
-        for sample in (store[index] for index in range(len(store))):
-            fields = store_fields(sample)
-            found = truth.find(fields["path"], fields["member"])
-            if found is not None and fields["label_id"] != BACKGROUND:
-                _check_size(found, fields)
-                metrics.add_sample(fields["label_id"], sample, found)
+        for index in range(len(store)):
+            fields = store.json(index)
+            masks = truth.find(fields["path"], fields["member"])
+            if masks is None:  # listed above already
+                continue
+            if fields["label_id"] != BACKGROUND:
+                metrics.add_sample(fields["label_id"], _read_pseudo(store, index, masks), masks)
             stage.advance()
         write_json(metrics_path, metrics.compute())
+
+
+@dataclass(frozen=True)
+class _TrueMasks:
+    """The truth of one image.
+
+    Attributes:
+        semantic: (H, W) label ids of the archives; void is `IGNORE_INDEX`.
+        objects: (H, W) bool, objects of any category or none.
+        void: (H, W) bool, not scored.
+        path: of the semantic mask, for messages.
+    """
+
+    semantic: NDArray[np.int32]
+    objects: NDArray[np.bool_]
+    void: NDArray[np.bool_]
+    path: Path
+
+
+@dataclass(frozen=True)
+class _PseudoMasks:
+    """One sample of the label shards at the size of the truth: mask, label ids, confidence."""
+
+    mask: NDArray[np.bool_]
+    labels: NDArray[np.int32]
+    confidence: NDArray[np.float32]
+
+
+class _Truth:
+    """True masks by the stem of an image's file."""
+
+    def __init__(self, name: str, audit: AuditParams, categories: Sequence[str]) -> None:
+        self._root = audit.root
+        for part in (CLASSES, OBJECTS):
+            if not (self._root / part).is_dir():
+                raise PipelineError(
+                    f"audits.{name}.root: {self._root / part}: no such folder; expected true masks "
+                    "in PASCAL VOC's layout"
+                )
+        named = load_category_set(audit.categories)
+        unknown = [category for category in categories if category not in named]
+        if unknown:
+            raise PipelineError(
+                f"audits.{name}.categories: the archives' {', '.join(unknown)} is not among them"
+            )
+        label_ids = {category: label_id for label_id, category in enumerate(categories, start=1)}
+        self._num_categories = len(named)
+        # True label id -> ours. The last entry serves IGNORE_INDEX, which is -1.
+        self._to_ours = np.array(
+            [
+                BACKGROUND,
+                *(label_ids.get(category, BACKGROUND) for category in named),
+                IGNORE_INDEX,
+            ],
+            dtype=np.int32,
+        )
+
+    def find(self, path: str, member: str | None) -> _TrueMasks | None:
+        """The truth of the image `path`, or of the member of that file; None without one."""
+        stem = PurePosixPath(member or path).stem
+        example = VocExample(self._root, stem, self._num_categories)
+        if not example.class_path.is_file():
+            return None
+        semantic, objects = example.semantic(), example.objects()
+        void = (semantic == IGNORE_INDEX) | (objects == IGNORE_INDEX)
+        return _TrueMasks(
+            semantic=np.where(void, IGNORE_INDEX, self._to_ours[semantic]),
+            objects=(objects > 0) & ~void,
+            void=void,
+            path=example.class_path,
+        )
+
+
+class _Metrics:
+    """Running scores of archives, pseudo-masks and training targets."""
+
+    def __init__(self, num_categories: int, params: TrainParams) -> None:
+        self._params = params
+        self._hits: list[bool] = []
+        self._negative_hits: list[bool] = []
+        self._mask_iou: list[float] = []
+        self._category_iou: list[float] = []
+        self._matrices = {target: ConfusionMatrix(num_categories + 1) for target in TARGETS}
+        self._ignored = dict.fromkeys(TARGETS, 0)
+        self._pixels = 0
+
+    def add_archive_image(self, label_id: int, truth: _TrueMasks) -> None:
+        """Note whether an archive's image shows what it was found for."""
+        if label_id == BACKGROUND:
+            self._negative_hits.append(not (truth.semantic > 0).any())
+        else:
+            self._hits.append(bool((truth.semantic == label_id).any()))
+
+    def add_sample(self, label_id: int, pseudo: _PseudoMasks, truth: _TrueMasks) -> None:
+        """Score one pseudo-mask and the three targets that it leads to."""
+        mask = pseudo.mask & ~truth.void
+        self._mask_iou.append(_iou(mask, truth.objects))
+        self._category_iou.append(_iou(mask, truth.semantic == label_id))
+        self._pixels += int((~truth.void).sum())
+        for target, matrix in self._matrices.items():
+            labels = training_target(
+                pseudo.mask,
+                label_id,
+                pseudo.labels,
+                pseudo.confidence,
+                target=target,
+                confidence_threshold=self._params.confidence_threshold,
+                conflict=self._params.conflict,
+            )
+            ignored = labels == IGNORE_INDEX
+            self._ignored[target] += int((ignored & ~truth.void).sum())
+            scored = np.where(ignored, IGNORE_INDEX, truth.semantic)
+            matrix.update(target=scored, prediction=labels)
+
+    def compute(self) -> dict[str, Any]:
+        """All scores, flat."""
+        label_miou = {
+            f"label_miou_{target}": _percent(matrix.compute().miou)
+            for target, matrix in self._matrices.items()
+        }
+        ignored = self._ignored["fused"] / self._pixels if self._pixels else float("nan")
+        return {
+            "archive_precision": _percent(_mean(self._hits)),
+            "negative_precision": _percent(_mean(self._negative_hits)),
+            "mask_iou": _percent(_mean(self._mask_iou)),
+            "mask_iou_category": _percent(_mean(self._category_iou)),
+            **label_miou,
+            "label_ignored_fused": _percent(ignored),
+            "n_archive_images": len(self._hits),
+            "n_masks": len(self._mask_iou),
+        }
+
+
+def _label_categories(store: SampleStore, labels_dir: Path) -> list[str]:
+    """Category names by label id from 1, as the pseudo-label stage noted them."""
+    try:
+        return [str(category) for category in store.manifest["denseclip"]["categories"]]
+    except (KeyError, TypeError):
+        raise PipelineError(
+            f"{labels_dir / MANIFEST}: names no categories; run `pipeline pseudo-label` again"
+        ) from None
+
+
+def _read_pseudo(store: SampleStore, index: int, truth: _TrueMasks) -> _PseudoMasks:
+    fields, sample = store.json(index), store[index]
+    size = (fields["original_height"], fields["original_width"])
+    if truth.semantic.shape != size:
+        height, width = truth.semantic.shape
+        raise PipelineError(
+            f"{truth.path}: {width}x{height} pixels, but its image {fields['path']} has "
+            f"{size[1]}x{size[0]}"
+        )
+    return _PseudoMasks(
+        mask=_resize_nearest(decode_png(sample["mask.png"]) > 0, size),
+        labels=_resize_nearest(decode_label(sample["label.png"]), size),
+        confidence=_resize_nearest(decode_confidence(decode_png(sample["confidence.png"])), size),
+    )
+
+
+def _resize_nearest(values: NDArray[Item], size: tuple[int, int]) -> NDArray[Item]:
+    """Values (h, w) at `size` (H, W): each pixel takes the value its centre falls on."""
+    rows = (2 * np.arange(size[0]) + 1) * values.shape[0] // (2 * size[0])
+    columns = (2 * np.arange(size[1]) + 1) * values.shape[1] // (2 * size[1])
+    return values[rows[:, None], columns]
+
+
+def _iou(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
+    """Intersection over union; 0 where both are empty."""
+    union = int((first | second).sum())
+    return float((first & second).sum()) / union if union else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _percent(score: float) -> float:
+    return round(100 * score, 2)

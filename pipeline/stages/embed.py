@@ -269,7 +269,7 @@ def _counted(
     """Pass images on and count what becomes of each."""
     for ref, image in zip(refs, images, strict=True):
         if image.error:
-            item = ref.path if ref.member is None else f"{ref.path}/{ref.member}"
+            item = ref.path if ref.member is None else f"{ref.path}:{ref.member}"
             stage_run.skip(item, image.error)
         else:
             stage_run.advance()

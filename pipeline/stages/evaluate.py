@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +47,8 @@ from pipeline.viz import (
 EXTREMES = 6
 DIGITS = 12
 LISTED_NAMES = 8
+
+Item = TypeVar("Item")
 
 
 def run(
@@ -100,7 +103,7 @@ def run(
     reference = _load_baseline(baseline, categories, background, runtime)
     scores = _Scores(categories, benchmark.groups)
     with StageRun("evaluate", stats_path=stats_path, total=len(benchmark)) as stage:
-        for batch in _batches(_load_examples(benchmark, stage), params.batch_size):
+        for batch in batches(_load_examples(benchmark, stage), params.batch_size):
             images = [image for _, image in batch]
             predictions = segmenter.predict(images)
             baselines = [_baseline_labels(reference, image, segmenter, runtime) for image in images]
@@ -262,16 +265,9 @@ def _load_checked(example: Example) -> Image.Image:
     return image
 
 
-def _batches(
-    items: Iterator[tuple[Example, Image.Image]], size: int
-) -> Iterator[list[tuple[Example, Image.Image]]]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+def batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` consecutive items; the last one may be shorter."""
+    while batch := list(islice(items, size)):
         yield batch
 
 
@@ -401,6 +397,7 @@ def _protocol(
         "templates": config.templates,
         "resize_to": params.resize_to,
         "max_side": params.max_side,
+        "void": "not scored",
         "sliding_window": False,
         "refinement": "none",
         "threshold": params.threshold,

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.categories import load_category_set
-from pipeline.data.images import decode_label, decode_png, load_image
+from pipeline.data.images import ImageError, decode_label, decode_png, load_image
 from pipeline.data.labels import decode_confidence, training_target
 from pipeline.data.shards import MANIFEST, SampleStore, open_samples
 from pipeline.data.tables import ArchiveRow, read_archives
@@ -35,53 +35,23 @@ from pipeline.report.pictures import (
     paint_labels,
     picture,
 )
+from pipeline.report.wording import (
+    AUDIT_MEASURES,
+    BENCH_COLUMNS,
+    GLOSSARY,
+    ITEM_NAMES,
+    STAGES,
+)
 from pipeline.runtime import StageRun
 
 TEMPLATE_DIR = Path(__file__).resolve().parents[1] / "report"
 
-STAGES = {
-    "embed": "One vector per image of the index",
-    "retrieve": "The top-k images of each category",
-    "mask": "One class-agnostic mask per archive image",
-    "pseudo_label": "A label per pixel, training-free",
-    "train": "The segmenter, on pseudo-labels alone",
-    "evaluate": "Scores on labelled images",
-    "report": "This page",
-}
-STATS_OF_STAGE = {"evaluate": ("evaluate", "audit")}
-
-BENCH_COLUMNS = {
-    "miou": "mIoU",
-    "baseline_miou": "DenseCLIP mIoU",
-    "pixel_acc": "Pixel acc.",
-    "mean_acc": "Mean acc.",
-    "freq_weighted_iou": "Weighted IoU",
-    "ap": "AP",
-    "ap50": "AP50",
-    "ap75": "AP75",
-    "ap_agnostic": "Agnostic AP",
-    "ap50_agnostic": "Agnostic AP50",
-    "ap75_agnostic": "Agnostic AP75",
-    "baseline_pixel_acc": "DenseCLIP pixel acc.",
-}
-NOT_SCORES = ("n_images", "protocol", "groups")
-GLOSSARY = {
-    "mIoU": "overlap of predicted and true pixels of a class (intersection over union), averaged "
-    "over the classes with background, from one confusion matrix over the whole benchmark.",
-    "Pixel acc.": "share of all labelled pixels whose class is predicted right.",
-    "AP": "area under the precision-recall curve of whole objects, averaged over categories and "
-    "over the mask overlaps 0.50 to 0.95 at which an object counts as found.",
-    "AP50, AP75": "the same at one overlap, 0.50 (roughly right) and 0.75 (tight).",
-    "Agnostic AP": "AP with all categories taken for one: are objects found, whatever their name?",
-    "DenseCLIP": "the training-free baseline: every patch of the image encoder takes the nearest "
-    "category name (Zhou, Loy and Dai, also known as MaskCLIP).",
-    "Archive precision": "share of archive images that do show the category they were found for.",
-    "Pseudo-mask IoU": "overlap of a pseudo-mask with the true object pixels of its image.",
-    "Pseudo-label mIoU": "mIoU of the labels that training could see, against true masks.",
-}
+OPTIONAL_STAGES = ("world",)
+# The page's own counts would change it with every run.
+STATS_OF_STAGE = {"evaluate": ("evaluate", "audit"), "report": ()}
 PACKAGES = ("torch", "open_clip_torch", "faiss-cpu", "webdataset", "dvc", "pillow", "numpy")
 
-AUDIT_PREFIX = "audit-"
+AUDIT_PREFIX = "audit_"
 THUMBS_PER_ARCHIVE, THUMBS_IN_ALL, MAX_ARCHIVES = 10, 200, 100
 NUM_SAMPLES, SPREAD_STEP = 12, 5
 OVERLAYS_PER_KIND, OVERLAYS_IN_ALL = 4, 16
@@ -119,26 +89,30 @@ def run(
     with StageRun("report", stats_path=stats_path, unit="section") as stage:
         params = read_params(params_path) if params_path.is_file() else None
         archives = read_archives(archives_path) if archives_path.is_file() else []
-        sections: dict[str, Any] = {
-            "stages": _stages(reports_dir / "stats"),
+        dag = _stages(reports_dir / "stats")
+        results: dict[str, Any] = {
             "benches": _benches(reports_dir),
             "audits": _audits(reports_dir / "metrics"),
             "overlays": _overlays(reports_dir / "overlays"),
             "archives": _shard_pictures(labels_dir, archives, params),
             "curves": _curves(live_dir),
         }
-        if not (archives or _has_run(sections["stages"]) or any(list(sections.values())[1:])):
+        if not (archives or _has_run(dag) or any(results.values())):
             raise PipelineError(
                 f"{reports_dir}: nothing to report on, no stage has run yet; run `dvc repro`"
             )
-        write_bytes(out_path, _render(sections, archives, params).encode())
-        stage.advance(len(sections))
+        names = _category_names(archives, params)
+        write_bytes(out_path, _render(dag, results, names, params).encode())
+        stage.advance(1 + len(results))
 
 
 def _render(
-    sections: Mapping[str, Any], archives: Sequence[ArchiveRow], params: Params | None
+    dag: Sequence[Mapping[str, Any]],
+    results: Mapping[str, Any],
+    names: Sequence[str],
+    params: Params | None,
 ) -> str:
-    """The page: sections, what heads them, and the colours of the categories."""
+    """The page: its sections, what heads them, and the colours of the categories."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE_DIR),
         autoescape=True,
@@ -146,15 +120,15 @@ def _render(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    names = _category_names(archives, params)
     return environment.get_template("report.html.j2").render(
-        sections,
-        title=_title(sections["stages"], names),
-        facts=_facts(sections["stages"], params),
+        results,
+        stages=dag,
+        title=_title(dag, names),
+        facts=_facts(dag, params),
         names=names,
         colour_of=dict(zip(names, map(category_colour, count(1)), strict=False)),
-        columns=_columns(sections["benches"]),
-        measures=list(dict.fromkeys(name for a in sections["audits"] for name in a["scores"])),
+        columns=BENCH_COLUMNS,
+        measures=AUDIT_MEASURES,
         settings=_settings(params),
         glossary=GLOSSARY,
         versions=_versions(),
@@ -185,13 +159,6 @@ def _duration(seconds: float) -> str:
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _words(key: str) -> str:
-    """A key as words: "baseline_pixel_acc" -> "Baseline pixel acc"."""
-    text = key.replace("_", " ").replace(".", " · ")
-    text = text.replace("miou", "mIoU").replace("iou", "IoU").replace("mIoU", "mIoU")
-    return text[:1].upper() + text[1:] if not text.startswith("mIoU") else text
 
 
 # -- inputs ----------------------------------------------------------------------------------------
@@ -229,42 +196,40 @@ def _stages(stats_dir: Path) -> list[dict[str, Any]]:
             "share": f"{100 * seconds[stage] / total:.1f}" if total else "0",
         }
         for stage, purpose in STAGES.items()
+        if runs[stage] or stage not in OPTIONAL_STAGES
     ]
 
 
 def _runs(stats_dir: Path, stage: str) -> list[dict[str, Any]]:
-    """Counts of a stage; those of the page itself would change it and are left out."""
-    prefixes = () if stage == "report" else STATS_OF_STAGE.get(stage, (stage,))
-    paths = [
-        path
-        for prefix in prefixes
-        for path in sorted([*stats_dir.glob(f"{prefix}.json"), *stats_dir.glob(f"{prefix}-*.json")])
-    ]
-    unit = "iterations" if stage == "train" else "images"
-    return [_run(path, path.stem.removeprefix(stage).lstrip("-"), unit) for path in paths]
+    """Counts of `PREFIX.json`, or of every `PREFIX-NAME.json`, of a stage."""
+    runs = []
+    for prefix in STATS_OF_STAGE.get(stage, (stage,)):
+        kind = "" if prefix == stage else f"{prefix} "
+        for path in sorted(stats_dir.glob(f"{prefix}*.json")):
+            name = path.stem.removeprefix(prefix)
+            if name == "" or name.startswith("-"):
+                runs.append(_run(path, kind + name[1:]))
+    return runs
 
 
-def _run(path: Path, name: str, unit: str) -> dict[str, Any]:
+def _run(path: Path, name: str) -> dict[str, Any]:
     stats = _read_object(path)
-    skipped_items = stats.get("skipped_items", [])
+    seconds, skipped = float(stats.get("seconds") or 0.0), stats.get("skipped") or 0
+    items = ITEM_NAMES.get(stats.get("stage", ""), "images")
     counts = {
-        _words(key).lower(): _integer(value)
+        key.replace("_", " "): _integer(value)
         for key, value in stats.get("counts", {}).items()
         if value or key == "cached"
     }
     return {
-        "name": name.replace("-", " "),
-        "seconds": float(stats.get("seconds") or 0.0),
-        "time": _duration(float(stats.get("seconds") or 0.0)),
-        "items": stats.get("items", 0),
-        "facts": {
-            unit: _integer(stats.get("items")),
-            "skipped": _integer(stats.get("skipped")),
-            **counts,
-        },
-        "skipped": stats.get("skipped", 0),
-        "skipped_items": skipped_items[:LISTED_SKIPS],
-        "unlisted": max(0, stats.get("skipped", 0) - LISTED_SKIPS),
+        "name": name,
+        "seconds": seconds,
+        "time": _duration(seconds),
+        "num_items": stats.get("items") or 0,
+        "facts": {items: _integer(stats.get("items")), "skipped": _integer(skipped), **counts},
+        "num_skipped": skipped,
+        "skipped_items": stats.get("skipped_items", [])[:LISTED_SKIPS],
+        "num_unlisted": max(0, skipped - LISTED_SKIPS),
     }
 
 
@@ -360,7 +325,7 @@ def _curves(live_dir: Path) -> list[dict[str, Any]]:
     """A line chart of every curve that DVCLive wrote (TSV with columns step and value)."""
     root = live_dir / "plots" / "metrics"
     charts = []
-    for path in sorted(root.rglob("*.tsv")):
+    for path in sorted(root.rglob("*.tsv"), key=lambda path: ("loss" not in path.stem, path)):
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
         columns = [name for name in rows[0] if name not in ("step", "timestamp")] if rows else []
@@ -408,11 +373,7 @@ def _scores(name: str, metrics: Mapping[str, Any], *, is_group: bool = False) ->
         "name": name,
         "is_group": is_group,
         "n_images": _integer(metrics.get("n_images")),
-        "scores": {
-            key: _score(value)
-            for key, value in metrics.items()
-            if key not in NOT_SCORES and (_is_number(value) or value is None)
-        },
+        "scores": {key: _score(metrics[key]) for key in BENCH_COLUMNS if key in metrics},
     }
 
 
@@ -439,17 +400,9 @@ def _audits(metrics_dir: Path) -> list[dict[str, Any]]:
     """Scores of archives, pseudo-masks and pseudo-labels against true masks of index images."""
     audits = []
     for path in sorted(metrics_dir.glob(f"{AUDIT_PREFIX}*.json")):
-        scores = _flatten(_read_object(path))
-        audits.append(
-            {
-                "name": path.stem.removeprefix(AUDIT_PREFIX),
-                "scores": {
-                    _words(key): _score(value) if isinstance(value, float) else str(value)
-                    for key, value in scores
-                    if _is_number(value)
-                },
-            }
-        )
+        metrics = _read_object(path)
+        scores = {key: _score(metrics[key]) for key in AUDIT_MEASURES if key in metrics}
+        audits.append({"name": path.stem.removeprefix(AUDIT_PREFIX), "scores": scores})
     return audits
 
 
@@ -470,11 +423,23 @@ def _overlays(overlays_dir: Path) -> list[dict[str, Any]]:
 
 
 def _of_kind(path: Path, kind: str) -> list[dict[str, Any]]:
-    return [entry for entry in read_json(path) if entry["kind"] == kind]
+    entries = read_json(path)
+    try:
+        return [entry for entry in entries if entry["kind"] == kind]
+    except (KeyError, TypeError):
+        raise PipelineError(
+            f"{path}: expected a list of objects with file, image_id, miou and kind; "
+            "run `pipeline evaluate` again"
+        ) from None
 
 
 def _overlay(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
-    image = fit_image(load_image(folder / entry["file"]), OVERLAY_SIDE)
+    try:
+        image = fit_image(load_image(folder / entry["file"]), OVERLAY_SIDE)
+    except ImageError as error:
+        raise PipelineError(
+            f"{folder / entry['file']}: {error}; run `pipeline evaluate` again"
+        ) from None
     alt = f"Prediction on image {entry['image_id']}"
     shown = picture(image, alt=alt, max_bytes=OVERLAY_BYTES)
     return shown | {"image_id": entry["image_id"], "miou": _score(entry.get("miou"))}
@@ -487,13 +452,13 @@ def _has_run(dag: Sequence[Mapping[str, Any]]) -> bool:
 def _index_size(dag: Sequence[Mapping[str, Any]]) -> str:
     """Number of embedded images; empty before `embed` has run."""
     runs = next(stage["runs"] for stage in dag if stage["name"] == "embed")
-    return _integer(sum(run["items"] for run in runs)) if runs else ""
+    return _integer(sum(run["num_items"] for run in runs)) if runs else ""
 
 
 def _title(dag: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     noun = "category" if len(names) == 1 else "categories"
-    source = f"{size} unlabelled images" if (size := _index_size(dag)) else "unlabelled images"
-    return f"{_integer(len(names))} {noun} learned from {source}"
+    size = _index_size(dag)
+    return f"{len(names):,} {noun} from {size + ' ' if size else ''}unlabelled images"
 
 
 def _facts(dag: Sequence[Mapping[str, Any]], params: Params | None) -> dict[str, str]:
@@ -508,13 +473,6 @@ def _facts(dag: Sequence[Mapping[str, Any]], params: Params | None) -> dict[str,
             sum(run["seconds"] for stage in dag for run in stage["runs"])
         )
     return facts
-
-
-def _columns(benches: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Score -> heading: the known ones in their order, then any others."""
-    present = {key for bench in benches for row in bench["rows"] for key in row["scores"]}
-    known = {key: label for key, label in BENCH_COLUMNS.items() if key in present}
-    return known | {key: _words(key) for key in sorted(present - known.keys())}
 
 
 def _settings(params: Params | None) -> dict[str, str]:
@@ -537,7 +495,8 @@ def _settings(params: Params | None) -> dict[str, str]:
 
 
 def _encoder(encoder: EncoderParams) -> str:
-    return f"{encoder.model} / {encoder.pretrained}"
+    """`ViT-B-16-quickgelu / openai`; of local files the names without folders."""
+    return f"{Path(encoder.model).name} / {Path(encoder.pretrained).name}"
 
 
 def _versions() -> dict[str, str]:

@@ -309,6 +309,8 @@ def _with_direction(block: _Block, stage_run: StageRun) -> _Block:
     """Leave out, and count, embeddings that are zero or not finite."""
     is_finite = np.isfinite(block.embeddings).all(axis=1)
     is_zero = ~block.embeddings.any(axis=1)
+    if is_finite.all() and not is_zero.any():
+        return block
     for key in block.keys[~is_finite]:
         stage_run.skip(key.decode(), "embedding is not finite")
     for key in block.keys[is_zero]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from dvclive import Live
+from scmrepo.exceptions import SCMError
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -38,8 +40,7 @@ def run(
 ) -> None:
     """Train ZUTIS on pseudo-labels (ZUTIS paper, 3.2 to 4.1).
 
-    On one device, the same inputs and seed give the same checkpoint, whatever the number of
-    workers.
+    On the CPU, the same inputs and seed give the same bytes, whatever the number of workers.
 
     Args:
         labels_dir: Label shards of the pseudo-label stage.
@@ -57,7 +58,9 @@ def run(
     """
     torch.manual_seed(runtime.seed)
     device = runtime.device
-    with StageRun("train", stats_path=stats_path, total=params.iterations, unit="iteration") as stage:
+    with StageRun(
+        "train", stats_path=stats_path, total=params.iterations, unit="iteration"
+    ) as stage:
         archives = Archives(
             labels_dir,
             categories=categories,
@@ -81,7 +84,7 @@ def run(
         )
         optimizer = torch.optim.AdamW(groups, fused=True)
 
-        with Live(str(live_dir), save_dvc_exp=False, dvcyaml=None, report=None) as live:
+        with _open_live(live_dir) as live:
             totals, num_summed, since = torch.zeros(3, device=device), 0, time.monotonic()
             for step, batch in enumerate(batches, start=1):
                 set_learning_rates(optimizer, step - 1, params.iterations)
@@ -97,7 +100,7 @@ def run(
                 is_last = step == params.iterations
                 saves = is_last or step % params.checkpoint_every == 0
                 if saves or step % params.log_every == 0:
-                    # The only place in the loop that waits for the device to hand over a number.
+                    # Reading a number makes the CPU wait for the device; so does the matching.
                     means = (totals / num_summed).tolist()
                     _check_finite(means[0], step)
                     live.step = step
@@ -110,6 +113,17 @@ def run(
                 if saves:
                     save_checkpoint(out_dir, model, {**config, "step": step})
                 stage.advance()
+
+
+def _open_live(live_dir: Path) -> Live:
+    """A logger that writes below `live_dir` only: no experiment, no dvc.yaml, no report."""
+    try:
+        return Live(str(live_dir), save_dvc_exp=False, dvcyaml=None, report=None)
+    except SCMError as error:
+        raise PipelineError(
+            f"{live_dir}: DVCLive cannot use the git repository around it ({error}); "
+            "make a first commit"
+        ) from None
 
 
 def _losses(
@@ -143,9 +157,7 @@ def _losses(
     return torch.stack((total, semantic, mask))
 
 
-def _batches(
-    archives: Archives, *, params: TrainParams, runtime: Runtime
-) -> DataLoader[Batch]:
+def _batches(archives: Archives, *, params: TrainParams, runtime: Runtime) -> Iterable[Batch]:
     composition = Composition(
         crop_size=params.crop_size,
         scale_range=(params.scale_range[0], params.scale_range[1]),

@@ -10,7 +10,7 @@ from pipeline.errors import PipelineError
     ("name", "size", "first", "last"),
     [
         ("voc", 20, "aeroplane", "tv/monitor"),
-        ("demo", 19, "airplane", "tv"),
+        ("demo", 16, "airplane", "tv"),
         ("coco", 80, "person", "toothbrush"),
         ("coca", 80, "Accordion", "whisk"),
         ("imagenet_s50", 50, "goldfish", "agaric"),

@@ -33,7 +33,9 @@ def sample(semantic: np.ndarray, *, colour: int = 0, num_instances: int = 1) -> 
     return Sample(image, semantic.astype(np.int16), instances, num_instances)
 
 
-def square(label_id: int, *, size: int = 12, top: int = 2, left: int = 3, side: int = 4) -> np.ndarray:
+def square(
+    label_id: int, *, size: int = 12, top: int = 2, left: int = 3, side: int = 4
+) -> np.ndarray:
     semantic = np.zeros((size, size), dtype=np.int16)
     semantic[top : top + side, left : left + side] = label_id
     return semantic
@@ -75,7 +77,8 @@ def test_last_row_and_column_are_kept_on_request() -> None:
 def test_object_as_large_as_the_canvas_covers_it() -> None:
     samples = [sample(square(1)), sample(np.full((12, 12), 2), colour=7)]
     image, semantic, masks = copy_paste(samples, random.Random(1), keep_last_row_column=True)
-    assert (image == 7).all() and (semantic == 2).all()
+    assert (image == 7).all()
+    assert (semantic == 2).all()
     assert masks.sum((1, 2)).tolist() == [0, 144]
 
 
@@ -86,7 +89,8 @@ def test_one_pixel_thin_objects_vanish_but_draw(shape: tuple[int, int]) -> None:
     rng = RecordedRandom(0)
     _, pasted, masks = copy_paste([sample(np.zeros((12, 12))), sample(semantic)], rng)
     assert [call[:2] for call in rng.calls] == [[0, 13 - shape[0]], [0, 13 - shape[1]]]
-    assert not pasted.any() and not masks.any()
+    assert not pasted.any()
+    assert not masks.any()
 
 
 def test_void_and_empty_samples_paste_and_draw_nothing() -> None:
@@ -96,7 +100,8 @@ def test_void_and_empty_samples_paste_and_draw_nothing() -> None:
     assert rng.calls == []
     assert (image == 3).all()
     np.testing.assert_array_equal(semantic, square(4))
-    assert masks.shape == (2, 12, 12) and not masks[1].any()
+    assert masks.shape == (2, 12, 12)
+    assert not masks[1].any()
 
 
 def test_instances_are_numbered_over_samples_of_several_objects() -> None:
@@ -117,9 +122,11 @@ def test_canvas_without_instances_and_inputs_untouched() -> None:
     assert masks.shape == (1, 12, 12)
     np.testing.assert_array_equal(image[..., 0] == 200, masks[0])
     np.testing.assert_array_equal(semantic == 7, masks[0])
-    assert not canvas.image.any() and not canvas.semantic.any()
+    assert not canvas.image.any()
+    assert not canvas.semantic.any()
     alone = copy_paste([canvas], random.Random(3))[2]
-    assert alone.shape == (0, 12, 12) and alone.dtype == bool
+    assert alone.shape == (0, 12, 12)
+    assert alone.dtype == bool
 
 
 def test_refuses_no_sample_and_unequal_sizes() -> None:

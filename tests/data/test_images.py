@@ -24,6 +24,8 @@ from pipeline.data.images import (
     shrink_short_side,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+
 ORIENTATION = 0x0112
 
 
@@ -210,16 +212,18 @@ def test_cut_anywhere_is_an_image_error_with_a_repeatable_reason(format: str, le
     assert "0x" not in reasons.pop()
 
 
-def test_flipped_bytes_give_an_image_or_an_image_error(rng: np.random.Generator) -> None:
+def test_flipped_bytes_raise_nothing_but_image_errors(rng: np.random.Generator) -> None:
+    outcomes = set()
     for format in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"):
         for _ in range(30):
             data = bytearray(noise(format))
             for position in rng.integers(0, min(len(data), 400), 3):
                 data[position] = rng.integers(0, 256)
             try:
-                assert load_image(bytes(data), max_pixels=10_000).mode == "RGB"
-            except ImageError as error:
-                assert str(error)
+                outcomes.add(load_image(bytes(data), max_pixels=10_000).mode)
+            except ImageError:
+                outcomes.add("refused")
+    assert outcomes == {"RGB", "refused"}
 
 
 def test_not_images() -> None:

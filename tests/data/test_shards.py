@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import tarfile
@@ -92,13 +93,13 @@ def test_random_access(shard_dir: Path) -> None:
     assert len(store) == NUM_SAMPLES
     assert store.keys == [sample["__key__"] for sample in samples()]
     assert store.manifest["source"] == "x"
-    for store in (store, pickle.loads(pickle.dumps(store))):
+    for copy in (store, pickle.loads(pickle.dumps(store))):
         for number in (6, 0, 3, 2, 0):
-            sample = store[number]
-            assert sample["__key__"] == store.keys[number]
+            sample = copy[number]
+            assert sample["__key__"] == copy.keys[number]
             assert sample["jpg"] == b"j" * number
-            assert store.member(number, "mask.png") == bytes([number]) * 600
-            assert store.json(number)["rank"] == number
+            assert copy.member(number, "mask.png") == bytes([number]) * 600
+            assert copy.json(number)["rank"] == number
     with pytest.raises(IndexError):
         store[NUM_SAMPLES]
     with pytest.raises(KeyError):
@@ -181,8 +182,6 @@ def test_damaged_shard_is_named(shard_dir: Path, how: str, message: str) -> None
 
 def test_cut_shard_with_a_matching_manifest_is_named(shard_dir: Path) -> None:
     """The tar itself tells that it was cut, also where that falls between two members."""
-    import hashlib
-
     path = shard_dir / "00000.tar"
     damage(path, "cut between members")
     manifest = read_manifest(shard_dir)

@@ -73,21 +73,27 @@ def training_set(source: Archives, composition: Composition = COMPOSITION) -> Tr
 def test_samples_are_sorted_into_objects_negatives_and_empty(tmp_path: Path) -> None:
     source = archives(tmp_path)
     assert {label_id: len(part) for label_id, part in source.objects.items()} == {1: 3, 2: 3, 3: 3}
-    assert len(source.negatives) == 1 and source.num_empty == 1
+    assert len(source.negatives) == 1
+    assert source.num_empty == 1
     sample = source[source.objects[2][0]]
-    assert sample.image.shape == (40, 30, 3) and sample.num_instances == 1
+    assert sample.image.shape == (40, 30, 3)
+    assert sample.num_instances == 1
     np.testing.assert_array_equal(sample.semantic, box_mask((5, 4, 20, 16)) * 2)
     negative = source[source.negatives[0]]
     assert negative.num_instances == 0
-    assert not negative.semantic.any() and not negative.instances.any()
+    assert not negative.semantic.any()
+    assert not negative.instances.any()
 
 
 def test_composed_images_are_consistent(tmp_path: Path) -> None:
     counts = set()
     for image, semantic, masks in training_set(archives(tmp_path)):
-        assert image.shape == (32, 32, 3) and image.dtype == np.uint8
-        assert semantic.shape == (32, 32) and masks.shape[1:] == (32, 32)
-        assert masks.dtype == bool and (masks.sum(0) <= 1).all()
+        assert image.shape == (32, 32, 3)
+        assert image.dtype == np.uint8
+        assert semantic.shape == (32, 32)
+        assert masks.shape[1:] == (32, 32)
+        assert masks.dtype == bool
+        assert (masks.sum(0) <= 1).all()
         np.testing.assert_array_equal(masks.any(0), semantic > 0)
         assert all(len(np.unique(semantic[mask])) <= 1 for mask in masks)
         counts.add(len(masks))
@@ -155,7 +161,8 @@ def test_components_become_instances_and_specks_none(tmp_path: Path) -> None:
         [shard_sample("two", 1, mask), shard_sample("speck", 1, speck)],
         split_components=True,
     )
-    assert source.objects == {1: [0]} and source.num_empty == 1
+    assert source.objects == {1: [0]}
+    assert source.num_empty == 1
     sample = source[0]
     assert sample.num_instances == 2
     assert np.bincount(sample.instances.ravel()).tolist() == [1200 - 114, 64, 50]
@@ -168,7 +175,8 @@ def test_components_become_instances_and_specks_none(tmp_path: Path) -> None:
 def test_one_component_is_one_instance_without_splitting(tmp_path: Path) -> None:
     mask = box_mask((0, 0, 8, 8), (20, 3, 10, 5))
     sample = archives(tmp_path, [shard_sample("two", 1, mask)])[0]
-    assert sample.num_instances == 1 and sample.instances.sum() == 114
+    assert sample.num_instances == 1
+    assert sample.instances.sum() == 114
 
 
 def test_dense_labels_reach_the_target(tmp_path: Path) -> None:

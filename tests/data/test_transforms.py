@@ -38,7 +38,8 @@ def assert_agree(sample: Sample) -> None:
 def test_scale_keeps_image_and_masks_aligned() -> None:
     scaled = random_scale(coded_sample(40, 24), (2.0, 2.0), random.Random(0))
     assert scaled.image.shape == (80, 48, 3)
-    assert scaled.image.dtype == np.uint8 and scaled.semantic.dtype == np.int16
+    assert scaled.image.dtype == np.uint8
+    assert scaled.semantic.dtype == np.int16
     centre = scaled.semantic[4::8, 4::8]
     np.testing.assert_array_equal(centre, coded_sample(40, 24).semantic[2::4, 2::4])
     np.testing.assert_array_equal(scaled.image[4::8, 4::8, 1].astype(int) + 300, centre)
@@ -52,12 +53,18 @@ def test_scale_rounds_down_and_stops_at_one_pixel() -> None:
 
 def test_scale_draws_from_its_range() -> None:
     rng = random.Random(0)
-    heights = [random_scale(coded_sample(100, 8), (0.5, 1.5), rng).image.shape[0] for _ in range(60)]
-    assert min(heights) >= 50 and max(heights) <= 150
-    assert min(heights) < 65 and max(heights) > 135
+    heights = [
+        random_scale(coded_sample(100, 8), (0.5, 1.5), rng).image.shape[0] for _ in range(60)
+    ]
+    assert min(heights) >= 50
+    assert max(heights) <= 150
+    assert min(heights) < 65
+    assert max(heights) > 135
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 48), (32, 32), (20, 60), (60, 20), (7, 9), (1, 1)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(64, 48), (32, 32), (20, 60), (60, 20), (7, 9), (1, 1)]
+)
 def test_crop_has_its_size_and_stays_aligned(height: int, width: int) -> None:
     rng = random.Random(5)
     for _ in range(8):
@@ -101,9 +108,11 @@ def test_flip_mirrors_everything() -> None:
 def test_colour_jitter_is_uint8_changes_colours_and_depends_on_the_generator_only() -> None:
     image = coded_sample(24, 17).image
     first, again, other = (random_colour_jitter(image, 1.0, random.Random(s)) for s in (1, 1, 2))
-    assert first.dtype == np.uint8 and first.shape == image.shape
+    assert first.dtype == np.uint8
+    assert first.shape == image.shape
     np.testing.assert_array_equal(first, again)
-    assert (first != other).any() and (first != image).any()
+    assert (first != other).any()
+    assert (first != image).any()
     assert random_colour_jitter(image, 0.0, random.Random(1)) is image
 
 
@@ -117,7 +126,8 @@ def test_colour_jitter_turns_hues_by_about_a_fifth_at_most() -> None:
         if saturation > 0.1 and 0.1 < value < 0.95:
             hues.append((hue + 0.5) % 1 - 0.5)
     assert len(hues) > 100
-    assert -0.26 < min(hues) < -0.12 and 0.12 < max(hues) < 0.26
+    assert -0.26 < min(hues) < -0.12
+    assert 0.12 < max(hues) < 0.26
 
 
 def test_colour_jitter_leaves_greys_grey_and_spreads_their_brightness() -> None:
@@ -125,16 +135,19 @@ def test_colour_jitter_leaves_greys_grey_and_spreads_their_brightness() -> None:
     jittered = [random_colour_jitter(image, 1.0, random.Random(seed)) for seed in range(60)]
     levels = [int(array[0, 0, 1]) for array in jittered]
     assert all(np.ptp(array) <= 1 for array in jittered)
-    assert 18 <= min(levels) < 40 and 160 < max(levels) <= 182
+    assert 18 <= min(levels) < 40
+    assert 160 < max(levels) <= 182
 
 
 def test_greyscale_and_blur() -> None:
     image = coded_sample(24, 17).image
     grey = random_greyscale(image, 1.0, random.Random(0))
-    assert (grey == grey[..., :1]).all() and grey.shape == image.shape
+    assert (grey == grey[..., :1]).all()
+    assert grey.shape == image.shape
     blurred = random_blur(image, 1.0, random.Random(0))
     steps = [np.abs(np.diff(array.astype(int), axis=1)).max() for array in (image, blurred)]
-    assert blurred.shape == image.shape and steps[1] < steps[0]
+    assert blurred.shape == image.shape
+    assert steps[1] < steps[0]
     assert random_greyscale(image, 0.0, random.Random(0)) is image
     assert random_blur(image, 0.0, random.Random(0)) is image
 

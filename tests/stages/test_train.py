@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from pipeline.data.images import encode_jpeg, encode_label, encode_png
 from pipeline.data.shards import write_shards
@@ -18,40 +17,17 @@ from pipeline.errors import PipelineError
 from pipeline.models.build import build_zutis, load_state, load_strict
 from pipeline.models.clip import load_clip
 from pipeline.params import EncoderParams, TrainParams
+from pipeline.predictor import Segmenter
 from pipeline.runtime import Runtime
 from pipeline.stages import train
 
 CATEGORIES = ["cat", "dog"]
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> EncoderParams:
-    """A random CLIP with patches of 8 pixels, as a config and a weights file."""
-    folder = tmp_path_factory.mktemp("clip")
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "image_size": 32,
-            "layers": 1,
-            "width": 32,
-            "head_width": 16,
-            "patch_size": 8,
-        },
-        "text_cfg": {
-            "context_length": 77,
-            "vocab_size": 49408,
-            "width": 16,
-            "heads": 1,
-            "layers": 1,
-        },
-    }
-    torch.manual_seed(0)
-    clip = open_clip.CLIP(**config)
-    (folder / "tiny.json").write_text(json.dumps(config))
-    save_file(clip.state_dict(), folder / "tiny.safetensors")
-    return EncoderParams(
-        model=str(folder / "tiny.json"), pretrained=str(folder / "tiny.safetensors")
-    )
+@pytest.fixture
+def encoder(tiny_clip: tuple[Path, Path]) -> EncoderParams:
+    model, weights = tiny_clip
+    return EncoderParams(model=str(model), pretrained=str(weights))
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +40,14 @@ def labels_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _shard_samples() -> Iterator[dict[str, Any]]:
     colours = {0: (120, 120, 120), 1: (250, 30, 30), 2: (30, 30, 250)}
-    for label_id in (1, 1, 1, 1, 2, 2, 2, 2, 0):
-        number = label_id * 7
+    for number, label_id in enumerate((1, 1, 1, 1, 2, 2, 2, 2, 0)):
         mask = np.zeros((40, 36), dtype=bool)
         if label_id:
-            mask[6 + number : 26, 4 : 20 + number] = True
+            mask[2 + number : 26, 4 : 20 + number] = True
         pixels = np.full((40, 36, 3), 120, dtype=np.uint8)
         pixels[mask] = colours[label_id]
-        _shard_samples.count = getattr(_shard_samples, "count", 0) + 1
         yield {
-            "__key__": f"{_shard_samples.count:04d}_{label_id}",
+            "__key__": f"{number:04d}_{label_id}",
             "jpg": encode_jpeg(Image.fromarray(pixels)),
             "mask.png": encode_png(mask),
             "label.png": encode_label(np.zeros(mask.shape, dtype=int), 2),
@@ -125,6 +99,14 @@ def run(labels_dir: Path, root: Path, params: TrainParams, **changes: Any) -> Pa
     return root
 
 
+def git(*arguments: str) -> str:
+    identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    done = subprocess.run(
+        ["git", *identity, *arguments], check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
 def curve(root: Path, name: str) -> list[tuple[int, float]]:
     rows = (root / "live/plots/metrics/train" / f"{name}.tsv").read_text().splitlines()[1:]
     return [(int(step), float(value)) for step, value in (row.split("\t") for row in rows)]
@@ -137,8 +119,11 @@ def test_writes_checkpoint_curves_and_stats(
     root = run(labels_dir, tmp_path / "a", params)
 
     config = json.loads((root / "zutis/config.json").read_text())
-    assert config["categories"] == CATEGORIES and config["background"] == ["background", "grass"]
-    assert config["step"] == 3 and config["templates"] == "name" and config["logit_scale"] == 1.0
+    assert config["categories"] == CATEGORIES
+    assert config["background"] == ["background", "grass"]
+    assert config["step"] == 3
+    assert config["templates"] == "name"
+    assert config["logit_scale"] == 1.0
     assert config["train"] == params.model_dump(mode="json")
     clip = load_clip(**config["encoder"], device=torch.device("cpu"))
     before = clip.visual.proj.clone()
@@ -160,6 +145,29 @@ def test_writes_checkpoint_curves_and_stats(
     stats = json.loads((root / "stats.json").read_text())
     assert stats["items"] == 3
     assert stats["counts"] == {"archive_images": 8, "empty_masks": 0, "negatives": 1}
+
+
+def test_checkpoint_predicts_with_any_names(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    root = run(labels_dir, tmp_path, small_params(encoder))
+    segmenter = Segmenter.load(root / "zutis", categories=["horse", "cat", "car"], device="cpu")
+    semantic = segmenter(Image.new("RGB", (40, 24))).semantic
+    assert semantic.shape == (24, 40)
+    assert set(np.unique(semantic)) <= {0, 1, 2, 3}
+
+
+def test_bfloat16_trains_float32_weights(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    runtime = Runtime(torch.device("cpu"), torch.bfloat16, seed=5, cache_dir=tmp_path)
+    low = run(labels_dir, tmp_path / "low", small_params(encoder), runtime=runtime)
+    full = run(labels_dir, tmp_path / "full", small_params(encoder))
+    state = load_state(low / "zutis/model.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    losses = [dict(curve(root, "loss"))[2] for root in (low, full)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
 
 
 def test_same_bytes_whatever_the_workers(
@@ -221,10 +229,26 @@ def test_refuses_other_categories(labels_dir: Path, encoder: EncoderParams, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_logging_leaves_git_and_dvc_alone(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    git("init", "--quiet")
+    with pytest.raises(PipelineError, match="make a first commit"):
+        run(labels_dir, tmp_path / "a", small_params(encoder))
+    git("commit", "--quiet", "--allow-empty", "--message", "start")
+    head = git("rev-parse", "HEAD")
+    root = run(labels_dir, tmp_path / "a", small_params(encoder))
+    assert (root / "live/metrics.json").is_file()
+    assert git("rev-parse", "HEAD") == head
+    assert git("for-each-ref", "--format=%(objectname)") == head
+    assert git("status", "--porcelain") == "?? a/"
+
+
 def test_divergence_names_the_step_and_keeps_no_checkpoint(
     labels_dir: Path, encoder: EncoderParams, tmp_path: Path
 ) -> None:
     params = small_params(encoder, learning_rate=1e30, encoder_learning_rate=1e30, iterations=6)
     with pytest.raises(PipelineError, match=r"step \d+.*diverged"):
         run(labels_dir, tmp_path, params)
-    assert not (tmp_path / "zutis").exists() and not (tmp_path / "stats.json").exists()
+    assert not (tmp_path / "zutis").exists()
+    assert not (tmp_path / "stats.json").exists()

@@ -1,0 +1,61 @@
+"""What the report calls things: stages, scores, and one sentence for each of them."""
+
+from __future__ import annotations
+
+STAGES = {
+    "world": "The demo's drawn images",
+    "embed": "A vector per image of the index",
+    "retrieve": "The top-k images of each category",
+    "mask": "A pseudo-mask per archive image",
+    "pseudo_label": "A label per pixel, training-free",
+    "train": "The segmenter, on pseudo-labels alone",
+    "evaluate": "Scores on labelled images",
+    "report": "This page",
+}
+ITEM_NAMES = {"train": "iterations", "audit": "items"}
+
+BENCH_COLUMNS = {
+    "miou": "mIoU",
+    "baseline_miou": "DenseCLIP mIoU",
+    "pixel_acc": "Pixel acc.",
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_agnostic": "Agnostic AP",
+    "ap50_agnostic": "Agnostic AP50",
+    "ap75_agnostic": "Agnostic AP75",
+}
+AUDIT_MEASURES = {
+    "archive_precision": (
+        "Archive precision",
+        "archive images that do show the category they were found for",
+    ),
+    "negative_precision": ("Negative precision", "negatives that show no category"),
+    "mask_iou": ("Pseudo-mask IoU", "overlap of pseudo-mask and all objects of the image"),
+    "mask_iou_category": (
+        "Pseudo-mask IoU, category",
+        "overlap of pseudo-mask and the objects of the archive's category",
+    ),
+    "label_miou_saliency": (
+        "Pseudo-label mIoU, saliency",
+        "labels that are the archive's category inside the pseudo-mask, background outside",
+    ),
+    "label_miou_denseclip": ("Pseudo-label mIoU, denseclip", "DenseCLIP's labels alone"),
+    "label_miou_fused": (
+        "Pseudo-label mIoU, fused",
+        "saliency, corrected or ignored where DenseCLIP is sure of something else",
+    ),
+    "label_ignored_fused": ("Ignored by fused", "pixels that the target fused leaves out"),
+}
+GLOSSARY = {
+    "mIoU": "overlap of predicted and true pixels of a class (intersection over union), averaged "
+    "over all classes and background, from one confusion matrix over the whole benchmark.",
+    "DenseCLIP": "the training-free baseline: every patch of the image encoder takes the nearest "
+    "category name (Zhou, Loy and Dai; also called MaskCLIP).",
+    "Pixel acc.": "share of all labelled pixels whose class is predicted right.",
+    "AP": "area under the precision-recall curve of whole objects, averaged over categories and "
+    "over the overlaps from 0.50 to 0.95 at which an object counts as found.",
+    "AP50, AP75": "the same at one overlap: 0.50, roughly right, and 0.75, tight.",
+    "Agnostic AP": "AP with all categories taken for one: are objects found, whatever their name?",
+    "IoU of a class": "its overlap alone; a class that never occurs has none.",
+}

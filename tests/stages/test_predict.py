@@ -1,0 +1,309 @@
+"""Prediction: the Python API, and the stage that writes overlays and one COCO JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import encoded_image, noise_image
+from PIL import Image
+from pycocotools.coco import COCO
+from tiny_checkpoint import write_checkpoint
+
+from pipeline.data.images import ImageError
+from pipeline.errors import PipelineError
+from pipeline.params import EvaluateParams
+from pipeline.predictor import PredictionSettings, Segmenter, input_size
+from pipeline.runtime import Runtime
+from pipeline.stages import predict
+
+
+@pytest.fixture(scope="module")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory, tiny_clip: tuple[Path, Path]) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "zutis", tiny_clip)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Readable images of several sizes, with stems that collide, beside what is no image."""
+    folder = tmp_path / "photos"
+    for name, width, height in (
+        ("a.jpg", 40, 56),
+        ("deep/A.png", 64, 32),
+        ("deep/b.jpg", 33, 17),
+        ("dot.jpg", 1, 1),
+    ):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = "PNG" if name.endswith("png") else "JPEG"
+        path.write_bytes(encoded_image(noise_image(width, width, height), kind))
+    (folder / "cut.jpg").write_bytes((folder / "a.jpg").read_bytes()[:300])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.jpg").write_bytes((folder / "a.jpg").read_bytes())
+    return folder
+
+
+def predict_into(
+    out_dir: Path, inputs: list[Path], checkpoint_dir: Path, runtime: Runtime, **changes: object
+) -> dict:
+    arguments = {"categories": None, "params": EvaluateParams(batch_size=2)} | changes
+    predict.run(
+        inputs=inputs,
+        checkpoint_dir=checkpoint_dir,
+        out_dir=out_dir,
+        runtime=runtime,
+        **arguments,
+    )
+    return json.loads((out_dir / "predictions.json").read_text())
+
+
+def load_coco(path: Path) -> COCO:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(path)
+
+
+def test_writes_a_coco_file_that_pycocotools_reads(
+    photos: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    out_dir = tmp_path / "out"
+    content = predict_into(out_dir, [photos], checkpoint_dir, runtime)
+    coco = load_coco(out_dir / "predictions.json")
+    settings = PredictionSettings(temperature=EvaluateParams().temperature)
+    segmenter = Segmenter.load(checkpoint_dir, runtime=runtime, settings=settings)
+
+    assert coco.getCatIds() == [1, 2, 3]
+    assert [item["name"] for item in content["categories"]] == ["cat", "dog", "bird"]
+    assert [Path(item["file_name"]).name for item in content["images"]] == [
+        "a.jpg",
+        "A.png",
+        "b.jpg",
+        "dot.jpg",
+    ]
+    assert [item["id"] for item in content["annotations"]] == list(
+        range(1, len(content["annotations"]) + 1)
+    )
+    assert content["annotations"]
+    for image_id, image in coco.imgs.items():
+        with Image.open(image["file_name"]) as photo:
+            assert photo.size == (image["width"], image["height"])
+        expected = segmenter(image["file_name"]).instances
+        annotations = coco.imgToAnns[image_id]
+        assert len(annotations) == len(expected)
+        for annotation, instance in zip(annotations, expected, strict=True):
+            assert isinstance(annotation["segmentation"]["counts"], str)
+            assert annotation["category_id"] == instance.label_id
+            assert annotation["score"] == pytest.approx(instance.score, abs=1e-4)
+            mask = coco.annToMask(annotation).astype(bool)
+            assert mask.shape == (image["height"], image["width"])
+            assert (mask != instance.mask).mean() < 0.01
+            assert annotation["area"] == mask.sum()
+            x, y, width, height = annotation["bbox"]
+            rows, columns = np.nonzero(mask)
+            assert (x, y) == (columns.min(), rows.min())
+            assert (x + width - 1, y + height - 1) == (columns.max(), rows.max())
+
+
+def test_writes_an_overlay_for_each_image_and_lists_the_rest(
+    photos: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    content = predict_into(tmp_path / "out", [photos], checkpoint_dir, runtime)
+    names = sorted(path.name for path in (tmp_path / "out/overlays").iterdir())
+    assert names == ["A_2.png", "a.png", "b.png", "dot.png"]
+    assert [item["overlay"] for item in content["images"]] == [
+        "overlays/a.png",
+        "overlays/A_2.png",
+        "overlays/b.png",
+        "overlays/dot.png",
+    ]
+    for name in names:
+        with Image.open(tmp_path / "out/overlays" / name) as picture:
+            picture.load()
+            assert min(picture.size) >= 250
+    assert [(Path(item["item"]).name, item["reason"]) for item in content["skipped"]] == [
+        ("cut.jpg", "truncated"),
+        ("empty.png", "empty file"),
+    ]
+    stats = json.loads((tmp_path / "out/stats.json").read_text())
+    assert (stats["items"], stats["skipped"]) == (4, 2)
+
+
+def test_a_second_run_gives_the_same_and_leaves_nothing_of_the_first(
+    photos: Path, checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    out_dir = photos / "out"
+    first = predict_into(out_dir, [photos], checkpoint_dir, runtime)
+    picture = (out_dir / "overlays/b.png").read_bytes()
+    # Neither the pictures of the first run nor an image named twice count again.
+    assert predict_into(out_dir, [photos, photos / "a.jpg"], checkpoint_dir, runtime) == first
+    assert (out_dir / "overlays/b.png").read_bytes() == picture
+
+    content = predict_into(out_dir, [photos / "a.jpg"], checkpoint_dir, runtime)
+    assert len(content["images"]) == 1
+    assert [path.name for path in (out_dir / "overlays").iterdir()] == ["a.png"]
+    assert sorted(path.name for path in out_dir.iterdir()) == [
+        "overlays",
+        "predictions.json",
+        "stats.json",
+    ]
+
+
+def test_any_names_may_be_asked_for(
+    photos: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    names = ["zebra crossing", "cat"]
+    content = predict_into(
+        tmp_path / "out", [photos / "a.jpg"], checkpoint_dir, runtime, categories=names
+    )
+    assert [(item["id"], item["name"]) for item in content["categories"]] == [
+        (1, "zebra crossing"),
+        (2, "cat"),
+    ]
+    assert {item["category_id"] for item in content["annotations"]} <= {1, 2}
+
+
+def test_bad_inputs_are_named_and_leave_no_output(
+    photos: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    (tmp_path / "bare").mkdir()
+    out_dir = tmp_path / "out"
+    for inputs, message in (
+        ([tmp_path / "nowhere"], "nowhere: no such file or folder"),
+        ([tmp_path / "bare"], "bare: no image"),
+        ([photos / "notes.txt"], r"notes\.txt: none of 1 images can be read.*not an image"),
+    ):
+        with pytest.raises(PipelineError, match=message):
+            predict_into(out_dir, inputs, checkpoint_dir, runtime)
+    with pytest.raises(PipelineError, match="'cat' is listed twice"):
+        predict_into(out_dir, [photos], checkpoint_dir, runtime, categories=["cat", "cat"])
+    assert not out_dir.exists() or not list(out_dir.iterdir())
+
+
+def test_a_folder_of_someone_else_is_not_replaced(
+    photos: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    theirs = tmp_path / "project/overlays/map.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    with pytest.raises(PipelineError, match="not written by `pipeline predict`"):
+        predict_into(tmp_path / "project", [photos], checkpoint_dir, runtime)
+    assert theirs.read_text() == "mine"
+    with pytest.raises(PipelineError, match="is a file"):
+        predict_into(theirs, [photos], checkpoint_dir, runtime)
+
+
+def test_a_failed_run_keeps_the_earlier_one(
+    photos: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    out_dir = tmp_path / "out"
+    first = predict_into(out_dir, [photos], checkpoint_dir, runtime)
+    with pytest.raises(PipelineError, match="can be read"):
+        predict_into(out_dir, [photos / "cut.jpg"], checkpoint_dir, runtime)
+    assert json.loads((out_dir / "predictions.json").read_text()) == first
+    assert len(list((out_dir / "overlays").iterdir())) == 4
+
+
+def test_image_path_array_and_picture_are_the_same(photos: Path, checkpoint_dir: Path) -> None:
+    segmenter = Segmenter.load(str(checkpoint_dir), device="cpu")
+    path = photos / "deep/A.png"
+    with Image.open(path) as picture:
+        inputs = [path, str(path), picture.convert("RGBA"), np.array(picture)]
+    predictions = [segmenter(image) for image in inputs]
+    assert predictions[0].semantic.shape == (32, 64)
+    assert predictions[0].semantic.dtype == np.int32
+    assert predictions[0].categories == ["cat", "dog", "bird"]
+    assert len(np.unique(predictions[0].semantic)) > 1
+    for prediction in predictions[1:]:
+        np.testing.assert_array_equal(prediction.semantic, predictions[0].semantic)
+        assert len(prediction.instances) == len(predictions[0].instances)
+    with pytest.raises(ImageError, match="truncated"):
+        segmenter(photos / "cut.jpg")
+    with pytest.raises(ValueError, match="expected uint8"):
+        segmenter(np.zeros((4, 4)))
+
+
+def test_a_batch_of_mixed_sizes_keeps_its_order(checkpoint_dir: Path, runtime: Runtime) -> None:
+    segmenter = Segmenter.load(checkpoint_dir, runtime=runtime)
+    images = [noise_image(1, 40, 24), noise_image(2, 24, 40), noise_image(3, 40, 24)]
+    for image, prediction in zip(images, segmenter.predict(images), strict=True):
+        assert prediction.semantic.shape == (image.height, image.width)
+        alone = segmenter(image)
+        assert (prediction.semantic != alone.semantic).mean() < 0.01
+        assert [i.label_id for i in prediction.instances] == [i.label_id for i in alone.instances]
+    assert segmenter.predict([]) == []
+
+
+def test_predictions_of_resized_inputs_have_the_images_size(
+    checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    for settings in (
+        PredictionSettings(resize_to=32),
+        PredictionSettings(max_side=16),
+        PredictionSettings(suppression="none", threshold=0.2),
+    ):
+        prediction = Segmenter.load(checkpoint_dir, runtime=runtime, settings=settings)(
+            noise_image(5, 50, 31)
+        )
+        assert prediction.semantic.shape == (31, 50)
+        assert all(instance.mask.shape == (31, 50) for instance in prediction.instances)
+
+
+@pytest.mark.parametrize(
+    ("size", "resize_to", "max_side", "expected"),
+    [
+        ((500, 375), None, None, (500, 375)),
+        ((500, 375), None, 1000, (500, 375)),
+        ((500, 375), 336, None, (448, 336)),
+        ((500, 375), 336, 320, (320, 240)),
+        ((5, 375), None, None, (16, 368)),
+        ((1, 1), None, 100, (16, 16)),
+        ((4000, 20), 336, 640, (640, 16)),
+    ],
+)
+def test_input_sizes(
+    size: tuple[int, int],
+    resize_to: int | None,
+    max_side: int | None,
+    expected: tuple[int, int],
+) -> None:
+    settings = PredictionSettings(resize_to=resize_to, max_side=max_side)
+    assert input_size(*size, settings, patch_size=16) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"categories": None}, "not the settings of a checkpoint"),
+        ({"templates": "sonnets"}, "templates 'sonnets': expected one of"),
+        ({"architecture": {"num_heads": 2, "wings": 3}}, "architecture: .*wings"),
+        ({"architecture": {"num_heads": 2, "decoder_layers": 1}}, "not the weights"),
+    ],
+)
+def test_a_bad_checkpoint_is_named(
+    checkpoint_dir: Path, tmp_path: Path, change: dict, message: str
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint_dir, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(PipelineError, match=message):
+        Segmenter.load(broken, device="cpu")
+
+
+def test_a_missing_checkpoint_is_named(checkpoint_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"zutis/config\.json: no such file.*pipeline train"):
+        Segmenter.load(tmp_path / "zutis")
+    (tmp_path / "zutis").mkdir()
+    config = json.loads((checkpoint_dir / "config.json").read_text())
+    (tmp_path / "zutis/config.json").write_text(json.dumps(config))
+    with pytest.raises(PipelineError, match=r"model\.safetensors: no such"):
+        Segmenter.load(tmp_path / "zutis")
+    del config["background"]
+    (tmp_path / "zutis/config.json").write_text(json.dumps(config))
+    with pytest.raises(PipelineError, match="entry 'background' is missing"):
+        Segmenter.load(tmp_path / "zutis")

@@ -1,0 +1,34 @@
+"""A checkpoint of a tiny ZUTIS with random weights, for the stages that predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pipeline.models.build import build_zutis, save_checkpoint
+from pipeline.models.clip import load_clip
+
+ARCHITECTURE = {"num_queries": 12, "decoder_layers": 2, "num_heads": 2, "feedforward_dim": 16}
+CATEGORIES = ["cat", "dog", "bird"]
+
+
+def write_checkpoint(folder: Path, tiny_clip: tuple[Path, Path]) -> Path:
+    """Write a checkpoint for `CATEGORIES` whose predictions have labels and objects."""
+    model_path, weights_path = map(str, tiny_clip)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        clip = load_clip(model_path, weights_path, torch.device("cpu"))
+        network = build_zutis(clip.visual, **ARCHITECTURE)
+        torch.nn.init.normal_(network.ffn1.layers[-1].weight, std=0.5)
+    config = {
+        "architecture": ARCHITECTURE,
+        "encoder": {"model": model_path, "pretrained": weights_path},
+        "categories": CATEGORIES,
+        "background": ["background"],
+        "templates": "name",
+        "logit_scale": 1.0,
+        "step": 7,
+    }
+    save_checkpoint(folder, network, config)
+    return folder

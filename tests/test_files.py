@@ -1,0 +1,159 @@
+"""Files and folders are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.files import (
+    atomic_path,
+    digest,
+    file_sha256,
+    read_json,
+    replace_dir,
+    write_bytes,
+    write_json,
+)
+
+
+class Interruption(Exception):
+    """Stands for whatever stops a stage half-way."""
+
+
+@pytest.fixture
+def umask_027() -> Iterator[None]:
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_atomic_path_moves_the_finished_file_and_makes_its_folders(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "file.bin"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"content")
+        assert temporary.parent == path.parent
+        assert not path.exists()
+    assert path.read_bytes() == b"content"
+    assert os.listdir(path.parent) == ["file.bin"]
+
+
+@pytest.mark.parametrize("error", [Interruption, KeyboardInterrupt])
+def test_atomic_path_keeps_the_old_file_on_an_exception(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(error), atomic_path(path) as temporary:
+        temporary.write_bytes(b"half of the n")
+        raise error
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_atomic_path_leaves_nothing_where_there_was_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Interruption), atomic_path(tmp_path / "file.bin"):
+        raise Interruption
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("umask_027")
+def test_outputs_have_the_permissions_of_ordinary_files(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "file", b"")
+    with replace_dir(tmp_path / "folder"):
+        pass
+    assert mode(tmp_path / "file") == 0o640
+    assert mode(tmp_path / "folder") == 0o750
+
+
+def test_replace_dir_swaps_the_whole_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "shards"
+    for names in (["0.tar", "1.tar"], ["0.tar"]):
+        with replace_dir(folder) as temporary:
+            assert os.listdir(temporary) == []
+            for name in names:
+                (temporary / name).write_text(f"one of {len(names)}")
+        assert sorted(os.listdir(folder)) == names
+        assert (folder / "0.tar").read_text() == f"one of {len(names)}"
+    assert os.listdir(folder.parent) == ["shards"]
+
+
+def test_replace_dir_keeps_the_old_folder_on_an_exception(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "0.tar").write_text("old")
+    with pytest.raises(Interruption), replace_dir(folder) as temporary:
+        (temporary / "0.tar").write_text("new")
+        raise Interruption
+    assert (folder / "0.tar").read_text() == "old"
+    assert os.listdir(tmp_path) == ["shards"]
+
+
+def test_write_json_keeps_order_and_writes_null_for_what_json_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    value = {
+        "miou": float("nan"),
+        "ap": float("inf"),
+        "all": [-float("inf"), (0.5, float("nan"))],
+        "category": "chaussée",
+        "count": 2,
+    }
+    write_json(path, value)
+
+    text = path.read_text(encoding="utf-8")
+    assert text.endswith("}\n")
+    assert "chaussée" in text
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    assert list(json.loads(text, parse_constant=refuse).items()) == [
+        ("miou", None),
+        ("ap", None),
+        ("all", [None, [0.5, None]]),
+        ("category", "chaussée"),
+        ("count", 2),
+    ]
+    assert read_json(path) == json.loads(text)
+
+
+def test_write_json_of_an_unknown_type_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    write_json(path, {"miou": 0.5})
+    with pytest.raises(TypeError):
+        write_json(path, {"miou": object()})
+    assert read_json(path) == {"miou": 0.5}
+    assert os.listdir(tmp_path) == ["metrics.json"]
+
+
+def test_read_json_names_a_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    with pytest.raises(PipelineError, match=f"{path}: no such file"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"samples": 3', b"\xff\xfe\x00"])
+def test_read_json_names_a_file_that_is_no_json(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_bytes(content)
+    with pytest.raises(PipelineError, match=f"{path}: not valid JSON"):
+        read_json(path)
+
+
+def test_digests_depend_on_content_alone(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_bytes(tmp_path / name, b"abc")
+    # The SHA-256 of "abc" as published in FIPS 180-2.
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file_sha256(tmp_path / "a") == file_sha256(tmp_path / "b") == expected
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    assert digest({"a": 1, "b": [2]}) != digest({"a": 1, "b": [3]})

@@ -1,0 +1,139 @@
+"""What a stage starts with, and what it leaves behind about itself."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import PipelineError
+from pipeline.files import read_json
+from pipeline.runtime import StageRun, make_runtime
+
+
+def test_a_finished_run_writes_its_counts_and_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats_path = tmp_path / "stats" / "embed.json"
+    with StageRun("embed", stats_path=stats_path, unit="image") as run:
+        run.total(6)
+        run.advance(3)
+        run.advance()
+        run.skip("photos/broken.jpg", "truncated")
+        run.skip("photos/empty.png", "zero bytes")
+        run.count("cached", 2)
+        run.count("cached")
+        run.count("animated")
+
+    stats = read_json(stats_path)
+    assert list(stats) == [
+        "stage",
+        "items",
+        "skipped",
+        "seconds",
+        "items_per_second",
+        "counts",
+        "skipped_items",
+    ]
+    assert (stats["stage"], stats["items"], stats["skipped"]) == ("embed", 4, 2)
+    assert stats["counts"] == {"animated": 1, "cached": 3}
+    assert stats["seconds"] >= 0
+    assert stats["items_per_second"] > 0
+    assert stats["skipped_items"] == [
+        {"item": "photos/broken.jpg", "reason": "truncated"},
+        {"item": "photos/empty.png", "reason": "zero bytes"},
+    ]
+    line = r"embed: 4 images, 2 skipped, [\d.]+ s, [\d.]+ images/s, animated 1, cached 3\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
+
+
+def test_a_run_without_items_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with StageRun("mask", stats_path=tmp_path / "mask.json", total=0):
+        pass
+    stats = read_json(tmp_path / "mask.json")
+    assert (stats["items"], stats["skipped"], stats["items_per_second"]) == (0, 0, 0)
+    assert capsys.readouterr().out.startswith("mask: 0 images, 0 skipped, ")
+
+
+def test_every_skip_is_counted_but_the_list_is_bounded(tmp_path: Path) -> None:
+    with StageRun("embed", stats_path=tmp_path / "embed.json") as run:
+        for number in range(1500):
+            run.skip(f"{number}.jpg", "not an image")
+    stats = read_json(tmp_path / "embed.json")
+    assert stats["skipped"] == 1500
+    assert [entry["item"] for entry in stats["skipped_items"]] == [f"{n}.jpg" for n in range(1000)]
+
+
+@pytest.mark.parametrize("error", [PipelineError, KeyboardInterrupt])
+def test_a_failed_run_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: type[BaseException]
+) -> None:
+    with pytest.raises(error), StageRun("embed", stats_path=tmp_path / "embed.json") as run:
+        run.advance()
+        raise error
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_the_same_seed_gives_the_same_draws() -> None:
+    def draws(seed: int) -> list[float]:
+        make_runtime(device="cpu", seed=seed)
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    first = draws(3)
+    assert draws(3) == first
+    assert all(a != b for a, b in zip(draws(4), first, strict=True))
+    assert make_runtime(device="cpu", seed=2**40).seed == 2**40
+
+
+def test_the_cpu_computes_in_float32() -> None:
+    runtime = make_runtime(device="cpu")
+    assert (runtime.device, runtime.amp_dtype) == (torch.device("cpu"), None)
+    with runtime.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_auto_takes_what_there_is() -> None:
+    runtime = make_runtime(device="auto")
+    assert runtime.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_computes_in_bfloat16() -> None:
+    runtime = make_runtime(device="cuda")
+    ones = torch.ones(2, 2, device=runtime.device)
+    with runtime.autocast():
+        assert (ones @ ones).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none_is_refused() -> None:
+    with pytest.raises(PipelineError, match="no CUDA device was found; use auto"):
+        make_runtime(device="cuda")
+
+
+def test_an_unknown_device_names_the_known_ones() -> None:
+    with pytest.raises(PipelineError, match="'tpu' is not one of auto, cpu, cuda"):
+        make_runtime(device="tpu")
+
+
+def test_the_cache_folder_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("PIPELINE_CACHE", raising=False)
+    folders = [make_runtime().cache_dir]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    folders.append(make_runtime().cache_dir)
+    monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "mine"))
+    folders.append(make_runtime().cache_dir)
+    assert folders == [
+        tmp_path / "home" / ".cache" / "zutis-pipeline",
+        tmp_path / "xdg" / "zutis-pipeline",
+        tmp_path / "mine",
+    ]
