@@ -80,6 +80,7 @@ def _start(params_path: Path) -> tuple[Params, Runtime]:
     from pipeline.runtime import make_runtime
 
     params = read_params(params_path)
+    seed_generators(params.seed)
     return params, make_runtime(device=params.device, seed=params.seed)
 
 
@@ -173,6 +174,7 @@ def retrieve(
     params, runtime = _start(params_path)
     stage.run(
         embeddings_dir=embeddings,
+        sources=list(params.index),
         out_path=out,
         categories=load_category_set(params.categories),
         k=params.k,

@@ -126,7 +126,8 @@ class TrainParams(Section):
     `confidence_threshold` and `conflict` says by what. `logit_scale` multiplies the cosines in the
     cross-entropy (1 as published). `negative_canvas` is the share of images whose canvas is one of
     the negatives of stage 2; `split_components` pastes every connected component of a pseudo-mask
-    as an object of its own.
+    as an object of its own. `keep_last_row_column` pastes objects whole, where the published code
+    cuts their last row and column off.
     """
 
     encoder: EncoderParams = EncoderParams()
@@ -140,10 +141,13 @@ class TrainParams(Section):
     scale_range: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.1, 1.0]
     flip: Probability = 0.5
     colour_jitter: Probability = 0.8
+    greyscale: Probability = 0.2
+    blur: Probability = 0.5
     max_paste: Count = 10
     same_archive: Probability = 0.5
     negative_canvas: Probability = 0.0
     split_components: bool = False
+    keep_last_row_column: bool = False
     learning_rate: Positive = 5e-5
     encoder_learning_rate: Positive = 5e-6
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
@@ -169,7 +173,7 @@ class EvaluateParams(Section):
 
     threshold: Probability = 0.5
     suppression: Literal["none", "hard", "linear", "gaussian"] = "hard"
-    temperature: Positive = 1.0
+    temperature: Positive = 5.0
     resize_to: Count | None = None
     max_side: Count | None = None
     batch_size: Count = 1

@@ -47,7 +47,7 @@ class Runtime:
 
 
 def make_runtime(*, device: str = "auto", seed: int = 0) -> Runtime:
-    """Pick device and precision (bfloat16 on CUDA, float32 on CPU) and seed every generator.
+    """Pick device and precision: bfloat16 on CUDA, float32 on CPU.
 
     Raises:
         PipelineError: `device` is "cuda" where there is none, or not a known name.
@@ -58,11 +58,15 @@ def make_runtime(*, device: str = "auto", seed: int = 0) -> Runtime:
     if device == "cuda" and not has_cuda:
         raise PipelineError("params.yaml: device: cuda, but no CUDA device was found; use auto")
     chosen = torch.device("cuda" if has_cuda and device != "cpu" else "cpu")
+    amp_dtype = torch.bfloat16 if chosen.type == "cuda" else None
+    return Runtime(device=chosen, amp_dtype=amp_dtype, seed=seed, cache_dir=default_cache_dir())
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    amp_dtype = torch.bfloat16 if chosen.type == "cuda" else None
-    return Runtime(device=chosen, amp_dtype=amp_dtype, seed=seed, cache_dir=default_cache_dir())
 
 
 def default_cache_dir() -> Path:

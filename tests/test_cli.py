@@ -48,6 +48,10 @@ def environment() -> dict[str, str]:
     }
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 @pytest.fixture
 def cli(tmp_path: Path) -> Cli:
     """Function that runs `pipeline ARGS` in `tmp_path`, as a process of its own."""
@@ -124,7 +128,7 @@ def test_a_mistake_in_the_params_is_one_line_on_stderr(cli: Cli, tmp_path: Path)
     assert done.stderr == (
         "error: params.yaml: unknown key 'train.iteratoins'; did you mean 'iterations'?\n"
     )
-    assert os.listdir(tmp_path) == ["params.yaml"]
+    assert names(tmp_path) == ["params.yaml"]
 
 
 def test_missing_params_tell_how_to_get_some(mistake: Callable[..., str]) -> None:
@@ -147,7 +151,7 @@ def test_an_unknown_name_lists_the_known_ones(
     assert mistake(*args, "--params", "mine.yaml") == (
         f"error: mine.yaml: 'nope' is not under `{section}:`; there are: {known}"
     )
-    assert os.listdir(tmp_path) == ["mine.yaml"]
+    assert names(tmp_path) == ["mine.yaml"]
 
 
 def test_a_path_that_cannot_be_written_is_a_mistake(
@@ -164,14 +168,14 @@ def test_a_path_that_cannot_be_written_is_a_mistake(
 def test_a_repeated_category_is_a_mistake(tmp_path: Path, mistake: Callable[..., str]) -> None:
     message = mistake("init", "--preset", "folder", "--categories", "cat,dog,Cat")
     assert message.startswith("error: categories: 'Cat' is listed twice")
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_init_writes_every_preset_that_it_lists(cli: Cli, tmp_path: Path) -> None:
     listing = cli("init", "--preset", "list")
     assert listing.returncode == 0
-    names = [line.split()[0] for line in listing.stdout.splitlines()]
-    assert names == [name for name, _ in list_presets()]
+    listed = [line.split()[0] for line in listing.stdout.splitlines()]
+    assert listed == [name for name, _ in list_presets()]
 
     done = cli("init", "--preset", "demo")
     assert done.returncode == 0

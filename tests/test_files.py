@@ -33,6 +33,10 @@ def umask_027() -> Iterator[None]:
     os.umask(before)
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
@@ -44,7 +48,7 @@ def test_atomic_path_moves_the_finished_file_and_makes_its_folders(tmp_path: Pat
         assert temporary.parent == path.parent
         assert not path.exists()
     assert path.read_bytes() == b"content"
-    assert os.listdir(path.parent) == ["file.bin"]
+    assert names(path.parent) == ["file.bin"]
 
 
 @pytest.mark.parametrize("error", [Interruption, KeyboardInterrupt])
@@ -53,17 +57,22 @@ def test_atomic_path_keeps_the_old_file_on_an_exception(
 ) -> None:
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
-    with pytest.raises(error), atomic_path(path) as temporary:
-        temporary.write_bytes(b"half of the n")
-        raise error
+
+    def write_half() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(b"half of the n")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
     assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file.bin"]
+    assert names(tmp_path) == ["file.bin"]
 
 
 def test_atomic_path_leaves_nothing_where_there_was_nothing(tmp_path: Path) -> None:
     with pytest.raises(Interruption), atomic_path(tmp_path / "file.bin"):
         raise Interruption
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 @pytest.mark.usefixtures("umask_027")
@@ -77,25 +86,30 @@ def test_outputs_have_the_permissions_of_ordinary_files(tmp_path: Path) -> None:
 
 def test_replace_dir_swaps_the_whole_folder(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "shards"
-    for names in (["0.tar", "1.tar"], ["0.tar"]):
+    for shards in (["0.tar", "1.tar"], ["0.tar"]):
         with replace_dir(folder) as temporary:
-            assert os.listdir(temporary) == []
-            for name in names:
-                (temporary / name).write_text(f"one of {len(names)}")
-        assert sorted(os.listdir(folder)) == names
-        assert (folder / "0.tar").read_text() == f"one of {len(names)}"
-    assert os.listdir(folder.parent) == ["shards"]
+            assert names(temporary) == []
+            for name in shards:
+                (temporary / name).write_text(f"one of {len(shards)}")
+        assert names(folder) == shards
+        assert (folder / "0.tar").read_text() == f"one of {len(shards)}"
+    assert names(folder.parent) == ["shards"]
 
 
 def test_replace_dir_keeps_the_old_folder_on_an_exception(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     folder.mkdir()
     (folder / "0.tar").write_text("old")
-    with pytest.raises(Interruption), replace_dir(folder) as temporary:
-        (temporary / "0.tar").write_text("new")
-        raise Interruption
+
+    def write_half() -> None:
+        with replace_dir(folder) as temporary:
+            (temporary / "0.tar").write_text("new")
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        write_half()
     assert (folder / "0.tar").read_text() == "old"
-    assert os.listdir(tmp_path) == ["shards"]
+    assert names(tmp_path) == ["shards"]
 
 
 def test_write_json_keeps_order_and_writes_null_for_what_json_lacks(tmp_path: Path) -> None:
@@ -132,7 +146,7 @@ def test_write_json_of_an_unknown_type_keeps_the_old_file(tmp_path: Path) -> Non
     with pytest.raises(TypeError):
         write_json(path, {"miou": object()})
     assert read_json(path) == {"miou": 0.5}
-    assert os.listdir(tmp_path) == ["metrics.json"]
+    assert names(tmp_path) == ["metrics.json"]
 
 
 def test_read_json_names_a_missing_file(tmp_path: Path) -> None:

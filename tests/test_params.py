@@ -78,7 +78,11 @@ def test_every_spelling_of_a_float_is_a_float(tmp_path: Path, number: str) -> No
         ("train: {encoder: {modle: x}}", "train.encoder.modle", "'model'"),
         ("benches: {voc: {root: x, splt: val}}", "benches.voc.splt", "'split'"),
         ("worlds: {demo: {sise: 48}}", "worlds.demo.sise", "'size'"),
-        ("audits: {a: {root: x, categories: c, catgories: c}}", "audits.a.catgories", "'categories'"),
+        (
+            "audits: {a: {root: x, categories: c, catgories: c}}",
+            "audits.a.catgories",
+            "'categories'",
+        ),
     ],
 )
 def test_an_unknown_key_is_named_with_the_likely_one(
@@ -212,5 +216,5 @@ def test_a_folder_is_no_params_file(tmp_path: Path) -> None:
 
 def test_parsed_content_is_checked_under_the_name_given() -> None:
     content: dict[str, Any] = {"categories": ["cat"], "index": {"a": {"root": "x"}}, "k": 0}
-    with pytest.raises(PipelineError, match="^mine: k: "):
+    with pytest.raises(PipelineError, match=r"^mine: k: "):
         parse_params(content, name="mine")

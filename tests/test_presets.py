@@ -87,7 +87,7 @@ def test_images_alone_leave_the_categories(tmp_path: Path) -> None:
 
 def test_a_folder_of_images_that_is_missing_is_named(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    with pytest.raises(PipelineError, match="--images: .*/nowhere: no such folder"):
+    with pytest.raises(PipelineError, match=r"--images: .*/nowhere: no such folder"):
         write_preset("folder", path, images=tmp_path / "nowhere")
     assert not path.exists()
 

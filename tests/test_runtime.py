@@ -12,7 +12,7 @@ import torch
 
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
-from pipeline.runtime import StageRun, make_runtime
+from pipeline.runtime import StageRun, make_runtime, seed_generators
 
 
 def test_a_finished_run_writes_its_counts_and_one_line(
@@ -72,16 +72,20 @@ def test_every_skip_is_counted_but_the_list_is_bounded(tmp_path: Path) -> None:
 def test_a_failed_run_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], error: type[BaseException]
 ) -> None:
-    with pytest.raises(error), StageRun("embed", stats_path=tmp_path / "embed.json") as run:
-        run.advance()
-        raise error
+    def fail() -> None:
+        with StageRun("embed", stats_path=tmp_path / "embed.json") as run:
+            run.advance()
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
 
 
 def test_the_same_seed_gives_the_same_draws() -> None:
     def draws(seed: int) -> list[float]:
-        make_runtime(device="cpu", seed=seed)
+        seed_generators(seed)
         return [random.random(), float(np.random.rand()), float(torch.rand(()))]
 
     first = draws(3)
@@ -132,8 +136,11 @@ def test_the_cache_folder_follows_the_environment(
     folders.append(make_runtime().cache_dir)
     monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "mine"))
     folders.append(make_runtime().cache_dir)
+    monkeypatch.setenv("PIPELINE_CACHE", "")
+    folders.append(make_runtime().cache_dir)
     assert folders == [
         tmp_path / "home" / ".cache" / "zutis-pipeline",
         tmp_path / "xdg" / "zutis-pipeline",
         tmp_path / "mine",
+        tmp_path / "xdg" / "zutis-pipeline",
     ]

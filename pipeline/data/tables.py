@@ -6,7 +6,7 @@ one file, one row per category and image, by label id and rank. C is the embeddi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -121,20 +121,20 @@ def read_archives(path: Path) -> list[ArchiveRow]:
     return [ArchiveRow(**row) for row in table.to_pylist()]
 
 
-def list_embedding_shards(embeddings_dir: Path) -> list[Path]:
-    """The shards of all sources, by source and number.
+def list_embedding_shards(source_dirs: Sequence[Path]) -> list[Path]:
+    """The shards in the folders of all sources, by source and number.
 
     Raises:
-        PipelineError: there are none, or two of them differ in encoder or dimension.
+        PipelineError: a source has none, or two shards differ in encoder or dimension.
     """
-    root = Path(embeddings_dir)
-    paths = sorted(
-        path
-        for path in root.glob("*/*.parquet")
-        if not path.name.startswith(".") and not path.parent.name.startswith(".")
-    )
+    paths: list[Path] = []
+    for folder in sorted(source_dirs):
+        shards = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
+        if not shards:
+            raise PipelineError(f"{folder}: no embedding shards; run `pipeline embed` first")
+        paths += shards
     if not paths:
-        raise PipelineError(f"{root}: no embedding shards; run `pipeline embed` first")
+        raise PipelineError("index: no source is named; run `pipeline embed` first")
     first = shard_encoder(paths[0])
     for path in paths[1:]:
         found = shard_encoder(path)
@@ -171,15 +171,15 @@ def shard_encoder(path: Path) -> tuple[str, int]:
 
 
 def iter_embedding_shards(
-    embeddings_dir: Path, *, columns: list[str] | None = None
+    source_dirs: Sequence[Path], *, columns: list[str] | None = None
 ) -> Iterator[pa.Table]:
     """Yield the shards of all sources one at a time; see `list_embedding_shards`.
 
     Args:
-        embeddings_dir: folder with one folder of shards a source.
+        source_dirs: the folder of shards of each source.
         columns: columns to read; all by default.
     """
-    for path in list_embedding_shards(embeddings_dir):
+    for path in list_embedding_shards(source_dirs):
         yield _read(path, columns)
 
 

@@ -212,6 +212,7 @@ class Composition:
         max_paste: Largest number of archive images in one training image.
         same_archive: Probability that they all come from one archive, drawn uniformly.
         negative_canvas: Probability that the objects are pasted onto a negative.
+        keep_last_row_column: As for `copy_paste`.
         keep_last_row_column: see `copy_paste`.
     """
 

@@ -112,7 +112,7 @@ def _font(family: str) -> ImageFont.FreeTypeFont:
 def _rasterise(family: str, character: str) -> Glyph:
     """Draw a character, centred and scaled to the square; close and fill its ink."""
     font = _font(family)
-    left, top, right, bottom = font.getbbox(character)
+    left, top, right, bottom = (int(side) for side in font.getbbox(character))
     canvas = Image.new("L", (right - left + 4, bottom - top + 4))
     ImageDraw.Draw(canvas).text((2 - left, 2 - top), character, fill=255, font=font)
     box = canvas.getbbox()

@@ -12,7 +12,7 @@ from pipeline.data.images import encode_jpeg
 from pipeline.data.labels import IGNORE_INDEX
 from pipeline.viz import colour_map
 
-PALENESS = 0.6
+PALENESS = 0.5
 LABEL_ALPHA = 0.75
 STRIPE = 3
 PIXELATED_BELOW = 128

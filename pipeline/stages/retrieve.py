@@ -6,7 +6,7 @@ ZUTIS section 3.1. Letters: N images of a block, K categories, C embedding lengt
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -42,6 +42,7 @@ IMAGE_COLUMNS = ["key", "source", "path", "member", "offset", "width", "height",
 def run(
     *,
     embeddings_dir: Path,
+    sources: Sequence[str],
     out_path: Path,
     categories: list[str],
     k: int,
@@ -58,6 +59,7 @@ def run(
 
     Args:
         embeddings_dir: one folder of shards a source.
+        sources: names of the sources to search; other folders are ignored.
         out_path: Parquet file of the archives.
         categories: K names; label ids are their positions from 1.
         k: images of each top-k list.
@@ -70,22 +72,23 @@ def run(
     Raises:
         PipelineError: fewer than k images are embedded, or by another encoder than `encoder`.
     """
-    num_images = _count_images(embeddings_dir)
-    _check_k(k, num_images, embeddings_dir)
-    texts = _text_embeddings(embeddings_dir, categories, params, encoder, runtime)
+    source_dirs = [embeddings_dir / name for name in sources]
+    num_images = _count_images(source_dirs)
+    _check_k(k, num_images, source_dirs)
+    texts = _text_embeddings(source_dirs, categories, params, encoder, runtime)
     with StageRun("retrieve", stats_path=stats_path, total=num_images) as stage_run:
         scan = _Scan(texts, k=k, num_negatives=params.num_negatives)
-        for block in _blocks(embeddings_dir, params.block_rows, stage_run):
+        for block in _blocks(source_dirs, params.block_rows, stage_run):
             scan.add(block)
             stage_run.advance(len(block.keys))
-        _check_k(k, stage_run.items, embeddings_dir)
+        _check_k(k, stage_run.items, source_dirs)
         lists = [ranking.entries() for ranking in scan.rankings]
         archives = settle_overlaps(lists, params.overlap)
         _count_overlaps(stage_run, lists, archives)
         negatives = scan.negatives(lists)
         stage_run.count("negatives", len(negatives))
         names = [NEGATIVES, *categories]
-        write_archives(out_path, _rows(embeddings_dir, names, [negatives, *archives]))
+        write_archives(out_path, _rows(source_dirs, names, [negatives, *archives]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,31 +242,31 @@ def _greatest_similarities(embeddings: np.ndarray, texts: np.ndarray) -> np.ndar
     return greatest
 
 
-def _count_images(embeddings_dir: Path) -> int:
+def _count_images(source_dirs: list[Path]) -> int:
     """Number of rows with an embedding."""
     return sum(
         pc.sum(pc.equal(table["status"], STATUS_OK)).as_py() or 0
-        for table in iter_embedding_shards(embeddings_dir, columns=["status"])
+        for table in iter_embedding_shards(source_dirs, columns=["status"])
     )
 
 
-def _check_k(k: int, num_images: int, embeddings_dir: Path) -> None:
+def _check_k(k: int, num_images: int, source_dirs: list[Path]) -> None:
     if k > num_images:
         raise PipelineError(
             f"params.yaml: k: {k} is larger than the {num_images} embedded images below "
-            f"{embeddings_dir}; lower k to {num_images} or less, or add images to the index"
+            f"{', '.join(map(str, source_dirs))}; lower k to {num_images} or less, or add images to the index"
         )
 
 
 def _text_embeddings(
-    embeddings_dir: Path,
+    source_dirs: list[Path],
     categories: list[str],
     params: RetrieveParams,
     encoder: EncoderParams,
     runtime: Runtime,
 ) -> np.ndarray:
     """Unit text embeddings (K, C) float32 of the encoder that made the shards."""
-    shard = list_embedding_shards(embeddings_dir)[0]
+    shard = list_embedding_shards(source_dirs)[0]
     embedded_by, dim = shard_encoder(shard)
     wanted = encoder_name(encoder.model, encoder.pretrained)
     if embedded_by != wanted:
@@ -281,11 +284,11 @@ def _text_embeddings(
     return np.ascontiguousarray(texts.float().cpu().numpy())
 
 
-def _blocks(embeddings_dir: Path, block_rows: int, stage_run: StageRun) -> Iterator[_Block]:
+def _blocks(source_dirs: list[Path], block_rows: int, stage_run: StageRun) -> Iterator[_Block]:
     """Yield the embedded images of all shards, at most `block_rows` at a time."""
     position = 0
     columns = ["key", "status", "embedding"]
-    for table in iter_embedding_shards(embeddings_dir, columns=columns):
+    for table in iter_embedding_shards(source_dirs, columns=columns):
         for start in range(0, table.num_rows, block_rows):
             rows = table.slice(start, block_rows)
             yield _with_direction(_block(rows, position + start), stage_run)
@@ -328,14 +331,14 @@ def _count_overlaps(
 
 
 def _rows(
-    embeddings_dir: Path, names: list[str], archives: list[list[Entry]]
+    source_dirs: list[Path], names: list[str], archives: list[list[Entry]]
 ) -> Iterator[ArchiveRow]:
     """Join the lists of label ids 0..K with what the shards know of their images."""
     wanted: dict[int, list[tuple[int, Entry]]] = {}
     for label_id, entries in enumerate(archives):
         for entry in entries:
             wanted.setdefault(entry.position, []).append((label_id, entry))
-    for position, image in _images_at(embeddings_dir, sorted(wanted)):
+    for position, image in _images_at(source_dirs, sorted(wanted)):
         for label_id, entry in wanted[position]:
             yield ArchiveRow(
                 category=names[label_id],
@@ -346,11 +349,11 @@ def _rows(
             )
 
 
-def _images_at(embeddings_dir: Path, positions: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _images_at(source_dirs: list[Path], positions: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (position, its columns) for sorted positions among the rows of all shards."""
     wanted = np.array(positions, np.int64)
     start = 0
-    for table in iter_embedding_shards(embeddings_dir, columns=IMAGE_COLUMNS):
+    for table in iter_embedding_shards(source_dirs, columns=IMAGE_COLUMNS):
         here = wanted[(wanted >= start) & (wanted < start + table.num_rows)]
         images = table.take(pa.array(here - start)).to_pylist()
         yield from zip(here.tolist(), images, strict=True)

@@ -163,9 +163,12 @@ def _batches(archives: Archives, *, params: TrainParams, runtime: Runtime) -> It
         scale_range=(params.scale_range[0], params.scale_range[1]),
         flip=params.flip,
         colour_jitter=params.colour_jitter,
+        greyscale=params.greyscale,
+        blur=params.blur,
         max_paste=params.max_paste,
         same_archive=params.same_archive,
         negative_canvas=params.negative_canvas,
+        keep_last_row_column=params.keep_last_row_column,
     )
     length = params.iterations * params.batch_size
     return DataLoader(

@@ -10,6 +10,7 @@ from PIL import Image
 
 from pipeline.data.benchmarks import open_bench
 from pipeline.data.benchmarks.voc import read_index_png
+from pipeline.data.categories import load_category_set
 from pipeline.demo.glyphs import KNOWN_FAMILIES, UNSEEN_FAMILY, glyph_names, load_glyphs
 from pipeline.demo.scene import BENCH_BACKGROUNDS, Scene, Style, choose_names, draw_scene
 from pipeline.demo.world import (
@@ -21,9 +22,9 @@ from pipeline.demo.world import (
     draw_world,
 )
 from pipeline.files import read_json
-from pipeline.params import WorldParams, parse_params
-from pipeline.presets import preset_text
+from pipeline.params import WorldParams, read_params
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = WorldParams(index_images=6, bench_images=4, size=48)
 CATEGORIES, OTHERS = glyph_names()
 
@@ -187,11 +188,8 @@ def test_each_part_of_the_benchmark_is_drawn_from_its_families_alone(
     assert np.abs(difference).mean() < 12
 
 
-def test_the_presets_categories_are_the_worlds() -> None:
-    from ruamel.yaml import YAML
-
-    params = parse_params(YAML(typ="safe", pure=True).load(preset_text("demo")))
-    assert params.categories == CATEGORIES
-    assert [bench.categories for bench in params.benches.values()] == [CATEGORIES]
-    assert [audit.categories for audit in params.audits.values()] == [CATEGORIES]
+def test_the_demos_params_name_the_worlds_categories() -> None:
+    params = read_params(ROOT / "params.yaml")
+    for part in (params, *params.benches.values(), *params.audits.values()):
+        assert load_category_set(part.categories) == CATEGORIES
     assert len(CATEGORIES) >= 12

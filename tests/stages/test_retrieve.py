@@ -82,6 +82,7 @@ def run(
     ) -> tuple[list[ArchiveRow], dict[str, Any]]:
         retrieve.run(
             embeddings_dir=tmp_path / "embeddings",
+            sources=sorted({path.parent.name for path in tmp_path.glob("embeddings/*/*")}  - {"old"}),
             out_path=tmp_path / "archives.parquet",
             categories=categories,
             k=k,
@@ -231,7 +232,7 @@ def test_embeddings_of_another_encoder(
 
 
 def test_no_embeddings(run: Callable) -> None:
-    with pytest.raises(PipelineError, match="no embedding shards"):
+    with pytest.raises(PipelineError, match="no source is named"):
         run(1)
 
 
