@@ -77,7 +77,7 @@ def _explain(error: OSError) -> str:
 
 
 def _start(params_path: Path) -> tuple[Params, Runtime]:
-    from pipeline.runtime import make_runtime
+    from pipeline.runtime import make_runtime, seed_generators
 
     params = read_params(params_path)
     seed_generators(params.seed)

@@ -82,13 +82,14 @@ class RetrieveParams(Section):
 class MaskParams(Section):
     """Stage 3: one pseudo-mask per archive image.
 
-    `selfmask` runs the network of `weights`; `spectral` clusters the features of `encoder` at
-    every k of `clusters` and lets the clusters vote.
+    `selfmask` runs the network of `weights`; `spectral` clusters features of `encoder` (attention
+    keys or tokens of its last block) at every k of `clusters` and lets the clusters vote.
     """
 
     source: Literal["selfmask", "spectral"] = "selfmask"
     weights: RelaxedPath = Path("models/pretrained/selfmask_nq20.pt")
     encoder: EncoderParams = EncoderParams()
+    facet: Literal["key", "token"] = "key"
     clusters: Annotated[list[Count], Field(min_length=1)] = [2, 3, 4]
     threshold: Probability = 0.5
     refine: bool = True

@@ -240,6 +240,14 @@ def test_deps_are_the_modules_that_a_stage_imports(stage: str) -> None:
     assert paths(body(stage)["deps"]) == data_deps(stage) + code_deps(stage)
 
 
+@pytest.mark.parametrize("package", ["data", "metrics", "models"])
+def test_a_part_imports_no_other_part(package: str) -> None:
+    allowed = {Path("pipeline/errors.py"), Path("pipeline/files.py")}
+    for path in (ROOT / "pipeline" / package).rglob("*.py"):
+        foreign = imports_of(path.relative_to(ROOT)) - allowed
+        assert all(other.is_relative_to(f"pipeline/{package}") for other in foreign), path
+
+
 def test_every_data_file_of_the_package_belongs_to_a_module() -> None:
     known = [Path(path) for entries in PACKAGE_DATA.values() for path in entries]
     known.append(Path("pipeline/presets"))

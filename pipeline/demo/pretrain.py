@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.demo.pretrain_clip import pretrain_clip
-from pipeline.demo.pretrain_selfmask import pretrain_selfmask
+from pipeline.demo.pretrain_clip import PHASES, Phase, pretrain_clip
+from pipeline.demo.pretrain_selfmask import Schedule, pretrain_selfmask
 from pipeline.files import read_json, write_bytes
 from pipeline.models.clip import load_clip
 from pipeline.runtime import Runtime
@@ -33,16 +33,45 @@ Free, Noto Emoji), Apache 2.0 (Material Design Icons, Remix Icon 2) and MIT (Pho
 """
 
 
-def pretrain(out_dir: Path, work_dir: Path, *, runtime: Runtime) -> None:
-    """Pre-train tiny CLIP, then tiny SelfMask on its features, and write README.md beside them."""
+def pretrain(
+    out_dir: Path,
+    work_dir: Path,
+    *,
+    runtime: Runtime,
+    phases: tuple[Phase, ...] = PHASES,
+    probe_images: int = 960,
+    schedule: Schedule | None = None,
+) -> None:
+    """Pre-train tiny CLIP, then tiny SelfMask on its features, and write README.md beside them.
+
+    Args:
+        out_dir: folder of weights, configurations and model card.
+        work_dir: folder of the states from which a killed run continues.
+        runtime: device and seed.
+        phases: legs of the CLIP's training.
+        probe_images: fresh images that its accuracy is measured on.
+        schedule: of the SelfMask's training.
+    """
     work_dir.mkdir(parents=True, exist_ok=True)
     weights, config = out_dir / "tiny_clip.safetensors", out_dir / "tiny_clip.json"
     if not (work_dir / "clip_card.json").is_file():
-        pretrain_clip(out_dir, work_dir, seed=runtime.seed, device=runtime.device)
+        pretrain_clip(
+            out_dir,
+            work_dir,
+            seed=runtime.seed,
+            device=runtime.device,
+            phases=phases,
+            probe_images=probe_images,
+        )
     encoder = load_clip(str(config), str(weights), runtime.device)
     if not (work_dir / "selfmask_card.json").is_file():
         pretrain_selfmask(
-            out_dir, work_dir, encoder, seed=runtime.seed, device=runtime.device
+            out_dir,
+            work_dir,
+            encoder,
+            seed=runtime.seed,
+            device=runtime.device,
+            schedule=schedule,
         )
     card = CARD.format(
         seed=runtime.seed,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,31 +43,56 @@ ARCHITECTURE = SelfMaskConfig(
     grid=24,
 )
 SIZE = 96
-BLOCKS, BLOCK_IMAGES = 8, 200
-ITERATIONS, BATCH_SIZE, LEARNING_RATE = 1000, 16, 8e-4
+BATCH_SIZE, LEARNING_RATE = 16, 8e-4
 VOTE_STREAM, PROBE_STREAM, TRAIN_STREAM = 111, 112, 113
 COUNT_SHARES = (0.7, 0.2, 0.1)
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How much is spent: blocks of voted images, iterations and images to score on."""
+
+    blocks: int = 6
+    block_images: int = 200
+    iterations: int = 800
+    probe_images: int = 200
+
+
 def pretrain_selfmask(
-    out_dir: Path, work_dir: Path, encoder: ClipEncoder, *, seed: int, device: torch.device
+    out_dir: Path,
+    work_dir: Path,
+    encoder: ClipEncoder,
+    *,
+    seed: int,
+    device: torch.device,
+    schedule: Schedule | None = None,
 ) -> None:
     """Vote, train, score; write `tiny_selfmask.safetensors` and `.json` to `out_dir`.
 
     A killed run continues from the blocks of votes and the last state in `work_dir`.
     """
     start = time.monotonic()
-    images, votes = _voted_images(work_dir, encoder, seed=seed)
+    schedule = schedule or Schedule()
+    images, votes = _voted_images(work_dir, encoder, schedule, seed=seed)
     torch.manual_seed(seed)
     model = SelfMask(ARCHITECTURE).to(device)
-    _train(model, images, votes, work_dir / "selfmask.pt", seed=seed)
+    _train(
+        model,
+        images,
+        votes,
+        work_dir / "selfmask.pt",
+        iterations=schedule.iterations,
+        seed=seed,
+    )
     weights = out_dir / "tiny_selfmask.safetensors"
     save_selfmask(model, weights)
     write_json(
         work_dir / "selfmask_card.json",
         {
             "seconds": round(time.monotonic() - start),
-            **mask_scores(load_selfmask(weights, device), encoder, seed=seed),
+            **mask_scores(
+                load_selfmask(weights, device), encoder, seed=seed, images=schedule.probe_images
+            ),
         },
     )
 
@@ -80,7 +106,7 @@ def vote_mask(encoder: ClipEncoder, image: np.ndarray) -> np.ndarray:
 
 
 def mask_scores(
-    model: SelfMask, encoder: ClipEncoder, *, seed: int, images: int = 200
+    model: SelfMask, encoder: ClipEncoder, *, seed: int, images: int
 ) -> dict[str, float]:
     """Mean IoU in percent with the union of the objects on fresh images, three ways.
 
@@ -101,15 +127,15 @@ def mask_scores(
 
 
 def _voted_images(
-    work_dir: Path, encoder: ClipEncoder, *, seed: int
+    work_dir: Path, encoder: ClipEncoder, schedule: Schedule, *, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, S, S, 3) uint8 and their votes (N, S, S) bool, in resumable blocks."""
     images, votes = [], []
-    for block in tqdm(range(BLOCKS), desc="tiny SelfMask, votes"):
+    for block in tqdm(range(schedule.blocks), desc="tiny SelfMask, votes"):
         path = work_dir / f"votes-{block}.npz"
         if not path.is_file():
-            first = block * BLOCK_IMAGES
-            drawn = [_scene(seed, VOTE_STREAM, first + n)[0] for n in range(BLOCK_IMAGES)]
+            numbers = range(block * schedule.block_images, (block + 1) * schedule.block_images)
+            drawn = [_scene(seed, VOTE_STREAM, number)[0] for number in numbers]
             masks = [vote_mask(encoder, image) for image in drawn]
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.savez(file, images=np.stack(drawn), votes=np.stack(masks))
@@ -120,7 +146,13 @@ def _voted_images(
 
 
 def _train(
-    model: SelfMask, images: np.ndarray, votes: np.ndarray, state_path: Path, *, seed: int
+    model: SelfMask,
+    images: np.ndarray,
+    votes: np.ndarray,
+    state_path: Path,
+    *,
+    iterations: int,
+    seed: int,
 ) -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     step = 0
@@ -130,11 +162,11 @@ def _train(
         optimiser.load_state_dict(state["optimiser"])
         step = int(state["step"])
     model.train()
-    bar = tqdm(total=ITERATIONS, initial=step, desc="tiny SelfMask, training")
-    while step < ITERATIONS:
+    bar = tqdm(total=iterations, initial=step, desc="tiny SelfMask, training")
+    while step < iterations:
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * min(
-                1.0, (step + 1) / 50, 0.5 * (1.02 + math.cos(math.pi * step / ITERATIONS))
+                1.0, (step + 1) / 50, 0.5 * (1.02 + math.cos(math.pi * step / iterations))
             )
         pixels, targets = _batch(images, votes, np.random.default_rng([seed, TRAIN_STREAM, step]))
         device = next(model.parameters()).device
@@ -147,10 +179,14 @@ def _train(
         bar.update()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-        if step % 200 == 0 or step == ITERATIONS:
+        if step % 200 == 0 or step == iterations:
             with atomic_path(state_path) as temporary:
                 torch.save(
-                    {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step},
+                    {
+                        "model": model.state_dict(),
+                        "optimiser": optimiser.state_dict(),
+                        "step": step,
+                    },
                     temporary,
                 )
     bar.close()

@@ -169,7 +169,7 @@ def _spectral_masker(params: MaskParams, runtime: Runtime) -> Masker:
     def predict(images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         with runtime.autocast():
-            features = encoder.patch_features(images.to(runtime.device)).float().cpu()
+            features = encoder.patch_features(images.to(runtime.device), facet=params.facet)
         masks = [
             spectral_mask(
                 [feature_map],
@@ -178,7 +178,7 @@ def _spectral_masker(params: MaskParams, runtime: Runtime) -> Masker:
                 clusters=params.clusters,
                 seed=runtime.seed,
             )
-            for feature_map in features
+            for feature_map in features.float().cpu()
         ]
         return torch.from_numpy(np.stack(masks)).float()
 
@@ -186,6 +186,7 @@ def _spectral_masker(params: MaskParams, runtime: Runtime) -> Masker:
         settings={
             "source": "spectral",
             "encoder": encoder.fingerprint(),
+            "facet": params.facet,
             "clusters": list(params.clusters),
             "seed": runtime.seed,
             "precision": str(runtime.amp_dtype),

@@ -349,7 +349,9 @@ def _rows(
             )
 
 
-def _images_at(source_dirs: list[Path], positions: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _images_at(
+    source_dirs: list[Path], positions: list[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (position, its columns) for sorted positions among the rows of all shards."""
     wanted = np.array(positions, np.int64)
     start = 0

@@ -82,7 +82,9 @@ def run(
     ) -> tuple[list[ArchiveRow], dict[str, Any]]:
         retrieve.run(
             embeddings_dir=tmp_path / "embeddings",
-            sources=sorted({path.parent.name for path in tmp_path.glob("embeddings/*/*")}  - {"old"}),
+            sources=sorted(
+                {path.parent.name for path in tmp_path.glob("embeddings/*/*")} - {"old"}
+            ),
             out_path=tmp_path / "archives.parquet",
             categories=categories,
             k=k,
