@@ -102,7 +102,8 @@ def test_saturated_proposals_keep_loss_and_gradients_finite() -> None:
     masks[0, :20] = True
     loss = mask_loss(logits.sigmoid(), [masks])
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(gradient(logits)).all()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient(logits)).all()
     assert 50 < loss.item() < 100
 
 
@@ -164,7 +165,8 @@ def test_only_void_gives_zero_loss_and_gradient() -> None:
     tokens = torch.randn(1, 2, 2, 4, requires_grad=True)
     loss = semantic_loss(tokens, torch.randn(3, 4), torch.full((1, 4, 4), -1))
     loss.backward()
-    assert loss.item() == 0 and torch.equal(gradient(tokens), torch.zeros_like(tokens))
+    assert loss.item() == 0
+    assert torch.equal(gradient(tokens), torch.zeros_like(tokens))
 
 
 def test_autocast_does_not_change_the_losses() -> None:

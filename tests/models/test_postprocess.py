@@ -164,7 +164,8 @@ def test_one_pixel() -> None:
     [instance] = instance_predictions(
         torch.ones(1, 1, 1), torch.eye(3)[1].view(1, 1, 3), torch.eye(3), (1, 1)
     )
-    assert instance.bbox_xyxy == (0, 0, 0, 0) and instance.mask.tolist() == [[True]]
+    assert instance.bbox_xyxy == (0, 0, 0, 0)
+    assert instance.mask.tolist() == [[True]]
 
 
 def test_unknown_suppression_is_refused() -> None:

@@ -198,7 +198,8 @@ def test_stop_gradient_separates_masks_from_encoder(stop: bool) -> None:
     model(torch.rand(1, 3, 16, 16)).mask_logits.square().sum().backward()
     encoder_gradients = [p.grad for p in model.encoder.parameters() if p.grad is not None]
     assert bool(encoder_gradients) is not stop
-    assert model.query_embed.grad is not None and model.query_embed.grad.abs().sum() > 0
+    assert model.query_embed.grad is not None
+    assert model.query_embed.grad.abs().sum() > 0
 
 
 def test_query_norm_bounds_logits() -> None:
@@ -262,7 +263,8 @@ def test_native_tokens_equal_the_towers_own() -> None:
         tokens = encode_patches(encoder, images, position_resize="size")
         embedded, grid = embed_patches(encoder, images, position_resize="size")
     torch.testing.assert_close(tokens.flatten(1, 2), expected)
-    assert grid == (4, 4) and embedded.shape == (2, 17, 16)
+    assert grid == (4, 4)
+    assert embedded.shape == (2, 17, 16)
 
 
 def test_decoder_without_memory_positions_ignores_token_order() -> None:
