@@ -206,7 +206,7 @@ class WorldParams(Section):
     """The demo's drawn world: numbers of images and side in pixels."""
 
     index_images: Count = 2000
-    bench_images: Count = 300
+    bench_images: Annotated[int, Field(ge=2)] = 300
     size: Annotated[int, Field(ge=32)] = 96
 
 

@@ -24,13 +24,7 @@ from pipeline.data.images import load_image
 from pipeline.data.prompts import TEMPLATE_SETS
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
-from pipeline.models.build import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    build_zutis,
-    load_state,
-    load_strict,
-)
+from pipeline.models.build import CONFIG_NAME, WEIGHTS_NAME, build_zutis
 from pipeline.models.clip import label_embeddings, load_clip
 from pipeline.models.postprocess import (
     Instance,
@@ -39,6 +33,7 @@ from pipeline.models.postprocess import (
     semantic_prediction,
 )
 from pipeline.models.tokens import vision_tower
+from pipeline.models.weights import load_state, load_strict
 from pipeline.models.zutis import Zutis
 from pipeline.runtime import Runtime, make_runtime
 

@@ -37,6 +37,9 @@ PACKAGE_DATA = {
 }
 MAIN_MODULES = {"world": "pipeline/demo/world.py"}
 
+# What the demo's encoders are; of no use with other encoders, but then of no harm.
+SHIPPED_WEIGHTS = "models/demo"
+
 
 def body(stage: str) -> dict[str, Any]:
     """A stage's definition, inside its `foreach` if it has one."""
@@ -117,7 +120,7 @@ def test_a_stages_paths_are_declared_and_nothing_else_is(stage: str) -> None:
     declared = [path for path in data_deps(stage) + outs(stage) if not path.startswith("${item.")]
     for name, path in used.items():
         assert any(contains(path, other) for other in declared), f"--{name} {path}"
-    for path in declared:
+    for path in set(declared) - {SHIPPED_WEIGHTS}:
         assert any(contains(folder, path) for folder in used.values()), path
 
 

@@ -17,12 +17,13 @@ Made by `pipeline demo pretrain --seed {seed}` on {device}, from images drawn by
 
 | network | file | time | measured on fresh images |
 |---|---|---|---|
-| tiny CLIP (ViT, patch 8, width 128, 2 layers) | `tiny_clip.safetensors` | {clip[seconds]} s | zero-shot \
-accuracy over 16 categories: known glyph families {clip[known]:.1f} %, unseen family \
+| tiny CLIP (ViT, patch 8, width 128, 2 layers) | `tiny_clip.safetensors` | {clip[seconds]} s | \
+zero-shot accuracy over 16 categories: known glyph families {clip[known]:.1f} %, unseen family \
 {clip[unseen]:.1f} %, every look at random (shape alone) {clip[random_look]:.1f} % (chance 6.25 %) |
-| tiny SelfMask (ViT, patch 4, width 64, 3 layers) | `tiny_selfmask.safetensors` | {mask[seconds]} s \
-| IoU with the union of the objects: network {mask[network]:.1f} %, the votes it learned from \
-{mask[votes]:.1f} %, votes of an untrained ViT (contrast alone) {mask[untrained_votes]:.1f} % |
+| tiny SelfMask (ViT, patch 4, width 64, 3 layers) | `tiny_selfmask.safetensors` | \
+{mask[seconds]} s | IoU with the union of the objects: network {mask[network]:.1f} %, the votes \
+it learned from {mask[votes]:.1f} %, votes of an untrained ViT (contrast alone) \
+{mask[untrained_votes]:.1f} % |
 
 They know this drawn world and nothing else. A category is known mostly by its typical colours and
 pattern, much less by its shape; saliency is mostly contrast. They stand where CLIP and SelfMask

@@ -7,9 +7,7 @@ the backgrounds of the index are used; the benchmark's seeds and its unseen fami
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +56,7 @@ PRETRAIN_STREAM, PROBE_STREAM = 101, 102
 def model_config(size: int) -> dict[str, object]:
     """open_clip configuration of the tiny CLIP for a given image side."""
     tokenizer = open_clip.SimpleTokenizer(context_length=CONTEXT_LENGTH)
-    names = functools.reduce(operator.iadd, glyph_names(), [])
+    names = [name for part in glyph_names() for name in part]
     words = [template.format(name) for template in PROMPTS_85 for name in names]
     words += [phrase.format(kind) for phrase in PHRASES for kind in BACKGROUNDS]
     words.append("and , .")

@@ -115,7 +115,7 @@ def _random_scene(rng: np.random.Generator, style: Style, shares: tuple[float, .
 
 
 def _semantic(scene: Scene) -> np.ndarray:
-    """(S, S) uint8 label ids: 1-based category of the object, 0 for other objects and background."""
+    """(S, S) uint8 label ids: 1-based category of the object, 0 for anything else."""
     categories, _ = glyph_names()
     label_ids = [categories.index(n) + 1 if n in categories else 0 for n in scene.names]
     return np.array([0, *label_ids], np.uint8)[scene.instances]

@@ -32,8 +32,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.models.build import load_state, load_strict
 from pipeline.models.tokens import embed_patches
+from pipeline.models.weights import load_state, load_strict
 
 MODEL_PREFIX = "open_clip:"
 QUICK_GELU_SUFFIX = "-quickgelu"

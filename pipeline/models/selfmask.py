@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, read_json, write_json
-from pipeline.models.build import load_state, load_strict
 from pipeline.models.decoder import TransformerDecoder
+from pipeline.models.weights import load_state, load_strict
 from pipeline.models.zutis import Perceptron
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

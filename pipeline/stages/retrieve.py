@@ -254,7 +254,8 @@ def _check_k(k: int, num_images: int, source_dirs: list[Path]) -> None:
     if k > num_images:
         raise PipelineError(
             f"params.yaml: k: {k} is larger than the {num_images} embedded images below "
-            f"{', '.join(map(str, source_dirs))}; lower k to {num_images} or less, or add images to the index"
+            f"{', '.join(map(str, source_dirs))}; lower k to {num_images} or less, or add images "
+            "to the index"
         )
 
 

@@ -12,7 +12,8 @@ from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 
 from pipeline.errors import PipelineError
-from pipeline.models.build import build_zutis, load_state, load_strict, save_checkpoint
+from pipeline.models.build import build_zutis, save_checkpoint
+from pipeline.models.weights import load_state, load_strict
 from pipeline.models.zutis import Zutis
 
 DATA = Path(__file__).parents[1] / "reference" / "data"

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.models.build import build_zutis, load_strict
+from pipeline.models.build import build_zutis
 from pipeline.models.decoder import TransformerDecoder, sine_position_encoding
 from pipeline.models.losses import mask_loss, semantic_loss
 from pipeline.models.postprocess import semantic_logits, semantic_prediction
 from pipeline.models.schedule import param_groups, set_learning_rates
 from pipeline.models.tokens import embed_patches, encode_patches, resize_positions, vision_tower
+from pipeline.models.weights import load_strict
 from pipeline.models.zutis import Zutis
 
 DATA = Path(__file__).parents[1] / "reference" / "data"

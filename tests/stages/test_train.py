@@ -14,8 +14,9 @@ from PIL import Image
 from pipeline.data.images import encode_jpeg, encode_label, encode_png
 from pipeline.data.shards import write_shards
 from pipeline.errors import PipelineError
-from pipeline.models.build import build_zutis, load_state, load_strict
+from pipeline.models.build import build_zutis
 from pipeline.models.clip import load_clip
+from pipeline.models.weights import load_state, load_strict
 from pipeline.params import EncoderParams, TrainParams
 from pipeline.predictor import Segmenter
 from pipeline.runtime import Runtime
