@@ -177,6 +177,7 @@ def retrieve(
         sources=list(params.index),
         out_path=out,
         categories=load_category_set(params.categories),
+        background=params.background,
         k=params.k,
         params=params.retrieve,
         encoder=params.embed.encoder,

@@ -69,8 +69,8 @@ class RetrieveParams(Section):
 
     `overlap` settles an image that several categories want: `best` gives it to the most similar
     one, `all` keeps it in each, `last` gives it to the last category of the list (the published
-    code). `num_negatives` images, those least similar to every category, form an archive 0 that
-    training may use as background (0: none, as published).
+    code). `num_negatives` images, those nearest to the background's text compared with any
+    category's, form an archive 0 that training may use as background (0: none, as published).
     """
 
     templates: Literal["prompts85", "name"] = "prompts85"

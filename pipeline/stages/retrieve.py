@@ -27,7 +27,7 @@ from pipeline.data.tables import (
     write_archives,
 )
 from pipeline.errors import PipelineError
-from pipeline.models.clip import load_clip, text_embeddings
+from pipeline.models.clip import label_embeddings, load_clip
 from pipeline.params import EncoderParams, RetrieveParams
 from pipeline.runtime import Runtime, StageRun
 
@@ -45,6 +45,7 @@ def run(
     sources: Sequence[str],
     out_path: Path,
     categories: list[str],
+    background: list[str],
     k: int,
     params: RetrieveParams,
     encoder: EncoderParams,
@@ -62,6 +63,7 @@ def run(
         sources: names of the sources to search; other folders are ignored.
         out_path: Parquet file of the archives.
         categories: K names; label ids are their positions from 1.
+        background: names whose mean is the background's text embedding, for the negatives.
         k: images of each top-k list.
         params: prompt templates, policy on overlaps, negatives, rows held at a time.
         encoder: the CLIP that made the embeddings.
@@ -75,7 +77,7 @@ def run(
     source_dirs = [embeddings_dir / name for name in sources]
     num_images = _count_images(source_dirs)
     _check_k(k, num_images, source_dirs)
-    texts = _text_embeddings(source_dirs, categories, params, encoder, runtime)
+    texts = _label_embeddings(source_dirs, categories, background, params, encoder, runtime)
     with StageRun("retrieve", stats_path=stats_path, total=num_images) as stage_run:
         scan = _Scan(texts, k=k, num_negatives=params.num_negatives)
         for block in _blocks(source_dirs, params.block_rows, stage_run):
@@ -170,18 +172,18 @@ class _Scan:
     """Runs over the index dataset once and keeps every category's best images.
 
     Args:
-        texts: (K, C) float32 unit text embeddings.
+        texts: (1 + K, C) float32 unit text embeddings by label id, the background's first.
         k: length of each list.
-        num_negatives: images least similar to every category to be kept as well.
+        num_negatives: images nearer to the background than to any category to be kept as well.
     """
 
     def __init__(self, texts: np.ndarray, *, k: int, num_negatives: int) -> None:
-        self._texts = texts
+        self._background, self._texts = texts[0], np.ascontiguousarray(texts[1:])
         self._k = k
         self._num_negatives = num_negatives
-        self.rankings = [_Ranking(k) for _ in texts]
-        # At most K k of the least similar images can be in the lists themselves.
-        self._least = _Ranking(num_negatives + len(texts) * k)
+        self.rankings = [_Ranking(k) for _ in self._texts]
+        # At most K k of these images can be in the lists themselves.
+        self._emptiest = _Ranking(num_negatives + len(self._texts) * k)
 
     def add(self, block: _Block) -> None:
         """Take a block of images into account."""
@@ -195,16 +197,21 @@ class _Scan:
             images = block.take(rows)
             ranking.add(images, inner_products(images.embeddings, text))
         if self._num_negatives:
-            self._least.add(block, -_greatest_similarities(block.embeddings, self._texts))
+            nearest = _greatest_similarities(block.embeddings, self._texts)
+            background = inner_products(block.embeddings, self._background)
+            self._emptiest.add(block, background - nearest)
 
     def negatives(self, lists: list[list[Entry]]) -> list[Entry]:
-        """The images least similar to every category that are in no list, least similar first."""
+        """The images of no list that are nearer to the background than to any category.
+
+        Ranked by that margin, the largest first; it is their `similarity`.
+        """
         if not self._num_negatives:
             return []
         wanted = {entry.position for entries in lists for entry in entries}
-        free = [entry for entry in self._least.entries() if entry.position not in wanted]
+        free = [entry for entry in self._emptiest.entries() if entry.position not in wanted]
         return [
-            Entry(rank, -entry.similarity, entry.position)
+            Entry(rank, entry.similarity, entry.position)
             for rank, entry in enumerate(free[: self._num_negatives], 1)
         ]
 
@@ -259,14 +266,15 @@ def _check_k(k: int, num_images: int, source_dirs: list[Path]) -> None:
         )
 
 
-def _text_embeddings(
+def _label_embeddings(
     source_dirs: list[Path],
     categories: list[str],
+    background: list[str],
     params: RetrieveParams,
     encoder: EncoderParams,
     runtime: Runtime,
 ) -> np.ndarray:
-    """Unit text embeddings (K, C) float32 of the encoder that made the shards."""
+    """Unit text embeddings (1 + K, C) float32 by label id, of the encoder that made the shards."""
     shard = list_embedding_shards(source_dirs)[0]
     embedded_by, dim = shard_encoder(shard)
     wanted = encoder_name(encoder.model, encoder.pretrained)
@@ -281,7 +289,12 @@ def _text_embeddings(
             f"{shard}: embeddings of length {dim}, but {wanted} has {clip.embed_dim}; "
             "run `pipeline embed` again"
         )
-    texts = text_embeddings(clip, categories, templates(params.templates))
+    texts = label_embeddings(
+        clip,
+        background=background,
+        categories=categories,
+        templates=templates(params.templates),
+    )
     return np.ascontiguousarray(texts.float().cpu().numpy())
 
 

@@ -87,6 +87,7 @@ def run(
             ),
             out_path=tmp_path / "archives.parquet",
             categories=categories,
+            background=["background"],
             k=k,
             params=RetrieveParams(**{"templates": "name", "overlap": "all", **params}),
             encoder=encoder,
@@ -303,9 +304,10 @@ def test_overlaps_do_not_count_an_image_of_one_category(
 
 
 @pytest.mark.parametrize("block_rows", [1, 9, 65_536])
-def test_negatives_are_the_least_similar_images_of_no_archive(
+def test_negatives_are_the_images_of_no_archive_nearest_to_the_background(
     run: Callable,
     write_shards: Callable,
+    encoder: EncoderParams,
     texts: np.ndarray,
     rng: np.random.Generator,
     block_rows: int,
@@ -313,14 +315,16 @@ def test_negatives_are_the_least_similar_images_of_no_archive(
     embeddings, keys = random_index(rng, 40)
     write_shards("a/00000", list(embeddings), keys)
     rows, stats = run(4, num_negatives=6, block_rows=block_rows)
-    greatest = (embeddings.astype(np.float64) @ texts.T).max(axis=1)
+    clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+    background = text_embeddings(clip, ["background"], templates("name")).numpy()[0]
+    margins = embeddings @ background - (embeddings @ texts.T).max(axis=1)
     archived = {row.key for row in rows if row.label_id}
-    expected = [keys[row] for row in np.argsort(greatest) if keys[row] not in archived][:6]
+    expected = [keys[row] for row in np.argsort(-margins) if keys[row] not in archived][:6]
     negatives = [row for row in rows if row.label_id == 0]
     assert [row.key for row in negatives] == expected
     assert [row.rank for row in negatives] == [1, 2, 3, 4, 5, 6]
     assert {row.category for row in negatives} == {"background"}
-    assert negatives[0].similarity == pytest.approx(greatest.min(), abs=1e-6)
+    assert negatives[0].similarity == pytest.approx(margins.max(), abs=1e-6)
     assert stats["counts"]["negatives"] == 6
 
 
