@@ -69,8 +69,8 @@ class RetrieveParams(Section):
 
     `overlap` settles an image that several categories want: `best` gives it to the most similar
     one, `all` keeps it in each, `last` gives it to the last category of the list (the published
-    code). `num_negatives` images, those nearest to the background's text compared with any
-    category's, form an archive 0 that training may use as background (0: none, as published).
+    code). `num_negatives` images, those nearer to a name of the background than to any category,
+    form an archive 0 that training may use as background (0: none, as published).
     """
 
     templates: Literal["prompts85", "name"] = "prompts85"
@@ -211,7 +211,10 @@ class WorldParams(Section):
 
 
 class Params(Section):
-    """All of params.yaml."""
+    """All of params.yaml.
+
+    `background` names what is not asked for; label id 0 is the mean of their text embeddings.
+    """
 
     k: Count = 500
     seed: Annotated[int, Field(ge=0)] = 0

@@ -14,8 +14,7 @@ from pipeline.viz import colour_map
 
 PALENESS = 0.5
 LABEL_ALPHA = 0.75
-STRIPE = 3
-PIXELATED_BELOW = 128
+STRIPE = 8
 QUALITIES = (85, 75, 60, 45, 30)
 
 
@@ -69,6 +68,18 @@ def fit_image(image: Image.Image, side: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
+def enlarge_image(image: Image.Image, side: int) -> Image.Image:
+    """Repeat the pixels of an image a whole number of times, to at most `side` on the long side.
+
+    So a browser that fits a tiny picture to its place leaves every pixel a sharp square.
+    """
+    factor = max(1, side // max(image.size))
+    if factor == 1:
+        return image
+    size = (image.width * factor, image.height * factor)
+    return image.resize(size, Image.Resampling.NEAREST)
+
+
 def picture(image: Image.Image, *, alt: str, max_bytes: int) -> dict[str, object]:
     """What the template needs to show an RGB image: data URI (JPEG), size, alternative text.
 
@@ -84,7 +95,6 @@ def picture(image: Image.Image, *, alt: str, max_bytes: int) -> dict[str, object
         "width": image.width,
         "height": image.height,
         "alt": alt,
-        "pixelated": min(image.size) < PIXELATED_BELOW,
     }
 
 

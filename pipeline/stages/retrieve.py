@@ -27,7 +27,7 @@ from pipeline.data.tables import (
     write_archives,
 )
 from pipeline.errors import PipelineError
-from pipeline.models.clip import label_embeddings, load_clip
+from pipeline.models.clip import load_clip, text_embeddings
 from pipeline.params import EncoderParams, RetrieveParams
 from pipeline.runtime import Runtime, StageRun
 
@@ -63,7 +63,7 @@ def run(
         sources: names of the sources to search; other folders are ignored.
         out_path: Parquet file of the archives.
         categories: K names; label ids are their positions from 1.
-        background: names whose mean is the background's text embedding, for the negatives.
+        background: names of what no category names; the negatives are images of these.
         k: images of each top-k list.
         params: prompt templates, policy on overlaps, negatives, rows held at a time.
         encoder: the CLIP that made the embeddings.
@@ -77,9 +77,11 @@ def run(
     source_dirs = [embeddings_dir / name for name in sources]
     num_images = _count_images(source_dirs)
     _check_k(k, num_images, source_dirs)
-    texts = _label_embeddings(source_dirs, categories, background, params, encoder, runtime)
+    texts, background_texts = _text_embeddings(
+        source_dirs, (categories, background), params=params, encoder=encoder, runtime=runtime
+    )
     with StageRun("retrieve", stats_path=stats_path, total=num_images) as stage_run:
-        scan = _Scan(texts, k=k, num_negatives=params.num_negatives)
+        scan = _Scan(texts, background_texts, k=k, num_negatives=params.num_negatives)
         for block in _blocks(source_dirs, params.block_rows, stage_run):
             scan.add(block)
             stage_run.advance(len(block.keys))
@@ -172,13 +174,17 @@ class _Scan:
     """Runs over the index dataset once and keeps every category's best images.
 
     Args:
-        texts: (1 + K, C) float32 unit text embeddings by label id, the background's first.
+        texts: (K, C) float32 unit text embeddings of the categories.
+        background_texts: (M, C), likewise, of the background's names.
         k: length of each list.
-        num_negatives: images nearer to the background than to any category to be kept as well.
+        num_negatives: images nearer to the background than to the categories to be kept as well.
     """
 
-    def __init__(self, texts: np.ndarray, *, k: int, num_negatives: int) -> None:
-        self._background, self._texts = texts[0], np.ascontiguousarray(texts[1:])
+    def __init__(
+        self, texts: np.ndarray, background_texts: np.ndarray, *, k: int, num_negatives: int
+    ) -> None:
+        self._texts = texts
+        self._background_texts = background_texts
         self._k = k
         self._num_negatives = num_negatives
         self.rankings = [_Ranking(k) for _ in self._texts]
@@ -198,13 +204,13 @@ class _Scan:
             ranking.add(images, inner_products(images.embeddings, text))
         if self._num_negatives:
             nearest = _greatest_similarities(block.embeddings, self._texts)
-            background = inner_products(block.embeddings, self._background)
+            background = _greatest_similarities(block.embeddings, self._background_texts)
             self._emptiest.add(block, background - nearest)
 
     def negatives(self, lists: list[list[Entry]]) -> list[Entry]:
-        """The images of no list that are nearer to the background than to any category.
+        """The images of no list that are nearest to a name of the background.
 
-        Ranked by that margin, the largest first; it is their `similarity`.
+        Ranked by how much nearer they are to it than to any category; that is their `similarity`.
         """
         if not self._num_negatives:
             return []
@@ -238,7 +244,7 @@ def inner_products(embeddings: np.ndarray, text: np.ndarray) -> np.ndarray:
 
 
 def _greatest_similarities(embeddings: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Similarity (N,) of each image to the category that it is most similar to."""
+    """Similarity (N,) of each image to the text that it is most similar to."""
     greatest = np.empty(len(embeddings), np.float32)
     for start in range(0, len(embeddings), ROWS_AT_ONCE):
         rows = embeddings[start : start + ROWS_AT_ONCE]
@@ -266,15 +272,15 @@ def _check_k(k: int, num_images: int, source_dirs: list[Path]) -> None:
         )
 
 
-def _label_embeddings(
+def _text_embeddings(
     source_dirs: list[Path],
-    categories: list[str],
-    background: list[str],
+    lists: Sequence[list[str]],
+    *,
     params: RetrieveParams,
     encoder: EncoderParams,
     runtime: Runtime,
-) -> np.ndarray:
-    """Unit text embeddings (1 + K, C) float32 by label id, of the encoder that made the shards."""
+) -> list[np.ndarray]:
+    """For each list of N names, unit text embeddings (N, C) of the encoder that made the shards."""
     shard = list_embedding_shards(source_dirs)[0]
     embedded_by, dim = shard_encoder(shard)
     wanted = encoder_name(encoder.model, encoder.pretrained)
@@ -289,13 +295,11 @@ def _label_embeddings(
             f"{shard}: embeddings of length {dim}, but {wanted} has {clip.embed_dim}; "
             "run `pipeline embed` again"
         )
-    texts = label_embeddings(
-        clip,
-        background=background,
-        categories=categories,
-        templates=templates(params.templates),
-    )
-    return np.ascontiguousarray(texts.float().cpu().numpy())
+    prompts = templates(params.templates)
+    return [
+        np.ascontiguousarray(text_embeddings(clip, names, prompts).float().cpu().numpy())
+        for names in lists
+    ]
 
 
 def _blocks(source_dirs: list[Path], block_rows: int, stage_run: StageRun) -> Iterator[_Block]:

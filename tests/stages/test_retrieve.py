@@ -28,6 +28,7 @@ from pipeline.stages import retrieve
 from pipeline.stages.retrieve import Entry, settle_overlaps
 
 CATEGORIES = ["cat", "dog", "potted plant"]
+BACKGROUND = ["background", "house"]
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def run(
             ),
             out_path=tmp_path / "archives.parquet",
             categories=categories,
-            background=["background"],
+            background=BACKGROUND,
             k=k,
             params=RetrieveParams(**{"templates": "name", "overlap": "all", **params}),
             encoder=encoder,
@@ -316,8 +317,8 @@ def test_negatives_are_the_images_of_no_archive_nearest_to_the_background(
     write_shards("a/00000", list(embeddings), keys)
     rows, stats = run(4, num_negatives=6, block_rows=block_rows)
     clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
-    background = text_embeddings(clip, ["background"], templates("name")).numpy()[0]
-    margins = embeddings @ background - (embeddings @ texts.T).max(axis=1)
+    background = text_embeddings(clip, BACKGROUND, templates("name")).numpy()
+    margins = (embeddings @ background.T).max(axis=1) - (embeddings @ texts.T).max(axis=1)
     archived = {row.key for row in rows if row.label_id}
     expected = [keys[row] for row in np.argsort(-margins) if keys[row] not in archived][:6]
     negatives = [row for row in rows if row.label_id == 0]

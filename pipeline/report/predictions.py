@@ -1,0 +1,86 @@
+"""Pictures of predictions that `evaluate` drew: the best, the worst, and typical ones."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.images import ImageError, load_image
+from pipeline.errors import PipelineError
+from pipeline.files import read_json
+from pipeline.report.inputs import is_number, is_wanted, score
+from pipeline.report.pictures import fit_image, picture
+
+INDEX = "index.json"
+PER_KIND, IN_ALL = 3, 16
+SIDE, MAX_BYTES = 1200, 80_000
+ADVICE = "run `pipeline evaluate` again"
+
+
+def read_best_and_worst(
+    overlays_dir: Path, names: Collection[str] | None = None
+) -> list[dict[str, Any]]:
+    """Best and worst predictions of every benchmark, or of those in `names`.
+
+    Raises:
+        PipelineError: an index of pictures, or a picture, is damaged.
+    """
+    folders = _folders(overlays_dir, names)
+    shown = min(PER_KIND, max(1, IN_ALL // (2 * max(1, len(folders)))))
+    benches = []
+    for folder in folders:
+        kinds = {kind: _entries(folder, kind)[:shown] for kind in ("best", "worst")}
+        pictures = {
+            kind: [_picture(folder, entry) for entry in entries] for kind, entries in kinds.items()
+        }
+        benches.append({"name": folder.name, "kinds": pictures})
+    return benches
+
+
+def read_typical(overlays_dir: Path, names: Collection[str] | None = None) -> dict[str, Any]:
+    """Two predictions of the first benchmark, neither its best nor its worst.
+
+    Of the images that `evaluate` picks evenly, those at one and two thirds of the order by mIoU.
+
+    Returns:
+        Benchmark, number of images picked, pictures; empty where no picked image has a score.
+
+    Raises:
+        PipelineError: an index of pictures, or a picture, is damaged.
+    """
+    for folder in _folders(overlays_dir, names):
+        picked = [entry for entry in _entries(folder, "spread") if is_number(entry["miou"])]
+        if picked:
+            picked.sort(key=lambda entry: -entry["miou"])
+            places = sorted({len(picked) // 3, 2 * len(picked) // 3})
+            pictures = [_picture(folder, picked[place]) for place in places]
+            return {"name": folder.name, "num_picked": len(picked), "pictures": pictures}
+    return {}
+
+
+def _folders(overlays_dir: Path, names: Collection[str] | None) -> list[Path]:
+    folders = sorted(path.parent for path in overlays_dir.glob(f"*/{INDEX}"))
+    return [folder for folder in folders if is_wanted(folder.name, names)]
+
+
+def _entries(folder: Path, kind: str) -> list[dict[str, Any]]:
+    path = folder / INDEX
+    entries = read_json(path)
+    try:
+        if all({"file", "image_id", "miou"} <= entry.keys() for entry in entries):
+            return [entry for entry in entries if entry["kind"] == kind]
+    except (AttributeError, KeyError, TypeError):
+        pass
+    raise PipelineError(
+        f"{path}: expected a list of objects with file, image_id, miou and kind; {ADVICE}"
+    )
+
+
+def _picture(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        image = fit_image(load_image(folder / entry["file"]), SIDE)
+    except ImageError as error:
+        raise PipelineError(f"{folder / entry['file']}: {error}; {ADVICE}") from None
+    shown = picture(image, alt=f"Prediction on image {entry['image_id']}", max_bytes=MAX_BYTES)
+    return shown | {"image_id": entry["image_id"], "miou": score(entry["miou"])}
