@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 WIDTH, HEIGHT = 360, 216
-LEFT, RIGHT, TOP, BOTTOM = 58, 10, 12, 38
+LEFT, RIGHT, TOP, BOTTOM = 66, 10, 12, 38
 MAX_POINTS = 300
 SMOOTHING = 1 / 20
 

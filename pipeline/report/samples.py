@@ -40,8 +40,8 @@ def read_samples(
         make_target: makes what training saw; without it that picture is left out.
 
     Returns:
-        `strips`, the negatives last, `num_hidden` archives, `samples`, and the `label_ids` that
-        occur in these; empty before there are shards.
+        `strips`, the negatives last, `num_hidden` archives, whether it `has_negatives`, `samples`,
+        and the `label_ids` that occur in these; empty before there are shards.
 
     Raises:
         PipelineError: the shards are damaged.
@@ -60,6 +60,7 @@ def read_samples(
     return {
         "strips": strips,
         "num_hidden": len(found) - len(strips),
+        "has_negatives": 0 in found,
         "samples": samples,
         "label_ids": sorted({value for sample in samples for value in sample["label_ids"]}),
     }

@@ -56,7 +56,8 @@ def run(
 
     Images of equal similarity are ranked by their keys. An image without direction (zero or not
     finite) is skipped and counted. Under the policies `best` and `last` an archive loses the images
-    that went to other categories; ranks stay those of the top-k list, with gaps.
+    that went to other categories, and under `best` also the negatives; ranks stay those of the
+    top-k list, with gaps.
 
     Args:
         embeddings_dir: one folder of shards a source.
@@ -87,9 +88,9 @@ def run(
             stage_run.advance(len(block.keys))
         _check_k(k, stage_run.items, source_dirs)
         lists = [ranking.entries() for ranking in scan.rankings]
-        archives = settle_overlaps(lists, params.overlap)
+        negatives = scan.negatives(lists, contested=params.overlap == "best")
+        archives = without(settle_overlaps(lists, params.overlap), negatives)
         _count_overlaps(stage_run, lists, archives)
-        negatives = scan.negatives(lists)
         stage_run.count("negatives", len(negatives))
         names = [NEGATIVES, *categories]
         write_archives(out_path, _rows(source_dirs, names, [negatives, *archives]))
@@ -127,6 +128,12 @@ def settle_overlaps(lists: list[list[Entry]], policy: str) -> list[list[Entry]]:
         [entry for entry in entries if owner[entry.position][1] == index]
         for index, entries in enumerate(lists)
     ]
+
+
+def without(lists: list[list[Entry]], taken: list[Entry]) -> list[list[Entry]]:
+    """The lists without the images of `taken`; ranks stay."""
+    positions = {entry.position for entry in taken}
+    return [[entry for entry in part if entry.position not in positions] for part in lists]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,18 +214,23 @@ class _Scan:
             background = _greatest_similarities(block.embeddings, self._background_texts)
             self._emptiest.add(block, background - nearest)
 
-    def negatives(self, lists: list[list[Entry]]) -> list[Entry]:
-        """The images of no list that are nearest to a name of the background.
+    def negatives(self, lists: list[list[Entry]], *, contested: bool) -> list[Entry]:
+        """The images nearest to a name of the background, in no list of a category.
 
         Ranked by how much nearer they are to it than to any category; that is their `similarity`.
+        With `contested`, an image of a list counts too if it is nearer to the background.
         """
         if not self._num_negatives:
             return []
         wanted = {entry.position for entries in lists for entry in entries}
-        free = [entry for entry in self._emptiest.entries() if entry.position not in wanted]
+        kept = [
+            entry
+            for entry in self._emptiest.entries()
+            if entry.position not in wanted or (contested and entry.similarity > 0)
+        ]
         return [
             Entry(rank, entry.similarity, entry.position)
-            for rank, entry in enumerate(free[: self._num_negatives], 1)
+            for rank, entry in enumerate(kept[: self._num_negatives], 1)
         ]
 
     def _candidates(self, index: Any) -> Iterator[np.ndarray]:

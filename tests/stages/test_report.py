@@ -21,7 +21,14 @@ from pipeline.data.tables import ArchiveRow, write_archives
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
 from pipeline.report.charts import line_chart, nice_ticks
-from pipeline.report.pictures import category_colour, fit_image, fit_labels, paint_labels, picture
+from pipeline.report.pictures import (
+    category_colour,
+    enlarge_image,
+    fit_image,
+    fit_labels,
+    paint_labels,
+    picture,
+)
 from pipeline.stages.report import run
 
 CATEGORIES = ["cat", 'dog & <b>"pup"</b>', "bird"]
@@ -85,8 +92,12 @@ def tree(tmp_path: Path) -> Tree:
     write_curves(tree)
     names = "".join(f"  - '{name}'\n" for name in CATEGORIES)
     tree.params_path.write_text(
-        f"k: 4\nseed: 7\ncategories:\n{names}index: {{photos: {{root: photos}}}}\n"
+        f"k: 4\nseed: 7\ncategories:\n{names}"
+        "index: {photos: {root: photos}, tars: {root: tars, format: webdataset}}\n"
         "train: {iterations: 1234, target: fused}\n"
+        "worlds: {demo: {}}\n"
+        "benches: {voc: {format: voc, root: voc, split: val, categories: voc}}\n"
+        "audits: {photos: {root: truth, categories: voc}}\n"
     )
     return tree
 
@@ -346,6 +357,61 @@ def test_page_without_params_and_plots(tree: Tree) -> None:
     assert "training saw" not in page
 
 
+@pytest.fixture
+def leftovers(tree: Tree) -> Tree:
+    """The tree, and in it what a preset with other worlds, sources, benches and audits left."""
+    reports_dir = tree.reports_dir
+    for prefix in ("world", "embed", "evaluate", "audit"):
+        stats = {"items": 999_000, "seconds": 9e6, "skipped": 1, "skipped_items": []}
+        write_json(reports_dir / f"stats/{prefix}-old.json", {"stage": prefix} | stats)
+    metrics = {"miou": 99.91, "baseline_miou": 99.92, "groups": {}, "n_images": 1}
+    write_json(reports_dir / "metrics/old.json", metrics)
+    write_json(reports_dir / "metrics/audit_old.json", {"mask_iou": 99.93})
+    shutil.copytree(reports_dir / "overlays/voc", reports_dir / "overlays/old")
+    (reports_dir / "plots/old_per_class.csv").write_text("category,iou\nold class,1\n")
+    return tree
+
+
+def test_what_the_params_do_not_name_is_not_shown(leftovers: Tree) -> None:
+    page = leftovers.report()
+    for name in ("old.json", "audit_old.json"):
+        (leftovers.reports_dir / "metrics" / name).unlink()
+    for path in leftovers.reports_dir.glob("stats/*-old.json"):
+        path.unlink()
+    shutil.rmtree(leftovers.reports_dir / "overlays/old")
+    (leftovers.reports_dir / "plots/old_per_class.csv").unlink()
+    assert leftovers.report() == page
+
+
+def test_what_the_params_do_not_name_may_be_damaged(leftovers: Tree) -> None:
+    reports_dir = leftovers.reports_dir
+    page = leftovers.report()
+    for path in [*reports_dir.glob("*/*old.json"), reports_dir / "overlays/old/index.json"]:
+        path.write_text("{")
+    assert leftovers.report() == page
+
+
+def test_without_params_everything_is_shown(leftovers: Tree) -> None:
+    leftovers.params_path.unlink()
+    page = leftovers.report()
+    checked(page)
+    assert page.count("999,000") == 4
+    assert "1,001,000 unlabelled images" in page
+    for score in ("99.9", "old class", '<th scope="col">old</th>'):
+        assert score in section(page, "scores")
+    assert "Best, old" in section(page, "predictions")
+
+
+def test_params_that_name_no_bench_show_none(tree: Tree) -> None:
+    lines = tree.params_path.read_text().splitlines()
+    tree.params_path.write_text("\n".join(line for line in lines if "benches" not in line))
+    page = tree.report()
+    assert "Benchmarks: not run" in section(page, "scores")
+    assert "Overlays of predictions: not run" in section(page, "predictions")
+    assert "47.5" not in page
+    assert "image-" not in page
+
+
 def test_stats_alone_make_a_page(tmp_path: Path) -> None:
     tree = Tree(tmp_path)
     write_stats(tree)
@@ -449,13 +515,40 @@ def test_class_bars_are_sorted_and_carry_the_baseline(page: str) -> None:
     assert "mark" not in last
 
 
-def test_best_and_worst_predictions_are_shown_and_others_are_not(page: str) -> None:
+def test_best_and_worst_predictions_are_shown_apart_from_others(page: str) -> None:
     predictions = section(page, "predictions")
     assert predictions.count("<img") == 3
     assert predictions.index("image-best-0") < predictions.index("image-best-1")
-    assert "image-spread-3" not in page
+    assert "image-spread-3" not in predictions
     assert "90.5 mIoU" in predictions
     assert "\u2013 mIoU" in predictions
+
+
+def header_pictures(page: str) -> list[str]:
+    return re.findall(r"Prediction on image ([\w-]+)", page.split("</header>")[0])
+
+
+def test_header_shows_predictions_that_are_neither_best_nor_worst(tree: Tree) -> None:
+    path = tree.reports_dir / "overlays/voc/index.json"
+    scores = [10.0, 60.0, 20.0, None, 50.0, 40.0, 30.0]
+    entries = [
+        {"file": "0.png", "image_id": f"at-{score}".replace(".0", ""), "miou": score, "kind": kind}
+        for kind in ("best", "spread", "worst")
+        for score in (scores if kind == "spread" else [99.0])
+    ]
+    write_json(path, entries)
+    page = tree.report()
+    assert header_pictures(page) == ["at-40", "at-20"]
+    assert "6 images picked evenly" in text_of(page)
+
+
+def test_header_shows_the_only_picture_once_and_none_without_a_score(tree: Tree) -> None:
+    path = tree.reports_dir / "overlays/voc/index.json"
+    entry = {"file": "0.png", "image_id": "only", "miou": 50.0, "kind": "spread"}
+    write_json(path, [entry])
+    assert header_pictures(tree.report()) == ["only"]
+    write_json(path, [entry | {"miou": None}])
+    assert header_pictures(tree.report()) == []
 
 
 def test_strips_show_the_first_images_and_negatives(page: str) -> None:
@@ -463,7 +556,7 @@ def test_strips_show_the_first_images_and_negatives(page: str) -> None:
     assert archives.count("<img") == 14
     text = text_of(archives)
     assert "negatives 2 images 0.499 0.498" in text
-    assert "bird 4 images 0.499 0.498 0.497 0.496" in text
+    assert "bird 4 images 0.499 0.498 0.497 0.496 negatives" in text
 
 
 def test_samples_cover_categories_and_ranks(page: str) -> None:
@@ -619,6 +712,20 @@ def test_fit_labels_takes_the_nearest_label() -> None:
 )
 def test_fit_image_bounds_the_long_side(size: tuple[int, int], fitted: tuple[int, int]) -> None:
     assert fit_image(Image.new("RGB", size), 50).size == fitted
+
+
+@pytest.mark.parametrize(
+    ("size", "enlarged"),
+    [((96, 96), (288, 288)), ((100, 30), (200, 60)), ((1, 1), (288, 288)), ((200, 9), (200, 9))],
+)
+def test_enlarge_image_repeats_pixels_a_whole_number_of_times(
+    size: tuple[int, int], enlarged: tuple[int, int]
+) -> None:
+    pixels = np.arange(size[0] * size[1] * 3).reshape(size[1], size[0], 3).astype(np.uint8)
+    result = enlarge_image(Image.fromarray(pixels), 288)
+    assert result.size == enlarged
+    factor = enlarged[0] // size[0]
+    assert (np.asarray(result) == pixels.repeat(factor, axis=0).repeat(factor, axis=1)).all()
 
 
 @pytest.fixture

@@ -329,6 +329,20 @@ def test_negatives_are_the_images_of_no_archive_nearest_to_the_background(
     assert stats["counts"]["negatives"] == 6
 
 
+def test_under_best_an_image_nearer_to_the_background_leaves_its_archive(
+    run: Callable, write_shards: Callable, encoder: EncoderParams, texts: np.ndarray
+) -> None:
+    """With k as large as the index every image is in every list; the house is still a negative."""
+    clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+    house = text_embeddings(clip, ["house"], templates("name")).numpy()[0]
+    write_shards("a/00000", [texts[0], house, texts[1]], ["cat", "house", "dog"])
+    rows, stats = run(3, categories=["cat", "dog"], overlap="best", num_negatives=2)
+    assert {(row.label_id, row.key) for row in rows} == {(0, "house"), (1, "cat"), (2, "dog")}
+    assert stats["counts"]["negatives"] == 1
+    kept, _ = run(3, categories=["cat", "dog"], overlap="all", num_negatives=2)
+    assert [row.key for row in kept if row.label_id == 0] == []
+
+
 def test_negatives_end_where_the_archives_begin(
     run: Callable, write_shards: Callable, texts: np.ndarray
 ) -> None:
