@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -11,6 +12,7 @@ import typer
 
 from pipeline import __version__
 from pipeline.errors import PipelineError
+from pipeline.files import OUT_OF_SPACE
 from pipeline.params import Params, read_params
 
 if TYPE_CHECKING:  # importing torch takes seconds that `--help` and mistakes need not wait for
@@ -44,13 +46,14 @@ DEMO_MODELS = Path("models/demo")
 
 Entry = TypeVar("Entry")
 
-OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 BAD_PATH = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+BAD_PATH_CODES = (errno.EROFS, errno.ENAMETOOLONG)
 INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit status 1."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # stages count and list unreadable images
     try:
         app()
     except PipelineError as error:
@@ -71,7 +74,7 @@ def _explain(error: OSError) -> str:
             f"error: no space left on the disk{where}: free some and run the same command again; "
             "nothing half-written was kept and finished work is reused"
         )
-    if isinstance(error, BAD_PATH) or error.errno == errno.EROFS:
+    if isinstance(error, BAD_PATH) or error.errno in BAD_PATH_CODES:
         return f"error: {error.strerror}{where}: make it writable or choose another path"
     raise error
 
@@ -176,7 +179,7 @@ def retrieve(
         embeddings_dir=embeddings,
         sources=list(params.index),
         out_path=out,
-        categories=load_category_set(params.categories),
+        categories=load_category_set(params.categories, background=params.background),
         background=params.background,
         k=params.k,
         params=params.retrieve,
@@ -221,7 +224,7 @@ def pseudo_label(
     stage.run(
         mask_dir=masks,
         out_dir=out,
-        categories=load_category_set(params.categories),
+        categories=load_category_set(params.categories, background=params.background),
         background=params.background,
         params=params.pseudo_label,
         runtime=runtime,
@@ -246,7 +249,7 @@ def train(
         labels_dir=labels,
         out_dir=out,
         live_dir=live,
-        categories=load_category_set(params.categories),
+        categories=load_category_set(params.categories, background=params.background),
         background=params.background,
         params=params.train,
         runtime=runtime,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -9,11 +10,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
+
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -21,39 +24,49 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, moved over it once the block succeeds.
 
     Parent folders are made. The data is synced before the move; on any exception the temporary
-    file is removed and `path` keeps what it had.
+    file and the folders made for it are removed, and `path` keeps what it had.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _parents_of(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replace_dir(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`, swapped in once the block succeeds."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        retired = temporary.with_suffix(".old")
-        if path.is_dir():
-            path.replace(retired)
-        temporary.replace(path)
-        shutil.rmtree(retired, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _parents_of(path):
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            retired = temporary.with_suffix(".old")
+            if path.is_dir():
+                path.replace(retired)
+            temporary.replace(path)
+            shutil.rmtree(retired, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise now the OSError that writing `path` would raise after hours of work."""
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    folder = next(parent for parent in path.parents if parent.exists())
+    with _named_after(path), tempfile.TemporaryFile(dir=folder, prefix=f".{path.name}."):
+        pass
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -91,6 +104,33 @@ def file_sha256(path: Path) -> str:
 def digest(value: Any) -> str:
     """Hexadecimal SHA-256 of a JSON-serialisable value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _parents_of(path: Path) -> Iterator[None]:
+    """Make the folders above `path`; if the block fails, remove those that are still empty."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        with _named_after(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _named_after(path: Path) -> Iterator[None]:
+    """Put `path` into an OSError about its temporary file, or about a full disk and no file."""
+    try:
+        yield
+    except OSError as error:
+        nameless = error.filename is None and error.errno in OUT_OF_SPACE
+        if nameless or f".{path.name}." in str(error.filename):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def _finite(value: Any) -> Any:

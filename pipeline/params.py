@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -22,12 +22,22 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Workers = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# Names of entries become file names and words of commands (dvc.yaml).
+EntryName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+Text = Annotated[str, Field(pattern=r"\S")]
+
+
+def _ascending(values: list[float]) -> list[float]:
+    if values != sorted(values):
+        raise ValueError("Input should be in ascending order")
+    return values
 
 
 class Section(BaseModel):
     """A group of params: frozen, strict, without unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class EncoderParams(Section):
@@ -139,7 +149,9 @@ class TrainParams(Section):
     iterations: Count = 20_000
     batch_size: Count = 8
     crop_size: Count = 384
-    scale_range: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.1, 1.0]
+    scale_range: Annotated[
+        list[Positive], Field(min_length=2, max_length=2), AfterValidator(_ascending)
+    ] = [0.1, 1.0]
     flip: Probability = 0.5
     colour_jitter: Probability = 0.8
     greyscale: Probability = 0.2
@@ -217,20 +229,20 @@ class Params(Section):
     """
 
     k: Count = 500
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     categories: str | list[str]
-    background: Annotated[list[str], Field(min_length=1)] = ["background"]
-    worlds: dict[str, WorldParams] = {}
-    index: Annotated[dict[str, SourceParams], Field(min_length=1)]
+    background: Annotated[list[Text], Field(min_length=1)] = ["background"]
+    worlds: dict[EntryName, WorldParams] = {}
+    index: Annotated[dict[EntryName, SourceParams], Field(min_length=1)]
     embed: EmbedParams = EmbedParams()
     retrieve: RetrieveParams = RetrieveParams()
     mask: MaskParams = MaskParams()
     pseudo_label: PseudoLabelParams = PseudoLabelParams()
     train: TrainParams = TrainParams()
     evaluate: EvaluateParams = EvaluateParams()
-    benches: dict[str, BenchParams] = {}
-    audits: dict[str, AuditParams] = {}
+    benches: dict[EntryName, BenchParams] = {}
+    audits: dict[EntryName, AuditParams] = {}
 
 
 def read_params(path: Path) -> Params:
@@ -260,7 +272,8 @@ def read_params(path: Path) -> Params:
 def parse_params(content: Any, *, name: str = "params.yaml") -> Params:
     """Check the parsed content of a params file; `name` heads the error messages."""
     if not isinstance(content, dict):
-        raise PipelineError(f"{name}: expected `key: value` lines, found {type(content).__name__}")
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise PipelineError(f"{name}: expected `key: value` lines, found {found}")
     try:
         return Params.model_validate(content)
     except ValidationError as error:
@@ -277,6 +290,13 @@ def _complaints(name: str, error: ValidationError) -> Iterator[str]:
             yield f"{name}: unknown key {key!r}{_suggestion(location)}"
         elif item["type"] == "missing":
             yield f"{name}: key {key!r} is missing"
+        elif location[-1] == "[key]":
+            yield (
+                f"{name}: {'.'.join(map(str, location[:-2]))}: {item['input']!r} is no name for an "
+                "entry; use letters, digits, _, - and . only, not first"
+            )
+        elif item["type"] == "model_type":
+            yield f"{name}: {key}: expected `key: value` lines, got {item['input']!r}"
         else:
             yield f"{name}: {key}: {item['msg']}, got {item['input']!r}"
 

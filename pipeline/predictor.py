@@ -163,8 +163,9 @@ class Segmenter:
         )
         try:
             network = build_zutis(clip.visual, **config.architecture)
-        except TypeError as error:
-            raise PipelineError(f"{folder / CONFIG_NAME}: architecture: {error}") from None
+        except (TypeError, PipelineError) as error:
+            reason = str(error).split("\n")[0]
+            raise PipelineError(f"{folder / CONFIG_NAME}: architecture: {reason}") from None
         load_strict(network, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
         return cls(
             network.to(runtime.device),
@@ -238,8 +239,8 @@ def read_checkpoint_config(checkpoint_dir: Path) -> CheckpointConfig:
             architecture=dict(content["architecture"]),
             encoder_model=str(encoder["model"]),
             encoder_pretrained=str(encoder["pretrained"]),
-            categories=[str(name) for name in content["categories"]],
-            background=[str(name) for name in content["background"]],
+            categories=_names(content["categories"]),
+            background=_names(content["background"]),
             templates=str(content["templates"]),
             step=int(content["step"]),
         )
@@ -252,6 +253,12 @@ def read_checkpoint_config(checkpoint_dir: Path) -> CheckpointConfig:
             f"{path}: templates {config.templates!r}: expected one of {', '.join(TEMPLATE_SETS)}"
         )
     return config
+
+
+def _names(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"expected a list of names, found {value!r}")
+    return value
 
 
 def input_size(

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.errors import PipelineError
-from pipeline.files import write_json
+from pipeline.files import check_writable, write_json
 
 CACHE_VARIABLE = "PIPELINE_CACHE"
 LISTED_SKIPS = 1000
@@ -88,6 +88,7 @@ class StageRun:
     def __init__(
         self, stage: str, *, stats_path: Path, total: int | None = None, unit: str = "image"
     ) -> None:
+        check_writable(stats_path)
         self.stage = stage
         self.items = 0
         self.skipped: list[dict[str, str]] = []

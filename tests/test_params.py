@@ -179,7 +179,7 @@ def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "found"), [("", "NoneType"), ("# nothing\n", "NoneType"), ("- k\n- 3\n", "list")]
+    ("text", "found"), [("", "nothing"), ("# nothing\n", "nothing"), ("- k\n- 3\n", "a list")]
 )
 def test_a_file_without_keys_is_refused(tmp_path: Path, text: str, found: str) -> None:
     assert complaint(tmp_path, text) == f"expected `key: value` lines, found {found}"

@@ -102,11 +102,12 @@ def read_manifest(shard_dir: Path) -> dict[str, Any]:
     """The manifest of a folder of shards.
 
     Raises:
-        PipelineError: it is missing (the folder was not finished) or has no list of shards.
+        PipelineError: it is missing (the folder was not finished) or does not describe shards.
     """
     path = Path(shard_dir) / MANIFEST
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list):
+    shards = manifest.get("shards") if isinstance(manifest, dict) else None
+    if not isinstance(shards, list) or not all(map(_is_shard_entry, shards)):
         raise PipelineError(f"{path}: not a manifest of shards; run the stage that writes it again")
     return manifest
 
@@ -209,6 +210,13 @@ def _checked_sample(sample: Mapping[str, Any], seen: set[str]) -> Sample:
         if name != "__key__" and not isinstance(value, bytes):
             raise ValueError(f"sample {key}: member {name!r} is {type(value).__name__}, not bytes")
     return checked
+
+
+def _is_shard_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(name), kind)
+        for name, kind in (("name", str), ("samples", int), ("bytes", int), ("sha256", str))
+    )
 
 
 def _check_shard(path: Path, entry: Mapping[str, Any]) -> None:

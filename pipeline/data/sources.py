@@ -166,7 +166,7 @@ def _list_folder(name: str, source: SourceSpec, _report: Report | None) -> Itera
     for path in _walk(root, ancestors=()):
         if path.suffix.lower() in EXTENSIONS:
             relative = path.relative_to(root).as_posix()
-            _check_utf8(relative, path)
+            check_utf8(relative, path)
             yield relative, None, None, None
 
 
@@ -188,7 +188,12 @@ def _walk(folder: Path, ancestors: tuple[Path, ...]) -> Iterator[Path]:
             yield entry
 
 
-def _check_utf8(text: str, path: Path) -> None:
+def check_utf8(text: str, path: Path) -> None:
+    """Refuse a file name `text` that no table or JSON file could hold; `path` is the file.
+
+    Raises:
+        PipelineError: it has bytes that are not UTF-8.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -205,7 +210,7 @@ def _list_tars(name: str, source: SourceSpec, report: Report | None) -> Iterator
                 base_name = member.rpartition("/")[2]
                 if base_name.startswith(".") or not base_name.lower().endswith(EXTENSIONS):
                     continue
-                _check_utf8(member, path)
+                check_utf8(member, path)
                 if member in seen:
                     raise tarfile.ReadError(f"member {member} is there twice")
                 seen.add(member)
@@ -245,7 +250,7 @@ def _matching_files(name: str, source: SourceSpec, suffix: str) -> list[Path]:
     """The files that a pattern names, each once, in the order of their names."""
     root = Path(source.root)
     found: set[Path] = set()
-    for pattern in expand_urls(source.pattern or f"**/*{suffix}"):
+    for pattern in _expand(name, source.pattern or f"**/*{suffix}"):
         if any(letter in pattern for letter in "*?["):
             found.update(path for path in root.glob(pattern) if not _is_hidden(path, root))
         elif (root / pattern).is_file():
@@ -258,6 +263,21 @@ def _matching_files(name: str, source: SourceSpec, suffix: str) -> list[Path]:
             + (f" matches pattern {source.pattern!r}" if source.pattern else "")
         )
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _expand(name: str, pattern: str) -> list[str]:
+    """The patterns that braces stand for, each fit for `Path.glob`."""
+    field = f"index.{name}.pattern: {pattern!r}"
+    try:
+        patterns = expand_urls(pattern)
+    except ValueError as error:
+        raise PipelineError(f"{field}: {error}") from None
+    for single in map(Path, patterns):
+        if single.is_absolute() or ".." in single.parts:
+            raise PipelineError(f"{field}: expected a pattern below the root, as in '*.tar'")
+        if any("**" in part and part != "**" for part in single.parts):
+            raise PipelineError(f"{field}: ** stands for whole folders only, as in '**/*.tar'")
+    return list(patterns)
 
 
 def _is_hidden(path: Path, root: Path) -> bool:

@@ -98,7 +98,7 @@ def embedding_schema(dim: int, encoder: str) -> pa.Schema:
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file atomically; the same table gives the same bytes."""
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def write_archives(path: Path, rows: Iterable[ArchiveRow]) -> None:
@@ -112,12 +112,19 @@ def read_archives(path: Path) -> list[ArchiveRow]:
     """Rows of the archives by label id and rank.
 
     Raises:
-        PipelineError: the file is missing, not Parquet, or lacks a column.
+        PipelineError: the file is missing, not Parquet, damaged, or lacks a column of that type.
     """
     path = Path(path)
     if not path.is_file():
         raise PipelineError(f"{path}: no such file; run `pipeline retrieve` first")
     table = _read(path, [field.name for field in fields(ArchiveRow)])
+    for field in ARCHIVE_SCHEMA:
+        found = table.schema.field(field.name).type
+        if found != field.type:
+            raise PipelineError(
+                f"{path}: column {field.name!r} is of type {found}, not {field.type}; "
+                "run `pipeline retrieve` again"
+            )
     return [ArchiveRow(**row) for row in table.to_pylist()]
 
 
@@ -185,7 +192,7 @@ def iter_embedding_shards(
 
 def _read(path: Path, columns: list[str] | None) -> pa.Table:
     try:
-        table = pq.ParquetFile(path).read(columns=columns)
+        table = pq.ParquetFile(path, page_checksum_verification=True).read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise PipelineError(f"{path}: not a readable Parquet file: {error}") from None
     missing = [name for name in columns or () if name not in table.column_names]

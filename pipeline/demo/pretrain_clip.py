@@ -17,7 +17,6 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from pipeline.demo.glyphs import KNOWN_FAMILIES, UNSEEN_FAMILY, glyph_names, loa
 from pipeline.demo.scene import BACKGROUNDS, Scene, Style, choose_names, draw_scene
 from pipeline.files import atomic_path, write_json
 from pipeline.models.clip import ClipEncoder, load_clip, text_embeddings
+from pipeline.models.weights import save_tensors
 
 CONTEXT_LENGTH = 24
 PHRASES = ("a {} background", "on a {} background", "an empty image", "nothing", "background")
@@ -276,7 +276,7 @@ def _through_files(
     weights, described = work_dir / "clip.safetensors", work_dir / "clip.json"
     write_json(described, config)
     with atomic_path(weights) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
+        save_tensors({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
     return load_clip(str(described), str(weights), device)
 
 
@@ -284,7 +284,7 @@ def _save(encoder: ClipEncoder, size: int, weights: Path, described: Path) -> No
     write_json(described, model_config(size))
     state = {name: t.cpu().contiguous() for name, t in encoder.clip.state_dict().items()}
     with atomic_path(weights) as temporary:
-        save_file(state, temporary)
+        save_tensors(state, temporary)
 
 
 def _checkpoint(path: Path, clip: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, write_json
 from pipeline.models.decoder import TransformerDecoder
 from pipeline.models.tokens import vision_tower
+from pipeline.models.weights import save_tensors
 from pipeline.models.zutis import Perceptron, Zutis
 
 WEIGHTS_NAME = "model.safetensors"
@@ -45,6 +46,10 @@ def build_zutis(
         PipelineError: `encoder` is not a CLIP vision transformer, or the numbers do not fit
             together; the message says which.
     """
+    if num_queries < 1 or feedforward_dim < 1:
+        raise PipelineError(
+            f"num_queries: {num_queries}, feedforward_dim: {feedforward_dim}; both are at least 1"
+        )
     width = vision_tower(encoder).class_embedding.shape[0]
     return Zutis(
         encoder,
@@ -73,5 +78,5 @@ def save_checkpoint(folder: Path, model: nn.Module, config: Mapping[str, Any]) -
         atomic_path(folder / CONFIG_NAME) as config_path,
         atomic_path(folder / WEIGHTS_NAME) as weights_path,
     ):
-        save_file(tensors, weights_path)
+        save_tensors(tensors, weights_path)
         write_json(config_path, dict(config))

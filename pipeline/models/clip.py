@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import logging
-import pickle
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.models.tokens import embed_patches
-from pipeline.models.weights import load_state, load_strict
+from pipeline.models.weights import load_state, load_strict, reading_weights
 
 MODEL_PREFIX = "open_clip:"
 QUICK_GELU_SUFFIX = "-quickgelu"
@@ -219,7 +218,11 @@ def text_embeddings(encoder: ClipEncoder, names: Sequence[str], templates: Seque
     Args:
         names: K category names.
         templates: P format strings with one `{}`.
+
+    Raises:
+        PipelineError: a name has a word outside the encoder's vocabulary.
     """
+    encoder.tokenize(names)  # an unknown word is reported as the name that has it, not as a prompt
     prompts = [template.format(name) for name in names for template in templates]
     features = F.normalize(encoder.encode_texts(prompts), dim=-1)
     return F.normalize(features.unflatten(0, (len(names), len(templates))).mean(dim=1), dim=-1)
@@ -294,22 +297,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _read_pickled(path: Path) -> Any:
     """Content of a PyTorch file (tensors and containers only) or a TorchScript archive."""
-    try:
+    with reading_weights(path):
         if _is_torchscript(path):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 return torch.jit.load(path, map_location="cpu").state_dict()
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's text advises to unpickle anything: not repeated here
-        raise PipelineError(
-            f"{path}: no PyTorch file of tensors alone, and other objects are not unpickled; "
-            "expected .safetensors or a .pt file of tensors"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise PipelineError(
-            f"{path}: cannot be read as weights ({_first_line(error)}); expected .safetensors or a "
-            ".pt file of tensors, download it again if it is damaged"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -340,9 +333,9 @@ class _VocabularyTokenizer:
             if any(token not in self._index for token in self._tokenizer.encode(word)):
                 break
         return PipelineError(
-            f"categories: the word {word!r} of {text!r} is unknown to these weights: their "
-            "vocabulary was cut to the words of the world they were trained in. Use names of that "
-            "world, or the weights of a full CLIP (encoder.model, encoder.pretrained)"
+            f"categories or background: the word {word!r} of {text!r} is unknown to these weights: "
+            "their vocabulary was cut to the words of the world they were trained in. Use names of "
+            "that world, or the weights of a full CLIP (encoder.model, encoder.pretrained)"
         )
 
 
@@ -365,12 +358,15 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise PipelineError(f"encoder.model: {path}: no such model-config file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PipelineError(f"encoder.model: {path}: not valid JSON ({error})") from None
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
-    if missing:
+    kinds = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
+    content = config if isinstance(config, dict) else {}
+    wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
+    if wrong:
         raise PipelineError(
-            f"encoder.model: {path}: not an open_clip model config: {', '.join(missing)} missing"
+            f"encoder.model: {path}: not an open_clip model config: {', '.join(wrong)} missing or "
+            "of another type"
         )
-    return dict(config)
+    return content
 
 
 def _named_config(name: str) -> dict[str, Any]:
@@ -458,9 +454,9 @@ def _build(config: dict[str, Any], *, source: str) -> nn.Module:
         model_class = open_clip.CoCa if "multimodal_cfg" in settings else open_clip.CustomTextCLIP
     try:
         return model_class(**settings)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # open_clip answers wrong values with any exception
         raise PipelineError(
-            f"encoder.model: {source}: open_clip cannot build it: {error}"
+            f"encoder.model: {source}: open_clip cannot build it: {_first_line(error)}"
         ) from None
 
 
@@ -495,6 +491,8 @@ def _preprocess_config(
     unknown = sorted(set(own) - {"mean", "std", "size"})
     if unknown:
         raise PipelineError(f"encoder.model: {source}: unknown preprocess keys {unknown}")
+    if any(not _is_colour(own[name]) for name in ("mean", "std") if name in own):
+        raise PipelineError(f"encoder.model: {source}: preprocess: mean and std are three numbers")
     side = _side(clip.visual.image_size)  # type: ignore[union-attr, arg-type]
     if own.get("size", side) != side:
         raise PipelineError(
@@ -503,6 +501,14 @@ def _preprocess_config(
     settings = merge_preprocess_dict(PreprocessCfg(size=side), tag_preprocess or {})
     settings = merge_preprocess_dict(settings, own)
     return PreprocessCfg(**{**settings, "size": side})
+
+
+def _is_colour(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and all(isinstance(part, int | float) for part in value)
+    )
 
 
 def _transform(preprocess: PreprocessCfg) -> Callable[[Image.Image], Tensor]:

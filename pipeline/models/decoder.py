@@ -62,10 +62,11 @@ class TransformerDecoder(nn.Module):
     def __init__(self, dim: int, num_layers: int, num_heads: int, feedforward_dim: int) -> None:
         super().__init__()
         if num_layers < 1:
-            raise PipelineError(f"decoder of {num_layers} layers: at least 1 is needed")
-        if dim % num_heads:
+            raise PipelineError(f"decoder_layers: {num_layers}; the decoder needs at least 1")
+        if num_heads < 1 or dim % num_heads:
             raise PipelineError(
-                f"decoder of {num_heads} attention heads: choose a divisor of its width {dim}"
+                f"num_heads: {num_heads} attention heads do not divide the decoder's width {dim}; "
+                "choose a divisor of it"
             )
         self.layers = nn.ModuleList(
             TransformerDecoderLayer(dim, num_heads, feedforward_dim) for _ in range(num_layers)

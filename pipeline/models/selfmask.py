@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, read_json, write_json
 from pipeline.models.decoder import TransformerDecoder
-from pipeline.models.weights import load_state, load_strict
+from pipeline.models.weights import load_state, load_strict, save_tensors
 from pipeline.models.zutis import Perceptron
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -341,7 +340,7 @@ def save_selfmask(model: SelfMask, weights: Path, *, card: Mapping[str, Any] | N
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
     with atomic_path(weights) as tmp_path:
-        save_file(state, tmp_path)
+        save_tensors(state, tmp_path)
     architecture = asdict(model.config)
     write_json(weights.with_suffix(".json"), {"architecture": architecture, **(card or {})})
 

@@ -1,14 +1,17 @@
-"""Read weights files without running code, and load them strictly."""
+"""Read weights files without running code, load them strictly, and write them."""
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
@@ -25,19 +28,51 @@ def load_state(path: Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise PipelineError(f"{path}: no such weights file")
-    try:
+    with reading_weights(path):
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PipelineError(
-            f"{path}: cannot be read as weights ({reason}); expected safetensors or a .pt file "
-            "with a plain state dict, download it again if it is damaged"
-        ) from error
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise PipelineError(f"{path}: expected a plain state dict (names to tensors)")
     return dict(state)
+
+
+@contextmanager
+def reading_weights(path: Path) -> Iterator[None]:
+    """Turn what a reader of weights raises into a message about `path`.
+
+    Raises:
+        PipelineError: the block failed.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError:  # torch's text advises to unpickle anything: not repeated here
+        raise PipelineError(
+            f"{path}: no PyTorch file of tensors alone, and other objects are not unpickled; "
+            "expected .safetensors or a .pt file of tensors"
+        ) from None
+    except Exception as error:  # unpickling hostile bytes raises anything
+        reason = str(error).strip().split("\n")[0]
+        raise PipelineError(
+            f"{path}: cannot be read as weights ({type(error).__name__}: {reason}); expected "
+            ".safetensors or a .pt file of tensors, download it again if it is damaged"
+        ) from None
+
+
+def save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the write failed; safetensors itself would hide that in an error of its own.
+    """
+    try:
+        save_file(dict(state), path)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        number = int(code.group(1))
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:

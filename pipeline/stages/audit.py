@@ -243,7 +243,7 @@ def _label_categories(store: SampleStore, labels_dir: Path) -> list[str]:
         return [str(category) for category in store.manifest["denseclip"]["categories"]]
     except (KeyError, TypeError):
         raise PipelineError(
-            f"{labels_dir / MANIFEST}: names no categories; run `pipeline pseudo-label` again"
+            f"{labels_dir / MANIFEST}: names no categories; run `pipeline pseudo_label` again"
         ) from None
 
 

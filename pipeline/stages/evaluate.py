@@ -85,7 +85,9 @@ def run(
         PipelineError: a benchmark that lacks a part, a checkpoint that cannot be used, category
             lists that differ, or no readable image.
     """
-    categories = load_category_set(bench.categories, background=background)
+    categories = load_category_set(
+        bench.categories, background=background, field=f"benches.{bench_name}.categories"
+    )
     benchmark = open_bench(
         format=bench.format,
         root=bench.root,
@@ -111,7 +113,11 @@ def run(
                 scores.add(example, prediction, labels)
                 stage.advance()
         if not stage.items:
-            raise PipelineError(f"{bench.root}: none of its {len(benchmark)} images can be read")
+            first = stage.skipped[0]
+            raise PipelineError(
+                f"{bench.root}: none of its {len(benchmark)} images can be read; the first one, "
+                f"{first['item']}: {first['reason']}"
+            )
         _write_overlays(
             out_dir / "overlays" / bench_name,
             benchmark,

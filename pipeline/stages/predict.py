@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.images import ImageError, load_image
-from pipeline.data.sources import EXTENSIONS
+from pipeline.data.sources import EXTENSIONS, check_utf8
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, replace_dir
 from pipeline.metrics.instance import coco_annotation, encode_mask
@@ -95,7 +95,7 @@ def list_inputs(inputs: Sequence[Path], out_dir: Path) -> list[Path]:
     `OUT_DIR/overlays` do not; a file that is named counts always.
 
     Raises:
-        PipelineError: a path does not exist, or there is no image.
+        PipelineError: a path does not exist or is not UTF-8, or there is no image.
     """
     ours = (Path(out_dir) / OVERLAYS).resolve()
     found: dict[Path, Path] = {}
@@ -104,6 +104,7 @@ def list_inputs(inputs: Sequence[Path], out_dir: Path) -> list[Path]:
             raise PipelineError(f"{path}: no such file or folder")
         files = [path] if path.is_file() else _images_below(path)
         for file in files:
+            check_utf8(str(file), file)
             resolved = file.resolve()
             if file is path or ours not in resolved.parents:
                 found.setdefault(resolved, file)

@@ -18,7 +18,8 @@ from pipeline.data.labels import IGNORE_INDEX
 from pipeline.data.prompts import templates
 from pipeline.data.training_set import Archives, Batch, Composition, TrainingSet, collate
 from pipeline.errors import PipelineError
-from pipeline.models.build import build_zutis, save_checkpoint
+from pipeline.files import check_writable
+from pipeline.models.build import WEIGHTS_NAME, build_zutis, save_checkpoint
 from pipeline.models.clip import label_embeddings, load_clip
 from pipeline.models.losses import mask_loss, semantic_loss
 from pipeline.models.schedule import param_groups, set_learning_rates
@@ -56,6 +57,7 @@ def run(
     Raises:
         PipelineError: the shards do not fit the params, or training diverges.
     """
+    check_writable(Path(out_dir) / WEIGHTS_NAME)
     torch.manual_seed(runtime.seed)
     device = runtime.device
     with StageRun(

@@ -147,7 +147,12 @@ class VocBenchmark:
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
             raise PipelineError(f"{path}: no such file; splits of this benchmark: {known}")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise PipelineError(
+                f"{path}: not a text file (UTF-8); expected one image id a line"
+            ) from None
         ids = [line.strip() for line in lines if line.strip()]
         if not ids:
             raise PipelineError(f"{path}: empty; expected one image id a line")
