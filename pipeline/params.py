@@ -293,12 +293,15 @@ def _complaints(name: str, error: ValidationError) -> Iterator[str]:
         elif location[-1] == "[key]":
             yield (
                 f"{name}: {'.'.join(map(str, location[:-2]))}: {item['input']!r} is no name for an "
-                "entry; use letters, digits, _, - and . only, not first"
+                "entry; use letters, digits and _, after the first one also - and ."
             )
+        elif item["type"] == "string_pattern_mismatch":
+            yield f"{name}: {key}: the name is empty; write one or remove it"
         elif item["type"] == "model_type":
             yield f"{name}: {key}: expected `key: value` lines, got {item['input']!r}"
         else:
-            yield f"{name}: {key}: {item['msg']}, got {item['input']!r}"
+            problem = item["msg"].removeprefix("Value error, ")
+            yield f"{name}: {key}: {problem}, got {item['input']!r}"
 
 
 def _is_union_branch(part: str | int) -> bool:

@@ -171,6 +171,14 @@ def test_a_repeated_category_is_a_mistake(tmp_path: Path, mistake: Callable[...,
     assert names(tmp_path) == []
 
 
+def test_a_category_may_not_be_a_name_of_the_background(
+    tmp_path: Path, mistake: Callable[..., str]
+) -> None:
+    (tmp_path / "params.yaml").write_text(f"{TINY_WORLD}background: [nothing, Cat]\n")
+    message = mistake("retrieve")
+    assert message == "error: categories: 'cat' is the background (label id 0) already; remove it"
+
+
 def test_init_writes_every_preset_that_it_lists(cli: Cli, tmp_path: Path) -> None:
     listing = cli("init", "--preset", "list")
     assert listing.returncode == 0
@@ -220,8 +228,8 @@ def test_a_full_disk_is_one_line_and_keeps_nothing_half_written(
         monkeypatch.undo()
         with pytest.raises(OSError, match="No space left"):
             full.close()
-    assert message.startswith("error: no space left on the disk: free some")
-    assert not (tmp_path / "data" / "demo").exists()
+    assert message.startswith("error: no space left on the disk (data/demo): free some")
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
@@ -244,5 +252,4 @@ def test_an_interrupted_stage_says_so_and_leaves_nothing(tmp_path: Path) -> None
     assert process.returncode == 130
     assert stderr.splitlines()[-1] == "interrupted; the same command continues"
     assert "Traceback" not in stderr
-    assert list((tmp_path / "data").iterdir()) == []
-    assert not (tmp_path / "reports").exists()
+    assert names(tmp_path) == ["params.yaml"]

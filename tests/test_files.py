@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.files import (
     atomic_path,
+    check_writable,
     digest,
     file_sha256,
     read_json,
@@ -171,3 +174,37 @@ def test_digests_depend_on_content_alone(tmp_path: Path) -> None:
     assert file_sha256(tmp_path / "a") == file_sha256(tmp_path / "b") == expected
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
     assert digest({"a": 1, "b": [2]}) != digest({"a": 1, "b": [3]})
+
+
+@pytest.mark.parametrize("writer", [atomic_path, replace_dir])
+def test_a_failure_removes_the_folders_made_for_it(tmp_path: Path, writer: Any) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(Interruption), writer(tmp_path / "mine" / "a" / "b" / "out"):
+        raise Interruption
+    assert names(tmp_path) == ["mine"]
+    assert names(tmp_path / "mine") == []
+
+
+@pytest.mark.parametrize("writer", [atomic_path, replace_dir])
+def test_a_full_disk_is_told_of_the_file_that_was_meant(tmp_path: Path, writer: Any) -> None:
+    with pytest.raises(OSError, match="No space") as caught, writer(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "out")
+
+
+def test_a_failed_move_names_the_file_and_not_its_temporary_name(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        write_bytes(tmp_path / "out", b"x")
+    assert caught.value.filename == str(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_cannot_be_written_is_known_beforehand(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "folder" / "out.json")
+    assert names(tmp_path) == []
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError):
+        check_writable(tmp_path / "file" / "out.json")
+    with pytest.raises(IsADirectoryError):
+        check_writable(tmp_path)

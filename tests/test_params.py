@@ -218,3 +218,21 @@ def test_parsed_content_is_checked_under_the_name_given() -> None:
     content: dict[str, Any] = {"categories": ["cat"], "index": {"a": {"root": "x"}}, "k": 0}
     with pytest.raises(PipelineError, match=r"^mine: k: "):
         parse_params(content, name="mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {learning_rate: .inf}", "train.learning_rate: Input should be a finite number"),
+        ("train: {scale_range: [1.2, 0.6]}", "train.scale_range: Input should be in ascending"),
+        (f"seed: {2**63}", "seed: Input should be less than"),
+        ("background: [nothing, ' ']", "background.1: the name is empty"),
+        ("worlds: {a/b: {}}", "worlds: 'a/b' is no name for an entry"),
+        ("benches: {..: {root: x}}", "benches: '..' is no name for an entry"),
+        ("train: [1]", "train: expected `key: value` lines, got [1]"),
+    ],
+)
+def test_values_that_would_fail_later_are_refused_here(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    assert complaint(tmp_path, MINIMAL + text).startswith(said)

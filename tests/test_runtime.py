@@ -144,3 +144,9 @@ def test_the_cache_folder_follows_the_environment(
         tmp_path / "mine",
         tmp_path / "xdg" / "zutis-pipeline",
     ]
+
+
+def test_counts_that_cannot_be_written_are_known_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError):
+        StageRun("embed", stats_path=tmp_path / "file" / "stats.json")

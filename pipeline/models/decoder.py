@@ -62,7 +62,7 @@ class TransformerDecoder(nn.Module):
     def __init__(self, dim: int, num_layers: int, num_heads: int, feedforward_dim: int) -> None:
         super().__init__()
         if num_layers < 1:
-            raise PipelineError(f"decoder_layers: {num_layers}; the decoder needs at least 1")
+            raise PipelineError(f"decoder_layers: {num_layers} layers: at least 1 is needed")
         if num_heads < 1 or dim % num_heads:
             raise PipelineError(
                 f"num_heads: {num_heads} attention heads do not divide the decoder's width {dim}; "

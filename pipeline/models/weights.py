@@ -48,8 +48,8 @@ def reading_weights(path: Path) -> Iterator[None]:
         yield
     except pickle.UnpicklingError:  # torch's text advises to unpickle anything: not repeated here
         raise PipelineError(
-            f"{path}: no PyTorch file of tensors alone, and other objects are not unpickled; "
-            "expected .safetensors or a .pt file of tensors"
+            f"{path}: cannot be read as weights: no PyTorch file of tensors alone, and other "
+            "objects are not unpickled; expected .safetensors or a .pt file of tensors"
         ) from None
     except Exception as error:  # unpickling hostile bytes raises anything
         reason = str(error).strip().split("\n")[0]

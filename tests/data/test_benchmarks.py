@@ -211,3 +211,9 @@ def test_values_that_a_palette_cannot_hold_are_refused(tmp_path: Path) -> None:
         writer.add("a", b"", np.array([[300]]), np.array([[0]]))
     with pytest.raises(ValueError, match="differ"):
         writer.add("a", b"", np.zeros((2, 2), int), np.zeros((2, 3), int))
+
+
+def test_a_split_that_is_no_text_is_named(root: Path) -> None:
+    (root / "ImageSets/Segmentation/val.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PipelineError, match=r"val\.txt: not a text file"):
+        open_voc(root)

@@ -70,3 +70,8 @@ def test_a_bad_list_is_refused_by_name(categories: str | list[str], words: list[
 def test_a_background_name_is_no_category() -> None:
     with pytest.raises(PipelineError, match="'sky'"):
         load_category_set(["cat", "sky"], background=["sky", "grass"])
+
+
+def test_messages_name_the_field() -> None:
+    with pytest.raises(PipelineError, match=r"^benches\.voc\.categories: 'cat' is listed twice"):
+        load_category_set(["cat", "cat"], field="benches.voc.categories")

@@ -200,3 +200,10 @@ def test_sample_without_a_required_member_is_named(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="sample b lacks json"):
         open_samples(tmp_path / "x")
     assert len(open_samples(tmp_path / "x", members={"jpg"})) == 2
+
+
+@pytest.mark.parametrize("entry", ["x", {"name": "00000.tar"}, {"nam": 1}])
+def test_a_manifest_with_foreign_entries_is_named(shard_dir: Path, entry: object) -> None:
+    (shard_dir / "manifest.json").write_text(json.dumps({"shards": [entry], "samples": 1}))
+    with pytest.raises(PipelineError, match=r"manifest\.json: not a manifest of shards"):
+        open_samples(shard_dir)

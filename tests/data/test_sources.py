@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -186,6 +187,12 @@ class TestWebDataset:
             write_tar(tmp_path / f"{name}.tar", {"x.png": b"x"})
         found = paths(tmp_path, format="webdataset", pattern=pattern)
         assert found == [f"{name}.tar:x.png" for name in expected]
+
+    @pytest.mark.parametrize("pattern", ["{0..1.tar", "/data/*.tar", "../*.tar", "**a/*.tar"])
+    def test_patterns_that_mean_nothing_are_named(self, tmp_path: Path, pattern: str) -> None:
+        write_tar(tmp_path / "0.tar", {"a.jpg": b"a"})
+        with pytest.raises(PipelineError, match=re.escape(f"index.s.pattern: {pattern!r}")):
+            paths(tmp_path, format="webdataset", pattern=pattern)
 
     def test_shards_that_the_pattern_does_not_find(self, tmp_path: Path) -> None:
         write_tar(tmp_path / "0.tar", {"x.png": b"x"})

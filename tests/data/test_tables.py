@@ -155,3 +155,20 @@ def test_archives_that_are_missing_or_foreign(tmp_path: Path) -> None:
     write_table(tmp_path / "a.parquet", pa.table({"category": ["cat"]}))
     with pytest.raises(PipelineError, match=r"a\.parquet: column 'label_id' is missing"):
         read_archives(tmp_path / "a.parquet")
+
+
+def test_a_changed_byte_and_a_column_of_another_type_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "archives.parquet"
+    write_archives(path, [archive_row(rank=rank, key=f"k{rank}") for rank in range(1, 50)])
+    content = bytearray(path.read_bytes())
+    similarity = pq.ParquetFile(path).metadata.row_group(0).column(4)
+    content[similarity.data_page_offset + similarity.total_compressed_size - 1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(PipelineError, match=r"archives\.parquet: not a readable Parquet file"):
+        read_archives(path)
+
+    write_archives(path, [archive_row()])
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(5, "source", pa.array([3])), path)
+    with pytest.raises(PipelineError, match="column 'source' is of type int64, not string"):
+        read_archives(path)

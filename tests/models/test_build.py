@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from pipeline.errors import PipelineError
 from pipeline.models.build import build_zutis, save_checkpoint
-from pipeline.models.weights import load_state, load_strict
+from pipeline.models.weights import load_state, load_strict, save_tensors
 from pipeline.models.zutis import Zutis
 
 DATA = Path(__file__).parents[1] / "reference" / "data"
@@ -146,3 +146,16 @@ def test_failed_save_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     assert new["query_embed"].shape == old["query_embed"].shape
     assert json.loads((tmp_path / "config.json").read_text())["step"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_failed_write_is_the_systems_error(tmp_path: Path) -> None:
+    path = tmp_path / "missing" / "w.safetensors"
+    with pytest.raises(FileNotFoundError) as caught:
+        save_tensors({"a": torch.zeros(3)}, path)
+    assert caught.value.filename == str(path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_queries", 0), ("feedforward_dim", -1)])
+def test_impossible_sizes_name_the_argument(name: str, value: int) -> None:
+    with pytest.raises(PipelineError, match=f"{name}: {value}"):
+        network(**{name: value})

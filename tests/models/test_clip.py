@@ -361,7 +361,7 @@ class TestWeightFiles:
                 return (Path.touch, (tmp_path / "ran",))
 
         (tmp_path / "evil.pt").write_bytes(pickle.dumps({"weight": Evil()}, protocol=2))
-        with pytest.raises(PipelineError, match=r"evil\.pt: no PyTorch file of tensors alone"):
+        with pytest.raises(PipelineError, match=r"evil\.pt: cannot be read as weights"):
             load_clip(str(write_config(tmp_path)), str(tmp_path / "evil.pt"), CPU)
         assert not (tmp_path / "ran").exists()
 
@@ -432,3 +432,22 @@ class TestNames:
         vision = {**CONFIG["vision_cfg"], "depth": 3}
         with pytest.raises(PipelineError, match=r"config\.json.*depth"):
             load_clip(str(write_config(tmp_path, vision_cfg=vision)), str(weights), CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "embed_dim, vision_cfg, text_cfg missing"),
+        ({"vision_cfg": [1]}, "vision_cfg missing or of another type"),
+        ({"preprocess": {"mean": "x"}}, "mean and std are three numbers"),
+        ({"vision_cfg": {"layers": 1, "width": 8, "head_width": 0}}, "cannot build it"),
+    ],
+)
+def test_a_model_config_with_wrong_values_is_named(
+    tmp_path: Path, tiny_clip: tuple[Path, Path], change: dict[str, Any] | None, message: str
+) -> None:
+    model, weights = tiny_clip
+    content = 3 if change is None else json.loads(model.read_text()) | change
+    (tmp_path / "wrong.json").write_text(json.dumps(content))
+    with pytest.raises(PipelineError, match=rf"encoder\.model: .*wrong\.json: .*{message}"):
+        load_clip(str(tmp_path / "wrong.json"), str(weights), torch.device("cpu"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -282,6 +283,9 @@ def test_input_sizes(
         ({"templates": "sonnets"}, "templates 'sonnets': expected one of"),
         ({"architecture": {"num_heads": 2, "wings": 3}}, "architecture: .*wings"),
         ({"architecture": {"num_heads": 2, "decoder_layers": 1}}, "not the weights"),
+        ({"architecture": {"num_heads": 0}}, "architecture: num_heads: 0"),
+        ({"architecture": {"num_heads": 2, "num_queries": "7"}}, "architecture: "),
+        ({"categories": "cat"}, "expected a list of names, found 'cat'"),
     ],
 )
 def test_a_bad_checkpoint_is_named(
@@ -307,3 +311,16 @@ def test_a_missing_checkpoint_is_named(checkpoint_dir: Path, tmp_path: Path) -> 
     (tmp_path / "zutis/config.json").write_text(json.dumps(config))
     with pytest.raises(PipelineError, match="entry 'background' is missing"):
         Segmenter.load(tmp_path / "zutis")
+
+
+def test_a_file_name_that_json_cannot_hold_is_named(
+    photos: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    name = os.fsdecode(b"\xff.jpg")
+    try:
+        shutil.copy(photos / "a.jpg", photos / name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    with pytest.raises(PipelineError, match="not UTF-8; rename the file"):
+        predict_into(tmp_path / "out", [photos], checkpoint_dir, runtime)
+    assert not (tmp_path / "out").exists()

@@ -253,3 +253,12 @@ def test_divergence_names_the_step_and_keeps_no_checkpoint(
         run(labels_dir, tmp_path, params)
     assert not (tmp_path / "zutis").exists()
     assert not (tmp_path / "stats.json").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_known_before_training(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    (tmp_path / "zutis").write_text("a file")
+    with pytest.raises(NotADirectoryError):
+        run(labels_dir, tmp_path, small_params(encoder))
+    assert [path.name for path in tmp_path.iterdir()] == ["zutis"]
