@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml
 demo: setup
 	dvc repro
 	@echo
-	dvc metrics show
+	pipeline metrics
 	@echo "report: $(CURDIR)/reports/index.html"
 
 test: setup

@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from pipeline import __version__
 from pipeline.errors import PipelineError
-from pipeline.files import OUT_OF_SPACE
+from pipeline.files import OUT_OF_SPACE, read_json
 from pipeline.params import Params, read_params
 
 if TYPE_CHECKING:  # importing torch takes seconds that `--help` and mistakes need not wait for
@@ -329,6 +330,26 @@ def report(
         out_path=out,
         stats_path=stats,
     )
+
+
+@app.command()
+def metrics(
+    reports: Annotated[Path, typer.Option(help="Folder of the reports.")] = REPORTS,
+) -> None:
+    """Print the metrics files as one narrow table."""
+    for path in sorted((reports / "metrics").glob("*.json")):
+        print(path)
+        for name, value in _numbers(read_json(path)):
+            print(f"  {name:28} {'-' if value is None else value:>8}")
+
+
+def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Numbers of nested metrics, named as DVC names them."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif value is None or isinstance(value, int | float):
+            yield f"{prefix}{key}", value
 
 
 @app.command()

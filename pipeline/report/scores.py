@@ -42,7 +42,7 @@ def read_benches(
                 "headline": _headline(metrics),
                 "rows": [_scores(path.stem, metrics)]
                 + [_scores(name, group, is_group=True) for name, group in groups.items()],
-                "protocol": dict(_flatten(metrics.get("protocol") or {})),
+                "protocol": dict(line.split(": ", 1) for line in metrics.get("protocol", [])),
                 "per_class": _per_class(plots_dir / f"{path.stem}_per_class.csv"),
             }
         )
@@ -102,14 +102,3 @@ def _per_class(path: Path) -> list[dict[str, Any]]:
             scored, key=lambda bar: -bar[1] if is_number(bar[1]) else math.inf
         )
     ]
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Leaves of nested objects, their keys joined by dots."""
-    leaves: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            leaves += _flatten(value, f"{prefix}{key}.")
-        else:
-            leaves.append((f"{prefix}{key}", value))
-    return leaves

@@ -47,6 +47,7 @@ from pipeline.viz import (
 EXTREMES = 6
 DIGITS = 12
 LISTED_NAMES = 8
+GROUP_SCORES = ("miou", "ap", "ap50", "baseline_miou", "n_images")
 
 Item = TypeVar("Item")
 
@@ -197,10 +198,7 @@ class _Scores:
         """All scores, those of the groups under `groups`."""
         metrics = self._part(self._whole, self._scored)
         if self._groups:
-            metrics["groups"] = {
-                name: self._part(pair, [i for i in self._scored if i in self._groups[name]])
-                for name, pair in self._parts.items()
-            }
+            metrics["groups"] = {name: self._group(name) for name in self._groups}
         return metrics
 
     def class_iou(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -214,12 +212,16 @@ class _Scores:
             "miou": percent(semantic.miou),
             "pixel_acc": percent(semantic.pixel_acc),
             "mean_acc": percent(semantic.mean_acc),
-            "freq_weighted_iou": percent(semantic.freq_weighted_iou),
             **{name: percent(value) for name, value in instance.items()},
             "baseline_miou": percent(baseline.miou),
-            "baseline_pixel_acc": percent(baseline.pixel_acc),
             "n_images": len(image_ids),
         }
+
+    def _group(self, name: str) -> dict[str, Any]:
+        """The main scores of one group."""
+        image_ids = [image_id for image_id in self._scored if image_id in self._groups[name]]
+        scores = self._part(self._parts[name], image_ids)
+        return {key: scores[key] for key in GROUP_SCORES}
 
     def _groups_of(self, image_id: str) -> list[str]:
         return [name for name, members in self._groups.items() if image_id in members]
@@ -389,9 +391,12 @@ def _protocol(
     baseline: PseudoLabelParams,
     background: Sequence[str],
     open_vocabulary: bool,
-) -> dict[str, Any]:
-    """Everything that one must know to compare these numbers with others."""
-    return {
+) -> list[str]:
+    """Everything that one must know to compare these numbers with others, as `name: value`.
+
+    Lines, because DVC makes a column of every number and text that is not in a list.
+    """
+    settings = {
         "encoder": _encoder_tag(config.encoder_model, config.encoder_pretrained),
         "checkpoint": file_sha256(weights_path)[:DIGITS],
         "step": config.step,
@@ -416,6 +421,7 @@ def _protocol(
         "baseline_key_smoothing": baseline.key_smoothing,
         "baseline_attention": baseline.dense_attention,
     }
+    return [f"{name}: {'none' if value is None else value}" for name, value in settings.items()]
 
 
 def _encoder_tag(model: str, pretrained: str) -> str:

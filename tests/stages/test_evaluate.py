@@ -183,7 +183,7 @@ def test_groups_are_scored_apart(bench: Bench, tmp_path: Path) -> None:
     assert unseen["miou"] < 100
     assert unseen["ap"] is None
     assert unseen["miou"] < metrics["miou"] < known["miou"]
-    assert known.keys() == unseen.keys() == metrics.keys() - {"groups", "protocol"}
+    assert known.keys() == unseen.keys() == {"miou", "ap", "ap50", "baseline_miou", "n_images"}
 
 
 def test_overlays_are_spread_and_ranked(bench: Bench, tmp_path: Path) -> None:
@@ -209,10 +209,15 @@ def test_the_protocol_says_what_was_done(bench: Bench, tmp_path: Path) -> None:
     bench.write(from_predictions(bench))
     params = EvaluateParams(overlays=0, resize_to=32, suppression="linear", temperature=5.0)
     protocol = bench.evaluate(tmp_path / "out", params=params)["protocol"]
-    assert protocol["encoder"] == "tiny.json/tiny.safetensors"
-    assert (protocol["step"], protocol["split"], protocol["resize_to"]) == (7, "val", 32)
-    assert (protocol["suppression"], protocol["temperature"]) == ("linear", 5.0)
-    assert all(not isinstance(value, dict | list) for value in protocol.values())
+    assert {
+        "encoder: tiny.json/tiny.safetensors",
+        "step: 7",
+        "split: val",
+        "resize_to: 32",
+        "max_side: none",
+        "suppression: linear",
+        "temperature: 5.0",
+    } <= set(protocol)
     assert json.loads((tmp_path / "out/overlays/tiny/index.json").read_text()) == []
 
 
@@ -264,7 +269,7 @@ def test_other_categories_are_refused_unless_asked_for(bench: Bench, tmp_path: P
     assert "only in the benchmark: zebra; only in the checkpoint: dog" in str(caught.value)
     assert not (tmp_path / "out").exists()
     metrics = bench.evaluate(tmp_path / "out", categories=names, open_vocabulary=True)
-    assert metrics["protocol"]["open_vocabulary"] is True
+    assert "open_vocabulary: True" in metrics["protocol"]
 
 
 def test_another_order_of_the_categories_is_followed(bench: Bench, tmp_path: Path) -> None:

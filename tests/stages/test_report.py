@@ -197,7 +197,7 @@ def write_scores(tree: Tree) -> None:
         "n_images": 60,
     }
     groups = {"known": scores | {"miou": 49.99}, "unseen": scores | {"miou": 44.44}}
-    protocol = {"threshold": 0.5, "resize_to": None, "split": EVIL}
+    protocol = ["threshold: 0.5", "resize_to: none", f"split: {EVIL}"]
     metrics_dir = tree.reports_dir / "metrics"
     write_json(metrics_dir / "voc.json", scores | {"groups": groups, "protocol": protocol})
     write_json(
