@@ -138,7 +138,8 @@ class Segmenter:
 
         Args:
             checkpoint_dir: folder with `model.safetensors` and `config.json`.
-            categories: any names; None for those the checkpoint was trained with.
+            categories: any names; None for those the checkpoint was trained with. A name that was
+                background in training is not any more.
             device: auto, cpu or cuda.
             settings: see `PredictionSettings`.
             runtime: takes the place of `device`.
@@ -150,14 +151,11 @@ class Segmenter:
         folder = Path(checkpoint_dir)
         config = read_checkpoint_config(folder)
         runtime = runtime or make_runtime(device=device)
-        names = load_category_set(
-            config.categories if categories is None else list(categories),
-            background=config.background,
-        )
+        names = load_category_set(config.categories if categories is None else list(categories))
         clip = load_clip(config.encoder_model, config.encoder_pretrained, runtime.device)
         text = label_embeddings(
             clip,
-            background=config.background,
+            background=_unasked(config.background, names),
             categories=names,
             templates=TEMPLATE_SETS[config.templates],
         )
@@ -221,6 +219,12 @@ class Segmenter:
             labels = semantic.cpu().numpy().astype(np.int32)
             predictions.append(Prediction(labels, instances, self.categories))
         return predictions
+
+
+def _unasked(background: Sequence[str], categories: Sequence[str]) -> list[str]:
+    """The background's names without those that are asked for now."""
+    asked = {name.casefold() for name in categories}
+    return [name for name in background if name.casefold() not in asked] or list(background)
 
 
 def read_checkpoint_config(checkpoint_dir: Path) -> CheckpointConfig:
