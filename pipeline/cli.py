@@ -397,6 +397,27 @@ def world(
 
 
 @demo_app.command()
+def picture(
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("docs/demo.png"),
+    bench: Annotated[str, typer.Option(help="Name of a benchmark under `benches:`.")] = "voc",
+    checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
+    params_path: ParamsPath = PARAMS,
+) -> None:
+    """Draw the README's picture from the benchmark and the checkpoint."""
+    from pipeline.demo.picture import draw_picture
+    from pipeline.stages.evaluate import prediction_settings
+
+    params, runtime = _start(params_path)
+    draw_picture(
+        checkpoint,
+        out,
+        bench=_lookup(params.benches, bench, section="benches", params_path=params_path),
+        settings=prediction_settings(params.evaluate),
+        runtime=runtime,
+    )
+
+
+@demo_app.command()
 def pretrain(
     out: Annotated[Path, typer.Option(help="Folder of the two networks.")] = DEMO_MODELS,
     work: Annotated[Path, typer.Option(help="Folder of the resumable state.")] = Path("data/work"),
