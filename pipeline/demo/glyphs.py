@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from scipy import ndimage
 
 from pipeline.errors import PipelineError
@@ -37,6 +37,7 @@ _CHARMAP_FILES = {
 }
 _CLOSING_RADIUS = 5
 _MINIMUM_PART = 0.02
+_OUTLINE_WIDTH = 13
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ class Glyph:
     Attributes:
         silhouette: (128, 128) uint8 in {0, 255}, the object's true mask.
         tone: (128, 128) uint8 in [0, 255], strength of the lines drawn on the silhouette.
+        outlined_tone: the same with a line along the inside of the silhouette's edge.
     """
 
     silhouette: Image.Image
     tone: Image.Image
+    outlined_tone: Image.Image
 
 
 def glyph_names() -> tuple[list[str], list[str]]:
@@ -122,7 +125,10 @@ def _rasterise(family: str, character: str) -> Glyph:
     silhouette = _silhouette(ink > 127)
     tone = ink if (ink > 127).sum() <= silhouette.sum() / 2 else 255 - ink
     tone = np.where(silhouette, tone, 0).astype(np.uint8)
-    return Glyph(Image.fromarray(silhouette.astype(np.uint8) * 255), Image.fromarray(tone))
+    shape = Image.fromarray(silhouette.astype(np.uint8) * 255)
+    outline = ImageChops.subtract(shape, shape.filter(ImageFilter.MinFilter(_OUTLINE_WIDTH)))
+    drawn = Image.fromarray(tone)
+    return Glyph(shape, drawn, ImageChops.lighter(drawn, outline))
 
 
 def _fit_square(ink: Image.Image) -> Image.Image:

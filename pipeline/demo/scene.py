@@ -71,12 +71,14 @@ class Style:
         glyphs: shapes by object name.
         size: image side in pixels.
         typical: probability that an object keeps each part of its typical look.
+        outlined: probability that an object is outlined.
         backgrounds: kinds of background to draw from.
     """
 
     glyphs: dict[str, list[Glyph]]
     size: int = 96
     typical: float = 0.95
+    outlined: float = 0.0
     backgrounds: tuple[str, ...] = BACKGROUNDS
     extents: dict[int, tuple[float, float]] = field(default_factory=lambda: dict(EXTENTS))
 
@@ -110,7 +112,7 @@ def draw_scene(rng: np.random.Generator, names: list[str], style: Style) -> Scen
     instances = np.zeros((style.size, style.size), np.uint8)
     for index, centre in enumerate(_centres(rng, len(names), style.size)):
         extent = rng.uniform(*style.extents[len(names)]) * style.size
-        mask, tone = _place(rng, style.glyphs[names[index]], centre, extent, style.size)
+        mask, tone = _place(rng, names[index], centre, extent, style)
         look = _look(rng, names[index], style.typical)
         surface = _surface(rng, look, style.size)
         line = np.float32(rng.uniform(0.0, 0.12) if rng.random() < 0.5 else rng.uniform(0.88, 1.0))
@@ -155,12 +157,13 @@ def _centres(rng: np.random.Generator, count: int, size: int) -> list[tuple[floa
 
 def _place(
     rng: np.random.Generator,
-    glyphs: list[Glyph],
+    name: str,
     centre: tuple[float, float],
     extent: float,
-    size: int,
+    style: Style,
 ) -> tuple[Array, Array]:
     """Warp a random glyph to its place: (S, S) float32 mask and tone in [0, 1]."""
+    glyphs = style.glyphs[name]
     glyph = glyphs[rng.integers(len(glyphs))]
     angle = math.radians(rng.uniform(-25, 25))
     aspect = math.sqrt(rng.uniform(0.85, 1.15))
@@ -171,11 +174,16 @@ def _place(
     d, e = -sin / aspect, cos / aspect
     x, y = centre
     matrix = (a, b, SIDE / 2 - a * x - b * y, d, e, SIDE / 2 - d * x - e * y)
+    is_outlined = style.outlined > 0 and rng.random() < style.outlined
+    lines = glyph.outlined_tone if is_outlined else glyph.tone
     warped = (
         part.transform(
-            (size, size), Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR
+            (style.size, style.size),
+            Image.Transform.AFFINE,
+            matrix,
+            resample=Image.Resampling.BILINEAR,
         )
-        for part in (glyph.silhouette, glyph.tone)
+        for part in (glyph.silhouette, lines)
     )
     mask, tone = (np.asarray(part, np.float32) / 255 for part in warped)
     return mask, tone * 0.9

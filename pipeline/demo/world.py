@@ -28,6 +28,7 @@ INDEX_STREAM, KNOWN_STREAM, UNSEEN_STREAM = 1, 2, 3
 INDEX_COUNTS = (0.10, 0.62, 0.20, 0.08)
 BENCH_COUNTS = (0.0, 0.35, 0.40, 0.25)
 CATEGORY_SHARE = 0.75
+OUTLINED = 0.5
 INDEX_OTHERS = 11
 JPEG_QUALITY = 92
 
@@ -51,20 +52,22 @@ def draw_world(out_dir: Path, *, params: WorldParams, seed: int, stats_path: Pat
             "world", stats_path=stats_path, total=params.index_images + params.bench_images
         ) as run,
     ):
-        _draw_index(folder, Style(known, params.size), params.index_images, seed=seed, run=run)
+        drawn = Style(known, params.size, outlined=OUTLINED)
+        _draw_index(folder, drawn, params.index_images, seed=seed, run=run)
         writer = VocWriter(folder / "voc")
         ids = {
             name: _draw_bench(
                 writer,
                 name,
-                Style(glyphs, params.size, backgrounds=BENCH_BACKGROUNDS),
+                Style(glyphs, params.size, outlined=outlined, backgrounds=BENCH_BACKGROUNDS),
                 count,
                 rng_key=(seed, stream),
                 run=run,
             )
-            for name, glyphs, count, stream in (
-                ("known", known, (params.bench_images + 1) // 2, KNOWN_STREAM),
-                ("unseen", unseen, params.bench_images // 2, UNSEEN_STREAM),
+            for name, glyphs, outlined, count, stream in (
+                ("known", known, OUTLINED, (params.bench_images + 1) // 2, KNOWN_STREAM),
+                # Noto's glyphs are line drawings with an outline of their own.
+                ("unseen", unseen, 0.0, params.bench_images // 2, UNSEEN_STREAM),
             )
         }
         for name, image_ids in ids.items():

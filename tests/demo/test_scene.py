@@ -128,3 +128,17 @@ def test_companions_come_together() -> None:
     assert 0.4 < after_dog.count("sofa") / len(after_dog) < 0.65
     after_plane = [second for first, second in drawn if first == "airplane"]
     assert max(after_plane.count(name) for name in CATEGORIES) < 0.25 * len(after_plane)
+
+
+def test_an_outlined_object_has_the_same_mask_and_another_surface() -> None:
+    plain, outlined = (
+        draw_scene(
+            np.random.default_rng(4),
+            ["bus"],
+            Style(load_glyphs(KNOWN_FAMILIES), size=48, outlined=share),
+        )
+        for share in (1e-9, 1.0)
+    )
+    np.testing.assert_array_equal(plain.instances, outlined.instances)
+    changed = (plain.image != outlined.image).any(axis=2)
+    assert changed[plain.instances > 0].mean() > 0.05

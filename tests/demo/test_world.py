@@ -18,6 +18,7 @@ from pipeline.demo.world import (
     CATEGORY_SHARE,
     INDEX_OTHERS,
     KNOWN_STREAM,
+    OUTLINED,
     UNSEEN_STREAM,
     draw_world,
 )
@@ -168,7 +169,9 @@ def expected_scene(stream: int, families: tuple[str, ...], number: int) -> Scene
     rng = np.random.default_rng([0, stream, number])
     count = int(rng.choice(len(BENCH_COUNTS), p=BENCH_COUNTS))
     names = choose_names(rng, count, CATEGORIES, others, CATEGORY_SHARE)
-    return draw_scene(rng, names, Style(glyphs, 48, backgrounds=BENCH_BACKGROUNDS))
+    outlined = OUTLINED if stream == KNOWN_STREAM else 0.0
+    style = Style(glyphs, 48, outlined=outlined, backgrounds=BENCH_BACKGROUNDS)
+    return draw_scene(rng, names, style)
 
 
 @pytest.mark.parametrize("number", [0, 1])
