@@ -18,7 +18,8 @@ Made by `pipeline demo pretrain --seed {seed}` on {device}, from images drawn by
 | network | file | time | measured on fresh images |
 |---|---|---|---|
 | tiny CLIP (ViT, patch 8, width 128, 2 layers) | `tiny_clip.safetensors` | {clip[seconds]} s | \
-zero-shot accuracy over 16 categories: known glyph families {clip[known]:.1f} %, unseen family \
+zero-shot accuracy over 16 categories: known glyph families {clip[known]:.1f} %, half of them \
+outlined as in the world {clip[world]:.1f} %, unseen family \
 {clip[unseen]:.1f} %, every look at random (shape alone) {clip[random_look]:.1f} % (chance 6.25 %) |
 | tiny SelfMask (ViT, patch 4, width 64, 3 layers) | `tiny_selfmask.safetensors` | \
 {mask[seconds]} s | IoU with the union of the objects: network {mask[network]:.1f} %, the votes \

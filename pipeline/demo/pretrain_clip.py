@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pipeline.data.prompts import PROMPTS_85
 from pipeline.demo.glyphs import KNOWN_FAMILIES, UNSEEN_FAMILY, glyph_names, load_glyphs
-from pipeline.demo.scene import BACKGROUNDS, Scene, Style, choose_names, draw_scene
+from pipeline.demo.scene import BACKGROUNDS, OUTLINED, Scene, Style, choose_names, draw_scene
 from pipeline.files import atomic_path, write_json
 from pipeline.models.clip import ClipEncoder, load_clip, text_embeddings
 from pipeline.models.weights import save_tensors
@@ -164,14 +164,16 @@ def pretrain_clip(
 def zero_shot_accuracy(encoder: ClipEncoder, *, seed: int, images: int) -> dict[str, float]:
     """Share of fresh single-object images whose category is the nearest text, in percent.
 
-    Over the categories of the demo, with the 85 prompts: known families, the unseen family, and
-    known families with every look drawn at random (shape alone).
+    Over the categories of the demo, with the 85 prompts: known families, the same as the world
+    outlines them, the unseen family, and known families with every look drawn at random (shape
+    alone).
     """
     categories, _ = glyph_names()
     texts = text_embeddings(encoder, categories, PROMPTS_85)
     size = encoder.image_size
     styles = {
         "known": Style(load_glyphs(KNOWN_FAMILIES), size=size),
+        "world": Style(load_glyphs(KNOWN_FAMILIES), size=size, outlined=OUTLINED),
         "unseen": Style(load_glyphs((UNSEEN_FAMILY,)), size=size),
         "random_look": Style(load_glyphs(KNOWN_FAMILIES), size=size, typical=0.0),
     }

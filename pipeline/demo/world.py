@@ -15,6 +15,7 @@ from pipeline.data.benchmarks.voc import CLASSES, OBJECTS, VocWriter, encode_ind
 from pipeline.demo.glyphs import KNOWN_FAMILIES, UNSEEN_FAMILY, glyph_names, load_glyphs
 from pipeline.demo.scene import (
     BENCH_BACKGROUNDS,
+    OUTLINED,
     Scene,
     Style,
     choose_names,
@@ -28,7 +29,6 @@ INDEX_STREAM, KNOWN_STREAM, UNSEEN_STREAM = 1, 2, 3
 INDEX_COUNTS = (0.10, 0.62, 0.20, 0.08)
 BENCH_COUNTS = (0.0, 0.35, 0.40, 0.25)
 CATEGORY_SHARE = 0.75
-OUTLINED = 0.5
 INDEX_OTHERS = 11
 JPEG_QUALITY = 92
 

@@ -12,13 +12,19 @@ from pipeline.data.benchmarks import open_bench
 from pipeline.data.benchmarks.voc import read_index_png
 from pipeline.data.categories import load_category_set
 from pipeline.demo.glyphs import KNOWN_FAMILIES, UNSEEN_FAMILY, glyph_names, load_glyphs
-from pipeline.demo.scene import BENCH_BACKGROUNDS, Scene, Style, choose_names, draw_scene
+from pipeline.demo.scene import (
+    BENCH_BACKGROUNDS,
+    OUTLINED,
+    Scene,
+    Style,
+    choose_names,
+    draw_scene,
+)
 from pipeline.demo.world import (
     BENCH_COUNTS,
     CATEGORY_SHARE,
     INDEX_OTHERS,
     KNOWN_STREAM,
-    OUTLINED,
     UNSEEN_STREAM,
     draw_world,
 )
