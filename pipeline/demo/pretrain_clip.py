@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from pipeline.data.prompts import PROMPTS_85
 from pipeline.demo.glyphs import KNOWN_FAMILIES, UNSEEN_FAMILY, glyph_names, load_glyphs
+from pipeline.demo.resume import checkpoint, resume
 from pipeline.demo.scene import BACKGROUNDS, OUTLINED, Scene, Style, choose_names, draw_scene
 from pipeline.files import atomic_path, write_json
 from pipeline.models.clip import ClipEncoder, load_clip, text_embeddings
@@ -210,7 +211,7 @@ def _train_phase(encoder: ClipEncoder, phase: Phase, state_path: Path, *, seed: 
     optimiser = torch.optim.AdamW(
         clip.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
     )
-    step = _resume(state_path, clip, optimiser)
+    step = resume(state_path, clip, optimiser)
     loader = DataLoader(
         PairBatches(phase, seed=seed, start=step), batch_size=None, num_workers=1, prefetch_factor=8
     )
@@ -231,7 +232,7 @@ def _train_phase(encoder: ClipEncoder, phase: Phase, state_path: Path, *, seed: 
         if step % 100 == 0 or step == phase.iterations:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if step % 250 == 0 or step == phase.iterations:
-            _checkpoint(state_path, clip, optimiser, step)
+            checkpoint(state_path, clip, optimiser, step)
     bar.close()
     clip.eval().requires_grad_(False)
 
@@ -287,20 +288,3 @@ def _save(encoder: ClipEncoder, size: int, weights: Path, described: Path) -> No
     state = {name: t.cpu().contiguous() for name, t in encoder.clip.state_dict().items()}
     with atomic_path(weights) as temporary:
         save_tensors(state, temporary)
-
-
-def _checkpoint(path: Path, clip: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:
-    with atomic_path(path) as temporary:
-        torch.save(
-            {"model": clip.state_dict(), "optimiser": optimiser.state_dict(), "step": step},
-            temporary,
-        )
-
-
-def _resume(path: Path, clip: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    if not path.is_file():
-        return 0
-    state = torch.load(path, weights_only=True)
-    clip.load_state_dict(state["model"])
-    optimiser.load_state_dict(state["optimiser"])
-    return int(state["step"])

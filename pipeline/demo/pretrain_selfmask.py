@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.demo.glyphs import KNOWN_FAMILIES, glyph_names, load_glyphs
+from pipeline.demo.resume import checkpoint, resume
 from pipeline.demo.scene import Style, choose_names, draw_scene
 from pipeline.files import atomic_path, write_json
 from pipeline.models.bilateral import bilateral_solve
@@ -155,12 +156,7 @@ def _train(
     seed: int,
 ) -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    step = 0
-    if state_path.is_file():
-        state = torch.load(state_path, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        step = int(state["step"])
+    step = resume(state_path, model, optimiser)
     model.train()
     bar = tqdm(total=iterations, initial=step, desc="tiny SelfMask, training")
     while step < iterations:
@@ -180,15 +176,7 @@ def _train(
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if step % 200 == 0 or step == iterations:
-            with atomic_path(state_path) as temporary:
-                torch.save(
-                    {
-                        "model": model.state_dict(),
-                        "optimiser": optimiser.state_dict(),
-                        "step": step,
-                    },
-                    temporary,
-                )
+            checkpoint(state_path, model, optimiser, step)
     bar.close()
     model.eval()
 
