@@ -1,4 +1,4 @@
-"""dvc.yaml, cli.py and params.py agree, and deps name the modules that a stage imports."""
+"""dvc.yaml, the commands and params.py agree, and deps name the modules that a stage imports."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def with_defaults(command: Any, options: dict[str, Any]) -> dict[str, Any]:
             option, default = node.values
             assert isinstance(option, ast.Name)
             if filled[option.id] is None:
-                code = compile(ast.Expression(default), "cli.py", "eval")
-                filled[option.id] = eval(code, vars(cli) | filled)
+                code = compile(ast.Expression(default), command.callback.__module__, "eval")
+                filled[option.id] = eval(code, vars(inspect.getmodule(command.callback)) | filled)
     return filled
 
 

@@ -1,0 +1,75 @@
+"""The console script `pipeline`: commands, and how errors end them."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from pipeline import __version__
+from pipeline.cli.demo import demo_app
+from pipeline.cli.stages import stages_app
+from pipeline.errors import PipelineError
+from pipeline.files import OUT_OF_SPACE
+
+app = typer.Typer(
+    name="pipeline",
+    help="Name some categories, point at unlabelled images, get a segmenter.\n\n"
+    "Each stage below is also a stage of dvc.yaml: `dvc repro` runs those that are out of date. "
+    "By hand, every stage reads params.yaml and takes its paths as options.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.add_typer(stages_app)
+app.add_typer(demo_app, name="demo", no_args_is_help=True)
+
+BAD_PATH = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+BAD_PATH_CODES = (errno.EROFS, errno.ENAMETOOLONG)
+INTERRUPTED = 130  # what Typer makes of Ctrl-C
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit status 1."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # stages count and list unreadable images
+    try:
+        app()
+    except PipelineError as error:
+        sys.exit(f"error: {error}")
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            print("interrupted; the same command continues", file=sys.stderr)
+        raise
+    except OSError as error:
+        sys.exit(_explain(error))
+
+
+def _explain(error: OSError) -> str:
+    """One line for a failed file operation; re-raises what is not about the user's disk."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in OUT_OF_SPACE:
+        return (
+            f"error: no space left on the disk{where}: free some and run the same command again; "
+            "nothing half-written was kept and finished work is reused"
+        )
+    if isinstance(error, BAD_PATH) or error.errno in BAD_PATH_CODES:
+        return f"error: {error.strerror}{where}: make it writable or choose another path"
+    raise error
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"pipeline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version

@@ -1,0 +1,54 @@
+"""What the commands share: default paths, options, and how a command starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from pipeline.errors import PipelineError
+from pipeline.params import Params, read_params
+
+if TYPE_CHECKING:  # importing torch takes seconds that `--help` and mistakes need not wait for
+    from pipeline.runtime import Runtime
+
+ParamsPath = Annotated[Path, typer.Option("--params", help="Params file.")]
+StatsPath = Annotated[Path, typer.Option("--stats", help="Where the counts are written (JSON).")]
+
+PARAMS = Path("params.yaml")
+EMBEDDINGS = Path("data/embeddings")
+ARCHIVES = Path("data/archives.parquet")
+MASKS = Path("data/masks")
+LABELS = Path("data/labels")
+CHECKPOINT = Path("models/zutis")
+REPORTS = Path("reports")
+LIVE = REPORTS / "live"
+STATS = REPORTS / "stats"
+
+Entry = TypeVar("Entry")
+
+
+def start(params_path: Path) -> tuple[Params, Runtime]:
+    from pipeline.runtime import make_runtime, seed_generators
+
+    params = read_params(params_path)
+    seed_generators(params.seed)
+    return params, make_runtime(device=params.device, seed=params.seed)
+
+
+def lookup(table: dict[str, Entry], name: str, *, section: str, params_path: Path) -> Entry:
+    if name not in table:
+        known = ", ".join(sorted(table)) or "none"
+        raise PipelineError(
+            f"{params_path}: {name!r} is not under `{section}:`; there are: {known}"
+        )
+    return table[name]
+
+
+def names(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    from pipeline.data.categories import load_category_set
+
+    return load_category_set([name.strip() for name in text.split(",")])

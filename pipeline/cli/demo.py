@@ -1,0 +1,69 @@
+"""Commands of the embedded default: its drawn world and its tiny networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.common import CHECKPOINT, PARAMS, STATS, ParamsPath, lookup, start
+from pipeline.params import read_params
+
+DEMO_MODELS = Path("models/demo")
+
+demo_app = typer.Typer(help="The embedded default: its drawn world and its tiny networks.")
+
+
+@demo_app.command()
+def world(
+    name: Annotated[str, typer.Option(help="Name of an entry under `worlds:`.")] = "demo",
+    out: Annotated[Path | None, typer.Option(help="Folder of the world.")] = None,
+    params_path: ParamsPath = PARAMS,
+    stats: Annotated[Path | None, typer.Option(help="Where the counts are written.")] = None,
+) -> None:
+    """Draw the demo's index dataset and benchmark."""
+    from pipeline.demo.world import draw_world
+
+    params = read_params(params_path)
+    draw_world(
+        out or Path("data") / name,
+        params=lookup(params.worlds, name, section="worlds", params_path=params_path),
+        seed=params.seed,
+        stats_path=stats or STATS / f"world-{name}.json",
+    )
+
+
+@demo_app.command()
+def picture(
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("docs/demo.png"),
+    bench: Annotated[str, typer.Option(help="Name of a benchmark under `benches:`.")] = "voc",
+    checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
+    params_path: ParamsPath = PARAMS,
+) -> None:
+    """Draw the README's picture from the benchmark and the checkpoint."""
+    from pipeline.demo.picture import draw_picture
+    from pipeline.stages.evaluate import prediction_settings
+
+    params, runtime = start(params_path)
+    draw_picture(
+        checkpoint,
+        out,
+        bench=lookup(params.benches, bench, section="benches", params_path=params_path),
+        settings=prediction_settings(params.evaluate),
+        runtime=runtime,
+    )
+
+
+@demo_app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(help="Folder of the two networks.")] = DEMO_MODELS,
+    work: Annotated[Path, typer.Option(help="Folder of the resumable state.")] = Path("data/work"),
+    seed: Annotated[int, typer.Option(help="Seed of images and initial weights.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Pre-train the tiny CLIP and the tiny SelfMask; continues where it was stopped."""
+    from pipeline.demo.pretrain import pretrain as run
+    from pipeline.runtime import make_runtime
+
+    run(out, work, runtime=make_runtime(device=device, seed=seed))
