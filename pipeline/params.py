@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError
@@ -193,18 +194,119 @@ class EvaluateParams(Section):
     overlays: Annotated[int, Field(ge=0)] = 24
 
 
-class BenchParams(Section):
-    """A labelled set to score on: its format, folder, split, category list and known groups.
+class CorruptionParams(Section):
+    """A disturbance of the images of a benchmark (DenseCLIP, robustness): name and level 1 to 5."""
 
-    `categories` is a shipped set's name or a list; `groups` maps a name to an image list of the
-    benchmark that is scored apart as well.
+    name: str
+    level: Annotated[int, Field(ge=1, le=5)]
+
+
+class BenchSection(Section):
+    """What every benchmark has: folder, split, category list and protocol.
+
+    `categories` is a shipped set's name or a list, in the order of the label ids. Without
+    `background`, label id 0 is neither predicted nor scored. `metrics` says what is scored:
+    `semantic` masks, `instance` masks, semantic masks by object `size`. The categories of `unseen`
+    are scored apart from the others. `groups` maps a name to an image list of the benchmark that is
+    scored apart as well. `resize_to` and `max_side` go before those of section `evaluate`.
     """
 
-    format: Literal["voc"] = "voc"
     root: RelaxedPath
     split: str = "val"
     categories: str | list[str] = "voc"
+    background: bool = True
+    metrics: Annotated[list[Literal["semantic", "instance", "size"]], Field(min_length=1)] = [
+        "semantic"
+    ]
+    unseen: list[str] = []
     groups: dict[str, str] = {}
+    corruption: CorruptionParams | None = None
+    resize_to: Count | None = None
+    max_side: Count | None = None
+
+    def layout(self) -> dict[str, Any]:
+        """The settings that only the reader of this format takes."""
+        return self.model_dump(exclude={*BenchSection.model_fields, "format"})
+
+
+class VocBench(BenchSection):
+    """PASCAL VOC's layout; `split` is a file of `ImageSets/Segmentation`."""
+
+    format: Literal["voc"]
+    metrics: Annotated[list[Literal["semantic", "instance", "size"]], Field(min_length=1)] = [
+        "semantic",
+        "instance",
+    ]
+
+
+class IndexPngBench(BenchSection):
+    """Images in one folder, index PNGs in another; `{split}` in a path stands for the split.
+
+    `image_list` is a file of one id a line; empty: every file of `labels`. `values` are the pixel
+    values of label ids 1, 2, ... (empty: the label ids themselves); pixels of `void_values` are
+    never scored, all other values are `other`.
+    """
+
+    format: Literal["index_png"]
+    images: str
+    labels: str
+    image_list: str = ""
+    image_suffix: str = ".jpg"
+    label_suffix: str = ".png"
+    values: list[int] = []
+    void_values: list[int] = [255]
+    other: Literal["background", "void"] = "background"
+
+
+class CocoBench(BenchSection):
+    """COCO's instance annotations; label maps are painted from them.
+
+    `{split}` in a path stands for the split. `image_list` names the images that are scored, one
+    file name a line; empty: all.
+    """
+
+    format: Literal["coco"]
+    annotations: str = "annotations/instances_{split}.json"
+    images: str = "{split}"
+    image_list: str = ""
+    categories: str | list[str] = "coco"
+
+
+class CocaBench(BenchSection):
+    """CoCA: one folder of images and one of binary masks per category."""
+
+    format: Literal["coca"]
+    categories: str | list[str] = "coca"
+
+
+class ImageNetSBench(BenchSection):
+    """ImageNet-S: label ids over two channels of a PNG; `split` is `validation` or `test`."""
+
+    format: Literal["imagenet_s"]
+    split: str = "validation"
+
+
+class CubBench(BenchSection):
+    """CUB-200-2011: every image is asked for one name only, `bird` or that of its `breed`."""
+
+    format: Literal["cub"]
+    split: Literal["train", "test"] = "test"
+    categories: str | list[str] = ["bird"]
+    names: Literal["bird", "breed"] = "bird"
+
+
+BenchParams = Annotated[
+    VocBench | IndexPngBench | CocoBench | CocaBench | ImageNetSBench | CubBench,
+    Field(discriminator="format"),
+]
+FORMATS = {
+    "voc": VocBench,
+    "index_png": IndexPngBench,
+    "coco": CocoBench,
+    "coca": CocaBench,
+    "imagenet_s": ImageNetSBench,
+    "cub": CubBench,
+}
 
 
 class AuditParams(Section):
@@ -285,11 +387,20 @@ def _complaints(name: str, error: ValidationError) -> Iterator[str]:
         if item["loc"][-1] == "str" and isinstance(item["input"], list):
             continue  # a list of names is judged as a list
         location = [part for part in item["loc"] if not _is_union_branch(part)]
+        if location[0] == "benches" and len(location) > 2 and location[2] in FORMATS:
+            del location[2]  # the format chose the section
         key = ".".join(str(part) for part in location)
         if item["type"] == "extra_forbidden":
-            yield f"{name}: unknown key {key!r}{_suggestion(location)}"
+            yield f"{name}: unknown key {key!r}{_suggestion(item['loc'])}"
         elif item["type"] == "missing":
             yield f"{name}: key {key!r} is missing"
+        elif item["type"] == "union_tag_not_found":
+            yield f"{name}: key '{key}.format' is missing; expected one of {', '.join(FORMATS)}"
+        elif item["type"] == "union_tag_invalid":
+            yield (
+                f"{name}: {key}.format: expected one of {', '.join(FORMATS)}, "
+                f"got {item['input']['format']!r}"
+            )
         elif location[-1] == "[key]":
             yield (
                 f"{name}: {'.'.join(map(str, location[:-2]))}: {item['input']!r} is no name for an "
@@ -297,7 +408,7 @@ def _complaints(name: str, error: ValidationError) -> Iterator[str]:
             )
         elif item["type"] == "string_pattern_mismatch":
             yield f"{name}: {key}: the name is empty; write one or remove it"
-        elif item["type"] == "model_type":
+        elif item["type"] in ("model_type", "model_attributes_type"):
             yield f"{name}: {key}: expected `key: value` lines, got {item['input']!r}"
         else:
             problem = item["msg"].removeprefix("Value error, ")
@@ -308,14 +419,18 @@ def _is_union_branch(part: str | int) -> bool:
     return part in ("str", "list[str]")
 
 
-def _suggestion(location: list[str | int]) -> str:
+def _suggestion(location: tuple[str | int, ...]) -> str:
     """Name the closest known key of the section that holds the unknown one."""
     section: Any = Params
     for part in location[:-1]:
-        if get_origin(section) is dict:
+        if section is BenchParams:
+            section = FORMATS[str(part)]
+        elif get_origin(section) is dict:
             _, section = get_args(section)
         else:
             section = section.model_fields[part].annotation
+            if isinstance(section, UnionType):  # a section or null
+                section, _ = get_args(section)
     known = sorted(section.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"

@@ -76,7 +76,7 @@ def test_every_spelling_of_a_float_is_a_float(tmp_path: Path, number: str) -> No
         ("trian: {}", "trian", "'train'"),
         ("train: {iteratoins: 3}", "train.iteratoins", "'iterations'"),
         ("train: {encoder: {modle: x}}", "train.encoder.modle", "'model'"),
-        ("benches: {voc: {root: x, splt: val}}", "benches.voc.splt", "'split'"),
+        ("benches: {voc: {format: voc, root: x, splt: val}}", "benches.voc.splt", "'split'"),
         ("worlds: {demo: {sise: 48}}", "worlds.demo.sise", "'size'"),
         (
             "audits: {a: {root: x, categories: c, catgories: c}}",
@@ -228,7 +228,7 @@ def test_parsed_content_is_checked_under_the_name_given() -> None:
         (f"seed: {2**63}", "seed: Input should be less than"),
         ("background: [nothing, ' ']", "background.1: the name is empty"),
         ("worlds: {a/b: {}}", "worlds: 'a/b' is no name for an entry"),
-        ("benches: {..: {root: x}}", "benches: '..' is no name for an entry"),
+        ("benches: {..: {format: voc, root: x}}", "benches: '..' is no name for an entry"),
         ("train: [1]", "train: expected `key: value` lines, got [1]"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.data.benchmarks.example import Benchmark, Example, InstanceTarget
 from pipeline.data.benchmarks.voc import VocBenchmark
@@ -21,6 +22,7 @@ def open_bench(
     split: str,
     categories: list[str],
     groups: Mapping[str, str] | None = None,
+    **layout: Any,
 ) -> Benchmark:
     """Open a benchmark and check that all its parts are there.
 
@@ -30,10 +32,11 @@ def open_bench(
         split: name of the list of images to score on.
         categories: names in the order of the benchmark's label ids, without background.
         groups: name -> list of images, scored apart as well.
+        layout: what else the reader of this format takes, see its constructor.
 
     Raises:
         PipelineError: unknown format, or a folder, list, image or mask is missing.
     """
     if format not in READERS:
         raise PipelineError(f"benchmark format {format!r}: expected one of {', '.join(READERS)}")
-    return READERS[format](root, split=split, categories=categories, groups=groups or {})
+    return READERS[format](root, split=split, categories=categories, groups=groups or {}, **layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,10 +18,13 @@ class InstanceTarget:
     Attributes:
         label_id: 1-based index of its category.
         mask: (H, W) bool; void pixels are no part of it.
+        crowd: the mask covers many objects, not told apart (COCO's `iscrowd`): predictions inside
+            it are neither right nor wrong.
     """
 
     label_id: int
     mask: NDArray[np.bool_]
+    crowd: bool = False
 
 
 class Example(Protocol):
@@ -34,6 +37,10 @@ class Example(Protocol):
     @property
     def image_path(self) -> Path:
         """The image file."""
+
+    @property
+    def vocabulary(self) -> Sequence[str] | None:
+        """The names by label id from 1 asked for in this image, where not the benchmark's own."""
 
     def semantic(self) -> NDArray[np.int32]:
         """Label ids (H, W): 0 is background, `IGNORE_INDEX` is void."""

@@ -36,6 +36,7 @@ class VocExample:
     root: Path
     image_id: str
     num_categories: int
+    vocabulary: None = None
 
     @property
     def image_path(self) -> Path:
