@@ -15,6 +15,9 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[demo,dev]'
+	# The same OpenCV without its windows, which need libGL: a bare server has none.
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --force-reinstall \
+		opencv-python-headless
 	touch $@
 
 demo: setup

@@ -1,0 +1,138 @@
+"""`pipeline import`: what others have computed, in place of a stage of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipeline.cli.common import ARCHIVES, EMBEDDINGS, PARAMS, STATS, ParamsPath, StatsPath, lookup
+from pipeline.params import read_params
+
+import_app = typer.Typer(
+    help="Published intermediates in place of a stage: archives, image embeddings."
+)
+
+PrefixOption = Annotated[
+    list[str] | None,
+    typer.Option("--prefix", help="OLD=NEW: leading folder of their paths, and ours. Repeatable."),
+]
+SourceOption = Annotated[
+    str, typer.Option(help="Name of the source under `index:` that the embeddings are of.")
+]
+EncoderOption = Annotated[
+    str, typer.Option(help="MODEL/PRETRAINED that made them: the `embed.encoder` of the params.")
+]
+OutOption = Annotated[Path | None, typer.Option(help="Folder of the Parquet shards.")]
+SourceStatsPath = Annotated[
+    Path | None, typer.Option("--stats", help="Where the counts are written.")
+]
+
+
+@import_app.command()
+def archives(
+    json_path: Annotated[
+        Path, typer.Option("--from", help="JSON file: category -> image paths, best first.")
+    ],
+    prefix: PrefixOption = None,
+    out: Annotated[Path, typer.Option(help="Parquet file of the archives.")] = ARCHIVES,
+    params_path: ParamsPath = PARAMS,
+    stats: StatsPath = STATS / "retrieve.json",
+) -> None:
+    """Archives published as JSON (ZUTIS: category_to_p_images), in place of `retrieve`."""
+    from pipeline.data.categories import load_category_set
+    from pipeline.importers import archives as importer
+    from pipeline.importers.images import parse_prefixes
+
+    params = read_params(params_path)
+    importer.run(
+        json_path=json_path,
+        out_path=out,
+        categories=load_category_set(params.categories, background=params.background),
+        sources=params.index,
+        k=params.k,
+        overlap=params.retrieve.overlap,
+        prefixes=parse_prefixes(prefix or []),
+        max_pixels=params.embed.max_pixels,
+        workers=params.embed.workers,
+        stats_path=stats,
+    )
+
+
+@import_app.command()
+def embeddings(
+    pickle_path: Annotated[
+        Path, typer.Option("--from", help="Pickle file: file name -> tensor. Read safely.")
+    ],
+    source: SourceOption,
+    encoder: EncoderOption,
+    prefix: PrefixOption = None,
+    out: OutOption = None,
+    params_path: ParamsPath = PARAMS,
+    stats: SourceStatsPath = None,
+) -> None:
+    """Embeddings published as a pickle of tensors (ZUTIS), in place of `embed` for a source."""
+    _import_embeddings(
+        pickle_path,
+        form="pickle",
+        source=source,
+        encoder=encoder,
+        prefix=prefix,
+        out=out,
+        params_path=params_path,
+        stats=stats,
+    )
+
+
+@import_app.command(name="clip-retrieval")
+def clip_retrieval(
+    folder: Annotated[
+        Path, typer.Option("--from", help="Output folder of `clip-retrieval inference`.")
+    ],
+    source: SourceOption,
+    encoder: EncoderOption,
+    prefix: PrefixOption = None,
+    out: OutOption = None,
+    params_path: ParamsPath = PARAMS,
+    stats: SourceStatsPath = None,
+) -> None:
+    """Embeddings that clip-retrieval has computed, in place of `embed` for a source."""
+    _import_embeddings(
+        folder,
+        form="clip-retrieval",
+        source=source,
+        encoder=encoder,
+        prefix=prefix,
+        out=out,
+        params_path=params_path,
+        stats=stats,
+    )
+
+
+def _import_embeddings(
+    path: Path,
+    *,
+    form: Literal["pickle", "clip-retrieval"],
+    source: str,
+    encoder: str,
+    prefix: list[str] | None,
+    out: Path | None,
+    params_path: Path,
+    stats: Path | None,
+) -> None:
+    from pipeline.importers import embeddings as importer
+    from pipeline.importers.images import parse_prefixes
+
+    params = read_params(params_path)
+    importer.run(
+        path=path,
+        read=importer.READERS[form],
+        name=source,
+        source=lookup(params.index, source, section="index", params_path=params_path),
+        out_dir=out or EMBEDDINGS / source,
+        encoder=encoder,
+        params=params.embed,
+        prefixes=parse_prefixes(prefix or []),
+        stats_path=stats or STATS / f"embed-{source}.json",
+    )

@@ -1,0 +1,1 @@
+"""What others have computed, read into our tables: archives and image embeddings."""
