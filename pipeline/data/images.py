@@ -37,8 +37,10 @@ class ImageError(ValueError):
     """An image that cannot be used; the message is a short reason, fit for a table."""
 
 
-def load_image(data: bytes | Path, *, max_pixels: int = 100_000_000) -> Image.Image:
-    """Decode a photo to upright 8-bit RGB.
+def load_image(
+    data: bytes | Path, *, max_pixels: int = 100_000_000, upright: bool = True
+) -> Image.Image:
+    """Decode a photo to 8-bit RGB, upright.
 
     EXIF rotation is applied, transparency is laid on white, 16-bit values keep their high byte,
     of an animation the first frame is taken. The size is checked before any pixel is decoded.
@@ -46,6 +48,8 @@ def load_image(data: bytes | Path, *, max_pixels: int = 100_000_000) -> Image.Im
     Args:
         data: content of a JPEG, PNG, WebP, BMP, TIFF or GIF file, or the path of one.
         max_pixels: largest accepted width x height. (Pillow itself refuses some 179 million.)
+        upright: apply EXIF rotation; without it pixels stay as they are stored, which is what the
+            masks of benchmarks were drawn on.
 
     Raises:
         ImageError: with the reason: "empty file", "not an image", "truncated", "damaged: ...",
@@ -59,7 +63,7 @@ def load_image(data: bytes | Path, *, max_pixels: int = 100_000_000) -> Image.Im
         rgb = _to_rgb(image)
     except Exception as error:  # decoders answer hostile bytes with any exception
         raise ImageError(_reason(error)) from None
-    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+    return rgb.transpose(UPRIGHT[orientation]) if upright and orientation in UPRIGHT else rgb
 
 
 def shrink_short_side(image: Image.Image, side: int) -> Image.Image:

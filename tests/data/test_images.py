@@ -181,6 +181,14 @@ def test_exif_rotation(orientation: int, format: str) -> None:
     assert np.abs(pixels(data).astype(int) - upright).max() <= 8
 
 
+def test_stored_pixels_stay_as_they_are_where_masks_belong_to_them() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    stored = encoded(Image.fromarray(GRADIENT), "PNG", exif=exif)
+    np.testing.assert_array_equal(np.asarray(load_image(stored, upright=False)), GRADIENT)
+    assert load_image(stored).size == GRADIENT.shape[:2]
+
+
 def test_damaged_exif_does_not_spoil_the_pixels() -> None:
     data = encoded(Image.fromarray(GRADIENT), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
     np.testing.assert_array_equal(pixels(data), GRADIENT)

@@ -1,0 +1,61 @@
+"""The bilateral solver: grid, bistochastisation, solution, largest component."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from pipeline.models import bilateral
+from pipeline.models.bilateral import (
+    bilateral_grid,
+    bilateral_solve,
+    bistochastise,
+    largest_component,
+)
+
+from .checks import Parts, Result, close, equal
+from .vectors import Vectors
+
+SOLVER_BOUND = 1e-9
+BISTOCHASTIC_RELATIVE = 1e-9
+
+
+def solver(vectors: Vectors) -> Parts:
+    """The solver's constants, then every case."""
+    yield "params", partial(_constants, vectors)
+    for part in vectors.parts():
+        yield part, partial(_case, vectors, part)
+
+
+def _constants(vectors: Vectors) -> Iterator[Result]:
+    ours = {
+        "lam": bilateral.SMOOTHNESS,
+        "A_diag_min": bilateral.MIN_DIAGONAL,
+        "cg_tol": bilateral.TOLERANCE,
+        "cg_maxiter": bilateral.MAX_STEPS,
+        "bistochastize_iterations": bilateral.BISTOCHASTIC_STEPS,
+    }
+    published = vectors.record["params"]
+    for key, value in ours.items():
+        yield equal(f"{vectors.name}/params/{key}", value, published[key])
+
+
+def _case(vectors: Vectors, part: str) -> Iterator[Result]:
+    name, io, record = (
+        f"{vectors.name}/{part}",
+        vectors.io.part(part),
+        vectors.record["cases"][part],
+    )
+    sigmas = {key: record[key] for key in ("sigma_spatial", "sigma_luma", "sigma_chroma")}
+    image, coarse = io["image"].numpy(), io["coarse_mask"].numpy()
+    grid = bilateral_grid(image, **sigmas)
+    n, m = bistochastise(grid)
+    refined = bilateral_solve(
+        image, coarse, **sigmas, confidence=vectors.record["params"]["confidence"]
+    )
+    yield equal(f"{name}/n_vertices", len(grid.pixel_counts), record["n_vertices"])
+    yield equal(f"{name}/vertex_of_pixel", grid.vertex_of_pixel, io["vertex_of_pixel"])
+    for key, values in (("bistochastic_n", n), ("bistochastic_m", m)):
+        yield close(f"{name}/{key}", values, io[key], relative=BISTOCHASTIC_RELATIVE)
+    yield close(f"{name}/refined", refined, io["refined"], bound=SOLVER_BOUND)
+    yield equal(f"{name}/largest_component", largest_component(refined), io["largest_component"])

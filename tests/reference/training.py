@@ -1,0 +1,135 @@
+"""ZUTIS: optimisation steps from given weights, images and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.models.losses import mask_loss, semantic_loss
+from pipeline.models.schedule import param_groups, set_learning_rates
+from pipeline.models.zutis import Zutis
+
+from .checks import RELATIVE, Parts, Result, close, close_each
+from .networks import zutis_network
+from .vectors import RECORD, Vectors, read_record, weights_path
+
+IGNORE_INDEX = 255
+DECODER_HEADS = 8  # of the published networks; a tiny one's number is in its own record
+RELATIVES = {"ce_loss": 1e-5, "mask_loss": 1e-5, "loss": 1e-5, "lr": 1e-9}
+FINAL_BOUND = 3e-4
+NORM_RELATIVE, SUM_RELATIVE = 1e-5, 1e-4
+# AdamW turns the rounding noise that key biases have for a gradient into whole steps, so tensors
+# that hold them are compared this much more loosely; the outputs do not depend on these biases.
+KEY_BIASES, KEY_BIAS_SLACK = "in_proj_bias", 1000.0
+Measure = Callable[[Tensor], Tensor]
+# A gradient this small beside the largest is the rounding noise of a true zero.
+NO_GRADIENT = 1e-6
+
+
+def train_steps(vectors: Vectors) -> Parts:
+    """Losses, learning rates, gradients, weights and outputs of a few steps."""
+    yield "steps", partial(_train, vectors)
+
+
+def _train(vectors: Vectors) -> Iterator[Result]:
+    record, io, name = vectors.record, vectors.io, vectors.name
+    model = zutis_network(vectors.weights(), num_heads=_num_heads(vectors)).train()
+    rates = record["steps"][0]["lr"]
+    optimizer = torch.optim.AdamW(param_groups(model, encoder_lr=rates[0], lr=rates[1]))
+    images, text, semantic = io["image"].float(), io["text_embeddings"], io["semantic_masks"].long()
+    instance_masks = [io[f"instance_masks.{i}"].bool() for i in range(len(images))]
+    done: list[dict[str, Any]] = []
+    for step in range(len(record["steps"])):
+        set_learning_rates(optimizer, step, record["n_iters"])
+        output = model.forward_normalised(images)
+        ce_loss = semantic_loss(output.patch_tokens, text, semantic, ignore_index=IGNORE_INDEX)
+        masks_loss = mask_loss(output.mask_probs, instance_masks)
+        total = ce_loss + masks_loss
+        optimizer.zero_grad()
+        total.backward()
+        done.append({"ce_loss": ce_loss.item(), "mask_loss": masks_loss.item()})
+        done[-1] |= {"loss": total.item(), "lr": [group["lr"] for group in optimizer.param_groups]}
+        if step == 0:
+            yield from _gradients(vectors, model)
+        optimizer.step()
+    for key, relative in RELATIVES.items():
+        ours, published = ([step[key] for step in steps] for steps in (done, record["steps"]))
+        yield close(f"{name}/steps/{key}", ours, published, relative=relative)
+    yield from _final(vectors, model)
+
+
+def _gradients(vectors: Vectors, model: Zutis) -> Iterator[Result]:
+    published = _with_gradient(vectors)
+    gradients = {k: v.grad.double() for k, v in model.named_parameters() if v.grad is not None}
+    compared = {name: gradient for name, gradient in gradients.items() if name in published}
+    measures: dict[str, Measure] = {"l2": _norm, "sum": torch.sum, "absmax": _largest}
+    for key, measure in measures.items():
+        yield close_each(
+            f"{vectors.name}/step0_gradients.{key}",
+            {name: float(measure(gradient)) for name, gradient in compared.items()},
+            {name: entry[key] for name, entry in published.items()},
+            scales={n: max(abs(e[key]), e["l2"]) for n, e in published.items()},
+            relative=RELATIVE,
+        )
+    prefix = "step0_grad."
+    for name in vectors.io.names():
+        if name.startswith(prefix):
+            expected = vectors.io[name]
+            gradient = gradients[name.removeprefix(prefix)][: len(expected)]  # some are cut
+            yield close(f"{vectors.name}/{name}", gradient, expected)
+
+
+def _final(vectors: Vectors, model: Zutis) -> Iterator[Result]:
+    steps = len(vectors.record["steps"])
+    label = f"parameters_after_{steps}_steps"
+    compared = _with_gradient(vectors)
+    published = {k: v for k, v in vectors.record[label].items() if k in compared}
+    values = {k: v.detach().double() for k, v in model.named_parameters() if k in published}
+    slack = {k: KEY_BIAS_SLACK if k.endswith(KEY_BIASES) else 1.0 for k in published}
+    measures: tuple[tuple[str, Measure, float], ...] = (
+        ("l2", _norm, NORM_RELATIVE),
+        ("sum", torch.sum, SUM_RELATIVE),
+    )
+    for key, measure, relative in measures:
+        yield close_each(
+            f"{vectors.name}/{label}.{key}",
+            {name: float(measure(value)) for name, value in values.items()},
+            {name: entry[key] for name, entry in published.items()},
+            scales={n: slack[n] * max(abs(e[key]), e["l2"]) for n, e in published.items()},
+            relative=relative,
+        )
+    with torch.inference_mode():
+        output = model.eval().forward_normalised(vectors.io["image"].float())
+    final = {"mask_proposals": output.mask_probs.squeeze(1), "patch_tokens": output.patch_tokens}
+    for name, value in final.items():
+        if f"final.{name}" in vectors.io:
+            expected = vectors.io[f"final.{name}"]
+            yield close(f"{vectors.name}/final.{name}", value, expected, bound=FINAL_BOUND)
+
+
+def _norm(values: Tensor) -> Tensor:
+    return values.norm()
+
+
+def _largest(values: Tensor) -> Tensor:
+    return values.abs().max()
+
+
+def _with_gradient(vectors: Vectors) -> Mapping[str, dict[str, float]]:
+    """Published gradients of the first step, less those that are rounding noise."""
+    published = vectors.record["step0_gradients"]
+    largest = max(entry["l2"] for entry in published.values())
+    return {k: v for k, v in published.items() if v["l2"] > NO_GRADIENT * largest}
+
+
+def _num_heads(vectors: Vectors) -> int:
+    """Heads of the decoder: in the record beside the weights."""
+    weights = weights_path(vectors.folder, vectors.name, vectors.record).name
+    beside = vectors.folder / (weights.split(".")[0] + RECORD)
+    records = [vectors.record] + ([read_record(beside)] if beside.exists() else [])
+    known = [r["config"]["n_heads"] for r in records if "n_heads" in r.get("config", {})]
+    return known[0] if known else DECODER_HEADS
