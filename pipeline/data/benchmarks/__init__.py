@@ -6,13 +6,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.benchmarks.coca import CocaBenchmark
+from pipeline.data.benchmarks.coco import CocoBenchmark
+from pipeline.data.benchmarks.cub import CubBenchmark
 from pipeline.data.benchmarks.example import Benchmark, Example, InstanceTarget
+from pipeline.data.benchmarks.imagenet_s import ImageNetSBenchmark
+from pipeline.data.benchmarks.index_png import IndexPngBenchmark
 from pipeline.data.benchmarks.voc import VocBenchmark
 from pipeline.errors import PipelineError
 
 __all__ = ["READERS", "Benchmark", "Example", "InstanceTarget", "open_bench"]
 
-READERS: dict[str, Callable[..., Benchmark]] = {"voc": VocBenchmark}
+READERS: dict[str, Callable[..., Benchmark]] = {
+    "voc": VocBenchmark,
+    "index_png": IndexPngBenchmark,
+    "coco": CocoBenchmark,
+    "coca": CocaBenchmark,
+    "imagenet_s": ImageNetSBenchmark,
+    "cub": CubBenchmark,
+}
 
 
 def open_bench(

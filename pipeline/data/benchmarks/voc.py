@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.benchmarks.example import Example, InstanceTarget
+from pipeline.data.benchmarks.label_map import check_label_ids, read_indices, read_size
+from pipeline.data.benchmarks.lists import check_files, check_folder, read_groups, read_ids
 from pipeline.data.labels import IGNORE_INDEX
 from pipeline.errors import PipelineError
 from pipeline.files import write_bytes
@@ -52,11 +54,7 @@ class VocExample:
 
     def semantic(self) -> NDArray[np.int32]:
         labels = _read_map(self.class_path)
-        if labels.size and labels.max() > self.num_categories:
-            raise PipelineError(
-                f"{self.class_path}: label id {labels.max()}, but the benchmark has "
-                f"{self.num_categories} categories; correct its `categories` in params.yaml"
-            )
+        check_label_ids(labels, self.num_categories, self.class_path)
         return labels
 
     def objects(self) -> NDArray[np.int32]:
@@ -66,7 +64,7 @@ class VocExample:
             PipelineError: the mask is missing, unreadable or differs in size from the other one.
         """
         numbers = _read_map(self.object_path)
-        shape = read_index_png(self.class_path).shape
+        shape = read_size(self.class_path)
         if numbers.shape != shape:
             raise PipelineError(
                 f"{self.object_path}: {_size(numbers.shape)} pixels, but {self.class_path} has "
@@ -119,8 +117,8 @@ class VocBenchmark:
         self.root = Path(root)
         self.categories = list(categories)
         self._check_folders()
-        self._ids = self._read_split(split)
-        self.groups = {name: self._read_group(name, of, split) for name, of in groups.items()}
+        self._ids = read_ids(self._list_path(split))
+        self.groups = read_groups(groups, self._list_path, self._ids, split)
         self._check_files()
 
     def __len__(self) -> int:
@@ -130,60 +128,19 @@ class VocBenchmark:
         for image_id in self._ids:
             yield VocExample(self.root, image_id, len(self.categories))
 
+    def _list_path(self, name: str) -> Path:
+        return self.root / SPLITS / f"{name}.txt"
+
     def _check_folders(self) -> None:
-        if not self.root.is_dir():
-            raise PipelineError(
-                f"{self.root}: no such folder; expected a benchmark in VOC's layout"
-            )
-        for part in (IMAGES, CLASSES, OBJECTS, SPLITS):
-            if not (self.root / part).is_dir():
-                raise PipelineError(
-                    f"{self.root / part}: no such folder; VOC's layout has {IMAGES}, {CLASSES}, "
-                    f"{OBJECTS} and {SPLITS}"
-                )
-
-    def _read_split(self, split: str) -> list[str]:
-        folder = self.root / SPLITS
-        path = folder / f"{split}.txt"
-        if not path.is_file():
-            known = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
-            raise PipelineError(f"{path}: no such file; splits of this benchmark: {known}")
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise PipelineError(
-                f"{path}: not a text file (UTF-8); expected one image id a line"
-            ) from None
-        ids = [line.strip() for line in lines if line.strip()]
-        if not ids:
-            raise PipelineError(f"{path}: empty; expected one image id a line")
-        seen: set[str] = set()
-        for image_id in ids:
-            if image_id in seen:
-                raise PipelineError(f"{path}: image {image_id} is listed twice")
-            if Path(image_id).name != image_id:
-                raise PipelineError(
-                    f"{path}: {image_id!r} is not an image id; expected a file stem"
-                )
-            seen.add(image_id)
-        return ids
-
-    def _read_group(self, name: str, of: str, split: str) -> frozenset[str]:
-        ids = self._read_split(of)
-        strangers = sorted(set(ids) - set(self._ids))
-        if strangers:
-            raise PipelineError(
-                f"{self.root / SPLITS / of}.txt: group {name!r} holds {len(strangers)} images that "
-                f"are not in split {split!r}, for example {strangers[0]}"
-            )
-        return frozenset(ids)
+        check_folder(self.root, "a benchmark in VOC's layout")
+        parts = (IMAGES, CLASSES, OBJECTS, SPLITS)
+        for part in parts:
+            check_folder(self.root / part, f"VOC's layout: {', '.join(parts)}")
 
     def _check_files(self) -> None:
-        for image_id in self._ids:
-            example = VocExample(self.root, image_id, len(self.categories))
-            for path in (example.image_path, example.class_path, example.object_path):
-                if not path.is_file():
-                    raise PipelineError(f"{path}: no such file, but {image_id} is in the split")
+        for part, suffix in ((IMAGES, ".jpg"), (CLASSES, ".png"), (OBJECTS, ".png")):
+            names = (f"{image_id}{suffix}" for image_id in self._ids)
+            check_files(self.root / part, names, "the split lists its image")
 
 
 class VocWriter:
@@ -228,19 +185,7 @@ def read_index_png(path: Path) -> NDArray[np.uint8]:
     Raises:
         PipelineError: missing, unreadable, or stored as colours.
     """
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()
-            if image.mode not in ("P", "L"):
-                raise PipelineError(
-                    f"{path}: a PNG of mode {image.mode}; expected label ids as palette indices "
-                    "(mode P, or L)"
-                )
-            return np.array(image, dtype=np.uint8)
-    except FileNotFoundError:
-        raise PipelineError(f"{path}: no such mask; expected a palette PNG") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise PipelineError(f"{path}: not a readable PNG mask ({error})") from None
+    return read_indices(path, modes=("P", "L")).astype(np.uint8)
 
 
 def _read_map(path: Path) -> NDArray[np.int32]:

@@ -7,60 +7,38 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import encoded_image
+from data.benchmarks.fixtures import VOC_CATEGORIES, VOC_OBJECTS, VOC_SEMANTIC, write_voc
 from PIL import Image
 
 from pipeline.data.benchmarks import open_bench
 from pipeline.data.benchmarks.voc import VocWriter, read_index_png, voc_palette
+from pipeline.data.images import load_image
 from pipeline.data.labels import IGNORE_INDEX
 from pipeline.errors import PipelineError
 
-CATEGORIES = ["cat", "dog"]
-
 
 def maps() -> tuple[np.ndarray, np.ndarray]:
-    """4 x 6 pixels: a cat of one pixel, two dogs that touch, void between cat and dogs."""
-    semantic = np.array(
-        [
-            [1, -1, 2, 2, 2, 2],
-            [-1, -1, 2, 2, 2, 2],
-            [0, 0, 0, 0, 0, 0],
-            [0, 0, 0, 0, 0, 0],
-        ]
-    )
-    objects = np.array(
-        [
-            [1, -1, 2, 2, 3, 3],
-            [-1, -1, 2, 2, 3, 3],
-            [0, 0, 0, 0, 0, 0],
-            [0, 0, 0, 0, 0, 0],
-        ]
-    )
-    return semantic, objects
+    """4 x 6 pixels: label ids and numbers of the objects of the first image."""
+    return np.array(VOC_SEMANTIC), np.array(VOC_OBJECTS)
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two images: the one of `maps`, and one that shows nothing."""
-    writer = VocWriter(tmp_path / "voc")
-    jpeg = encoded_image(Image.new("RGB", (6, 4), "red"), "JPEG")
-    writer.add("2007_000001", jpeg, *maps())
-    writer.add("2007_000002", jpeg, np.zeros((4, 6), int), np.zeros((4, 6), int))
-    writer.write_split("val", ["2007_000001", "2007_000002"])
-    writer.write_split("known", ["2007_000002"])
+    write_voc(tmp_path / "voc")
     return tmp_path / "voc"
 
 
 def open_voc(root: Path, **changes: object):
-    arguments = {"format": "voc", "root": root, "split": "val", "categories": CATEGORIES}
+    arguments = {"format": "voc", "root": root, "split": "val", "categories": VOC_CATEGORIES}
     return open_bench(**(arguments | changes))
 
 
 def test_reads_what_was_written(root: Path) -> None:
     benchmark = open_voc(root, groups={"seen": "known"})
-    first, second = benchmark
+    first, second, third = benchmark
 
-    assert len(benchmark) == 2
-    assert benchmark.categories == CATEGORIES
+    assert len(benchmark) == 3
+    assert benchmark.categories == VOC_CATEGORIES
     assert benchmark.groups == {"seen": frozenset({"2007_000002"})}
     assert first.image_path.read_bytes().startswith(b"\xff\xd8")
     np.testing.assert_array_equal(first.semantic(), maps()[0])
@@ -71,6 +49,11 @@ def test_reads_what_was_written(root: Path) -> None:
     assert targets[1].mask[:2, 2:4].all()
     assert second.instances() == []
     assert not second.void().any()
+    assert third.semantic().tolist() == [[2], [0], [0]]
+    for example in benchmark:  # RGB, gray and CMYK
+        image = load_image(example.image_path)
+        assert image.mode == "RGB"
+        assert (image.height, image.width) == example.semantic().shape
 
 
 def test_masks_are_palette_pngs_with_vocs_colours(root: Path) -> None:
