@@ -139,11 +139,9 @@ def bilateral_solve(
     sigma_luma: float = 16,
     sigma_chroma: float = 8,
     confidence: float = 0.999,
+    max_steps: int = MAX_STEPS,
 ) -> Floats:
     """Smooth `target` along the colours of `image`.
-
-    As published, the linear system is left after at most 25 steps of conjugate gradient, before
-    it converges; results agree with the published code only at that step.
 
     Args:
         image: (H, W, 3) uint8, RGB.
@@ -152,6 +150,8 @@ def bilateral_solve(
         sigma_luma: its extent in luma.
         sigma_chroma: its extent in each chroma.
         confidence: weight of the target at every pixel, in (0, 1].
+        max_steps: bound on the steps of conjugate gradient, which ends earlier once converged. The
+            published code stops at 25, before that; results agree with it at that step only.
 
     Returns:
         (H, W) float64 map; the refined mask is where it exceeds 0.5.
@@ -176,22 +176,29 @@ def bilateral_solve(
         x0=right_side / weights,
         rtol=TOLERANCE,
         atol=0.0,
-        maxiter=MAX_STEPS,
+        maxiter=max_steps,
         M=preconditioner,
     )
     return grid.slice(solution)
 
 
-def largest_component(soft_mask: NDArray[np.floating]) -> NDArray[np.bool_]:
+def largest_component(
+    soft_mask: NDArray[np.floating], *, count_background: bool = True
+) -> NDArray[np.bool_]:
     """The largest object of a (H, W) solver output, as SelfMask's demonstration picks it.
 
-    Holes of (soft_mask > 0.5) are filled and 4-connected components counted together with the
-    background; the second largest of these labels is the answer. It is the background itself
-    where an object is larger than that, and everything where there is no object: both as
-    published.
+    Holes of (soft_mask > 0.5) are filled first; components are 4-connected.
+
+    Args:
+        soft_mask: (H, W) output of `bilateral_solve`.
+        count_background: As published, rank the background among the components and take the
+            second largest: the background itself where an object is larger than that, and
+            everything where there is no object. Otherwise the largest object, or nothing.
     """
     labels, _ = ndimage.label(ndimage.binary_fill_holes(soft_mask > 0.5))
     areas = np.bincount(labels.ravel())
+    if not count_background:
+        return labels == 1 + np.argmax(areas[1:]) if len(areas) > 1 else labels > 0
     if len(areas) == 1:
         return np.ones(soft_mask.shape, dtype=bool)
     return labels == np.argsort(areas, kind="stable")[-2]

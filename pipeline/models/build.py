@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -12,9 +12,9 @@ from torch import nn
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, write_json
 from pipeline.models.decoder import TransformerDecoder
-from pipeline.models.tokens import vision_tower
+from pipeline.models.tokens import PositionResize, vision_tower
 from pipeline.models.weights import save_tensors
-from pipeline.models.zutis import Perceptron, Zutis
+from pipeline.models.zutis import IMAGENET_MEAN, IMAGENET_STD, Perceptron, TokenNorm, Zutis
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -30,6 +30,10 @@ def build_zutis(
     feedforward_dim: int = 2048,
     stop_gradient: bool = True,
     query_norm: bool = True,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    position_resize: PositionResize = "scale",
+    token_norm: TokenNorm = "map",
 ) -> Zutis:
     """Put a freshly initialised ZUTIS around a CLIP vision transformer.
 
@@ -40,16 +44,20 @@ def build_zutis(
         num_heads: Attention heads of the decoder, a divisor of the encoder's width.
         feedforward_dim: Hidden width of the decoder's feed-forward parts.
         stop_gradient: see `Zutis`.
-        query_norm: see `Zutis`.
+        query_norm: see `Zutis`; so are `mean`, `std`, `position_resize` and `token_norm`.
 
     Raises:
-        PipelineError: `encoder` is not a CLIP vision transformer, or the numbers do not fit
-            together; the message says which.
+        PipelineError: `encoder` is not a CLIP vision transformer, the numbers do not fit
+            together, or an option is unknown; the message says which.
     """
     if num_queries < 1 or feedforward_dim < 1:
         raise PipelineError(
             f"num_queries: {num_queries}, feedforward_dim: {feedforward_dim}; both are at least 1"
         )
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise PipelineError(f"mean: {mean}, std: {std}; both are three numbers, std above 0")
+    _check_choice("position_resize", position_resize, get_args(PositionResize))
+    _check_choice("token_norm", token_norm, get_args(TokenNorm))
     width = vision_tower(encoder).class_embedding.shape[0]
     return Zutis(
         encoder,
@@ -59,7 +67,16 @@ def build_zutis(
         torch.randn(num_queries, width),
         stop_gradient=stop_gradient,
         query_norm=query_norm,
+        mean=mean,
+        std=std,
+        position_resize=position_resize,
+        token_norm=token_norm,
     )
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise PipelineError(f"{name}: {value!r}; known are {', '.join(known)}")
 
 
 def save_checkpoint(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.models.tokens import embed_patches
-from pipeline.models.weights import load_state, load_strict, reading_weights
+from pipeline.models.weights import hash_tensors, load_strict, read_weights
+from pipeline.models.zoo import cached_clip, published_clip, resolve_weights
 
 MODEL_PREFIX = "open_clip:"
 QUICK_GELU_SUFFIX = "-quickgelu"
@@ -50,6 +50,7 @@ OPENAI_FILE_STEMS = (
 )
 VOCABULARY_SPECIALS = (0, 49406, 49407)
 OWN_CONFIG_KEYS = ("vocabulary", "preprocess")
+COUNTER = ".num_batches_tracked"
 POSITION_IDS = "text.transformer.embeddings.position_ids"
 LIST_MODELS_HINT = 'python -c "import open_clip; print(open_clip.list_models())"'
 LIST_TAGS_HINT = 'python -c "import open_clip; print(open_clip.list_pretrained(True))"'
@@ -152,16 +153,13 @@ class ClipEncoder(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of configuration and weights: changes whenever results may change."""
         hasher = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            hasher.update(data.numpy().data)
+        hash_tensors(hasher, self.state_dict())
         hasher.update(json.dumps([self.mean.tolist(), self.std.tolist()]).encode())
         return hasher.hexdigest()
 
 
 def load_clip(
-    model: str, pretrained: str, device: torch.device, *, cache_dir: str | Path | None = None
+    model: str, pretrained: str, device: torch.device, *, cache_dir: Path | None = None
 ) -> ClipEncoder:
     """Build a CLIP and load its weights.
 
@@ -171,10 +169,12 @@ def load_clip(
             JSON file of open_clip's form (embed_dim, vision_cfg, text_cfg, quick_gelu). Such a file
             may also hold `vocabulary` (sorted BPE token ids that the text tower was cut to) and
             `preprocess` (mean, std, size).
-        pretrained: an open_clip tag (`openai`), downloaded to `cache_dir`, or the path of a weights
-            file in open_clip's or OpenAI's layout (.safetensors, .pt, .pth, .bin).
+        pretrained: an open_clip tag (`openai`), the path of a weights file in open_clip's or
+            OpenAI's layout (.safetensors, .pt, .pth, .bin), or a name of `pipeline weights list`.
         device: where the encoder goes.
-        cache_dir: folder of downloads; None for open_clip's own.
+        cache_dir: the cache folder. Weights of a tag that `pipeline weights` has put there are
+            read from there, without a network; those of other tags, and all if it is None, are
+            downloaded by open_clip to its own folder.
 
     OpenAI's weights need QuickGELU: where the architecture lacks it, it is switched on with a
     warning.
@@ -198,7 +198,7 @@ def load_clip(
             stacklevel=2,
         )
     clip = _build(config, source=model)
-    _load(clip, state, source=f"{pretrained} (encoder.model: {model})")
+    load_strict(clip, to_open_clip_layout(clip, state), f"{pretrained} (encoder.model: {model})")
     encoder = ClipEncoder(
         clip,
         config=config,
@@ -273,36 +273,6 @@ def require_plain_vit(visual: nn.Module) -> VisionTransformer:
         f"encoder: patch features need CLIP's own ViT or ResNet, but this model's image tower is a "
         f"{type(visual).__name__}; use for example ViT-B-16-quickgelu or RN50-quickgelu"
     )
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a weights file; nothing is unpickled but tensors.
-
-    Accepts .safetensors, .pt, .pth, .bin and OpenAI's TorchScript archives; unwraps `state_dict`
-    and the prefix `module.`.
-
-    Raises:
-        PipelineError: missing, unreadable, or not a dict of tensors.
-    """
-    if path.suffix == ".safetensors" or not path.is_file():
-        state: Any = load_state(path)
-    else:
-        state = _read_pickled(path)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise PipelineError(f"{path}: holds no dict of tensors; save the model's state_dict")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def _read_pickled(path: Path) -> Any:
-    """Content of a PyTorch file (tensors and containers only) or a TorchScript archive."""
-    with reading_weights(path):
-        if _is_torchscript(path):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                return torch.jit.load(path, map_location="cpu").state_dict()
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @dataclass(frozen=True)
@@ -381,17 +351,16 @@ def _named_config(name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def _find_weights(
-    model: str, pretrained: str, *, local: bool, cache_dir: str | Path | None
-) -> _Weights:
-    """The file of a tag (downloaded if need be) or of a path."""
+def _find_weights(model: str, pretrained: str, *, local: bool, cache_dir: Path | None) -> _Weights:
+    """The file of a tag (downloaded if need be), of a published name or of a path."""
     if not pretrained:
         raise PipelineError("encoder.pretrained: empty; name an open_clip tag or a weights file")
     tag = {} if local else open_clip.get_pretrained_cfg(model, pretrained)
     if tag:
-        path = _download(model, pretrained, tag, cache_dir=cache_dir)
+        cached = None if cache_dir is None else cached_clip(model, pretrained, cache_dir)
+        path = cached or _download(model, pretrained, tag)
         return _Weights(path=path, quick_gelu=tag.get("quick_gelu", False), preprocess=tag)
-    path = Path(pretrained)
+    path = Path(pretrained) if cache_dir is None else resolve_weights(pretrained, cache_dir)
     if path.is_file():
         return _Weights(path=path)
     if local or path.suffix in (".safetensors", ".pt", ".pth", ".bin") or len(path.parts) > 1:
@@ -413,27 +382,17 @@ def _unknown_tag(model: str, tag: str) -> PipelineError:
     )
 
 
-def _download(
-    model: str, tag: str, config: dict[str, Any], *, cache_dir: str | Path | None
-) -> Path:
+def _download(model: str, tag: str, config: dict[str, Any]) -> Path:
     try:
-        path = open_clip.download_pretrained(
-            config, cache_dir=None if cache_dir is None else str(cache_dir)
-        )
+        return Path(open_clip.download_pretrained(config))
     except Exception as error:  # the hub and urllib raise many kinds; all mean "not downloaded"
+        published = published_clip(model, tag)
+        by_name = f", or run `pipeline weights add {published.name} FILE`" if published else ""
         raise PipelineError(
             f"encoder.pretrained: could not download the weights {tag!r} of {model} "
             f"({type(error).__name__}: {_first_line(error)}). Without a network, fetch the file "
-            "elsewhere and set encoder.pretrained to its path (.safetensors or .pt)"
+            "elsewhere and set encoder.pretrained to its path (.safetensors or .pt)" + by_name
         ) from None
-    return Path(path)
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
 
 
 def _is_openai_checkpoint(path: Path, state: dict[str, Tensor]) -> bool:
@@ -460,11 +419,20 @@ def _build(config: dict[str, Any], *, source: str) -> nn.Module:
         ) from None
 
 
-def _load(clip: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
-    """Load a state dict of open_clip's or a foreign layout, every key of it.
+def build_clip(model: str) -> nn.Module:
+    """A named open_clip model with random weights.
 
     Raises:
-        PipelineError: keys are missing, left over, or of another shape; the message lists them.
+        PipelineError: there is no such architecture; the message suggests others.
+    """
+    return _build(_named_config(model), source=model)
+
+
+def to_open_clip_layout(clip: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of open_clip's, OpenAI's or a foreign layout under the names of `clip`.
+
+    What `clip` does not have keeps its name; the counters of batch norms, which nothing reads,
+    need not be there.
     """
     state = {name: tensor for name, tensor in state.items() if name not in OPENAI_SCALARS}
     state = convert_state_dict(clip, state)
@@ -476,7 +444,8 @@ def _load(clip: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
     for name in ("logit_scale", "logit_bias"):
         if name in state and name in own and state[name].numel() == own[name].numel():
             state[name] = state[name].reshape(own[name].shape)
-    load_strict(clip, state, source)
+    counters = {name: torch.zeros_like(own[name], device="cpu") for name in own if COUNTER in name}
+    return {**counters, **state}
 
 
 def _preprocess_config(

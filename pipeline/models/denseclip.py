@@ -22,9 +22,10 @@ from pipeline.models.clip import (
     pad_to_multiple,
     require_plain_vit,
 )
-from pipeline.models.tokens import resize_positions
+from pipeline.models.tokens import PositionResize, resize_positions
 
 DenseAttention = Literal["maskclip", "value_only"]
+KeyAffinity = Literal["published", "cosine"]
 Normalisation = Literal["imagenet", "clip"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -53,6 +54,8 @@ class DenseClip(nn.Module):
         dense_attention: DenseAttention = "maskclip",
         prompt_denoising: float | None = None,
         key_smoothing: float | None = None,
+        key_affinity: KeyAffinity = "published",
+        position_resize: PositionResize = "size",
         logit_scale: float = LOGIT_SCALE,
     ) -> None:
         """Put an encoder and label embeddings together.
@@ -65,6 +68,8 @@ class DenseClip(nn.Module):
             dense_attention: see `dense_features`.
             prompt_denoising: threshold, or None for off (as published).
             key_smoothing: threshold, or None for off (as published).
+            key_affinity: see `key_smoothing`.
+            position_resize: see `resize_positions`; "size" is the published code's.
             logit_scale: factor of cosines in every softmax.
         """
         super().__init__()
@@ -73,6 +78,8 @@ class DenseClip(nn.Module):
         self.dense_attention = dense_attention
         self.prompt_denoising = prompt_denoising
         self.key_smoothing = key_smoothing
+        self.key_affinity = key_affinity
+        self.position_resize = position_resize
         self.logit_scale = logit_scale
         imagenet = normalisation == "imagenet"
         mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) if imagenet else encoder.mean
@@ -92,6 +99,7 @@ class DenseClip(nn.Module):
             (images - self.mean) / self.std,
             published_activation=self.published_activation,
             dense_attention=self.dense_attention,
+            position_resize=self.position_resize,
         )
         # Cosines are multiplied by 100 before their softmax: float32 even where CLIP ran in less.
         with torch.autocast(features.device.type, enabled=False):
@@ -99,7 +107,13 @@ class DenseClip(nn.Module):
             if self.prompt_denoising is not None:
                 scores = prompt_denoising(scores, self.prompt_denoising, scale=self.logit_scale)
             if self.key_smoothing is not None:
-                scores = key_smoothing(scores, keys, self.key_smoothing, scale=self.logit_scale)
+                scores = key_smoothing(
+                    scores,
+                    keys,
+                    self.key_smoothing,
+                    affinity=self.key_affinity,
+                    scale=self.logit_scale,
+                )
         return scores
 
     @torch.no_grad()
@@ -116,8 +130,9 @@ def dense_features(
     *,
     published_activation: bool = True,
     dense_attention: DenseAttention = "maskclip",
+    position_resize: PositionResize = "size",
 ) -> tuple[Tensor, Tensor]:
-    """Patch features in the joint embedding space (section 3.2), and the keys of the same layer.
+    """Patch features in the joint embedding space (section 3.3), and the keys of the same layer.
 
     Args:
         visual: image tower of a CLIP: ViT, or ResNet with attention pooling.
@@ -127,9 +142,12 @@ def dense_features(
         dense_attention: of the last block of a ViT. "maskclip", the published code: the block with
             the identity as attention matrix, residual and MLP kept. "value_only", the paper's
             text: value and output projections alone. No effect on a ResNet, which has no residual.
+        position_resize: see `resize_positions`. No effect on a ResNet, whose position embeddings
+            are not used.
 
     Returns:
-        Features (B, C, h, w), not normalised, and keys (B, h w, D), both float32.
+        Features (B, C, h, w), not normalised, and keys (B, h w, D), both float32. As in the
+        published code the keys of a ViT pass the output projection too, those of a ResNet do not.
 
     Raises:
         PipelineError: the image tower is of another kind.
@@ -141,6 +159,7 @@ def dense_features(
         images,
         published_activation=published_activation,
         keep_residual=dense_attention == "maskclip",
+        position_resize=position_resize,
     )
 
 
@@ -165,25 +184,35 @@ def prompt_denoising(logits: Tensor, threshold: float, *, scale: float = LOGIT_S
 
 
 def key_smoothing(
-    logits: Tensor, keys: Tensor, threshold: float, *, scale: float = LOGIT_SCALE
+    logits: Tensor,
+    keys: Tensor,
+    threshold: float,
+    *,
+    affinity: KeyAffinity = "published",
+    scale: float = LOGIT_SCALE,
 ) -> Tensor:
     """Spread probabilities between positions with similar keys (section 3.3).
-
-    As in the published code each key channel is normalised over the positions (not each key), and
-    the Gram matrix is neither a softmax nor row-normalised: the result is no distribution.
 
     Args:
         logits: cosines (B, K, h, w), after prompt denoising if both are on.
         keys: (B, h w, D).
         threshold: positions whose largest probability reaches it keep their probabilities.
+        affinity: how much a position counts for another. "published", as in the code: each key
+            channel is normalised over the positions (not each key), and the Gram matrix is neither
+            a softmax nor row-normalised, so the result is no distribution. "cosine": of the two
+            keys, negative ones cut off, divided by the sum over all positions, so probabilities
+            stay probabilities.
         scale: factor of the cosines inside the softmax.
 
     Returns:
         (B, K, h, w).
     """
     probabilities = (scale * logits).softmax(dim=1).flatten(2)
-    keys = F.normalize(keys, dim=1)
-    smoothed = probabilities @ (keys @ keys.transpose(1, 2))  # the Gram matrix is symmetric
+    keys = F.normalize(keys, dim=1 if affinity == "published" else 2)
+    weights = keys @ keys.transpose(1, 2)  # symmetric
+    if affinity == "cosine":
+        weights = F.normalize(weights.clamp(min=0), p=1, dim=1)
+    smoothed = probabilities @ weights
     uncertain = probabilities.amax(dim=1, keepdim=True) < threshold
     return torch.where(uncertain, smoothed, probabilities).unflatten(2, logits.shape[-2:])
 
@@ -224,7 +253,12 @@ def label_and_confidence(
 
 
 def _vit_dense_features(
-    visual: VisionTransformer, images: Tensor, *, published_activation: bool, keep_residual: bool
+    visual: VisionTransformer,
+    images: Tensor,
+    *,
+    published_activation: bool,
+    keep_residual: bool,
+    position_resize: PositionResize,
 ) -> tuple[Tensor, Tensor]:
     patches = visual.conv1(pad_to_multiple(images, visual.patch_size[0]))
     grid = patches.shape[-2:]
@@ -232,7 +266,7 @@ def _vit_dense_features(
         [visual.class_embedding.expand(len(images), 1, -1), patches.flatten(2).transpose(1, 2)],
         dim=1,
     )
-    positions = resize_positions(visual.positional_embedding, *grid, mode="size")
+    positions = resize_positions(visual.positional_embedding, *grid, mode=position_resize)
     tokens = _norm(visual.ln_pre, tokens + positions, published_activation)
     *blocks, last = visual.transformer.resblocks
     for block in blocks:

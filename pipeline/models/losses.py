@@ -7,6 +7,7 @@ Q queries, N instances, P matched pairs, K categories, C text space, H W pixels,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pipeline.errors import PipelineError
+
+MaskReduction = Literal["sum", "mean"]
 
 LOG_FLOOR = -100.0
 
@@ -36,7 +39,8 @@ def semantic_loss(
         patch_tokens: (B, h, w, C) of unit norm.
         text_embeddings: (K, C) of unit norm.
         semantic_masks: (B, H, W) label ids in [0, K), or `ignore_index`.
-        logit_scale: Factor on the similarities; 1 is the published value.
+        logit_scale: Factor on the similarities; 1 is the published value, in equation 4 as in the
+            code. CLIP was trained with its learned temperature, a factor near 100.
         ignore_index: Label of the pixels left out.
 
     Returns:
@@ -112,12 +116,12 @@ def mask_loss(
     *,
     dice_weight: float = 1.0,
     bce_weight: float = 1.0,
+    reduction: MaskReduction = "sum",
 ) -> Tensor:
-    """Dice and binary cross-entropy of matched proposals, at every decoder layer.
+    """Dice and binary cross-entropy of matched proposals, at every decoder layer (section 3.3).
 
-    The published sum: over pairs, layers and images, divided by the batch size alone. Queries
-    without an instance cost nothing. Images whose masks are all empty are skipped (they still count
-    in the batch size); one empty mask among others is matched.
+    Queries without an instance cost nothing. Images whose masks are all empty are skipped (they
+    still count in the batch size); one empty mask among others is matched, as published.
 
     Args:
         mask_probs: (B, L, Q, h, w) mask proposals in [0, 1], upsampled to the masks' size as
@@ -125,6 +129,9 @@ def mask_loss(
         instance_masks: B boolean tensors (N, H, W); N may differ and be 0.
         dice_weight: Weight of the dice part, in the matching and in the loss.
         bce_weight: Weight of the binary cross-entropy part, likewise.
+        reduction: "sum", as in the published code: over pairs, layers and images, divided by the
+            batch size alone, so that it grows with layers and objects beside a cross-entropy that
+            does not. "mean": over all pairs of all layers. The paper does not say.
 
     Returns:
         Scalar, 0 (with zero gradients) if no image has an object.
@@ -140,13 +147,15 @@ def mask_loss(
     # All costs are queued before the first match waits for the device.
     costs = [mask_costs(mask_probs[i], instance_masks[i], **weights) for i in occupied]
     total = mask_probs.float().sum() * 0
+    num_pairs = 0
     for i, cost in zip(occupied, costs, strict=True):
         instances, queries = match(cost)
         layers = torch.arange(len(queries))[:, None].expand_as(queries)
         matched = mask_probs[i][layers.flatten(), queries.flatten()]
         targets = instance_masks[i][instances.flatten()].to(matched.device, torch.float32)
         total = total + _matched_loss(matched, targets, **weights)
-    return total / len(mask_probs)
+        num_pairs += len(targets)
+    return total / (len(mask_probs) if reduction == "sum" else max(1, num_pairs))
 
 
 def _matched_loss(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Suppression = Literal["none", "hard", "linear", "gaussian"]
+ScoreResolution = Literal["token", "pixel"]
 
 BACKGROUND = 0
 EPSILON = 1e-7
@@ -99,11 +100,12 @@ def instance_predictions(
     max_overlap: float = 0.3,
     sigma: float = 0.5,
     min_score: float = 0.001,
+    score_resolution: ScoreResolution = "token",
 ) -> list[Instance]:
     """Labelled, scored and suppressed instances of one image.
 
-    Scores and labels are decided on the token grid; only the final masks are upsampled, as
-    probabilities, and thresholded again. Proposals labelled background and empty masks are dropped.
+    The final masks are proposals upsampled as probabilities and thresholded. Those labelled
+    background and empty ones are dropped.
 
     Args:
         mask_probs: (Q, h, w) proposals of the last decoder layer, in [0, 1].
@@ -117,6 +119,10 @@ def instance_predictions(
         max_overlap: IoU up to which "hard" and "linear" leave a score alone.
         sigma: Width of "gaussian": the factor is exp(-IoU^2 / sigma).
         min_score: Scores that fall to this or below are dropped by suppression.
+        score_resolution: Where labels and scores are decided. "token", as in the published code:
+            over the proposal thresholded on the token grid, another region than the final mask.
+            "pixel": over the final mask. The paper does not say (Algorithm 1 leaves upsampling out
+            "for readability").
 
     Returns:
         Instances by falling score, of equals the earlier query first.
@@ -130,6 +136,7 @@ def instance_predictions(
         mask_probs.float(),
         patch_tokens.float(),
         text_embeddings.float(),
+        size=size if score_resolution == "pixel" else None,
         threshold=threshold,
         temperature=temperature,
     )
@@ -167,23 +174,48 @@ def _label_proposals(
     patch_tokens: Tensor,
     text_embeddings: Tensor,
     *,
+    size: tuple[int, int] | None,
     threshold: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Label id and score of every proposal, both (Q,).
+    """Label id and score of every proposal at `size` (None: on the token grid), both (Q,).
 
     The mask score is the mean probability inside the mask; the category score the sigmoid of the
     scaled cosine between the mean embedding inside the mask and the text. An empty mask is
     background.
     """
-    probs = mask_probs.flatten(1)
-    inside = (probs > threshold).to(probs.dtype)
-    area = inside.sum(1) + EPSILON
-    mask_scores = (probs * inside).sum(1) / area
-    embeddings = inside @ patch_tokens.flatten(0, 1) / area[:, None]
+    area, mass, coverage = _regions(mask_probs, size, threshold)
+    area = area + EPSILON
+    mask_scores = mass / area
+    embeddings = coverage.flatten(1) @ patch_tokens.flatten(0, 1) / area[:, None]
     embeddings = embeddings / (embeddings.norm(dim=1, keepdim=True) + EPSILON)
     similarity, labels = (embeddings @ text_embeddings.T).max(dim=1)
     return labels, mask_scores * (temperature * similarity).sigmoid()
+
+
+def _regions(
+    mask_probs: Tensor, size: tuple[int, int] | None, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Thresholded proposals at `size`: area and sum of probabilities (Q,), coverage (Q, h, w).
+
+    Coverage weighs the tokens so that their sum is that of the upsampled embeddings inside: the
+    transpose of bilinear upsampling, which spares a (H, W, C) map.
+    """
+    if size is None:
+        inside = (mask_probs > threshold).to(mask_probs.dtype)
+        return inside.flatten(1).sum(1), (mask_probs * inside).flatten(1).sum(1), inside
+    rows, columns = (
+        F.interpolate(torch.eye(cells, device=mask_probs.device)[None], size=pixels, mode="linear")
+        for cells, pixels in zip(mask_probs.shape[-2:], size, strict=True)
+    )
+    parts = []
+    for chunk in mask_probs.split(MASK_CHUNK):
+        probs = _upsample(chunk[None], size)[0]
+        inside = (probs > threshold).to(probs.dtype)
+        mass = (probs * inside).flatten(1).sum(1)
+        parts.append((inside.flatten(1).sum(1), mass, rows @ inside @ columns.transpose(1, 2)))
+    area, mass, coverage = (torch.cat(values) for values in zip(*parts, strict=True))
+    return area, mass, coverage
 
 
 def _final_masks(mask_probs: Tensor, size: tuple[int, int] | None, threshold: float) -> Tensor:

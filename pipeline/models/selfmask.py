@@ -172,14 +172,18 @@ class ViTEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W), H and W whole patches -> (B, 1 + N, D), CLS first."""
+        tokens = self.embed(images)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The tokens (B, 1 + N, D) that enter the first block, CLS first."""
         patches = self.patch_embed(images)
         height, width = patches.shape[-2:]
         cls_tokens = self.cls_token.expand(len(images), -1, -1)
         tokens = torch.cat((cls_tokens, patches.flatten(2).transpose(1, 2)), dim=1)
-        tokens = tokens + self.position_embedding(height, width)
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm(tokens)
+        return tokens + self.position_embedding(height, width)
 
     def position_embedding(self, height: int, width: int) -> Tensor:
         """(1, 1 + N, D) embedding of CLS and a grid of `height` x `width` patches.

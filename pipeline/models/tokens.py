@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 
-PositionResize = Literal["scale", "size"]
+PositionResize = Literal["scale", "size", "grid"]
 
 
 class VisionTower(Protocol):
@@ -58,18 +58,20 @@ def resize_positions(
 ) -> Tensor:
     """Fit position embeddings to a patch grid by bicubic interpolation.
 
-    The two modes sample at different coordinates, so they differ even at equal grids:
+    The papers do not say how. The first two modes are those of their code; they sample at
+    different coordinates, so they differ even at equal grids:
 
     - "scale" (ZUTIS): the scale factors are (h + 0.1) / g and (w + 0.1) / g. Applied always, also
       at the native grid, where it is not the identity.
     - "size" (MaskCLIP/DenseCLIP): to the target size; left alone if the number of patches is the
-      native one.
+      native one, which misplaces every row of a grid of that number and another shape.
+    - "grid", without either slip: to the target size, which leaves the native grid as it is.
 
     Args:
         positional_embedding: (1 + g * g, D), class token first.
         height: Target rows h.
         width: Target columns w.
-        mode: "scale" or "size".
+        mode: "scale", "size" or "grid".
 
     Returns:
         (1 + h * w, D) in the dtype of the input; the class token's row is unchanged.

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -35,6 +38,43 @@ def load_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise PipelineError(f"{path}: expected a plain state dict (names to tensors)")
     return dict(state)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a weights file of any layout; nothing is unpickled but tensors.
+
+    Accepts .safetensors, .pt, .pth, .bin and OpenAI's TorchScript archives; unwraps `state_dict`
+    and the prefix `module.`.
+
+    Raises:
+        PipelineError: missing, unreadable, or not a dict of tensors.
+    """
+    if path.suffix == ".safetensors" or not path.is_file():
+        state: Any = load_state(path)
+    else:
+        state = _read_pickled(path)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise PipelineError(f"{path}: holds no dict of tensors; save the model's state_dict")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _read_pickled(path: Path) -> Any:
+    """Content of a PyTorch file (tensors and containers only) or a TorchScript archive."""
+    with reading_weights(path):
+        if _is_torchscript(path):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                return torch.jit.load(path, map_location="cpu").state_dict()
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
 
 
 @contextmanager
@@ -75,6 +115,20 @@ def save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
         raise OSError(number, os.strerror(number), str(path)) from None
 
 
+class Hasher(Protocol):
+    """A hash object of hashlib."""
+
+    def update(self, data: Any, /) -> None: ...
+
+
+def hash_tensors(hasher: Hasher, state: Mapping[str, Tensor]) -> None:
+    """Add names, shapes, types and values of all tensors to a hash, in the order of the names."""
+    for name, tensor in sorted(state.items()):
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        hasher.update(data.numpy().data)
+
+
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
     """Load `state` into `model` if every name and shape agrees; otherwise change nothing.
 
@@ -82,6 +136,16 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: Path | st
         model: Network in which the values end, on its device and in its dtype.
         state: Names to tensors.
         source: Where `state` comes from, for the message.
+
+    Raises:
+        PipelineError: as `check_strict`.
+    """
+    check_strict(model, state, source)
+    model.load_state_dict(dict(state))
+
+
+def check_strict(model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
+    """Compare the names and shapes of `state` with those of `model`, which may be on "meta".
 
     Raises:
         PipelineError: lists missing, unexpected and wrongly shaped tensors and the architecture
@@ -104,7 +168,6 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: Path | st
             + "\n".join(line for line in lists if line)
             + "\nchoose the matching architecture in params.yaml or another weights file"
         )
-    model.load_state_dict(dict(state))
 
 
 def _listing(title: str, names: list[str]) -> str:

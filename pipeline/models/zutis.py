@@ -6,15 +6,18 @@ token grid after upsampling, twice the patch grid.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.decoder import TransformerDecoder, sine_position_encoding
-from pipeline.models.tokens import encode_patches, vision_tower
+from pipeline.models.tokens import PositionResize, encode_patches, vision_tower
+
+TokenNorm = Literal["map", "token", "none"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -58,6 +61,9 @@ class Perceptron(nn.Module):
 class Zutis(nn.Module):
     """Zero-shot unsupervised transfer instance segmenter (ZUTIS paper, section 3).
 
+    The defaults are those of the published code, whose weights need them. Weights trained with
+    another `mean`, `std`, `position_resize` or `token_norm` need theirs.
+
     Args:
         encoder: CLIP vision transformer in the key layout of OpenAI and open_clip.
         decoder: Transformer decoder of width D.
@@ -66,6 +72,11 @@ class Zutis(nn.Module):
         query_embed: (Q, D) initial values of the learned queries.
         stop_gradient: Keep the mask losses away from the encoder, as published.
         query_norm: Scale the decoded queries to unit norm, as published.
+        mean: Of the channels R, G, B in [0, 1], taken off the input. The code takes ImageNet's,
+            though CLIP was trained with its own; the paper does not say.
+        std: Their standard deviation, likewise.
+        position_resize: see `resize_positions`; "scale" is the code's.
+        token_norm: see `project`; "map" is the code's.
 
     Raises:
         PipelineError: `encoder` is not a CLIP vision transformer.
@@ -85,6 +96,10 @@ class Zutis(nn.Module):
         *,
         stop_gradient: bool = True,
         query_norm: bool = True,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        position_resize: PositionResize = "scale",
+        token_norm: TokenNorm = "map",
     ) -> None:
         super().__init__()
         width = vision_tower(encoder).class_embedding.shape[0]
@@ -97,18 +112,18 @@ class Zutis(nn.Module):
         self.decoder = decoder
         self.stop_gradient = stop_gradient
         self.query_norm = query_norm
-        # CLIP was trained with its own mean and std; the published network uses ImageNet's.
+        self.position_resize: PositionResize = position_resize
+        self.token_norm: TokenNorm = token_norm
         # Not saved: official checkpoints do not have them.
-        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        self.register_buffer("mean", mean[:, None, None], persistent=False)
-        self.register_buffer("std", std[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> ZutisOutput:
         """Segment RGB images (B, 3, H, W) with values in [0, 1]."""
         return self.forward_normalised(self.normalise(images))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Shift and scale RGB in [0, 1] by ImageNet's mean and standard deviation."""
+        """Shift and scale RGB in [0, 1] by the network's mean and standard deviation."""
         return (images - self.mean) / self.std
 
     def forward_normalised(self, images: Tensor) -> ZutisOutput:
@@ -120,7 +135,7 @@ class Zutis(nn.Module):
         Raises:
             PipelineError: the images are smaller than a patch.
         """
-        tokens = encode_patches(self.encoder, images, position_resize="scale")
+        tokens = encode_patches(self.encoder, images, position_resize=self.position_resize)
         # bfloat16 upsampling would lose what the float32 outputs promise.
         tokens = tokens.float().permute(0, 3, 1, 2)
         tokens = F.interpolate(tokens, scale_factor=2, mode="bilinear", align_corners=False)
@@ -145,12 +160,19 @@ class Zutis(nn.Module):
     def project(self, tokens: Tensor) -> Tensor:
         """Unit-norm tokens (B, h, w, C) in text space from tokens (B, h, w, D).
 
-        The layer norm spans the whole (h, w, C) block of an image, not each token. Published
-        weights were trained with it, so a token depends on all others and on the image size.
+        Before the norm comes a layer norm without affine part, by `token_norm`:
+
+        - "map" (the published code): one mean and variance over the whole (h, w, C) block of an
+          image. A token depends on all others through it, and on the image size.
+        - "token": over the C features of each token.
+        - "none": no layer norm, as in equation 4 of the paper and in CLIP. Algorithm 1 has one
+          and does not say over what.
         """
         with torch.autocast(tokens.device.type, enabled=False):
             projected = tokens.float() @ vision_tower(self.encoder).proj.float()
-            projected = F.layer_norm(projected, projected.shape[1:])
+            if self.token_norm != "none":
+                spanned = projected.shape[1:] if self.token_norm == "map" else projected.shape[-1:]
+                projected = F.layer_norm(projected, spanned)
             return projected / (projected.norm(dim=-1, keepdim=True) + 1e-7)
 
     def extra_repr(self) -> str:

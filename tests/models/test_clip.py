@@ -58,16 +58,6 @@ def encoder(weights: Path) -> ClipEncoder:
     return load_clip(str(write_config(weights.parent)), str(weights), CPU)
 
 
-@pytest.fixture(scope="module")
-def reference() -> dict[str, Tensor]:
-    return load_file(REFERENCE / "text_embeddings.io.safetensors")
-
-
-@pytest.fixture(scope="module")
-def categories() -> dict[str, list[str]]:
-    return json.loads((REFERENCE / "text_embeddings.json").read_text())
-
-
 def write_config(folder: Path, name: str = "config.json", **changes: Any) -> Path:
     path = folder / name
     path.write_text(json.dumps({**CONFIG, **changes}))
@@ -92,40 +82,6 @@ def write_cut_clip(folder: Path, **changes: Any) -> tuple[Path, Path]:
     state["token_embedding.weight"] = state["token_embedding.weight"][vocabulary].contiguous()
     save_file(state, folder / "cut.safetensors")
     return config, folder / "cut.safetensors"
-
-
-class TestReference:
-    def test_token_ids(
-        self,
-        encoder: ClipEncoder,
-        reference: dict[str, Tensor],
-        categories: dict[str, list[str]],
-    ) -> None:
-        for name, expected in zip(categories["categories"], reference["token_ids"], strict=True):
-            prompts = [template.format(name) for template in PROMPTS_85]
-            assert torch.equal(encoder.tokenize(prompts), expected.long())
-        plain = encoder.tokenize(categories["plain_categories"])
-        assert torch.equal(plain, reference["plain_category_token_ids"].long())
-
-    def test_text_embeddings(
-        self,
-        encoder: ClipEncoder,
-        reference: dict[str, Tensor],
-        categories: dict[str, list[str]],
-    ) -> None:
-        names, plain = categories["categories"], categories["plain_categories"]
-        ensemble = text_embeddings(encoder, names, PROMPTS_85)
-        assert_close(ensemble, reference["ensemble_embeddings"], 1e-6)
-        assert_close(encoder.encode_texts(names), reference["single_prompt_embeddings_raw"], 1e-5)
-        first = encoder.encode_texts([t.format(names[0]) for t in PROMPTS_85], batch=7)
-        assert_close(first, reference["first_category_template_features_raw"], 1e-5)
-        embeddings = text_embeddings(encoder, plain, NAME_ONLY)
-        assert_close(embeddings, reference["plain_category_embeddings"], 1e-6)
-
-    def test_image_embeddings(self, encoder: ClipEncoder, reference: dict[str, Tensor]) -> None:
-        images = reference["clip_image"].float() * encoder.std + encoder.mean
-        expected = nn.functional.normalize(reference["clip_image_features_raw"], dim=-1)
-        assert_close(encoder.encode_images(images), expected, 1e-6)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -9,14 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.errors import PipelineError
 from pipeline.models import denseclip
 from pipeline.models.clip import ClipEncoder, load_clip
 from pipeline.models.denseclip import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     DenseClip,
     dense_features,
     dense_logits,
@@ -27,8 +25,6 @@ from pipeline.models.denseclip import (
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "data"
 CPU = torch.device("cpu")
-CASES = [("vit", "A"), ("vit", "B"), ("vit", "C"), ("rn", "A"), ("rn", "B")]
-SATURATED = 1 - 2e-6
 VOCABULARY = [0, 320, 2368, 49406, 49407]
 CONFIGS: dict[str, dict[str, Any]] = {
     "vit": {
@@ -61,78 +57,6 @@ def _load_reference(folder: Path, name: str) -> ClipEncoder:
             state[key] = tensor.float() if tensor.is_floating_point() else tensor
     save_file({key: t.contiguous() for key, t in state.items()}, folder / f"{name}.safetensors")
     return load_clip(str(folder / f"{name}.json"), str(folder / f"{name}.safetensors"), CPU)
-
-
-@pytest.fixture(scope="module")
-def vectors() -> dict[str, dict[str, Tensor]]:
-    return {name: load_file(REFERENCE / f"denseclip_{name}.io.safetensors") for name in CONFIGS}
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    return float((actual - expected).abs().max() / expected.abs().max())
-
-
-@pytest.mark.parametrize(("tower", "case"), CASES)
-class TestReference:
-    @pytest.fixture
-    def io(self, vectors: dict[str, dict[str, Tensor]], tower: str, case: str) -> dict[str, Tensor]:
-        prefix = f"{case}."
-        parts = vectors[tower].items()
-        case_io = {k.removeprefix(prefix): v for k, v in parts if k.startswith(prefix)}
-        return case_io | {"text": vectors[tower]["text_embeddings"]}
-
-    def test_features_and_keys(
-        self, encoders: dict[str, ClipEncoder], io: dict[str, Tensor], tower: str
-    ) -> None:
-        features, keys = dense_features(encoders[tower].visual, io["image"].float())
-        assert relative_error(features, io["dense_features"]) < 1e-6
-        assert relative_error(keys, io["keys"]) < 1e-6
-
-    def test_logits_and_refinements(
-        self, encoders: dict[str, ClipEncoder], io: dict[str, Tensor], tower: str
-    ) -> None:
-        features, keys = dense_features(encoders[tower].visual, io["image"].float())
-        plain = dense_logits(features, io["text"])
-        assert (plain - io["plain"]).abs().max() < 5e-6
-        denoised = prompt_denoising(plain, 0.5)
-        assert (denoised - io["pd"]).abs().max() < 5e-6
-        for logits, before, after in ((plain, "plain", "ks"), (denoised, "pd", "pd_ks")):
-            smoothed = key_smoothing(logits, keys, 1.0)
-            decided = io[f"{before}.max_probability"] <= SATURATED
-            assert decided.any()
-            actual, expected = (x.movedim(1, -1)[decided] for x in (smoothed, io[after]))
-            assert relative_error(actual, expected) < 1e-4
-
-    def test_labels_at_full_size(
-        self, encoders: dict[str, ClipEncoder], io: dict[str, Tensor], tower: str
-    ) -> None:
-        images = io["image"].float()
-        images = images * torch.tensor(IMAGENET_STD).view(3, 1, 1)
-        images = images + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-        size = images.shape[-2:]
-        label, confidence = DenseClip(encoders[tower], io["text"]).label(images)
-        upsampled = F.interpolate(io["plain"], size=size, mode="bilinear")
-        assert_same_argmax(label, io["argmax_fullsize"], upsampled)
-        assert torch.allclose(confidence, (100 * upsampled).softmax(1).amax(1), atol=1e-3)
-
-        model = DenseClip(encoders[tower], io["text"], prompt_denoising=0.5, key_smoothing=1.0)
-        label, confidence = model.label(images)
-        decided = (io["pd.max_probability"] <= SATURATED).float().unsqueeze(1)
-        away = F.interpolate(decided, size=size, mode="bilinear")[:, 0] == 1
-        upsampled = F.interpolate(io["pd_ks"], size=size, mode="bilinear")
-        expected = io["pd_ks.argmax_fullsize"]
-        assert_same_argmax(label[away], expected[away], upsampled.movedim(1, -1)[away].T[None])
-        assert confidence.min() >= 0
-        assert confidence.max() <= 1
-
-
-def assert_same_argmax(label: Tensor, expected: Tensor, scores: Tensor) -> None:
-    """Labels may differ only where the two best scores (1 or B, K, ...) nearly tie."""
-    best, second = scores.topk(2, dim=1).values.unbind(dim=1)
-    nearly_tied = (best - second).reshape(label.shape) < 1e-5
-    assert label.numel() > 0
-    assert not ((label != expected.long()) & ~nearly_tied).any()
 
 
 class TestDenseFeatures:
@@ -255,3 +179,45 @@ class TestLabelAndConfidence:
         label, confidence = label_and_confidence(torch.ones(1, 4, 1, 1), (2, 2))
         assert (label == 0).all()
         assert torch.allclose(confidence, torch.full((1, 2, 2), 0.25))
+
+
+def test_cosine_affinity_averages_probabilities_by_the_keys() -> None:
+    logits = torch.randn(2, 4, 2, 3, generator=torch.Generator().manual_seed(0)) / 100
+    keys = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1))
+    smoothed = key_smoothing(logits, keys, 1.0, affinity="cosine")
+    probabilities = (100 * logits).softmax(dim=1).flatten(2)
+    for image in range(2):
+        for position in range(6):
+            cosines = F.cosine_similarity(keys[image], keys[image, position, None], dim=1)
+            weights = cosines.clamp(min=0) / cosines.clamp(min=0).sum()
+            expected = probabilities[image] @ weights
+            torch.testing.assert_close(smoothed[image].flatten(1)[:, position], expected)
+    torch.testing.assert_close(smoothed.sum(dim=1), torch.ones(2, 2, 3))
+    scaled = key_smoothing(logits, 3 * keys, 1.0, affinity="cosine")
+    torch.testing.assert_close(scaled, smoothed)
+    assert not torch.allclose(key_smoothing(logits, keys, 1.0), smoothed, atol=0.1)
+
+
+def test_affinity_is_a_choice_of_the_model(encoders: dict[str, ClipEncoder]) -> None:
+    text = F.normalize(torch.randn(3, 48, generator=torch.Generator().manual_seed(0)), dim=1)
+    images = torch.rand(1, 3, 64, 80, generator=torch.Generator().manual_seed(0))
+    cosine = DenseClip(encoders["vit"], text, key_smoothing=1.0, key_affinity="cosine")(images)
+    published = DenseClip(encoders["vit"], text, key_smoothing=1.0)(images)
+    torch.testing.assert_close(cosine.sum(dim=1), torch.ones(1, 4, 5))
+    assert not torch.allclose(cosine, published, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("size", "same"), [((64, 64), True), ((64, 80), True), ((32, 128), False), ((128, 32), False)]
+)
+def test_grids_of_the_native_number_but_another_shape_are_resized_on_request(
+    encoders: dict[str, ClipEncoder], size: tuple[int, int], same: bool
+) -> None:
+    """The native grid is 4 x 4, so 2 x 8 patches have its number."""
+    text = F.normalize(torch.randn(3, 48, generator=torch.Generator().manual_seed(0)), dim=1)
+    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    published, grid = (
+        DenseClip(encoders["vit"], text, position_resize=mode)(images)  # type: ignore[arg-type]
+        for mode in ("size", "grid")
+    )
+    assert torch.equal(published, grid) is same

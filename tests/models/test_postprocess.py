@@ -1,36 +1,18 @@
-"""Label maps and instances against published predictions."""
+"""Label maps and instances of hand-made proposals."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from pipeline.models.postprocess import (
-    Instance,
     instance_predictions,
     semantic_logits,
     semantic_prediction,
 )
-
-DATA = Path(__file__).parents[1] / "reference" / "data"
-IO = load_file(DATA / "zutis_predict.io.safetensors")
-RECORD = json.loads((DATA / "zutis_predict.json").read_text())
-SIZE = tuple(RECORD["settings"]["target_size"])
-
-
-def test_semantic_prediction_agrees_with_published() -> None:
-    tokens, text = IO["patch_tokens"], IO["text_embeddings"]
-    logits = semantic_logits(tokens, text)
-    torch.testing.assert_close(logits, IO["semantic_logits_lowres"], atol=1e-6, rtol=1e-5)
-    prediction = semantic_prediction(tokens, text)
-    assert torch.equal(prediction, IO["semantic_argmax_lowres"].long())
-    assert torch.equal(semantic_prediction(tokens, text, SIZE), IO["semantic_argmax"].long())
 
 
 def test_many_categories_agree_with_the_argmax_of_all_logits() -> None:
@@ -48,36 +30,6 @@ def test_many_categories_agree_with_the_argmax_of_all_logits() -> None:
 def test_no_category_is_refused() -> None:
     with pytest.raises(ValueError, match="no row"):
         semantic_prediction(torch.randn(1, 2, 2, 4), torch.randn(0, 4))
-
-
-@pytest.mark.parametrize("case", sorted(RECORD["instance"]))
-def test_instances_agree_with_published(case: str) -> None:
-    kind, resolution = case.split(".")
-    special = kind == "hard_t2_thr06"
-    expected = [
-        (e["category_id"], e["score"], e["bbox"], IO[f"masks.{case}"][e["mask_index"]].bool())
-        for e in RECORD["instance"][case]
-    ]
-    predicted: list[Instance] = []
-    for proposals, tokens in zip(IO["mask_proposals"], IO["patch_tokens"], strict=True):
-        predicted += instance_predictions(
-            proposals[-1],
-            tokens,
-            IO["text_embeddings"],
-            SIZE if resolution == "full" else None,
-            threshold=0.6 if special else 0.5,
-            temperature=2.0 if special else 5.0,
-            suppression="hard" if special else kind.lower(),  # type: ignore[arg-type]
-        )
-    assert len(predicted) == len(expected)
-    predicted.sort(key=lambda i: (i.label_id, i.score))
-    expected.sort(key=lambda e: e[:2])
-    for instance, (label_id, score, bbox, mask) in zip(predicted, expected, strict=True):
-        assert instance.label_id == label_id
-        assert instance.score == pytest.approx(score, rel=1e-5)
-        assert list(instance.bbox_xyxy) == bbox
-        assert instance.mask.dtype == np.bool_
-        np.testing.assert_array_equal(instance.mask, mask.numpy())
 
 
 def bars(*columns: tuple[int, int], values: tuple[float, ...]) -> torch.Tensor:
@@ -176,3 +128,47 @@ def test_unknown_suppression_is_refused() -> None:
             torch.eye(3),
             suppression="soft",  # type: ignore[arg-type]
         )
+
+
+def test_scores_at_pixel_resolution_are_those_of_the_final_masks() -> None:
+    generator = torch.Generator().manual_seed(1)
+    proposals = torch.rand(20, 4, 5, generator=generator)
+    tokens = torch.nn.functional.normalize(torch.randn(4, 5, 3, generator=generator), dim=-1)
+    size = (13, 31)
+    options: dict[str, Any] = {"temperature": 5.0, "suppression": "none"}
+    pixel = instance_predictions(
+        proposals, tokens, torch.eye(3), size, score_resolution="pixel", **options
+    )
+    probs = torch.nn.functional.interpolate(proposals[None], size=size, mode="bilinear")[0]
+    maps = torch.nn.functional.interpolate(
+        tokens.permute(2, 0, 1)[None], size=size, mode="bilinear"
+    )[0]
+    expected = []
+    for prob in probs:
+        inside = prob > 0.5
+        mean = torch.nn.functional.normalize(maps[:, inside].mean(dim=1), dim=0)
+        score = prob[inside].mean() * (5 * mean.max()).sigmoid()
+        if (label_id := int(mean.argmax())) != 0:
+            expected.append((score.item(), label_id, inside.numpy()))
+    expected.sort(key=lambda entry: -entry[0])
+    assert len(pixel) == len(expected) > 5
+    for instance, (score, label_id, mask) in zip(pixel, expected, strict=True):
+        assert instance.score == pytest.approx(score, rel=1e-4)
+        assert instance.label_id == label_id
+        np.testing.assert_array_equal(instance.mask, mask)
+    token = instance_predictions(proposals, tokens, torch.eye(3), size, **options)
+    assert [i.score for i in token] != pytest.approx([i.score for i in pixel], rel=1e-3)
+
+
+def test_without_a_size_both_resolutions_are_the_token_grid() -> None:
+    proposals = bars((0, 6), (5, 9), values=(0.9, 0.6))
+    token, pixel = (
+        instance_predictions(
+            proposals,
+            tokens_of(1),
+            torch.eye(3),
+            score_resolution=resolution,  # type: ignore[arg-type]
+        )
+        for resolution in ("token", "pixel")
+    )
+    assert [i.score for i in token] == [i.score for i in pixel]

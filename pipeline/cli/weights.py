@@ -1,0 +1,120 @@
+"""`pipeline weights`: published weights by name, in the cache folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.models.zoo import Published
+
+weights_app = typer.Typer(
+    help="Published weights: CLIP, SelfMask, ZUTIS and DINO, by name. They are stored as "
+    "safetensors below the cache folder ($PIPELINE_CACHE); wherever params take a weights file or "
+    "`--checkpoint` a folder, a name works too."
+)
+
+Name = Annotated[str, typer.Argument(help="A name that `pipeline weights list` shows.")]
+
+
+@weights_app.command("list")
+def list_weights() -> None:
+    """Show what there is, and what of it is in the cache."""
+    from pipeline.models.zoo import is_cached, manifest
+    from pipeline.runtime import default_cache_dir
+
+    cache_dir = default_cache_dir()
+    row = "{:29} {:9} {:28} {:>11}  {:11} {}"
+    print(row.format("name", "kind", "architecture", "size", "licence", "state"))
+    for entry in manifest().values():
+        print(
+            row.format(
+                entry.name,
+                entry.kind,
+                entry.describe_architecture(),
+                entry.describe_size(),
+                entry.licence,
+                "cached" if is_cached(entry, cache_dir) else "not fetched",
+            )
+        )
+
+
+@weights_app.command()
+def fetch(
+    name: Name,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Take it from here: http, https, file:// or a path; default: the authors' own."
+        ),
+    ] = None,
+) -> None:
+    """Download, verify and convert; continues a download that was stopped."""
+    from pipeline.models import acquire
+    from pipeline.models.zoo import published
+    from pipeline.runtime import default_cache_dir
+
+    entry = published(name)
+    path = acquire.fetch(entry, default_cache_dir(), url=url, categories=_categories(entry))
+    _report(entry, path)
+
+
+@weights_app.command()
+def add(
+    name: Name,
+    file: Annotated[Path, typer.Argument(help="The authors' file, downloaded by hand.")],
+) -> None:
+    """Take a file that is on this computer; needs no network."""
+    from pipeline.models import acquire
+    from pipeline.models.zoo import published
+    from pipeline.runtime import default_cache_dir
+
+    entry = published(name)
+    path = acquire.add(entry, file, default_cache_dir(), categories=_categories(entry))
+    _report(entry, path)
+
+
+@weights_app.command()
+def check() -> None:
+    """Read everything in the cache again and compare the hashes; status 1 if something changed."""
+    from pipeline.models.zoo import damage, is_cached, manifest
+    from pipeline.runtime import default_cache_dir
+
+    cache_dir = default_cache_dir()
+    cached = [entry for entry in manifest().values() if is_cached(entry, cache_dir)]
+    damaged = []
+    for entry in cached:
+        problem = damage(entry, cache_dir)
+        print(f"{entry.name}: {'ok' if problem is None else problem}")
+        if problem is not None:
+            damaged.append(entry.name)
+    if damaged:
+        raise PipelineError(
+            f"{len(damaged)} of {len(cached)} damaged: {', '.join(damaged)}; "
+            "`pipeline weights fetch NAME` (or `add`) replaces them"
+        )
+    print(f"{len(cached)} in the cache, all intact")
+
+
+def _categories(entry: Published) -> list[str]:
+    """Names that the entry was trained with; empty if it knows none."""
+    from pipeline.data.categories import load_category_set
+
+    return load_category_set(entry.categories) if entry.categories else []
+
+
+def _report(entry: Published, path: Path) -> None:
+    """Say where the copy is and whether its source is known to be the authors' file."""
+    from pipeline.models.acquire import is_published_file
+    from pipeline.runtime import default_cache_dir
+
+    verdicts = {
+        True: "the published file, by its SHA-256",
+        False: "WARNING: not the published file; its SHA-256 differs, names and shapes agree",
+        None: "its SHA-256 was recorded; none is published",
+    }
+    print(f"{entry.name}: {path} ({verdicts[is_published_file(entry, default_cache_dir())]})")
