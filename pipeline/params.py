@@ -44,8 +44,9 @@ class Section(BaseModel):
 class EncoderParams(Section):
     """A CLIP model.
 
-    `model` is an open_clip architecture or a model-config JSON file; `pretrained` an open_clip tag
-    or a weights file.
+    `model` is an open_clip architecture or a model-config JSON file; `pretrained` an open_clip tag,
+    a weights file, or a name of `pipeline weights list`. For `mask.encoder`, `model` may also be
+    `dino_vits8` or `dino_vits16`, with `pretrained` empty for the published weights.
     """
 
     model: str = "ViT-B-16-quickgelu"
@@ -93,17 +94,20 @@ class RetrieveParams(Section):
 class MaskParams(Section):
     """Stage 3: one pseudo-mask per archive image.
 
-    `selfmask` runs the network of `weights`; `spectral` clusters features of `encoder` (attention
-    keys or tokens of its last block) at every k of `clusters` and lets the clusters vote.
+    `selfmask` runs the network of `weights`, a file or a name of `pipeline weights list`;
+    `spectral` clusters features of `encoder` (attention keys or tokens of its last block) at every
+    k of `clusters` and lets the clusters vote. `refine` snaps masks to edges by the bilateral
+    solver, which the published code stops after 25 `solver_iterations`, unconverged.
     """
 
     source: Literal["selfmask", "spectral"] = "selfmask"
-    weights: RelaxedPath = Path("models/pretrained/selfmask_nq20.pt")
+    weights: RelaxedPath = Path("selfmask_nq20")
     encoder: EncoderParams = EncoderParams()
     facet: Literal["key", "token"] = "key"
     clusters: Annotated[list[Count], Field(min_length=1)] = [2, 3, 4]
     threshold: Probability = 0.5
     refine: bool = True
+    solver_iterations: Count = 25
     short_side: Count = 512
     batch_size: Count = 16
     shard_size: Count = 500
@@ -116,16 +120,21 @@ class PseudoLabelParams(Section):
     `prompt_denoising` and `key_smoothing` are the thresholds of the two refinements; null is off.
     `published_activation` keeps MaskCLIP's exact GELU and layer-norm eps of 1e-6 where CLIP has
     QuickGELU and 1e-5. `dense_attention` `maskclip` keeps residual and MLP of the last block, as
-    the code does; `value_only` is the paper's text.
+    the code does; `value_only` is the paper's text. `key_affinity` `published` keeps what the code
+    does to the keys of key smoothing; `cosine` averages by their positive cosines.
+    `position_resize` `size` takes positions as they are wherever their number is right, as the code
+    does; `grid` where their grid is. `normalisation` is ImageNet's in the code, though not in CLIP.
     """
 
     encoder: EncoderParams = EncoderParams()
     templates: Literal["prompts85", "name"] = "prompts85"
     prompt_denoising: Probability | None = None
     key_smoothing: Probability | None = None
+    key_affinity: Literal["published", "cosine"] = "published"
     published_activation: bool = True
     dense_attention: Literal["maskclip", "value_only"] = "maskclip"
     normalisation: Literal["imagenet", "clip"] = "imagenet"
+    position_resize: Literal["size", "grid"] = "size"
     logit_scale: Positive = 100.0
     batch_size: Count = 16
     shard_size: Count = 500
@@ -135,11 +144,18 @@ class TrainParams(Section):
     """Stage 5: ZUTIS on the pseudo-labels.
 
     `target` is what training sees: `saliency`, `denseclip` or `fused`, where DenseCLIP overrules at
-    `confidence_threshold` and `conflict` says by what. `logit_scale` multiplies the cosines in the
+    `confidence_threshold` and `conflict` says by what. `templates` `name` embeds bare names, as the
+    published code does; the paper's text says prompts. `logit_scale` multiplies the cosines in the
     cross-entropy (1 as published). `negative_canvas` is the share of images whose canvas is one of
     the negatives of stage 2; `split_components` pastes every connected component of a pseudo-mask
     as an object of its own. `keep_last_row_column` pastes objects whole, where the published code
     cuts their last row and column off.
+
+    Three defaults are part of what published weights expect, and so of a checkpoint: inputs with
+    ImageNet's `normalisation` where CLIP has its own (`clip`), positions resized by a factor
+    slightly off (`position_resize` `scale`; `grid` is exact), and a layer norm of the projected
+    tokens over the whole map (`token_norm` `map`; `token`: each by itself, `none`: as in CLIP).
+    `mask_loss_reduction` `sum` adds up pairs and layers, as published; `mean` averages them.
     """
 
     encoder: EncoderParams = EncoderParams()
@@ -167,8 +183,12 @@ class TrainParams(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
     ce_weight: Annotated[float, Field(ge=0.0)] = 1.0
     mask_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    mask_loss_reduction: Literal["sum", "mean"] = "sum"
     logit_scale: Positive = 1.0
     stop_gradient: bool = True
+    normalisation: Literal["imagenet", "clip"] = "imagenet"
+    position_resize: Literal["scale", "grid"] = "scale"
+    token_norm: Literal["map", "token", "none"] = "map"
     num_queries: Count = 100
     decoder_layers: Count = 6
     num_heads: Count = 8
@@ -182,14 +202,19 @@ class EvaluateParams(Section):
     """Stage 6: prediction and scores on the benchmarks.
 
     `resize_to` brings the short side of an image to this many pixels before the network, `max_side`
-    bounds its long side; predictions return to the original size.
+    bounds its long side; predictions return to the original size. `whole_patches` resizes an image
+    to whole patches, where the published code drops the rest at the right and bottom and stretches
+    the prediction. `score_resolution` `token` labels and scores objects on the token grid, as the
+    published code does; `pixel` over their final masks.
     """
 
     threshold: Probability = 0.5
     suppression: Literal["none", "hard", "linear", "gaussian"] = "hard"
     temperature: Positive = 5.0
+    score_resolution: Literal["token", "pixel"] = "token"
     resize_to: Count | None = None
     max_side: Count | None = None
+    whole_patches: bool = False
     batch_size: Count = 1
     overlays: Annotated[int, Field(ge=0)] = 24
 
@@ -378,6 +403,18 @@ def parse_params(content: Any, *, name: str = "params.yaml") -> Params:
         raise PipelineError(f"{name}: expected `key: value` lines, found {found}")
     try:
         return Params.model_validate(content)
+    except ValidationError as error:
+        raise PipelineError("\n".join(_complaints(name, error))) from None
+
+
+class _BenchTable(Section):
+    benches: dict[EntryName, BenchParams]
+
+
+def parse_bench(content: Any, bench_name: str, *, name: str) -> BenchParams:
+    """Check an entry of `benches` that stands in a file of its own; `name` is the file's."""
+    try:
+        return _BenchTable.model_validate({"benches": {bench_name: content}}).benches[bench_name]
     except ValidationError as error:
         raise PipelineError("\n".join(_complaints(name, error))) from None
 

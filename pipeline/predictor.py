@@ -28,12 +28,14 @@ from pipeline.models.build import CONFIG_NAME, WEIGHTS_NAME, build_zutis
 from pipeline.models.clip import label_embeddings, load_clip
 from pipeline.models.postprocess import (
     Instance,
+    ScoreResolution,
     Suppression,
     instance_predictions,
     semantic_prediction,
 )
 from pipeline.models.tokens import vision_tower
 from pipeline.models.weights import load_state, load_strict
+from pipeline.models.zoo import resolve_weights
 from pipeline.models.zutis import Zutis
 from pipeline.runtime import Runtime, make_runtime
 
@@ -70,15 +72,23 @@ class PredictionSettings:
         threshold: probability above which a pixel belongs to an object.
         temperature: factor of the cosine in an object's category score.
         suppression: non-maximum suppression among the objects of a category.
+        score_resolution: see `instance_predictions`.
         resize_to: short side of the network's input in pixels; None keeps the image's.
         max_side: bound on its long side; None for no bound.
+        whole_patches: see `input_size`.
+        background: whether a pixel may be background; if not, the best category has it.
+        instances: whether to look for objects; without, a prediction has none.
     """
 
     threshold: float = 0.5
     temperature: float = 5.0
     suppression: Suppression = "hard"
+    score_resolution: ScoreResolution = "token"
     resize_to: int | None = None
     max_side: int | None = None
+    whole_patches: bool = False
+    background: bool = True
+    instances: bool = True
 
 
 @dataclass(frozen=True)
@@ -134,10 +144,11 @@ class Segmenter:
         settings: PredictionSettings | None = None,
         runtime: Runtime | None = None,
     ) -> Segmenter:
-        """Load a checkpoint that `pipeline train` wrote.
+        """Load a checkpoint that `pipeline train` wrote, or a published one.
 
         Args:
-            checkpoint_dir: folder with `model.safetensors` and `config.json`.
+            checkpoint_dir: folder with `model.safetensors` and `config.json`, or a name of
+                `pipeline weights list` (kind zutis).
             categories: any names; None for those the checkpoint was trained with. A name that was
                 background in training is not any more.
             device: auto, cpu or cuda.
@@ -148,11 +159,16 @@ class Segmenter:
             PipelineError: no checkpoint, one of another architecture, or a name that is empty,
                 repeated or unknown to the text encoder.
         """
-        folder = Path(checkpoint_dir)
-        config = read_checkpoint_config(folder)
         runtime = runtime or make_runtime(device=device)
+        folder = resolve_weights(checkpoint_dir, runtime.cache_dir)
+        config = read_checkpoint_config(folder)
         names = load_category_set(config.categories if categories is None else list(categories))
-        clip = load_clip(config.encoder_model, config.encoder_pretrained, runtime.device)
+        clip = load_clip(
+            config.encoder_model,
+            config.encoder_pretrained,
+            runtime.device,
+            cache_dir=runtime.cache_dir,
+        )
         text = label_embeddings(
             clip,
             background=_unasked(config.background, names),
@@ -171,6 +187,21 @@ class Segmenter:
             categories=names,
             runtime=runtime,
             settings=settings or PredictionSettings(),
+        )
+
+    def select(self, categories: Sequence[str]) -> Segmenter:
+        """A segmenter for some of the categories, which shares the network.
+
+        Raises:
+            ValueError: one of them is not among `categories`.
+        """
+        rows = [0, *(1 + self.categories.index(name) for name in categories)]
+        return Segmenter(
+            self._network,
+            self._text[rows],
+            categories=categories,
+            runtime=self._runtime,
+            settings=self.settings,
         )
 
     def __call__(self, image: ImageInput) -> Prediction:
@@ -206,19 +237,29 @@ class Segmenter:
         patch_tokens = output.patch_tokens.float()
         predictions = []
         for probs, tokens, size in zip(mask_probs, patch_tokens, sizes, strict=True):
-            semantic = semantic_prediction(tokens[None], self._text, size)[0]
-            instances = instance_predictions(
-                probs,
-                tokens,
-                self._text,
-                size,
-                threshold=self.settings.threshold,
-                temperature=self.settings.temperature,
-                suppression=self.settings.suppression,
-            )
-            labels = semantic.cpu().numpy().astype(np.int32)
+            labels = self._label_map(tokens, size)
+            instances = self._instances(probs, tokens, size) if self.settings.instances else []
             predictions.append(Prediction(labels, instances, self.categories))
         return predictions
+
+    def _label_map(self, patch_tokens: Tensor, size: tuple[int, int]) -> NDArray[np.int32]:
+        first = 0 if self.settings.background else 1
+        semantic = semantic_prediction(patch_tokens[None], self._text[first:], size)[0]
+        return semantic.cpu().numpy().astype(np.int32) + np.int32(first)
+
+    def _instances(
+        self, mask_probs: Tensor, patch_tokens: Tensor, size: tuple[int, int]
+    ) -> list[Instance]:
+        return instance_predictions(
+            mask_probs,
+            patch_tokens,
+            self._text,
+            size,
+            threshold=self.settings.threshold,
+            temperature=self.settings.temperature,
+            suppression=self.settings.suppression,
+            score_resolution=self.settings.score_resolution,
+        )
 
 
 def _unasked(background: Sequence[str], categories: Sequence[str]) -> list[str]:
@@ -270,13 +311,16 @@ def input_size(
 ) -> tuple[int, int]:
     """(width, height) of the network's input for an image.
 
-    Where nothing asks for another size the image keeps its own, as published. A resized side is a
-    multiple of the patch size, so that no pixel is cut off; no side is shorter than a patch.
+    Where nothing asks for another size the image keeps its own. The network then ignores what
+    exceeds whole patches at the right and bottom and its prediction is stretched over it: as in the
+    published code; the paper says "original resolution" (4.1). Under `whole_patches`, and wherever
+    an image is resized, a side is a multiple of the patch size, so that no pixel is cut off. No
+    side is shorter than a patch.
     """
     scale = 1.0 if settings.resize_to is None else settings.resize_to / min(width, height)
     if settings.max_side is not None:
         scale = min(scale, settings.max_side / max(width, height))
-    if scale == 1.0 and min(width, height) >= patch_size:
+    if scale == 1.0 and min(width, height) >= patch_size and not settings.whole_patches:
         return width, height
     patches_x, patches_y = (max(1, round(side * scale / patch_size)) for side in (width, height))
     return patches_x * patch_size, patches_y * patch_size

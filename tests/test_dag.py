@@ -17,7 +17,7 @@ from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from pipeline import cli
-from pipeline.params import Params
+from pipeline.params import FORMATS, BenchParams, Params
 from pipeline.presets import list_presets, preset_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +32,7 @@ EVERYWHERE = {"errors.py", "files.py", "params.py", "runtime.py"}
 # Files of the package that are data of the module beside them, by the module that reads them.
 PACKAGE_DATA = {
     "pipeline/data/categories.py": ["pipeline/data/category_sets"],
+    "pipeline/models/zoo.py": ["pipeline/models/zoo.yaml"],
     "pipeline/demo/glyphs.py": ["pipeline/demo/glyphs.json"],
     "pipeline/stages/report.py": ["pipeline/report/report.css", "pipeline/report/report.html.j2"],
 }
@@ -149,8 +150,11 @@ def test_a_foreach_runs_over_a_table_of_params(stage: str) -> None:
     assert get_origin(table) is dict
     assert f"{section}.{KEY}" in body(stage)["params"]
     entries = [path for path in data_deps(stage) if path.startswith("${item.")]
+    _, entry = get_args(table)
+    kinds = FORMATS.values() if entry is BenchParams else [entry]
     for path in entries:
-        assert path.removeprefix("${item.").removesuffix("}") in get_args(table)[1].model_fields
+        for kind in kinds:
+            assert path.removeprefix("${item.").removesuffix("}") in kind.model_fields
 
 
 def params_used(tree: ast.AST) -> Iterator[str]:

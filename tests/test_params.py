@@ -236,3 +236,40 @@ def test_values_that_would_fail_later_are_refused_here(
     tmp_path: Path, text: str, said: str
 ) -> None:
     assert complaint(tmp_path, MINIMAL + text).startswith(said)
+
+
+def test_the_defaults_are_those_of_the_published_code(tmp_path: Path) -> None:
+    params = read(tmp_path, "")
+    assert (params.mask.refine, params.mask.solver_iterations) == (True, 25)
+    dense = params.pseudo_label
+    assert (dense.normalisation, dense.dense_attention) == ("imagenet", "maskclip")
+    assert (dense.key_affinity, dense.position_resize) == ("published", "size")
+    assert (dense.published_activation, dense.logit_scale) == (True, 100.0)
+    train = params.train
+    assert (train.normalisation, train.position_resize, train.token_norm) == (
+        "imagenet",
+        "scale",
+        "map",
+    )
+    assert (train.templates, train.logit_scale, train.mask_loss_reduction) == ("name", 1.0, "sum")
+    assert (train.keep_last_row_column, train.stop_gradient) == (False, True)
+    assert (params.evaluate.score_resolution, params.evaluate.whole_patches) == ("token", False)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("mask", "solver_iterations"),
+        ("pseudo_label", "key_affinity"),
+        ("pseudo_label", "position_resize"),
+        ("train", "normalisation"),
+        ("train", "position_resize"),
+        ("train", "token_norm"),
+        ("train", "mask_loss_reduction"),
+        ("evaluate", "score_resolution"),
+        ("evaluate", "whole_patches"),
+    ],
+)
+def test_an_unknown_variant_is_refused(tmp_path: Path, section: str, key: str) -> None:
+    message = complaint(tmp_path, f"{MINIMAL}{section}: {{{key}: better}}\n")
+    assert message.startswith(f"{section}.{key}: ")

@@ -37,7 +37,8 @@ def test_a_papers_preset_has_the_papers_settings(tmp_path: Path, name: str) -> N
     params = read_params(path)
     assert params.k == 500
     assert params.embed.encoder.model == "ViT-L-14-336-quickgelu"
-    assert {"imagenet1k", "pass"} <= set(params.index)
+    pools = {"imagenet1k"} if name == "zutis-imagenet-s" else {"imagenet1k", "pass"}
+    assert set(params.index) == pools
     assert (params.train.target, params.train.max_paste) == ("saliency", 10)
     assert (params.train.learning_rate, params.train.encoder_learning_rate) == (5e-5, 5e-6)
     assert params.train.iterations in (20_000, 80_000)
@@ -110,3 +111,35 @@ def test_an_existing_file_is_kept_unless_forced(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
     write_preset("demo", path, force=True)
     assert path.read_text(encoding="utf-8") == preset_text("demo")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("zutis-")])
+def test_a_papers_preset_behaves_like_the_published_code(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "params.yaml"
+    write_preset(name, path)
+    params = read_params(path)
+    published = {
+        "retrieve": {"overlap": "last", "num_negatives": 0},
+        "mask": {"refine": True, "solver_iterations": 25},
+        "pseudo_label": {
+            "normalisation": "imagenet",
+            "published_activation": True,
+            "dense_attention": "maskclip",
+            "key_affinity": "published",
+            "position_resize": "size",
+        },
+        "train": {
+            "normalisation": "imagenet",
+            "position_resize": "scale",
+            "token_norm": "map",
+            "templates": "name",
+            "logit_scale": 1.0,
+            "mask_loss_reduction": "sum",
+            "keep_last_row_column": False,
+            "stop_gradient": True,
+        },
+        "evaluate": {"score_resolution": "token", "whole_patches": False},
+    }
+    content = params.model_dump()
+    for section, settings in published.items():
+        assert {key: content[section][key] for key in settings} == settings, section

@@ -11,7 +11,9 @@ import typer
 
 from pipeline import __version__
 from pipeline.cli.demo import demo_app
+from pipeline.cli.imports import import_app
 from pipeline.cli.stages import stages_app
+from pipeline.cli.weights import weights_app
 from pipeline.errors import PipelineError
 from pipeline.files import OUT_OF_SPACE
 
@@ -25,6 +27,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(stages_app)
+app.add_typer(weights_app, name="weights", no_args_is_help=True)
+app.add_typer(import_app, name="import", no_args_is_help=True)
 app.add_typer(demo_app, name="demo", no_args_is_help=True)
 
 BAD_PATH = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)

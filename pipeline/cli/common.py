@@ -22,6 +22,7 @@ ARCHIVES = Path("data/archives.parquet")
 MASKS = Path("data/masks")
 LABELS = Path("data/labels")
 CHECKPOINT = Path("models/zutis")
+PREDICTIONS = Path("data/predictions")
 REPORTS = Path("reports")
 LIVE = REPORTS / "live"
 STATS = REPORTS / "stats"

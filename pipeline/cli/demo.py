@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import CHECKPOINT, PARAMS, STATS, ParamsPath, lookup, start
+from pipeline.cli.common import PARAMS, PREDICTIONS, STATS, ParamsPath, lookup
 from pipeline.params import read_params
 
 DEMO_MODELS = Path("models/demo")
@@ -38,20 +38,19 @@ def world(
 def picture(
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("docs/demo.png"),
     bench: Annotated[str, typer.Option(help="Name of a benchmark under `benches:`.")] = "voc",
-    checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Folder of the benchmark's predictions.")
+    ] = None,
     params_path: ParamsPath = PARAMS,
 ) -> None:
-    """Draw the README's picture from the benchmark and the checkpoint."""
+    """Draw the README's picture from the benchmark and its predictions."""
     from pipeline.demo.picture import draw_picture
-    from pipeline.stages.evaluate import prediction_settings
 
-    params, runtime = start(params_path)
+    params = read_params(params_path)
     draw_picture(
-        checkpoint,
+        predictions or PREDICTIONS / bench,
         out,
         bench=lookup(params.benches, bench, section="benches", params_path=params_path),
-        settings=prediction_settings(params.evaluate),
-        runtime=runtime,
     )
 
 

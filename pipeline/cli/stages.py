@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from pipeline.cli.benches import find_bench, result_name, shipped_bench
 from pipeline.cli.common import (
     ARCHIVES,
     CHECKPOINT,
@@ -16,6 +17,7 @@ from pipeline.cli.common import (
     LIVE,
     MASKS,
     PARAMS,
+    PREDICTIONS,
     REPORTS,
     STATS,
     ParamsPath,
@@ -25,6 +27,9 @@ from pipeline.cli.common import (
     start,
 )
 from pipeline.files import read_json
+from pipeline.presets import bench_text, list_benches
+
+Model = Literal["zutis", "denseclip"]
 
 stages_app = typer.Typer()
 
@@ -169,9 +174,28 @@ def train(
 
 @stages_app.command()
 def evaluate(
-    bench: Annotated[str, typer.Option(help="Name of a benchmark under `benches:`.")],
-    checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
+    bench: Annotated[
+        str, typer.Option(help="Name of a benchmark, under `benches:` or of `pipeline benches`.")
+    ],
+    checkpoint: Annotated[
+        Path, typer.Option(help="Folder of the checkpoint, or name of published weights.")
+    ] = CHECKPOINT,
     out: Annotated[Path, typer.Option(help="Folder of metrics, plots and overlays.")] = REPORTS,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Folder of the prediction shards.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the benchmark's data, where not its own.")
+    ] = None,
+    model: Annotated[
+        Model, typer.Option(help="`denseclip`: the training-free baseline alone, no checkpoint.")
+    ] = "zutis",
+    open_vocabulary: Annotated[
+        bool, typer.Option(help="Score categories that the checkpoint was not trained with.")
+    ] = False,
+    corruption: Annotated[
+        str | None, typer.Option(help="Disturb the images: NAME:LEVEL, level 1 to 5.")
+    ] = None,
     params_path: ParamsPath = PARAMS,
     stats: Annotated[Path | None, typer.Option(help="Where the counts are written.")] = None,
 ) -> None:
@@ -181,15 +205,34 @@ def evaluate(
     params, runtime = start(params_path)
     stage.run(
         bench_name=bench,
-        bench=lookup(params.benches, bench, section="benches", params_path=params_path),
-        checkpoint_dir=checkpoint,
+        bench=find_bench(
+            params.benches, bench, params_path=params_path, root=root, corruption=corruption
+        ),
+        checkpoint_dir=checkpoint if model == "zutis" else None,
         out_dir=out,
+        predictions_dir=predictions or PREDICTIONS / result_name(bench, model, corruption),
         params=params.evaluate,
         baseline=params.pseudo_label,
         background=params.background,
         runtime=runtime,
-        stats_path=stats or out / "stats" / f"evaluate-{bench}.json",
+        stats_path=stats
+        or out / "stats" / f"evaluate-{result_name(bench, model, corruption)}.json",
+        open_vocabulary=open_vocabulary,
+        result_name=result_name(bench, model, corruption),
     )
+
+
+@stages_app.command()
+def benches(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+) -> None:
+    """List the shipped benchmarks; `pipeline evaluate --bench NAME` scores on one."""
+    if name is not None:
+        print(bench_text(name), end="")
+        return
+    for known, summary in list_benches():
+        state = "found" if shipped_bench(known).root.is_dir() else "no data"
+        print(f"{known:20} {state:8} {summary}")
 
 
 @stages_app.command()

@@ -10,63 +10,73 @@ from PIL import Image
 
 from pipeline.data.benchmarks import Example, open_bench
 from pipeline.data.categories import load_category_set
+from pipeline.data.images import load_image
+from pipeline.errors import PipelineError
 from pipeline.files import write_bytes
 from pipeline.params import BenchParams
-from pipeline.predictor import PredictionSettings, Segmenter
-from pipeline.runtime import Runtime
+from pipeline.scoring.pictures import drawn_objects
+from pipeline.scoring.predictions import PredictionStore, StoredPrediction
 from pipeline.viz import colour_map, displayed, grid, overlay_instances, overlay_semantic
 
 PER_GROUP = 4
 COLUMN_WIDTH = 160
+SHOWN_SCORE = 0.5  # instances below it are many and faint; the report shows all
 
 
-def draw_picture(
-    checkpoint_dir: Path,
-    out_path: Path,
-    *,
-    bench: BenchParams,
-    settings: PredictionSettings,
-    runtime: Runtime,
-) -> None:
+def draw_picture(predictions_dir: Path, out_path: Path, *, bench: BenchParams) -> None:
     """Write a PNG with one column an image: image, truth, semantic mask, instances.
 
     The columns are the images at the middle of each quarter of every group, in order.
 
     Raises:
-        PipelineError: no checkpoint, or a benchmark that lacks a part.
+        PipelineError: no predictions, or a benchmark that lacks a part.
     """
     categories = load_category_set(bench.categories)
-    segmenter = Segmenter.load(
-        checkpoint_dir, categories=categories, settings=settings, runtime=runtime
-    )
-    examples = []
+    store = PredictionStore(predictions_dir)
+    numbers = {
+        example.image_id: number
+        for number, example in enumerate(_examples(bench, bench.split, categories))
+    }
+    chosen = []
     for split in bench.groups.values() or [bench.split]:
-        part = list(
-            open_bench(
-                format=bench.format, root=bench.root, split=split, categories=categories, groups={}
-            )
-        )
+        part = _examples(bench, split, categories)
         step = max(1, len(part) // PER_GROUP)
-        examples += part[step // 2 :: step][:PER_GROUP]
-    columns = [_column(example, segmenter) for example in examples]
+        chosen += part[step // 2 :: step][:PER_GROUP]
+    columns = []
+    for example in chosen:
+        prediction = store.get(numbers[example.image_id], example.image_id)
+        if prediction is None:
+            raise PipelineError(f"{predictions_dir}: no prediction of image {example.image_id}")
+        columns.append(_column(example, prediction, categories))
     pictures = [column[row] for row in range(len(columns[0])) for column in columns]
     buffer = io.BytesIO()
     grid(pictures, columns=len(columns)).save(buffer, "PNG", optimize=True)
     write_bytes(out_path, buffer.getvalue())
 
 
-def _column(example: Example, segmenter: Segmenter) -> list[Image.Image]:
-    with Image.open(example.image_path) as opened:
-        image = np.asarray(opened.convert("RGB"))
-    prediction = segmenter(image)
-    palette = colour_map(len(segmenter.categories) + 1)
-    # Instances below this score are many and faint; the report shows all.
-    confident = [instance for instance in prediction.instances if instance.score >= 0.5]
+def _examples(bench: BenchParams, split: str, categories: list[str]) -> list[Example]:
+    return list(
+        open_bench(
+            format=bench.format,
+            root=bench.root,
+            split=split,
+            categories=categories,
+            **bench.layout(),
+        )
+    )
+
+
+def _column(
+    example: Example, prediction: StoredPrediction, categories: list[str]
+) -> list[Image.Image]:
+    image = np.asarray(load_image(example.image_path))
+    palette = colour_map(len(categories) + 1)
+    confident = [item for item in prediction.objects or [] if item.score >= SHOWN_SCORE]
     pictures = [
         displayed(image),
         overlay_semantic(image, example.semantic(), palette),
-        overlay_semantic(image, prediction.semantic, palette),
-        overlay_instances(image, confident, names=segmenter.categories),
+        overlay_semantic(image, prediction.labels, palette),
+        overlay_instances(image, drawn_objects(confident), names=categories),
     ]
     height = round(COLUMN_WIDTH * image.shape[0] / image.shape[1])
     return [picture.resize((COLUMN_WIDTH, height)) for picture in pictures]

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# Size of an object: the largest share of the image that it may cover, in percent.
+SIZES = {"s": 5, "ms": 25, "ml": 50, "l": 100}
+
 
 @dataclass(frozen=True)
 class SemanticScores:
@@ -78,9 +81,9 @@ class ConfusionMatrix:
         frequency = _ratio(in_target, np.full(self.num_classes, total))
         present = in_target > 0
         return SemanticScores(
-            miou=_mean(iou),
+            miou=mean_known(iou),
             pixel_acc=float(diagonal.sum() / total) if total else float("nan"),
-            mean_acc=_mean(_ratio(diagonal, in_target)),
+            mean_acc=mean_known(_ratio(diagonal, in_target)),
             freq_weighted_iou=(
                 float((frequency[present] * iou[present]).sum()) if total else float("nan")
             ),
@@ -88,13 +91,67 @@ class ConfusionMatrix:
         )
 
 
+class SizeIou:
+    """Mean IoU by the size of what is to be found, as ImageNet-S reports it.
+
+    A class is of one size in an image: that of the smallest share of `SIZES` which its pixels do
+    not exceed. IoU at a size looks only at the pixels of classes of that size and of background, so
+    what was painted over objects of another size does not count. As in the official evaluator
+    (LUSSeg/ImageNet-S, evaluation/metric.py) shares are of the whole image, void included, the
+    background is one of the classes, and the mean is over the classes with such pixels.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        """Start from nothing; `num_classes` counts the background as well."""
+        # Intersection, target and prediction, by size and class.
+        self._counts = np.zeros((len(SIZES), 3, num_classes), dtype=np.int64)
+
+    def update(self, *, target: NDArray[np.integer], prediction: NDArray[np.integer]) -> None:
+        """Add the pixels of one image; see `ConfusionMatrix.update`."""
+        num_classes = self._counts.shape[-1]
+        areas = np.bincount(target[target >= 0].astype(np.int64), minlength=num_classes)
+        bounds = np.array(list(SIZES.values()))
+        # 100 area <= percent total, in integers: exact at the bounds.
+        sizes = np.searchsorted(bounds * target.size, 100 * areas[:num_classes], side="left")
+        for size, counts in enumerate(self._counts):
+            members = (sizes == size) & (areas[:num_classes] > 0)
+            members[0] = False
+            if not members.any():
+                continue
+            members[0] = True
+            counted = (target >= 0) & (target < num_classes)
+            counted[counted] = members[target[counted]]
+            truth, found = target[counted], prediction[counted]
+            for row, labels in zip(counts, (truth[truth == found], truth, found), strict=True):
+                row += np.bincount(labels.astype(np.int64), minlength=num_classes)
+
+    def merge(self, other: SizeIou) -> None:
+        """Add the counts of another one over the same classes."""
+        self._counts += other._counts
+
+    def compute(self) -> dict[str, float]:
+        """Size -> mean IoU in [0, 1]; NaN where no class has that size."""
+        scores = {}
+        for size, (shared, in_target, predicted) in zip(SIZES, self._counts, strict=True):
+            iou = _ratio(shared, in_target + predicted - shared)
+            scores[size] = mean_known(iou[in_target > 0])
+        return scores
+
+
+def mean_known(values: NDArray[np.float64]) -> float:
+    """Mean of the values that are not NaN; NaN if none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def harmonic_mean(first: float, second: float) -> float:
+    """2 a b / (a + b), 0 if both are 0; NaN if one is."""
+    total = first + second
+    return 2 * first * second / total if total else 0.0
+
+
 def _ratio(numerator: NDArray[Any], denominator: NDArray[Any]) -> NDArray[np.float64]:
     """Quotient, NaN where the denominator is 0."""
     result = np.full(numerator.shape, np.nan)
     np.divide(numerator, denominator, out=result, where=denominator > 0)
     return result
-
-
-def _mean(values: NDArray[np.float64]) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")

@@ -1,4 +1,6 @@
-"""Presets: complete params files, from the embedded default to the papers' settings."""
+"""Presets: complete params files, from the embedded default to the papers' settings, and entries of
+`benches:` for the benchmarks that they report on.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,32 @@ from pipeline.errors import PipelineError
 from pipeline.files import write_bytes
 
 _FOLDER = Path(__file__).parent
+_BENCHES = _FOLDER / "benches"
 _OWN_IMAGES = "folder"
 
 
 def list_presets() -> list[tuple[str, str]]:
     """Names of the presets and the first line of each file's comment."""
-    return [
-        (path.stem, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
-        for path in sorted(_FOLDER.glob("*.yaml"))
-    ]
+    return _summaries(_FOLDER)
+
+
+def list_benches() -> list[tuple[str, str]]:
+    """Names of the shipped benchmarks and the first line of each file's comment."""
+    return _summaries(_BENCHES)
+
+
+def bench_text(name: str) -> str:
+    """Content of a shipped benchmark's file: what stands below `benches: NAME:`, with comments.
+
+    Raises:
+        PipelineError: no shipped benchmark has this name.
+    """
+    names = [known for known, _ in list_benches()]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise PipelineError(f"no benchmark {name!r} is shipped; {hint}known: {', '.join(names)}")
+    return (_BENCHES / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def preset_text(name: str) -> str:
@@ -59,6 +78,13 @@ def write_preset(
     if out.exists() and not force:
         raise PipelineError(f"{out}: exists already; add --force to overwrite it")
     write_bytes(out, _filled_in(text, images, categories).encode())
+
+
+def _summaries(folder: Path) -> list[tuple[str, str]]:
+    return [
+        (path.stem, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
+        for path in sorted(folder.glob("*.yaml"))
+    ]
 
 
 def _filled_in(text: str, images: Path | None, categories: list[str] | None) -> str:

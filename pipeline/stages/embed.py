@@ -69,7 +69,12 @@ def run(
         PipelineError: no image is there, or none can be read; the encoder cannot be loaded.
     """
     refs = list(list_images(name, source))
-    encoder = load_clip(params.encoder.model, params.encoder.pretrained, runtime.device)
+    encoder = load_clip(
+        params.encoder.model,
+        params.encoder.pretrained,
+        runtime.device,
+        cache_dir=runtime.cache_dir,
+    )
     settings = {
         "version": CACHE_VERSION,
         "encoder": encoder.fingerprint(),

@@ -36,11 +36,13 @@ from pipeline.data.sources import read_image
 from pipeline.data.tables import ArchiveRow, read_archives
 from pipeline.errors import PipelineError
 from pipeline.files import file_sha256
-from pipeline.models.bilateral import bilateral_solve
-from pipeline.models.clip import load_clip
+from pipeline.models.bilateral import MAX_STEPS, bilateral_solve
+from pipeline.models.clip import ClipEncoder, load_clip
+from pipeline.models.dino import DINO_MODELS, DinoEncoder, load_dino
 from pipeline.models.selfmask import load_selfmask
 from pipeline.models.spectral import spectral_mask
-from pipeline.params import MaskParams
+from pipeline.models.zoo import resolve_weights
+from pipeline.params import EncoderParams, MaskParams
 from pipeline.runtime import Runtime, StageRun
 
 # Raise it when masks change though their settings do not: it keeps old ones out of the cache.
@@ -120,6 +122,7 @@ def run(
         "version": MASK_VERSION,
         **masker.settings,
         "refine": params.refine,
+        "solver_iterations": params.solver_iterations,
         "short_side": params.short_side,
     }
     with (
@@ -142,7 +145,8 @@ def make_masker(params: MaskParams, runtime: Runtime) -> Masker:
 
 
 def _selfmask_masker(params: MaskParams, runtime: Runtime) -> Masker:
-    model = load_selfmask(params.weights, runtime.device)
+    weights = resolve_weights(params.weights, runtime.cache_dir)
+    model = load_selfmask(weights, runtime.device)
 
     def predict(images: Tensor) -> Tensor:
         with runtime.autocast():
@@ -151,7 +155,7 @@ def _selfmask_masker(params: MaskParams, runtime: Runtime) -> Masker:
     return Masker(
         settings={
             "source": "selfmask",
-            "weights": file_sha256(params.weights),
+            "weights": file_sha256(weights),
             "architecture": asdict(model.config),
             "threshold": params.threshold,
             "precision": str(runtime.amp_dtype),
@@ -163,7 +167,7 @@ def _selfmask_masker(params: MaskParams, runtime: Runtime) -> Masker:
 
 
 def _spectral_masker(params: MaskParams, runtime: Runtime) -> Masker:
-    encoder = load_clip(params.encoder.model, params.encoder.pretrained, runtime.device)
+    encoder = _load_patch_encoder(params.encoder, runtime)
     patch = encoder.patch_size
 
     def predict(images: Tensor) -> Tensor:
@@ -195,6 +199,11 @@ def _spectral_masker(params: MaskParams, runtime: Runtime) -> Masker:
         predict=predict,
         threshold=0.5,
     )
+
+
+def _load_patch_encoder(params: EncoderParams, runtime: Runtime) -> ClipEncoder | DinoEncoder:
+    load = load_dino if params.model in DINO_MODELS else load_clip
+    return load(params.model, params.pretrained, runtime.device, cache_dir=runtime.cache_dir)
 
 
 def _samples(
@@ -269,9 +278,13 @@ def _masks_by_sha256(
     stage_run.count("cached", len(photos) - len(unknown))
     for batch in _equal_size_batches(unknown, params.batch_size):
         images = [unknown[sha256] for sha256 in batch]
-        for sha256, mask in zip(
-            batch, predict_masks(images, masker=masker, refine=params.refine), strict=True
-        ):
+        predicted = predict_masks(
+            images,
+            masker=masker,
+            refine=params.refine,
+            solver_iterations=params.solver_iterations,
+        )
+        for sha256, mask in zip(batch, predicted, strict=True):
             masks[sha256] = encode_png(mask)
             cache.put(sha256, masks[sha256])
     return masks
@@ -288,7 +301,11 @@ def _equal_size_batches(images: dict[str, Image.Image], batch_size: int) -> Iter
 
 
 def predict_masks(
-    images: Sequence[Image.Image], *, masker: Masker, refine: bool
+    images: Sequence[Image.Image],
+    *,
+    masker: Masker,
+    refine: bool,
+    solver_iterations: int = MAX_STEPS,
 ) -> list[NDArray[np.bool_]]:
     """Masks of some RGB images of one size.
 
@@ -297,6 +314,7 @@ def predict_masks(
         masker: see `make_masker`.
         refine: snap each mask to the edges of its image by the bilateral solver. An empty mask
             stays empty.
+        solver_iterations: of the bilateral solver.
 
     Returns:
         (H, W) masks.
@@ -315,7 +333,7 @@ def predict_masks(
     if not refine:
         return list(masks)
     return [
-        bilateral_solve(image, mask) > 0.5 if mask.any() else mask
+        bilateral_solve(image, mask, max_steps=solver_iterations) > 0.5 if mask.any() else mask
         for image, mask in zip(pixels, masks, strict=True)
     ]
 
@@ -330,7 +348,7 @@ def _sample(photo: Photo, mask_png: bytes) -> dict[str, Any]:
             "category": row.category,
             "label_id": row.label_id,
             "rank": row.rank,
-            "similarity": row.similarity,
+            "similarity": None if math.isnan(row.similarity) else row.similarity,
             "key": row.key,
             "source": row.source,
             "path": row.path,

@@ -11,15 +11,16 @@ from typing import Any, TextIO
 import numpy as np
 from PIL import Image
 
+from pipeline.bench_predictor import batches
 from pipeline.data.images import ImageError, load_image
 from pipeline.data.sources import EXTENSIONS, check_utf8
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, replace_dir
-from pipeline.metrics.instance import coco_annotation, encode_mask
+from pipeline.metrics.rle import coco_annotation, encode_mask
 from pipeline.params import EvaluateParams
 from pipeline.predictor import Prediction, Segmenter
 from pipeline.runtime import Runtime, StageRun
-from pipeline.stages.evaluate import batches, prediction_settings
+from pipeline.stages.evaluate import prediction_settings
 from pipeline.viz import colour_map, grid, overlay_instances, overlay_semantic
 
 OVERLAYS = "overlays"

@@ -16,10 +16,10 @@ from torch import Tensor
 from pipeline.data.cache import BlobCache
 from pipeline.data.images import encode_label, encode_png, load_image
 from pipeline.data.labels import BACKGROUND, encode_confidence
-from pipeline.data.prompts import templates
 from pipeline.data.shards import SampleStore, open_samples, write_shards
 from pipeline.errors import PipelineError
-from pipeline.models.clip import ClipEncoder, label_embeddings, load_clip
+from pipeline.labeller import build_denseclip
+from pipeline.models.clip import load_clip
 from pipeline.models.denseclip import DenseClip
 from pipeline.params import PseudoLabelParams
 from pipeline.runtime import Runtime, StageRun
@@ -61,7 +61,12 @@ def run(
     store = open_samples(mask_dir, members=MASK_MEMBERS)
     if len(store) == 0:
         raise PipelineError(f"{mask_dir}: no samples; run the mask stage again")
-    encoder = load_clip(params.encoder.model, params.encoder.pretrained, runtime.device)
+    encoder = load_clip(
+        params.encoder.model,
+        params.encoder.pretrained,
+        runtime.device,
+        cache_dir=runtime.cache_dir,
+    )
     model = build_denseclip(encoder, categories=categories, background=background, params=params)
     protocol = {
         "background": list(background),
@@ -81,32 +86,6 @@ def run(
             shard_size=params.shard_size,
             settings={"encoder": params.encoder.model_dump(), "denseclip": protocol},
         )
-
-
-def build_denseclip(
-    encoder: ClipEncoder,
-    *,
-    categories: Sequence[str],
-    background: Sequence[str],
-    params: PseudoLabelParams,
-) -> DenseClip:
-    """DenseCLIP for a category list, with the settings of section `pseudo_label`."""
-    text = label_embeddings(
-        encoder,
-        background=background,
-        categories=categories,
-        templates=templates(params.templates),
-    )
-    return DenseClip(
-        encoder,
-        text,
-        normalisation=params.normalisation,
-        published_activation=params.published_activation,
-        dense_attention=params.dense_attention,
-        prompt_denoising=params.prompt_denoising,
-        key_smoothing=params.key_smoothing,
-        logit_scale=params.logit_scale,
-    ).eval()
 
 
 class _Labeller:

@@ -23,10 +23,12 @@ from pipeline.data.tables import ArchiveRow, read_archives
 from pipeline.errors import PipelineError
 from pipeline.files import write_bytes
 from pipeline.params import EncoderParams, Params, read_params
+from pipeline.report.ablations import read_ablations
 from pipeline.report.curves import read_curves
 from pipeline.report.inputs import NO_VALUE, integer
 from pipeline.report.pictures import category_colour
 from pipeline.report.predictions import read_best_and_worst, read_typical
+from pipeline.report.published import read_published
 from pipeline.report.runs import has_run, index_size, read_stages, time_of_all
 from pipeline.report.samples import TargetMaker, read_samples
 from pipeline.report.scores import read_audits, read_benches
@@ -59,7 +61,8 @@ def run(
         live_dir: DVCLive's folder of the training run.
         params_path: params file of the run.
         stats_path: where this stage's own counts go.
-        reports_dir: folder with `stats/`, `metrics/`, `plots/` and `overlays/`.
+        reports_dir: folder with `stats/`, `metrics/`, `plots/`, `overlays/` and, if they are to be
+            shown, `published.yaml` and `ablations/`.
         out_path: the HTML file.
 
     Raises:
@@ -83,6 +86,9 @@ def run(
             raise PipelineError(
                 f"{reports_dir}: nothing to report on, no stage has run yet; run `dvc repro`"
             )
+        published = read_published(reports_dir / "published.yaml", metrics_dir)
+        results["published"] = list(published.values())
+        results["ablations"] = read_ablations(reports_dir / "ablations", published)
         categories = _category_names(archives, params)
         write_bytes(out_path, _render(stages, results, categories, params).encode())
         stage.advance(1 + len(results))

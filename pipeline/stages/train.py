@@ -20,10 +20,10 @@ from pipeline.data.training_set import Archives, Batch, Composition, TrainingSet
 from pipeline.errors import PipelineError
 from pipeline.files import check_writable
 from pipeline.models.build import WEIGHTS_NAME, build_zutis, save_checkpoint
-from pipeline.models.clip import label_embeddings, load_clip
+from pipeline.models.clip import ClipEncoder, label_embeddings, load_clip
 from pipeline.models.losses import mask_loss, semantic_loss
 from pipeline.models.schedule import param_groups, set_learning_rates
-from pipeline.models.zutis import Zutis
+from pipeline.models.zutis import IMAGENET_MEAN, IMAGENET_STD, Zutis
 from pipeline.params import TrainParams
 from pipeline.runtime import Runtime, StageRun
 
@@ -59,35 +59,20 @@ def run(
     """
     check_writable(Path(out_dir) / WEIGHTS_NAME)
     torch.manual_seed(runtime.seed)
-    device = runtime.device
     with StageRun(
         "train", stats_path=stats_path, total=params.iterations, unit="iteration"
     ) as stage:
-        archives = Archives(
-            labels_dir,
-            categories=categories,
-            target=params.target,
-            confidence_threshold=params.confidence_threshold,
-            conflict=params.conflict,
-            split_components=params.split_components,
-        )
-        stage.count("archive_images", sum(len(part) for part in archives.objects.values()))
-        stage.count("negatives", len(archives.negatives))
-        stage.count("empty_masks", archives.num_empty)
+        archives = _open_archives(labels_dir, categories, params=params, stage=stage)
         batches = _batches(archives, params=params, runtime=runtime)
-
-        model, text_embeddings = _load_model(categories, background, params=params, device=device)
-        config = _checkpoint_config(categories, background, params=params, seed=runtime.seed)
-        groups = param_groups(
-            model,
-            lr=params.learning_rate,
-            encoder_lr=params.encoder_learning_rate,
-            weight_decay=params.weight_decay,
+        model, text_embeddings, architecture = _load_model(
+            categories, background, params=params, runtime=runtime
         )
-        optimizer = torch.optim.AdamW(groups, fused=True)
-
+        config = _checkpoint_config(
+            categories, background, architecture=architecture, params=params, seed=runtime.seed
+        )
+        optimizer = _make_optimizer(model, params)
         with _open_live(live_dir) as live:
-            totals, num_summed, since = torch.zeros(3, device=device), 0, time.monotonic()
+            log = _LossLog(live, stage, batch_size=params.batch_size, device=runtime.device)
             for step, batch in enumerate(batches, start=1):
                 set_learning_rates(optimizer, step - 1, params.iterations)
                 losses = _losses(
@@ -96,25 +81,79 @@ def run(
                 optimizer.zero_grad()
                 losses[0].backward()
                 optimizer.step()
-                totals += losses.detach()
-                num_summed += 1
-
-                is_last = step == params.iterations
-                saves = is_last or step % params.checkpoint_every == 0
+                log.add(losses)
+                saves = step == params.iterations or step % params.checkpoint_every == 0
                 if saves or step % params.log_every == 0:
-                    # Reading a number makes the CPU wait for the device; so does the matching.
-                    means = (totals / num_summed).tolist()
-                    _check_finite(means[0], step)
-                    live.step = step
-                    for name, value in zip(("loss", "semantic", "mask"), means, strict=True):
-                        live.log_metric(f"train/{name}", value)
-                    live.log_metric("train/learning_rate", optimizer.param_groups[-1]["lr"])
-                    rate = num_summed * params.batch_size / (time.monotonic() - since)
-                    stage.postfix(f"loss {means[0]:.3f}, {rate:.0f} images/s")
-                    totals, num_summed, since = torch.zeros_like(totals), 0, time.monotonic()
+                    log.write(step, learning_rate=optimizer.param_groups[-1]["lr"])
                 if saves:
                     save_checkpoint(out_dir, model, {**config, "step": step})
                 stage.advance()
+
+
+class _LossLog:
+    """Means of the losses since the last line, to DVCLive and the progress bar."""
+
+    def __init__(
+        self, live: Live, stage: StageRun, *, batch_size: int, device: torch.device
+    ) -> None:
+        self._live = live
+        self._stage = stage
+        self._batch_size = batch_size
+        self._totals = torch.zeros(3, device=device)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._totals.zero_()
+        self._num_summed, self._since = 0, time.monotonic()
+
+    def add(self, losses: Tensor) -> None:
+        """Take in total, semantic and mask loss (3,) of one step, without waiting for them."""
+        self._totals += losses.detach()
+        self._num_summed += 1
+
+    def write(self, step: int, *, learning_rate: float) -> None:
+        """Log the means; reading them makes the CPU wait for the device.
+
+        Raises:
+            PipelineError: the loss is no longer finite.
+        """
+        means = (self._totals / self._num_summed).tolist()
+        _check_finite(means[0], step)
+        self._live.step = step
+        for name, value in zip(("loss", "semantic", "mask"), means, strict=True):
+            self._live.log_metric(f"train/{name}", value)
+        self._live.log_metric("train/learning_rate", learning_rate)
+        rate = self._num_summed * self._batch_size / (time.monotonic() - self._since)
+        self._stage.postfix(f"loss {means[0]:.3f}, {rate:.0f} images/s")
+        self._restart()
+
+
+def _open_archives(
+    labels_dir: Path, categories: list[str], *, params: TrainParams, stage: StageRun
+) -> Archives:
+    """The archives of the label shards, counted."""
+    archives = Archives(
+        labels_dir,
+        categories=categories,
+        target=params.target,
+        confidence_threshold=params.confidence_threshold,
+        conflict=params.conflict,
+        split_components=params.split_components,
+    )
+    stage.count("archive_images", sum(len(part) for part in archives.objects.values()))
+    stage.count("negatives", len(archives.negatives))
+    stage.count("empty_masks", archives.num_empty)
+    return archives
+
+
+def _make_optimizer(model: Zutis, params: TrainParams) -> torch.optim.Optimizer:
+    groups = param_groups(
+        model,
+        lr=params.learning_rate,
+        encoder_lr=params.encoder_learning_rate,
+        weight_decay=params.weight_decay,
+    )
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def _open_live(live_dir: Path) -> Live:
@@ -152,7 +191,7 @@ def _losses(
         ignore_index=IGNORE_INDEX,
     )
     try:
-        mask = mask_loss(output.mask_probs, instance_masks)
+        mask = mask_loss(output.mask_probs, instance_masks, reduction=params.mask_loss_reduction)
     except PipelineError as error:
         raise PipelineError(f"step {step}: {error}") from None
     total = params.ce_weight * semantic + params.mask_weight * mask
@@ -184,10 +223,15 @@ def _batches(archives: Archives, *, params: TrainParams, runtime: Runtime) -> It
 
 
 def _load_model(
-    categories: list[str], background: list[str], *, params: TrainParams, device: torch.device
-) -> tuple[Zutis, Tensor]:
-    """A fresh ZUTIS around the encoder, and text embeddings (1 + K, C) by label id."""
-    clip = load_clip(params.encoder.model, params.encoder.pretrained, device)
+    categories: list[str], background: list[str], *, params: TrainParams, runtime: Runtime
+) -> tuple[Zutis, Tensor, dict[str, Any]]:
+    """A fresh ZUTIS around the encoder, text embeddings (1 + K, C) by label id, architecture."""
+    clip = load_clip(
+        params.encoder.model,
+        params.encoder.pretrained,
+        runtime.device,
+        cache_dir=runtime.cache_dir,
+    )
     if params.crop_size < clip.patch_size:
         raise PipelineError(
             f"train.crop_size: {params.crop_size} is less than one patch of "
@@ -196,27 +240,38 @@ def _load_model(
     text_embeddings = label_embeddings(
         clip, background=background, categories=categories, templates=templates(params.templates)
     )
-    model = build_zutis(clip.visual.requires_grad_(True), **_architecture(params))
-    return model.to(device).train(), text_embeddings
+    architecture = _architecture(params, clip)
+    model = build_zutis(clip.visual.requires_grad_(True), **architecture)
+    return model.to(runtime.device).train(), text_embeddings, architecture
 
 
-def _architecture(params: TrainParams) -> dict[str, Any]:
+def _architecture(params: TrainParams, clip: ClipEncoder) -> dict[str, Any]:
     """The arguments of `build_zutis` beside the encoder."""
+    own = params.normalisation == "clip"
     return {
         "num_queries": params.num_queries,
         "decoder_layers": params.decoder_layers,
         "num_heads": params.num_heads,
         "feedforward_dim": params.feedforward_dim,
         "stop_gradient": params.stop_gradient,
+        "mean": clip.mean.flatten().tolist() if own else list(IMAGENET_MEAN),
+        "std": clip.std.flatten().tolist() if own else list(IMAGENET_STD),
+        "position_resize": params.position_resize,
+        "token_norm": params.token_norm,
     }
 
 
 def _checkpoint_config(
-    categories: list[str], background: list[str], *, params: TrainParams, seed: int
+    categories: list[str],
+    background: list[str],
+    *,
+    architecture: dict[str, Any],
+    params: TrainParams,
+    seed: int,
 ) -> dict[str, Any]:
     """What a checkpoint says of itself; `step` comes at saving."""
     return {
-        "architecture": _architecture(params),
+        "architecture": architecture,
         "encoder": params.encoder.model_dump(mode="json"),
         "categories": categories,
         "background": background,

@@ -3,29 +3,60 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import encoded_image, noise_image
+from data.benchmarks.fixtures import (
+    COCA_CATEGORIES,
+    CONTEXT_CATEGORIES,
+    CUB_CATEGORIES,
+    IMAGENET_S_CATEGORIES,
+    VOC_CATEGORIES,
+    Maps,
+    write_coca,
+    write_context,
+    write_cub,
+    write_imagenet_s,
+    write_voc,
+)
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from tiny_checkpoint import CATEGORIES, write_checkpoint
 
+from pipeline.cli.benches import shipped_bench
 from pipeline.data.benchmarks.voc import VocWriter
+from pipeline.data.corruptions import corrupt
 from pipeline.data.labels import IGNORE_INDEX
+from pipeline.data.shards import read_shards
 from pipeline.errors import PipelineError
+from pipeline.files import digest
+from pipeline.labeller import build_denseclip
+from pipeline.metrics.rle import coco_annotation, encode_mask
 from pipeline.metrics.semantic import ConfusionMatrix
 from pipeline.models.clip import load_clip
-from pipeline.params import BenchParams, EncoderParams, EvaluateParams, PseudoLabelParams
-from pipeline.predictor import Prediction, Segmenter
+from pipeline.params import (
+    CocoBench,
+    CubBench,
+    EncoderParams,
+    EvaluateParams,
+    PseudoLabelParams,
+    VocBench,
+)
+from pipeline.predictor import Prediction, PredictionSettings, Segmenter
 from pipeline.runtime import Runtime
+from pipeline.scoring.predictions import PredictionStore
 from pipeline.stages import evaluate
-from pipeline.stages.pseudo_label import build_denseclip
 
 SIZES = ((40, 56), (64, 33), (48, 48))
+PARAMS = EvaluateParams(overlays=2, batch_size=2)
 SCORES = ("ap", "ap50", "ap75", "ap_agnostic", "ap50_agnostic", "ap75_agnostic")
 
 
@@ -51,23 +82,37 @@ class Bench:
             writer.add(image_id, self.jpegs[image_id], semantic, objects)
         writer.write_split("val", truth)
 
-    def evaluate(self, out_dir: Path, *, open_vocabulary: bool = False, **changes: object) -> dict:
-        sections = {"params": EvaluateParams(overlays=2, batch_size=2)}
-        sections["params"] = changes.pop("params", sections["params"])
-        bench = BenchParams(**({"root": self.root, "categories": CATEGORIES} | changes))
+    def evaluate(
+        self,
+        out_dir: Path,
+        *,
+        params: EvaluateParams = PARAMS,
+        open_vocabulary: bool = False,
+        denseclip: bool = False,
+        runtime: Runtime | None = None,
+        **changes: object,
+    ) -> dict:
+        """Metrics of this benchmark with some fields changed."""
+        fields = {"format": "voc", "root": self.root, "split": "val", "categories": CATEGORIES}
+        entry = changes.pop("entry", None) or VocBench(**(fields | changes))
         evaluate.run(
             bench_name="tiny",
-            bench=bench,
-            checkpoint_dir=self.checkpoint_dir,
+            bench=entry,
+            checkpoint_dir=None if denseclip else self.checkpoint_dir,
             out_dir=out_dir,
+            predictions_dir=predictions_of(out_dir),
+            params=params,
             baseline=self.baseline,
             background=["background"],
-            runtime=self.runtime,
+            runtime=runtime or self.runtime,
             stats_path=out_dir / "stats.json",
             open_vocabulary=open_vocabulary,
-            **sections,
         )
         return json.loads((out_dir / "metrics/tiny.json").read_text())
+
+
+def predictions_of(out_dir: Path) -> Path:
+    return out_dir.with_name(f"{out_dir.name}-predictions")
 
 
 @pytest.fixture
@@ -114,7 +159,7 @@ def test_truth_like_the_prediction_scores_100(bench: Bench, tmp_path: Path) -> N
     assert (metrics["miou"], metrics["pixel_acc"], metrics["n_images"]) == (100, 100, 3)
     assert metrics["baseline_miou"] < 90
     rows = read_csv(tmp_path / "out/plots/tiny_per_class.csv")
-    assert rows[0] == ["category", "iou", "baseline_iou"]
+    assert rows[0] == ["category", "iou", "baseline_iou", "ap"]
     assert [row[0] for row in rows[1:]] == ["background", *CATEGORIES]
     assert {row[1] for row in rows[1:]} <= {"100.0", ""}
 
@@ -225,17 +270,18 @@ def test_two_runs_write_the_same_bytes(bench: Bench, tmp_path: Path) -> None:
     bench.write(from_predictions(bench))
     files = []
     for name in ("first", "second"):
-        bench.evaluate(tmp_path / name)
-        paths = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
+        out_dir = tmp_path / name
+        bench.evaluate(out_dir)
         files.append(
             {
-                path.relative_to(tmp_path / name): path.read_bytes()
-                for path in paths
-                if path.name != "stats.json"
+                path.relative_to(folder): path.read_bytes()
+                for folder in (out_dir, predictions_of(out_dir))
+                for path in folder.rglob("*")
+                if path.is_file() and path.name != "stats.json"
             }
         )
     assert files[0] == files[1]
-    assert {path.suffix for path in files[0]} == {".json", ".csv", ".png"}
+    assert {path.suffix for path in files[0]} == {".json", ".csv", ".png", ".tar"}
 
 
 def test_unreadable_images_are_skipped_and_counted(bench: Bench, tmp_path: Path) -> None:
@@ -288,6 +334,289 @@ def test_bad_benchmarks_write_nothing(bench: Bench, tmp_path: Path) -> None:
         bench.evaluate(tmp_path / "out")
     bench.write({"im0": truth["im0"]})
     (bench.root / "JPEGImages/im0.jpg").write_bytes(b"")
-    with pytest.raises(PipelineError, match="none of its 1 images can be read"):
+    with pytest.raises(PipelineError, match="none of the 1 images can be read"):
         bench.evaluate(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def stored(out_dir: Path) -> dict[str, np.ndarray]:
+    """Image id -> predicted label ids, as they were written."""
+    store = PredictionStore(predictions_of(out_dir))
+    found = (store.get(number, f"im{number}") for number in range(len(SIZES)))
+    return {prediction.image_id: prediction.labels for prediction in found if prediction}
+
+
+def test_predictions_are_kept_as_they_were_made(bench: Bench, tmp_path: Path) -> None:
+    bench.write(from_predictions(bench))
+    bench.evaluate(tmp_path / "out")
+    samples = list(read_shards(predictions_of(tmp_path / "out")))
+    members = {"__key__", "json", "label.png", "baseline.png", "instances.json"}
+    assert [set(sample) for sample in samples] == [members] * 3
+    labels = stored(tmp_path / "out")
+    for sample, (name, prediction) in zip(samples, bench.predictions.items(), strict=True):
+        np.testing.assert_array_equal(labels[name], prediction.semantic)
+        results = json.loads(sample["instances.json"])
+        assert [result["score"] for result in results] == [i.score for i in prediction.instances]
+        assert {result["image_id"] for result in results} <= {name}
+
+
+def test_denseclip_alone_scores_like_the_baseline_beside_a_network(
+    bench: Bench, tmp_path: Path
+) -> None:
+    bench.write(from_predictions(bench))
+    beside = bench.evaluate(tmp_path / "beside")
+    alone = bench.evaluate(tmp_path / "alone", denseclip=True, categories=["cat", "dog", "bird"])
+    assert alone["miou"] == beside["baseline_miou"]
+    assert "model: denseclip" in alone["protocol"]
+    assert not {"ap", "baseline_miou"} & set(alone)
+    with pytest.raises(PipelineError, match=r"benches\.tiny\.metrics: instance: DenseCLIP alone"):
+        bench.evaluate(tmp_path / "objects", denseclip=True, metrics=["instance"])
+
+
+def test_without_background_the_best_category_has_every_pixel(bench: Bench, tmp_path: Path) -> None:
+    truth = {
+        name: (np.ones_like(p.semantic), np.ones_like(p.semantic))
+        for name, p in bench.predictions.items()
+    }
+    truth["im0"][0][:, :9] = 0
+    bench.write(truth)
+    metrics = bench.evaluate(tmp_path / "out", background=False, metrics=["semantic"])
+    settings = PredictionSettings(background=False, instances=False)
+    segmenter = Segmenter.load(bench.checkpoint_dir, runtime=bench.runtime, settings=settings)
+    counts = ConfusionMatrix(4)
+    for name, labels in stored(tmp_path / "out").items():
+        np.testing.assert_array_equal(
+            labels, segmenter(bench.root / f"JPEGImages/{name}.jpg").semantic
+        )
+        assert labels.min() >= 1
+        kept = slice(9 if name == "im0" else 0, None)
+        counts.update(target=truth[name][0][:, kept], prediction=labels[:, kept])
+    assert metrics["miou"] == pytest.approx(100 * counts.compute().miou, abs=0.0051)
+    assert "background_scored: False" in metrics["protocol"]
+    rows = read_csv(tmp_path / "out/plots/tiny_per_class.csv")
+    assert [row[0] for row in rows] == ["category", *CATEGORIES]
+    baseline = next(read_shards(predictions_of(tmp_path / "out")))["baseline.png"]
+    with Image.open(io.BytesIO(baseline)) as image:
+        assert np.array(image).min() >= 1
+
+
+def test_unseen_categories_may_be_new_to_the_checkpoint(bench: Bench, tmp_path: Path) -> None:
+    bench.write(from_predictions(bench))
+    names = [*CATEGORIES, "zebra"]
+    metrics = bench.evaluate(tmp_path / "out", categories=names, unseen=["zebra"])
+    assert {"miou_seen", "miou_unseen", "hiou", "ap_seen", "ap50_unseen"} <= set(metrics)
+    assert {"unseen: zebra", "open_vocabulary: True"} <= set(metrics["protocol"])
+    with pytest.raises(PipelineError, match=r"only in the benchmark: zebra"):
+        bench.evaluate(tmp_path / "out", categories=names, unseen=["cat"])
+    with pytest.raises(PipelineError, match=r"benches\.tiny\.unseen: lion: not among"):
+        bench.evaluate(tmp_path / "out", unseen=["lion"])
+
+
+def test_a_part_of_the_trained_categories_can_be_scored(bench: Bench, tmp_path: Path) -> None:
+    keep_cats = np.array([0, 1, 0, 0])
+    bench.write({name: (keep_cats[p.semantic],) * 2 for name, p in bench.predictions.items()})
+    metrics = bench.evaluate(tmp_path / "out", categories=["cat"])
+    rows = read_csv(tmp_path / "out/plots/tiny_per_class.csv")
+    assert metrics["iou"] == float(rows[2][1])
+    assert "baseline_iou" in metrics
+
+
+def test_a_benchmarks_own_size_goes_first(bench: Bench, tmp_path: Path) -> None:
+    bench.write(from_predictions(bench))
+    params = EvaluateParams(overlays=0, resize_to=64, max_side=100)
+    metrics = bench.evaluate(tmp_path / "out", params=params, resize_to=16)
+    assert {"resize_to: 16", "max_side: 100"} <= set(metrics["protocol"])
+    settings = PredictionSettings(resize_to=16, max_side=100)
+    segmenter = Segmenter.load(bench.checkpoint_dir, runtime=bench.runtime, settings=settings)
+    for name, labels in stored(tmp_path / "out").items():
+        expected = segmenter(bench.root / f"JPEGImages/{name}.jpg").semantic
+        np.testing.assert_array_equal(labels, expected)
+
+
+def test_objects_alone_need_no_baseline(bench: Bench, tmp_path: Path) -> None:
+    bench.write(from_predictions(bench))
+    metrics = bench.evaluate(tmp_path / "out", metrics=["instance"])
+    assert "ap50" in metrics
+    assert not [name for name in metrics if "iou" in name]
+    assert not [line for line in metrics["protocol"] if line.startswith("baseline_")]
+    assert "baseline.png" not in next(read_shards(predictions_of(tmp_path / "out")))
+    index = json.loads((tmp_path / "out/overlays/tiny/index.json").read_text())
+    assert {entry["kind"] for entry in index} == {"spread"}
+    assert read_csv(tmp_path / "out/plots/tiny_per_class.csv")[0] == ["category", "ap"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_corruption_changes_the_input_and_nothing_else(
+    bench: Bench, tmp_path: Path, batch_size: int
+) -> None:
+    bench.write(from_predictions(bench))
+    writer = VocWriter(bench.root)
+    writer.write_split("reversed", ["im2", "im1", "im0"])
+    metrics = bench.evaluate(
+        tmp_path / "out",
+        params=EvaluateParams(overlays=0, batch_size=batch_size),
+        corruption={"name": "gaussian_noise", "level": 5},
+    )
+    assert metrics["miou"] < 100
+    assert {"corruption: gaussian_noise 5", "corruption_seed: 0"} <= set(metrics["protocol"])
+    segmenter = Segmenter.load(bench.checkpoint_dir, runtime=bench.runtime)
+    labels = stored(tmp_path / "out")
+    for name in bench.predictions:
+        with Image.open(bench.root / f"JPEGImages/{name}.jpg") as image:
+            seed = int(digest([0, name])[:8], 16)
+            noisy = corrupt(image.convert("RGB"), name="gaussian_noise", level=5, seed=seed)
+        np.testing.assert_array_equal(labels[name], segmenter(noisy).semantic)
+    again = bench.evaluate(
+        tmp_path / "again",
+        split="reversed",
+        corruption={"name": "gaussian_noise", "level": 5},
+    )
+    assert again["miou"] == metrics["miou"]
+    other = bench.evaluate(
+        tmp_path / "other",
+        runtime=replace(bench.runtime, seed=1),
+        corruption={"name": "gaussian_noise", "level": 5},
+    )
+    assert other["miou"] != metrics["miou"]
+
+
+def test_an_unknown_corruption_is_refused(bench: Bench, tmp_path: Path) -> None:
+    bench.write(from_predictions(bench))
+    with pytest.raises(PipelineError, match=r"benches\.tiny\.corruption\.name: 'fog' is not known"):
+        bench.evaluate(tmp_path / "out", corruption={"name": "fog", "level": 1})
+
+
+def test_every_image_is_asked_for_its_own_names(bench: Bench, tmp_path: Path) -> None:
+    root = tmp_path / "cub"
+    maps = write_cub(root)
+    photos = sorted(root.glob("images/*/*.jpg"))
+    for number, path in enumerate(photos):
+        noise_image(number, 30 + number, 41).save(path)
+        mask = np.full((41, 30 + number), 255, np.uint8)
+        Image.fromarray(mask).save(root / f"segmentations/{path.parent.name}/{path.stem}.png")
+    entry = CubBench(format="cub", root=root, names="breed")
+    metrics = bench.evaluate(tmp_path / "out", entry=entry)
+    store = PredictionStore(predictions_of(tmp_path / "out"))
+    counts = ConfusionMatrix(2)
+    breeds = ["Black footed Albatross", "Laysan Albatross", "Laysan Albatross"]
+    for number, (image_id, breed) in enumerate(zip(maps, breeds, strict=True)):
+        path = next(p for p in photos if p.stem == image_id.split("__")[1])
+        segmenter = Segmenter.load(bench.checkpoint_dir, categories=[breed], runtime=bench.runtime)
+        prediction = store.get(number, image_id)
+        expected = segmenter(path).semantic
+        np.testing.assert_array_equal(prediction.labels, expected)
+        counts.update(target=np.ones_like(expected), prediction=expected)
+    assert metrics["iou"] == pytest.approx(100 * counts.compute().iou[1], abs=0.0051)
+    # The network sees a difference between the breeds, or this would prove little.
+    one = Segmenter.load(bench.checkpoint_dir, categories=breeds[:2], runtime=bench.runtime)
+    first, second = (one.select([name])(photos[0]).semantic for name in breeds[:2])
+    assert (first != second).any()
+
+
+def test_gray_and_cmyk_images_and_one_without_an_object(bench: Bench, tmp_path: Path) -> None:
+    maps = write_voc(tmp_path / "photos")
+    metrics = bench.evaluate(tmp_path / "out", root=tmp_path / "photos", categories=["cat", "dog"])
+    assert metrics["n_images"] == 3
+    store = PredictionStore(predictions_of(tmp_path / "out"))
+    counts = ConfusionMatrix(3)
+    for number, (image_id, target) in enumerate(maps.items()):
+        counts.update(target=target, prediction=store.get(number, image_id).labels)
+    assert metrics["miou"] == pytest.approx(100 * counts.compute().miou, abs=0.0051)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "categories"),
+    [
+        ("voc20", write_voc, VOC_CATEGORIES),
+        ("context60", write_context, CONTEXT_CATEGORIES),
+        ("coca", write_coca, COCA_CATEGORIES),
+        ("imagenet_s300", write_imagenet_s, IMAGENET_S_CATEGORIES),
+        ("cub", write_cub, CUB_CATEGORIES),
+    ],
+)
+def test_the_shipped_benchmarks_are_scored_from_their_real_formats(
+    bench: Bench,
+    tmp_path: Path,
+    name: str,
+    write: Callable[[Path], Maps],
+    categories: list[str],
+) -> None:
+    maps = write(tmp_path / name)
+    entry = shipped_bench(name)
+    # Short sides of 512 pixels would take long, and these images have no more than 4.
+    side = entry.resize_to and 24
+    changes = {"root": tmp_path / name, "categories": categories, "resize_to": side}
+    entry = entry.model_copy(update=changes)
+    metrics = bench.evaluate(tmp_path / "out", entry=entry, open_vocabulary=True)
+    assert metrics["n_images"] == len(maps) == 3
+    store = PredictionStore(predictions_of(tmp_path / "out"))
+    counts = ConfusionMatrix(len(categories) + 1)
+    for number, (image_id, target) in enumerate(maps.items()):
+        scored = target if entry.background else np.where(target == 0, IGNORE_INDEX, target)
+        counts.update(target=scored, prediction=store.get(number, image_id).labels)
+    assert metrics["miou"] == pytest.approx(100 * counts.compute().miou, abs=0.0051)
+    assert ("miou_s" in metrics) == ("size" in entry.metrics)
+
+
+def test_objects_score_as_cocos_own_tool_scores_the_stored_results(
+    bench: Bench, tmp_path: Path
+) -> None:
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    (root / "val").mkdir()
+    annotations: list[dict] = []
+    for number, (name, prediction) in enumerate(bench.predictions.items(), start=1):
+        (root / f"val/{name}.jpg").write_bytes(bench.jpegs[name])
+        for place, instance in enumerate(prediction.instances[:6]):
+            mask = np.roll(instance.mask, place, axis=0)
+            rle = encode_mask(mask)
+            annotations.append(
+                coco_annotation(
+                    rle,
+                    annotation_id=len(annotations) + 1,
+                    image_id=number,
+                    category_id=10 * (1 + (instance.label_id + place // 4) % 3),
+                    crowd=place == 3,
+                )
+            )
+    content = {
+        "images": [
+            {"id": number, "file_name": f"{name}.jpg", "width": width, "height": height}
+            for number, (name, (width, height)) in enumerate(
+                zip(bench.predictions, SIZES, strict=True), start=1
+            )
+        ],
+        "annotations": annotations,
+        "categories": [
+            {"id": 10 * label_id, "name": CATEGORIES[label_id - 1]} for label_id in (1, 2, 3)
+        ],
+    }
+    path = root / "annotations/instances_val.json"
+    path.write_text(json.dumps(content))
+    entry = CocoBench(
+        format="coco", root=root, categories=CATEGORIES, metrics=["instance", "semantic"]
+    )
+    metrics = bench.evaluate(tmp_path / "out", entry=entry)
+
+    truth = COCO(path)
+    image_ids = {name: number for number, name in enumerate(bench.predictions, start=1)}
+    results = [
+        result
+        | {"image_id": image_ids[result["image_id"]], "category_id": 10 * result["category_id"]}
+        for sample in read_shards(predictions_of(tmp_path / "out"))
+        for result in json.loads(sample["instances.json"])
+    ]
+    names = [
+        ["ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l", "ar1", "ar10", "ar100"],
+        ["ap_agnostic", "ap50_agnostic", "ap75_agnostic", "", "", "", "ar1_agnostic"],
+    ]
+    for with_categories, keys in zip((1, 0), names, strict=True):
+        evaluation = COCOeval(truth, truth.loadRes(results), "segm")
+        evaluation.params.useCats = with_categories
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        expected = {key: value for key, value in zip(keys, evaluation.stats, strict=False) if key}
+        assert evaluation.stats[1] > 0.05
+        for key, value in expected.items():
+            assert metrics[key] == (None if value < 0 else pytest.approx(100 * value, abs=0.0051))

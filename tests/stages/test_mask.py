@@ -334,3 +334,17 @@ def test_spectral_masks_on_a_tiny_clip(world: World) -> None:
         assert 0 < decoded.mean() < 255
     world.run("fewer", **settings, clusters=[2])
     assert world.stats("fewer")["counts"]["masked"] == 4
+
+
+def test_the_steps_of_the_solver_are_a_param(world: World) -> None:
+    image = np.array(load_image(six_files()["a.jpg"]))
+    tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    coarse = (load_selfmask(world.params.weights).saliency(tensor)[0] > 0.5).numpy()
+    masks = {}
+    for steps in (1, 25):
+        world.run(f"steps{steps}", solver_iterations=steps)
+        assert world.stats(f"steps{steps}")["counts"]["masked"] == 4
+        masks[steps] = decode_png(world.samples(f"steps{steps}")["a.jpg"]["mask.png"]) > 0
+        expected = bilateral_solve(image, coarse, max_steps=steps) > 0.5
+        np.testing.assert_array_equal(masks[steps], expected)
+    assert (masks[1] != masks[25]).any()

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from pipeline.params import EvaluateParams
 from pipeline.predictor import PredictionSettings, Segmenter, input_size
 from pipeline.runtime import Runtime
 from pipeline.stages import predict
+from pipeline.stages.evaluate import prediction_settings
 
 
 @pytest.fixture(scope="module")
@@ -324,3 +326,54 @@ def test_a_file_name_that_json_cannot_hold_is_named(
     with pytest.raises(PipelineError, match="not UTF-8; rename the file"):
         predict_into(tmp_path / "out", [photos], checkpoint_dir, runtime)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "resize_to", "expected"),
+    [
+        ((500, 375), None, (496, 368)),
+        ((512, 384), None, (512, 384)),
+        ((505, 5), None, (512, 16)),
+        ((500, 375), 336, (448, 336)),
+    ],
+)
+def test_whole_patches_leave_no_remainder(
+    size: tuple[int, int], resize_to: int | None, expected: tuple[int, int]
+) -> None:
+    settings = PredictionSettings(resize_to=resize_to, whole_patches=True)
+    assert input_size(*size, settings, patch_size=16) == expected
+
+
+def test_params_become_settings_of_a_prediction() -> None:
+    changed = {
+        "threshold": 0.3,
+        "temperature": 2.0,
+        "suppression": "linear",
+        "score_resolution": "pixel",
+        "resize_to": 64,
+        "max_side": 128,
+        "whole_patches": True,
+    }
+    assert prediction_settings(EvaluateParams(**changed)) == PredictionSettings(**changed)
+    assert not changed.items() & asdict(PredictionSettings()).items()
+    assert prediction_settings(EvaluateParams()) == PredictionSettings()
+
+
+def test_scores_and_remainders_are_settings_of_the_segmenter(
+    checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    image = noise_image(5, 45, 37)
+    plain = PredictionSettings(suppression="none", threshold=0.4)
+    results = [
+        Segmenter.load(checkpoint_dir, runtime=runtime, settings=settings)(image)
+        for settings in (
+            plain,
+            replace(plain, score_resolution="pixel"),
+            replace(plain, whole_patches=True),
+        )
+    ]
+    scores = [[instance.score for instance in result.instances] for result in results]
+    assert scores[0]
+    assert scores[0] != pytest.approx(scores[1], rel=1e-4)
+    assert (results[0].semantic == results[1].semantic).all()
+    assert (results[0].semantic != results[2].semantic).any()

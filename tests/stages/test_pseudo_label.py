@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from pipeline.data.images import decode_label, decode_png, encode_jpeg, encode_png, load_image
 from pipeline.data.shards import read_manifest, read_shards, write_shards
 from pipeline.errors import PipelineError
+from pipeline.labeller import build_denseclip
 from pipeline.models.clip import load_clip
 from pipeline.params import EncoderParams, PseudoLabelParams
 from pipeline.runtime import Runtime
 from pipeline.stages import pseudo_label
-from pipeline.stages.pseudo_label import build_denseclip
 
 CATEGORIES = ["cat", "dog"]
 SIZES = [(24, 16), (16, 24), (24, 16), (17, 9)]
@@ -213,3 +213,31 @@ def test_a_damaged_shard_is_an_error_that_names_it(
     shard.write_bytes(shard.read_bytes()[:-2000])
     with pytest.raises(PipelineError, match=r"00001\.tar"):
         run(mask_dir, runtime, encoder_params)
+
+
+@pytest.mark.parametrize(
+    ("size", "before", "change"),
+    [
+        ((16, 24), {"key_smoothing": 1.0}, {"key_affinity": "cosine"}),
+        ((8, 32), {}, {"position_resize": "grid"}),  # 1 x 4 patches, as many as the native 2 x 2
+    ],
+)
+def test_published_slips_have_a_param(
+    encoder_params: EncoderParams,
+    runtime: Runtime,
+    size: tuple[int, int],
+    before: dict[str, Any],
+    change: dict[str, Any],
+) -> None:
+    clip = load_clip(encoder_params.model, encoder_params.pretrained, runtime.device)
+    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    published, changed = (
+        build_denseclip(
+            clip,
+            categories=CATEGORIES,
+            background=["background"],
+            params=PseudoLabelParams(encoder=encoder_params, **settings),
+        )(images)
+        for settings in (before, before | change)
+    )
+    assert not torch.allclose(published, changed, atol=1e-4)

@@ -262,3 +262,70 @@ def test_a_checkpoint_that_cannot_be_written_is_known_before_training(
     with pytest.raises(NotADirectoryError):
         run(labels_dir, tmp_path, small_params(encoder))
     assert [path.name for path in tmp_path.iterdir()] == ["zutis"]
+
+
+VARIANT: dict[str, Any] = {
+    "normalisation": "clip",
+    "position_resize": "grid",
+    "token_norm": "token",
+}
+
+
+def test_a_checkpoint_stores_the_variant_it_needs(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    root = run(labels_dir, tmp_path, small_params(encoder, **VARIANT))
+    stored = json.loads((root / "zutis/config.json").read_text())["architecture"]
+    clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+    assert stored["mean"] == clip.mean.flatten().tolist()
+    assert stored["std"] == clip.std.flatten().tolist()
+    right = tokens_under(root, stored, encoder)
+    for names in (("mean", "std"), ("position_resize",), ("token_norm",)):
+        without = {name: value for name, value in stored.items() if name not in names}
+        assert not torch.allclose(tokens_under(root, without, encoder), right, atol=1e-4), names
+
+
+def test_a_checkpoint_that_names_no_variant_is_the_published_one(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    root = run(labels_dir, tmp_path, small_params(encoder))
+    path = root / "zutis/config.json"
+    config = json.loads(path.read_text())
+    right = tokens_under(root, config["architecture"], encoder)
+    for name in ("mean", "std", "position_resize", "token_norm"):
+        del config["architecture"][name]
+    assert torch.equal(tokens_under(root, config["architecture"], encoder), right)
+    path.write_text(json.dumps(config))
+    assert Segmenter.load(root / "zutis", device="cpu").categories == CATEGORIES
+
+
+def tokens_under(root: Path, architecture: dict[str, Any], encoder: EncoderParams) -> torch.Tensor:
+    """Embeddings of the trained weights in a network of some architecture."""
+    clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+    model = build_zutis(clip.visual, **architecture).eval()
+    load_strict(model, load_state(root / "zutis/model.safetensors"), root)
+    images = torch.rand(1, 3, 24, 40, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(images).patch_tokens
+
+
+@pytest.mark.parametrize("name", VARIANT)
+def test_each_variant_changes_what_is_trained(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path, name: str
+) -> None:
+    plain = run(labels_dir, tmp_path / "plain", small_params(encoder, iterations=1))
+    params = small_params(encoder, iterations=1, **{name: VARIANT[name]})
+    root = run(labels_dir, tmp_path / "variant", params)
+    assert curve(root, "semantic") != curve(plain, "semantic")
+
+
+def test_the_mask_losses_are_summed_or_averaged(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    losses = {}
+    for reduction in ("sum", "mean"):
+        params = small_params(encoder, iterations=1, mask_loss_reduction=reduction)
+        root = run(labels_dir, tmp_path / reduction, params)
+        [(_, losses[reduction])] = curve(root, "mask")
+    # Two layers, two images and two or more objects: at least two pairs an image.
+    assert losses["sum"] > 1.9 * losses["mean"] > 0

@@ -1,0 +1,92 @@
+"""Benchmarks by name: entries of params.yaml, and those that are shipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from pipeline.errors import PipelineError
+from pipeline.params import BenchParams, CorruptionParams, parse_bench
+from pipeline.presets import bench_text, list_benches
+
+
+def shipped_bench(name: str) -> BenchParams:
+    """A shipped benchmark.
+
+    Raises:
+        PipelineError: there is none of that name.
+    """
+    content = YAML(typ="safe", pure=True).load(bench_text(name))
+    return parse_bench(content, name, name=f"presets/benches/{name}.yaml")
+
+
+def find_bench(
+    benches: Mapping[str, BenchParams],
+    name: str,
+    *,
+    params_path: Path,
+    root: Path | None = None,
+    corruption: str | None = None,
+) -> BenchParams:
+    """The entry of the params with this name, else the shipped one.
+
+    Args:
+        benches: the section `benches` of the params.
+        name: of the benchmark.
+        params_path: where the params come from, for messages.
+        root: takes the place of the entry's `root`.
+        corruption: NAME:LEVEL, takes the place of its `corruption`.
+
+    Raises:
+        PipelineError: an unknown name, no folder at its root, or a corruption that is not of that
+            form.
+    """
+    shipped = [known for known, _ in list_benches()]
+    if name not in benches and name not in shipped:
+        known = ", ".join(sorted(benches)) or "none"
+        raise PipelineError(
+            f"{params_path}: {name!r} is not under `benches:`; there are: {known}; "
+            "`pipeline benches` lists the shipped ones"
+        )
+    bench = benches[name] if name in benches else shipped_bench(name)
+    changes: dict[str, object] = {}
+    if root is not None:
+        changes["root"] = root
+    if corruption is not None:
+        changes["corruption"] = _parse_corruption(corruption)
+    bench = bench.model_copy(update=changes)
+    if not bench.root.is_dir():
+        raise PipelineError(_missing_root(name, bench.root, shipped))
+    return bench
+
+
+def result_name(bench: str, model: str = "zutis", corruption: str | None = None) -> str:
+    """Name of the files of an evaluation: of its benchmark and of what is not the usual."""
+    parts = [bench]
+    if model != "zutis":
+        parts.append(model)
+    if corruption is not None:
+        parts.append(corruption.replace(":", "_"))
+    return "_".join(parts)
+
+
+def _parse_corruption(text: str) -> CorruptionParams:
+    name, _, level = text.partition(":")
+    if level not in ("1", "2", "3", "4", "5"):
+        raise PipelineError(
+            f"--corruption: {text!r}: expected NAME:LEVEL with a level from 1 to 5, such as "
+            "gaussian_noise:3"
+        )
+    return CorruptionParams(name=name, level=int(level))
+
+
+def _missing_root(name: str, root: Path, shipped: list[str]) -> str:
+    """What is missing and, for a shipped benchmark, where its data come from."""
+    message = f"benches.{name}.root: {root}: no such folder; put the data there or give --root"
+    if name not in shipped:
+        return message
+    comment = [line for line in bench_text(name).splitlines() if line.startswith("#")]
+    advice = "\n".join(line.removeprefix("#").removeprefix(" ") for line in comment)
+    return f"{message}\n{advice}"

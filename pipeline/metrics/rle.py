@@ -1,0 +1,95 @@
+"""Run-length coded masks, through pycocotools: COCO's format, small enough to store and compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+
+class Rle(TypedDict):
+    """COCO's compressed run-length code: size is [H, W], runs go down the columns."""
+
+    size: list[int]
+    counts: str
+
+
+@dataclass(frozen=True)
+class RleObject:
+    """An object as a run-length coded mask.
+
+    Attributes:
+        label_id: 1 or more.
+        rle: its mask.
+        score: of a prediction; no matter for a true object.
+        crowd: of a true object, see `match_objects`.
+    """
+
+    label_id: int
+    rle: Rle
+    score: float = 1.0
+    crowd: bool = False
+
+
+def encode_mask(mask: NDArray[np.bool_]) -> Rle:
+    """Run-length code of a mask (H, W), with text counts, as JSON needs them."""
+    return _with_text(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
+
+
+def decode_mask(rle: Rle) -> NDArray[np.bool_]:
+    """Mask (H, W) of a run-length code."""
+    mask: NDArray[np.uint8] = coco_mask.decode(_with_bytes(rle))
+    return mask.astype(bool)
+
+
+def intersect(first: Rle, second: Rle) -> Rle:
+    """Run-length code of the pixels that two masks of one size share."""
+    return _with_text(coco_mask.merge([_with_bytes(first), _with_bytes(second)], intersect=True))
+
+
+def mask_area(rle: Rle) -> int:
+    """Number of pixels of a run-length coded mask."""
+    return int(coco_mask.area(_with_bytes(rle)))
+
+
+def mask_box_xywh(rle: Rle) -> list[float]:
+    """Box [x, y, width, height] around a run-length coded mask, zeros for an empty one."""
+    return [float(value) for value in coco_mask.toBbox(_with_bytes(rle))]
+
+
+def coco_annotation(
+    rle: Rle,
+    *,
+    annotation_id: int,
+    image_id: int,
+    category_id: int,
+    score: float | None = None,
+    crowd: bool = False,
+) -> dict[str, Any]:
+    """One entry of the `annotations` of a COCO file; ids start at 1."""
+    annotation: dict[str, Any] = {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": category_id,
+        "segmentation": rle,
+        "area": mask_area(rle),
+        "bbox": mask_box_xywh(rle),
+        "iscrowd": int(crowd),
+    }
+    if score is not None:
+        annotation["score"] = score
+    return annotation
+
+
+def _with_bytes(rle: Rle) -> dict[str, Any]:
+    return {"size": rle["size"], "counts": rle["counts"].encode("ascii")}
+
+
+def _with_text(code: dict[str, Any]) -> Rle:
+    return {
+        "size": [int(side) for side in code["size"]],
+        "counts": code["counts"].decode("ascii"),
+    }

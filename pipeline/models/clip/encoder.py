@@ -1,0 +1,135 @@
+"""A CLIP with its preprocessing: images and texts to one embedding space.
+
+Letters: B images, N texts, T context length, C joint embedding, D tower width, S input side,
+h x w patch grid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline.models.clip.features import (
+    patch_size,
+    require_plain_vit,
+    resnet_features,
+    square_side,
+    vit_features,
+)
+from pipeline.models.weights import hash_tensors
+
+
+class ClipEncoder(nn.Module):
+    """A frozen CLIP in float32: images and texts to one embedding space.
+
+    Attributes:
+        clip: the open_clip model, in evaluation mode.
+        preprocess: PIL image -> (3, S, S) float in [0, 1]: open_clip's evaluation transform
+            (bicubic resize of the short side, centre crop) short of the normalisation.
+        embed_dim: C.
+        image_size: S.
+        patch_size: pixels a token of the image tower stands for (32 for ResNets).
+        mean, std: (1, 3, 1, 1) buffers, applied by every method that takes images in [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        *,
+        config: dict[str, Any],
+        preprocess: PreprocessCfg,
+        tokenizer: Callable[[list[str]], Tensor],
+    ) -> None:
+        super().__init__()
+        self.clip: Any = clip.eval().requires_grad_(False)
+        self.config = config
+        self.embed_dim: int = config["embed_dim"]
+        self.image_size = square_side(preprocess.size)
+        self.patch_size = patch_size(self.visual)
+        self.preprocess: Callable[[Image.Image], Tensor] = _transform(preprocess)
+        self._tokenizer = tokenizer
+        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), False)
+        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), False)
+
+    @property
+    def visual(self) -> nn.Module:
+        """The image tower."""
+        return cast(nn.Module, self.clip.visual)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Factor of cosines in CLIP's softmax, already exponentiated; a scalar."""
+        return cast(Tensor, self.clip.logit_scale.detach().exp().reshape(()))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> the network's input."""
+        return (images - self.mean) / self.std
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1] -> unit embeddings (B, C), float32."""
+        return F.normalize(self.clip.encode_image(self.normalise(images)).float(), dim=-1)
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> token ids (N, T), int64, as the text tower expects them.
+
+        Raises:
+            PipelineError: a word lies outside the vocabulary that the weights were cut to.
+        """
+        return self._tokenizer(list(texts))
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str], batch: int = 256) -> Tensor:
+        """Texts -> raw text features (N, C), float32, not normalised."""
+        features = [
+            self.clip.encode_text(tokens.to(self.mean.device)).float()
+            for tokens in self.tokenize(texts).split(batch)
+        ]
+        return torch.cat(features)
+
+    @torch.no_grad()
+    def patch_features(
+        self, images: Tensor, *, layer: int = -1, facet: Literal["key", "token"] = "key"
+    ) -> Tensor:
+        """Features of the patches of images of any size, for clustering.
+
+        The input is zero-padded right and bottom (after normalisation) to a multiple of the patch
+        size; position embeddings are resized to the grid.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            layer: block of a ViT; for a ResNet, one of its four stages.
+            facet: "token": output of that block; "key": its attention keys, all heads side by side
+                (for a ResNet, keys of the attention pooling, last stage only).
+
+        Returns:
+            (B, D, h, w), with h = ceil(H / patch), w = ceil(W / patch) for a ViT.
+        """
+        images = self.normalise(images)
+        if isinstance(self.visual, ModifiedResNet):
+            return resnet_features(self.visual, images, layer=layer, facet=facet)
+        return vit_features(require_plain_vit(self.visual), images, layer=layer, facet=facet)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of configuration and weights: changes whenever results may change."""
+        hasher = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        hash_tensors(hasher, self.state_dict())
+        hasher.update(json.dumps([self.mean.tolist(), self.std.tolist()]).encode())
+        return hasher.hexdigest()
+
+
+def _transform(preprocess: PreprocessCfg) -> Callable[[Image.Image], Tensor]:
+    settings = {**vars(preprocess), "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    return image_transform_v2(PreprocessCfg(**settings), is_train=False)  # type: ignore[no-any-return]

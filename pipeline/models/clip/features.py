@@ -1,0 +1,90 @@
+"""Features of the patches of CLIP's image towers.
+
+Letters: B images, D tower width, h x w patch grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+from pipeline.errors import PipelineError
+from pipeline.models.tokens import embed_patches
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Zero-pad (B, C, H, W) at the right and bottom until both sides are multiples."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % multiple, 0, -height % multiple))
+
+
+def require_plain_vit(visual: nn.Module) -> VisionTransformer:
+    """Return `visual` if it is a CLIP ViT with a class token.
+
+    Raises:
+        PipelineError: it is another kind of image tower.
+    """
+    if (
+        isinstance(visual, VisionTransformer)
+        and visual.attn_pool is None
+        and isinstance(visual.transformer.resblocks[0], ResidualAttentionBlock)
+    ):
+        return visual
+    raise PipelineError(
+        f"encoder: patch features need CLIP's own ViT or ResNet, but this model's image tower is a "
+        f"{type(visual).__name__}; use for example ViT-B-16-quickgelu or RN50-quickgelu"
+    )
+
+
+def vit_features(visual: VisionTransformer, images: Tensor, *, layer: int, facet: str) -> Tensor:
+    images = pad_to_multiple(images, patch_size(visual))
+    tokens, grid = embed_patches(visual, images, position_resize="size")
+    blocks = visual.transformer.resblocks
+    if not -len(blocks) <= layer < len(blocks):
+        raise PipelineError(f"layer: {layer} does not exist; this ViT has {len(blocks)} blocks")
+    chosen = layer % len(blocks)
+    for block in blocks[:chosen]:
+        tokens = block(tokens)
+    block = blocks[chosen]
+    if facet == "key":
+        _, weight, _ = block.attn.in_proj_weight.chunk(3)
+        _, bias, _ = block.attn.in_proj_bias.chunk(3)
+        tokens = F.linear(block.ln_1(tokens), weight, bias)
+    else:
+        tokens = block(tokens)
+    return tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
+
+
+def resnet_features(visual: ModifiedResNet, images: Tensor, *, layer: int, facet: str) -> Tensor:
+    stages = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
+    if not -len(stages) <= layer < len(stages):
+        raise PipelineError(f"layer: {layer} does not exist; this ResNet has {len(stages)} stages")
+    chosen = layer % len(stages)
+    if facet == "key" and chosen != len(stages) - 1:
+        raise PipelineError(f"layer: {layer}: a ResNet has keys in its last stage only; use -1")
+    features = visual.stem(pad_to_multiple(images, 2 ** (2 + chosen)))
+    for stage in stages[: chosen + 1]:
+        features = stage(features)
+    if facet == "key":
+        keys = visual.attnpool.k_proj(features.flatten(2).transpose(1, 2))
+        features = keys.transpose(1, 2).unflatten(2, features.shape[-2:])
+    return features
+
+
+def patch_size(visual: nn.Module) -> int:
+    if isinstance(visual, ModifiedResNet):
+        return 32
+    return square_side(getattr(visual, "patch_size", 0))
+
+
+def square_side(size: int | Sequence[int]) -> int:
+    """The side of a square given as int or (height, width)."""
+    if isinstance(size, int):
+        return size
+    if len(set(size)) != 1:
+        raise PipelineError(f"encoder.model: input of {tuple(size)} is not square")
+    return size[0]

@@ -1,0 +1,101 @@
+"""Texts to token ids, also for a text tower that was cut to a small vocabulary."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor
+
+from pipeline.errors import PipelineError
+
+VOCABULARY_SPECIALS = (0, 49406, 49407)
+
+
+class _VocabularyTokenizer:
+    """CLIP's BPE tokenizer with ids renumbered by their index in a cut vocabulary."""
+
+    def __init__(self, tokenizer: open_clip.SimpleTokenizer, vocabulary: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._index = {token: index for index, token in enumerate(vocabulary)}
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        rows = self._tokenizer(texts).tolist()
+        for text, row in zip(texts, rows, strict=True):
+            if any(token not in self._index for token in row):
+                raise self._unknown_word(text)
+        return torch.tensor([[self._index[token] for token in row] for row in rows]).long()
+
+    def _unknown_word(self, text: str) -> PipelineError:
+        for word in text.split():
+            if any(token not in self._index for token in self._tokenizer.encode(word)):
+                break
+        return PipelineError(
+            f"categories or background: the word {word!r} of {text!r} is unknown to these weights: "
+            "their vocabulary was cut to the words of the world they were trained in. Use names of "
+            "that world, or the weights of a full CLIP (encoder.model, encoder.pretrained)"
+        )
+
+
+def load_tokenizer(
+    config: dict[str, Any], *, name: str, source: str
+) -> Callable[[list[str]], Tensor]:
+    """The tokenizer of a named architecture, or of a config file (`name` is empty)."""
+    if name:
+        return _named_tokenizer(name)
+    text_config = config["text_cfg"]
+    foreign = text_config.get("hf_tokenizer_name") or text_config.get("hf_model_name")
+    if foreign:
+        raise PipelineError(
+            f"encoder.model: {source}: the tokenizer {foreign} is not supported in a config file; "
+            "use CLIP's own (leave the key out) or a named architecture of open_clip"
+        )
+    tokenizer = open_clip.SimpleTokenizer(context_length=text_config.get("context_length", 77))
+    if "vocabulary" not in config:
+        return tokenizer  # type: ignore[no-any-return]
+    _check_vocabulary(config["vocabulary"], text_config.get("vocab_size"), source=source)
+    return _VocabularyTokenizer(tokenizer, config["vocabulary"])
+
+
+def _named_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
+    try:
+        with quiet_logging():
+            return open_clip.get_tokenizer(name)  # type: ignore[no-any-return]
+    except Exception as error:  # as in _download: some architectures fetch theirs from the hub
+        raise PipelineError(
+            f"encoder.model: could not get the tokenizer of {name} ({type(error).__name__}: "
+            f"{first_line(error)}); without a network, use an architecture with CLIP's own "
+            "tokenizer, for example ViT-B-16-quickgelu"
+        ) from None
+
+
+def _check_vocabulary(vocabulary: list[int], vocab_size: int | None, *, source: str) -> None:
+    if vocabulary != sorted(set(vocabulary)) or not set(VOCABULARY_SPECIALS) <= set(vocabulary):
+        raise PipelineError(
+            f"encoder.model: {source}: vocabulary must be sorted, without repeats, and contain "
+            f"{VOCABULARY_SPECIALS} (padding, start and end of a text)"
+        )
+    if len(vocabulary) != vocab_size:
+        raise PipelineError(
+            f"encoder.model: {source}: {len(vocabulary)} tokens in vocabulary, but "
+            f"text_cfg.vocab_size is {vocab_size}"
+        )
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+@contextmanager
+def quiet_logging() -> Iterator[None]:
+    """Keep open_clip's informational root-logger lines off the progress bars."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,149 @@
+"""Predictions on disk: WebDataset shards with one sample an image, in the order of the benchmark.
+
+label.png       label ids (H, W)
+baseline.png    DenseCLIP's label ids; only where a baseline is asked for
+instances.json  COCO results: image_id, category_id (label id), segmentation (RLE), score; only
+                where instances are asked for
+json            image_id and the image's number in the benchmark, which is also the sample key
+
+An image that cannot be read has no sample.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.images import decode_label, encode_label
+from pipeline.data.shards import Sample, open_samples, write_shards
+from pipeline.errors import PipelineError
+from pipeline.metrics.rle import RleObject
+
+SHARD_SIZE = 1000
+KEY_DIGITS = 8
+LABEL, BASELINE, INSTANCES = "label.png", "baseline.png", "instances.json"
+
+
+@dataclass(frozen=True)
+class StoredPrediction:
+    """The prediction of one image, at its own size.
+
+    Attributes:
+        image_id: of its example.
+        labels: (H, W) label ids, 0 is background.
+        baseline: DenseCLIP's, or None.
+        objects: by falling score, or None where there was no need for them.
+    """
+
+    image_id: str
+    labels: NDArray[np.integer]
+    baseline: NDArray[np.integer] | None = None
+    objects: Sequence[RleObject] | None = None
+
+
+def write_predictions(
+    predictions: Iterable[tuple[int, StoredPrediction]],
+    out_dir: Path,
+    *,
+    num_categories: int,
+    settings: Mapping[str, Any],
+) -> None:
+    """Write predictions as they come; the same ones give the same bytes.
+
+    Args:
+        predictions: with their number in the benchmark, which increases.
+        out_dir: folder of shards, replaced as a whole at the end.
+        num_categories: K, the largest label id.
+        settings: how they were made, for the manifest.
+    """
+    samples = (_to_sample(number, item, num_categories) for number, item in predictions)
+    write_shards(samples, out_dir, shard_size=SHARD_SIZE, settings=settings)
+
+
+class PredictionStore:
+    """Random access to the predictions of a folder; only the samples' places are in memory."""
+
+    def __init__(self, shard_dir: Path) -> None:
+        """Check the shards.
+
+        Raises:
+            PipelineError: a shard is missing, changed or cut off, or holds no predictions.
+        """
+        self._dir = shard_dir
+        self._samples = open_samples(shard_dir, members=[LABEL, "json"])
+        self._places = {key: place for place, key in enumerate(self._samples.keys)}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def get(self, number: int, image_id: str) -> StoredPrediction | None:
+        """The prediction of the image with this number in the benchmark, None if it has none.
+
+        Raises:
+            PipelineError: it is that of another image.
+        """
+        place = self._places.get(_key(number))
+        if place is None:
+            return None
+        prediction = _from_sample(self._samples[place])
+        if prediction.image_id != image_id:
+            raise PipelineError(
+                f"{self._dir}: prediction {number} is of image {prediction.image_id}, but the "
+                f"benchmark has {image_id} there; run `pipeline evaluate` again"
+            )
+        return prediction
+
+    def pair(self, examples: Iterable[Any]) -> Iterator[tuple[Any, StoredPrediction]]:
+        """The examples of a benchmark that have a prediction, each with it."""
+        for number, example in enumerate(examples):
+            prediction = self.get(number, example.image_id)
+            if prediction is not None:
+                yield example, prediction
+
+
+def _key(number: int) -> str:
+    return f"{number:0{KEY_DIGITS}d}"
+
+
+def _to_sample(number: int, prediction: StoredPrediction, num_categories: int) -> Sample:
+    image_id = prediction.image_id
+    sample: Sample = {
+        "__key__": _key(number),
+        "json": {"image_id": image_id, "number": number},
+        LABEL: encode_label(np.asarray(prediction.labels), num_categories),
+    }
+    if prediction.baseline is not None:
+        sample[BASELINE] = encode_label(np.asarray(prediction.baseline), num_categories)
+    if prediction.objects is not None:
+        results = [
+            {
+                "image_id": image_id,
+                "category_id": item.label_id,
+                "segmentation": item.rle,
+                "score": item.score,
+            }
+            for item in prediction.objects
+        ]
+        sample[INSTANCES] = json.dumps(results, separators=(",", ":")).encode()
+    return sample
+
+
+def _from_sample(sample: Sample) -> StoredPrediction:
+    objects = None
+    if INSTANCES in sample:
+        objects = [
+            RleObject(entry["category_id"], entry["segmentation"], entry["score"])
+            for entry in json.loads(sample[INSTANCES])
+        ]
+    return StoredPrediction(
+        image_id=json.loads(sample["json"])["image_id"],
+        labels=decode_label(sample[LABEL]),
+        baseline=decode_label(sample[BASELINE]) if BASELINE in sample else None,
+        objects=objects,
+    )
