@@ -161,7 +161,7 @@ def image_loader(corruption: CorruptionParams | None, *, bench_name: str, seed: 
         PipelineError: an unknown corruption.
     """
     if corruption is None:
-        return lambda example: load_image(example.image_path)
+        return _load_stored
     name, level = corruption.name, corruption.level
     if name not in CORRUPTIONS:
         raise PipelineError(
@@ -171,9 +171,14 @@ def image_loader(corruption: CorruptionParams | None, *, bench_name: str, seed: 
 
     def load(example: Example) -> Image.Image:
         image_seed = int(digest([seed, example.image_id])[:SEED_DIGITS], 16)
-        return corrupt(load_image(example.image_path), name=name, level=level, seed=image_seed)
+        return corrupt(_load_stored(example), name=name, level=level, seed=image_seed)
 
     return load
+
+
+def _load_stored(example: Example) -> Image.Image:
+    """The image as it is stored: masks were drawn without regard to EXIF rotation."""
+    return load_image(example.image_path, upright=False)
 
 
 def predict_bench(

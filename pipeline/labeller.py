@@ -1,4 +1,4 @@
-"""DenseCLIP with a category list: the training-free labeller, and the baseline beside a network."""
+"""DenseCLIP as a segmenter: the training-free baseline beside a network, or alone."""
 
 from __future__ import annotations
 
@@ -10,44 +10,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.prompts import templates
-from pipeline.models.clip import ClipEncoder, label_embeddings, load_clip
-from pipeline.models.denseclip import DenseClip, label_and_confidence
+from pipeline.denseclip import denseclip_for, embed_labels
+from pipeline.models.clip import ClipEncoder, load_clip
+from pipeline.models.denseclip import label_and_confidence
 from pipeline.params import PseudoLabelParams
 from pipeline.predictor import PredictionSettings, to_tensor
 from pipeline.runtime import Runtime
-
-
-def build_denseclip(
-    encoder: ClipEncoder,
-    *,
-    categories: Sequence[str],
-    background: Sequence[str],
-    params: PseudoLabelParams,
-) -> DenseClip:
-    """DenseCLIP for a category list, with the settings of section `pseudo_label`."""
-    text = label_embeddings(
-        encoder,
-        background=background,
-        categories=categories,
-        templates=templates(params.templates),
-    )
-    return _with_text(encoder, text, params)
-
-
-def _with_text(encoder: ClipEncoder, text: Tensor, params: PseudoLabelParams) -> DenseClip:
-    return DenseClip(
-        encoder,
-        text,
-        normalisation=params.normalisation,
-        published_activation=params.published_activation,
-        dense_attention=params.dense_attention,
-        prompt_denoising=params.prompt_denoising,
-        key_smoothing=params.key_smoothing,
-        key_affinity=params.key_affinity,
-        position_resize=params.position_resize,
-        logit_scale=params.logit_scale,
-    ).eval()
 
 
 class Labeller:
@@ -83,7 +51,7 @@ class Labeller:
         self._settings = settings
         self._runtime = runtime
         self._first = 0 if settings.background else 1
-        self._model = _with_text(encoder, text_embeddings[self._first :], params)
+        self._model = denseclip_for(encoder, text_embeddings[self._first :], params)
 
     @classmethod
     def load(
@@ -106,12 +74,7 @@ class Labeller:
             runtime.device,
             cache_dir=runtime.cache_dir,
         )
-        text = label_embeddings(
-            encoder,
-            background=background,
-            categories=categories,
-            templates=templates(params.templates),
-        )
+        text = embed_labels(encoder, categories=categories, background=background, params=params)
         return cls(
             encoder,
             text,

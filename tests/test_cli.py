@@ -139,7 +139,11 @@ def test_missing_params_tell_how_to_get_some(mistake: Callable[..., str]) -> Non
     ("args", "section", "known"),
     [
         (["embed", "--source", "nope"], "index", "demo"),
-        (["evaluate", "--bench", "nope"], "benches", "voc"),
+        (
+            ["evaluate", "--bench", "nope"],
+            "benches",
+            "voc; `pipeline benches` lists the shipped ones",
+        ),
         (["audit", "--name", "nope"], "audits", "none"),
         (["demo", "world", "--name", "nope"], "worlds", "demo, endless"),
     ],
@@ -147,7 +151,9 @@ def test_missing_params_tell_how_to_get_some(mistake: Callable[..., str]) -> Non
 def test_an_unknown_name_lists_the_known_ones(
     tmp_path: Path, mistake: Callable[..., str], args: list[str], section: str, known: str
 ) -> None:
-    (tmp_path / "mine.yaml").write_text(f"{TINY_WORLD}benches: {{voc: {{root: data/voc}}}}\n")
+    (tmp_path / "mine.yaml").write_text(
+        f"{TINY_WORLD}benches: {{voc: {{format: voc, root: data/voc}}}}\n"
+    )
     assert mistake(*args, "--params", "mine.yaml") == (
         f"error: mine.yaml: 'nope' is not under `{section}:`; there are: {known}"
     )

@@ -31,6 +31,7 @@ KEY = "${key}"
 EVERYWHERE = {"errors.py", "files.py", "params.py", "runtime.py"}
 # Files of the package that are data of the module beside them, by the module that reads them.
 PACKAGE_DATA = {
+    "pipeline/ablations/definitions.py": ["pipeline/presets/ablations"],
     "pipeline/data/categories.py": ["pipeline/data/category_sets"],
     "pipeline/models/zoo.py": ["pipeline/models/zoo.yaml"],
     "pipeline/demo/glyphs.py": ["pipeline/demo/glyphs.json"],

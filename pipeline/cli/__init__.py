@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from pipeline import __version__
+from pipeline.cli.ablate import ablate_app
 from pipeline.cli.demo import demo_app
 from pipeline.cli.imports import import_app
 from pipeline.cli.stages import stages_app
@@ -27,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(stages_app)
+app.add_typer(ablate_app)
 app.add_typer(weights_app, name="weights", no_args_is_help=True)
 app.add_typer(import_app, name="import", no_args_is_help=True)
 app.add_typer(demo_app, name="demo", no_args_is_help=True)

@@ -60,11 +60,10 @@ def match_objects(
     """Compare the objects of one image, as COCOeval does.
 
     At every IoU threshold the predictions of a category, the best first, each take the true object
-    that they overlap most and that no better one took. Of a category at most 100 count. Areas are
-    those of the masks, in pixels: small below 32 x 32, large above 96 x 96. A crowd is no object to
-    find, and predictions inside it are ignored, as are those outside the area range that match
-    nothing. (COCO's own files state an area with each object, that of its polygons, which differs
-    a little.) A true object without a pixel is one that nothing can match.
+    that they overlap most and that no better one took. Of a category at most 100 count. Areas
+    are in pixels: small below 32 x 32, large above 96 x 96. A crowd is no object to find, and
+    predictions inside it are ignored, as are those outside the area range that match nothing. A
+    true object without a pixel is one that nothing can match.
 
     Args:
         targets: the true objects.
@@ -212,6 +211,7 @@ def _index(objects: Sequence[RleObject]) -> COCO:
                 category_id=item.label_id,
                 score=item.score,
                 crowd=item.crowd,
+                area=item.area,
             )
             for number, item in enumerate(objects, start=1)
         ],

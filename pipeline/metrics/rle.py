@@ -26,12 +26,14 @@ class RleObject:
         rle: its mask.
         score: of a prediction; no matter for a true object.
         crowd: of a true object, see `match_objects`.
+        area: pixels that the object is said to have; None for those of its mask.
     """
 
     label_id: int
     rle: Rle
     score: float = 1.0
     crowd: bool = False
+    area: float | None = None
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> Rle:
@@ -68,14 +70,15 @@ def coco_annotation(
     category_id: int,
     score: float | None = None,
     crowd: bool = False,
+    area: float | None = None,
 ) -> dict[str, Any]:
-    """One entry of the `annotations` of a COCO file; ids start at 1."""
+    """One entry of the `annotations` of a COCO file; ids start at 1, `area` None is the mask's."""
     annotation: dict[str, Any] = {
         "id": annotation_id,
         "image_id": image_id,
         "category_id": category_id,
         "segmentation": rle,
-        "area": mask_area(rle),
+        "area": mask_area(rle) if area is None else area,
         "bbox": mask_box_xywh(rle),
         "iscrowd": int(crowd),
     }

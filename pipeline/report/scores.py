@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,12 @@ def read_benches(
             }
         )
     return benches
+
+
+def bench_columns(benches: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Headings of the scores that any of these benchmarks has, by key."""
+    present = {key for bench in benches for row in bench["rows"] for key in row["scores"]}
+    return {key: heading for key, heading in BENCH_COLUMNS.items() if key in present}
 
 
 def read_audits(metrics_dir: Path, names: Collection[str] | None = None) -> list[dict[str, Any]]:

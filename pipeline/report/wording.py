@@ -17,10 +17,20 @@ ITEM_NAMES = {"train": "iterations", "audit": "items"}
 BENCH_COLUMNS = {
     "miou": "mIoU",
     "baseline_miou": "DenseCLIP mIoU",
+    "miou_seen": "Seen mIoU",
+    "miou_unseen": "Unseen mIoU",
+    "hiou": "hIoU",
+    "miou_s": "mIoU S",
+    "miou_ms": "mIoU MS",
+    "miou_ml": "mIoU ML",
+    "miou_l": "mIoU L",
+    "iou": "IoU",
     "pixel_acc": "Pixel acc.",
     "ap": "AP",
     "ap50": "AP50",
     "ap75": "AP75",
+    "ap_unseen": "Unseen AP",
+    "ap50_unseen": "Unseen AP50",
     "ap_agnostic": "Agnostic AP",
     "ap50_agnostic": "Agnostic AP50",
     "ap75_agnostic": "Agnostic AP75",
@@ -58,4 +68,15 @@ GLOSSARY = {
     "AP50, AP75": "the same at one overlap: 0.50, roughly right, and 0.75, tight.",
     "Agnostic AP": "AP with all categories taken for one: are objects found, whatever their name?",
     "IoU of a class": "its overlap alone; a class that never occurs has none.",
+}
+# Said only where a benchmark has that score.
+GLOSSARY_OF_SCORES = {
+    "hiou": {
+        "Seen, unseen": "scores over the categories that a zero-shot split lets training name, and "
+        "over those it does not; hIoU is the harmonic mean of both mIoU."
+    },
+    "miou_s": {
+        "mIoU S, MS, ML, L": "mIoU by the share of the image that a category covers: up to 5, 25, "
+        "50 and 100 %."
+    },
 }

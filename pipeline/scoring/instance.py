@@ -36,7 +36,9 @@ class InstanceScorer:
 
     def measure(self, truth: Truth, prediction: StoredPrediction) -> InstancePart:
         targets = [
-            RleObject(target.label_id, encode_mask(target.mask), crowd=target.crowd)
+            RleObject(
+                target.label_id, encode_mask(target.mask), crowd=target.crowd, area=target.area
+            )
             for target in truth.instances
         ]
         predictions = list(prediction.objects or [])

@@ -17,8 +17,8 @@ from pipeline.data.cache import BlobCache
 from pipeline.data.images import encode_label, encode_png, load_image
 from pipeline.data.labels import BACKGROUND, encode_confidence
 from pipeline.data.shards import SampleStore, open_samples, write_shards
+from pipeline.denseclip import build_denseclip
 from pipeline.errors import PipelineError
-from pipeline.labeller import build_denseclip
 from pipeline.models.clip import load_clip
 from pipeline.models.denseclip import DenseClip
 from pipeline.params import PseudoLabelParams

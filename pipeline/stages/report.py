@@ -8,10 +8,10 @@ inputs give equal bytes.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from importlib import metadata
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from pipeline.report.predictions import read_best_and_worst, read_typical
 from pipeline.report.published import read_published
 from pipeline.report.runs import has_run, index_size, read_stages, time_of_all
 from pipeline.report.samples import TargetMaker, read_samples
-from pipeline.report.scores import read_audits, read_benches
-from pipeline.report.wording import AUDIT_MEASURES, BENCH_COLUMNS, GLOSSARY
+from pipeline.report.scores import bench_columns, read_audits, read_benches
+from pipeline.report.wording import AUDIT_MEASURES, GLOSSARY, GLOSSARY_OF_SCORES
 from pipeline.runtime import StageRun
 
 TEMPLATE_DIR = Path(__file__).resolve().parents[1] / "report"
@@ -101,6 +101,7 @@ def _render(
     params: Params | None,
 ) -> str:
     """The page: its sections, what heads them, and the colours of the categories."""
+    columns = bench_columns(results["benches"])
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE_DIR),
         autoescape=True,
@@ -116,10 +117,10 @@ def _render(
         names=categories,
         colour_of=dict(zip(categories, map(category_colour, count(1)), strict=False)),
         target=params.train.target if params else "",
-        columns=BENCH_COLUMNS,
+        columns=columns,
         measures=AUDIT_MEASURES,
         settings=_settings(params),
-        glossary=GLOSSARY,
+        glossary=_glossary(columns),
         versions=_versions(),
         max_chips=MAX_CHIPS,
         no_value=NO_VALUE,
@@ -197,6 +198,12 @@ def _settings(params: Params | None) -> dict[str, str]:
 def _encoder(encoder: EncoderParams) -> str:
     """`ViT-B-16-quickgelu / openai`; of local files the names without folders."""
     return f"{Path(encoder.model).name} / {Path(encoder.pretrained).name}"
+
+
+def _glossary(columns: Collection[str]) -> dict[str, str]:
+    """Terms and meanings; those of rare scores only where there are such scores."""
+    rare = [terms for key, terms in GLOSSARY_OF_SCORES.items() if key in columns]
+    return dict(chain(GLOSSARY.items(), *(terms.items() for terms in rare)))
 
 
 def _versions() -> dict[str, str]:

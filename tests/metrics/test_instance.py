@@ -115,6 +115,13 @@ def test_without_an_image_there_is_no_score() -> None:
     assert math.isnan(score().ap())
 
 
+def test_an_area_that_is_stated_decides_the_size() -> None:
+    target = RleObject(1, encode_mask(FIRST), area=40.0 * 40.0)
+    result = score(([target], [thing(FIRST)]))
+    assert math.isnan(result.ap(area="small"))
+    assert result.ap(area="medium") == pytest.approx(1)
+
+
 def test_an_object_without_a_pixel_cannot_be_found() -> None:
     empty = thing(np.zeros(SIZE, dtype=bool), score=0.5)
     assert score(([thing(FIRST), empty], [thing(FIRST), empty])).ap() == pytest.approx(51 / 101)

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from pipeline.data.images import decode_label, decode_png, encode_jpeg, encode_png, load_image
 from pipeline.data.shards import read_manifest, read_shards, write_shards
+from pipeline.denseclip import build_denseclip
 from pipeline.errors import PipelineError
-from pipeline.labeller import build_denseclip
 from pipeline.models.clip import load_clip
 from pipeline.params import EncoderParams, PseudoLabelParams
 from pipeline.runtime import Runtime

@@ -35,6 +35,7 @@ class Annotation(NamedTuple):
     label_id: int
     counts: bytes
     crowd: bool
+    area: float | None
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,12 @@ class CocoExample:
         evaluation.
         """
         return [
-            InstanceTarget(annotation.label_id, self._mask(annotation), crowd=annotation.crowd)
+            InstanceTarget(
+                annotation.label_id,
+                self._mask(annotation),
+                crowd=annotation.crowd,
+                area=annotation.area,
+            )
             for annotation in self.annotations
         ]
 
@@ -313,13 +319,16 @@ def _parse_annotation(
     if label_id is None:
         return None
     counts = _encode(entry["segmentation"], image.size)
-    return Annotation(label_id, counts, crowd=bool(entry.get("iscrowd", 0)))
+    area = _value(entry, "area", (int, float)) if "area" in entry else None
+    return Annotation(label_id, counts, crowd=bool(entry.get("iscrowd", 0)), area=area)
 
 
-def _value(entry: Mapping[str, Any], key: str, kind: type[T]) -> T:
+def _value(entry: Mapping[str, Any], key: str, kind: type[T] | tuple[type[T], ...]) -> T:
     value = entry[key]
     if not isinstance(value, kind):
-        raise ValueError(f"{key} is {value!r}, not of type {kind.__name__}")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names = " or ".join(each.__name__ for each in kinds)
+        raise ValueError(f"{key} is {value!r}, not of type {names}")
     return value
 
 

@@ -20,11 +20,14 @@ class InstanceTarget:
         mask: (H, W) bool; void pixels are no part of it.
         crowd: the mask covers many objects, not told apart (COCO's `iscrowd`): predictions inside
             it are neither right nor wrong.
+        area: the pixels that the annotation states, which decide whether COCO calls the object
+            small, medium or large; None for those of the mask.
     """
 
     label_id: int
     mask: NDArray[np.bool_]
     crowd: bool = False
+    area: float | None = None
 
 
 class Example(Protocol):

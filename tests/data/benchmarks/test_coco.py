@@ -182,6 +182,7 @@ def test_every_annotation_is_an_instance(root: Path) -> None:
     np.testing.assert_array_equal(crowd.mask, [[0, 1, 1], [0, 1, 1], [0, 1, 0], [0, 1, 0]])
 
     assert empty.instances() == []
+    assert {target.area for target in (book, table, person, cat, bed, crowd)} == {1.5}
     np.testing.assert_array_equal(last.instances()[0].mask, brush_mask())
 
 

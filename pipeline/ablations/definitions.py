@@ -1,0 +1,70 @@
+"""Ablations as data: which params vary, what is compared, and the papers' tables beside it."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from pipeline.errors import PipelineError
+from pipeline.typed_yaml import Record, read_record
+
+FOLDER = Path(__file__).resolve().parents[1] / "presets" / "ablations"
+
+# Dotted key of params.yaml -> value.
+Settings = dict[str, Any]
+
+
+class Variant(Record):
+    """One setting: its name in tables, and the params that it sets, by dotted key."""
+
+    label: Annotated[str, Field(pattern=r"\S")]
+    params: Settings = Field(default_factory=dict)
+
+
+class Ablation(Record):
+    """What one ablation varies.
+
+    Attributes:
+        description: One line.
+        metrics: Keys of a metrics file (dots reach into it) and their headings.
+        tables: Ids of the papers' tables in `reports/published.yaml`, if they have any.
+        variants: What the papers vary.
+        demo_variants: What stands for it where params.yaml draws a world; none: the same variants,
+            empty: the embedded default has nothing to vary.
+        carries_over: What of the embedded default's result carries over to photos, and what not.
+    """
+
+    description: Annotated[str, Field(pattern=r"\S")]
+    metrics: Annotated[dict[str, str], Field(min_length=1)]
+    tables: list[str] = Field(default_factory=list)
+    variants: Annotated[list[Variant], Field(min_length=2)]
+    demo_variants: list[Variant] | None = None
+    carries_over: str
+
+    def variants_for(self, *, demo: bool) -> list[Variant]:
+        """The variants for the embedded default or for everything else."""
+        if demo and self.demo_variants is not None:
+            return self.demo_variants
+        return self.variants
+
+
+def list_ablations(folder: Path = FOLDER) -> list[str]:
+    """Names of all ablations, in order."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def read_ablation(name: str, folder: Path = FOLDER) -> Ablation:
+    """The definition of an ablation.
+
+    Raises:
+        PipelineError: no ablation has this name, or its file is wrong.
+    """
+    names = list_ablations(folder)
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise PipelineError(f"ablation {name!r} is unknown; {hint}known: {', '.join(names)}")
+    return read_record(folder / f"{name}.yaml", Ablation)

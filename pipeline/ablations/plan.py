@@ -1,0 +1,149 @@
+"""From an ablation's definition and params.yaml to what `dvc exp run` is asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.ablations.definitions import Ablation, Settings, Variant
+from pipeline.ablations.results import value_at
+from pipeline.errors import PipelineError
+from pipeline.files import digest
+from pipeline.params import Params, parse_params
+
+DIGITS = 6
+# What a variant may change without a new training run.
+EVALUATION = ("evaluate", "benches")
+PLAIN_WORD = re.compile(r"[A-Za-z_][\w./-]*")
+NO_STRINGS = ("null", "true", "false", "nan", "inf")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One variant of an ablation.
+
+    Attributes:
+        label: Its name in tables.
+        params: What it sets, by dotted key.
+        overrides: Those of them, and of the ones set for all variants, that params.yaml has
+            otherwise.
+        experiment: Name of its DVC experiment: equal names mean equal overrides.
+    """
+
+    label: str
+    params: Settings
+    overrides: Settings
+    experiment: str
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether anything but evaluation differs from params.yaml."""
+        return any(key.split(".")[0] not in EVALUATION for key in self.overrides)
+
+    def command(self, target: str) -> list[str]:
+        """The words after `dvc` that run the stage `target` and what comes before it."""
+        words = ["exp", "run", "--name", self.experiment]
+        for key, value in self.overrides.items():
+            words += ["--set-param", f"++{key}={override_literal(value)}"]
+        return [*words, target]
+
+
+def plan(
+    name: str, ablation: Ablation, params: Params, *, bench: str, for_all: Settings | None = None
+) -> list[Step]:
+    """The variants of an ablation as experiments on these params.
+
+    Args:
+        name: The ablation's name.
+        ablation: Its definition; the variants of the embedded default where the params draw a
+            world.
+        params: What params.yaml says.
+        bench: Name of the benchmark that is scored.
+        for_all: Params set for every variant; a variant's own settings go before them.
+
+    Raises:
+        PipelineError: the benchmark is not in the params, the ablation has no variant for the
+            embedded default, or a setting names no param or has a value that the param refuses.
+    """
+    if bench not in params.benches:
+        known = ", ".join(params.benches) or "none"
+        raise PipelineError(f"--bench: {bench!r} is not under `benches:`; there are: {known}")
+    variants = ablation.variants_for(demo=bool(params.worlds))
+    if not variants:
+        raise PipelineError(f"ablation {name}: {' '.join(ablation.carries_over.split())}")
+    return [_step(name, variant, params, bench, for_all or {}) for variant in variants]
+
+
+def parse_settings(words: Sequence[str]) -> Settings:
+    """Params from words `key=value`, values in YAML.
+
+    Raises:
+        PipelineError: a word is not of that form, or a key comes twice.
+    """
+    settings: Settings = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not (key and equals) or key in settings:
+            raise PipelineError(f"--set: {word!r}: expected key=value, every key once")
+        try:
+            settings[key] = YAML(typ="safe", pure=True).load(text)
+        except YAMLError:
+            raise PipelineError(f"--set: {word!r}: {text!r} is not a YAML value") from None
+    return settings
+
+
+def override_literal(value: Any) -> str:
+    """A value in the grammar of DVC's `--set-param`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return (
+            "{" + ",".join(f"{key}:{override_literal(item)}" for key, item in value.items()) + "}"
+        )
+    if isinstance(value, list):
+        return "[" + ",".join(map(override_literal, value)) + "]"
+    if PLAIN_WORD.fullmatch(value) and value.lower() not in NO_STRINGS:
+        return str(value)
+    return "'" + str(value).replace("'", "\\'") + "'"
+
+
+def _step(
+    name: str, variant: Variant, params: Params, bench: str, for_all: Mapping[str, Any]
+) -> Step:
+    wanted = {**for_all, **variant.params}
+    before = params.model_dump(mode="json")
+    after = params.model_dump(mode="json")
+    for key, value in wanted.items():
+        _set_at(after, key, value)
+    place = f"ablation {name}, variant {variant.label!r}"
+    after = parse_params(after, name=place).model_dump(mode="json")
+    overrides = {
+        key: value for key, value in wanted.items() if value_at(after, key) != value_at(before, key)
+    }
+    slug = re.sub(r"[^a-z0-9]+", "-", variant.label.lower()).strip("-")
+    identity = digest({"bench": bench, "overrides": overrides})[:DIGITS]
+    return Step(
+        label=variant.label,
+        params=dict(variant.params),
+        overrides=overrides,
+        experiment=f"{name}-{slug}-{identity}",
+    )
+
+
+def _set_at(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = tree.get(section)
+        if not isinstance(inner, dict):
+            inner = tree[section] = {}
+        tree = inner
+    tree[last] = value

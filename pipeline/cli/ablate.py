@@ -1,0 +1,51 @@
+"""The papers' ablations, as DVC experiments."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.common import PARAMS
+from pipeline.errors import PipelineError
+
+ablate_app = typer.Typer()
+
+
+@ablate_app.command()
+def ablate(
+    name: Annotated[str, typer.Argument(help="Name of an ablation; `list` lists them.")],
+    bench: Annotated[
+        str | None,
+        typer.Option(help="Name of a benchmark under `benches:`; default: the first one."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set a param for all variants, e.g. `--set train.iterations=300`; repeatable.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be run.")] = False,
+    force: Annotated[bool, typer.Option(help="Run again what has been run.")] = False,
+) -> None:
+    """Run one of the papers' ablations, a DVC experiment a variant, and compare the scores.
+
+    It starts from the last commit and a finished `dvc repro`, leaves the workspace as it was, and
+    writes `reports/ablations/NAME.json`, which `pipeline report` shows beside the paper's numbers.
+    Stages that a variant does not touch are not run again, nor is a variant that has been run from
+    this commit: the same command continues after Ctrl-C. `dvc exp show` lists the experiments,
+    `dvc exp apply` takes one over.
+    """
+    from pipeline.ablations.plan import parse_settings
+    from pipeline.ablations.run import describe, overview, run
+
+    if not PARAMS.is_file():
+        raise PipelineError(f"{PARAMS}: no such file here; run this in the project's folder")
+    if name == "list":
+        print(overview())
+    elif dry_run:
+        print(describe(name, bench=bench, settings=parse_settings(settings or [])))
+    else:
+        run(name, bench=bench, settings=parse_settings(settings or []), force=force)
