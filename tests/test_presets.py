@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli.benches import shipped_bench
 from pipeline.data.categories import load_category_set
 from pipeline.errors import PipelineError
 from pipeline.params import read_params
@@ -42,6 +43,7 @@ def test_a_papers_preset_has_the_papers_settings(tmp_path: Path, name: str) -> N
     assert (params.train.target, params.train.max_paste) == ("saliency", 10)
     assert (params.train.learning_rate, params.train.encoder_learning_rate) == (5e-5, 5e-6)
     assert params.train.iterations in (20_000, 80_000)
+    assert params.benches == {bench: shipped_bench(bench) for bench in params.benches} != {}
 
 
 def test_a_preset_is_summarised_by_its_first_line() -> None:
