@@ -14,7 +14,7 @@ from pipeline.denseclip import denseclip_for, embed_labels
 from pipeline.models.clip import ClipEncoder, load_clip
 from pipeline.models.denseclip import label_and_confidence
 from pipeline.params import PseudoLabelParams
-from pipeline.predictor import PredictionSettings, to_tensor
+from pipeline.predictor import PredictionSettings, to_tensor, unasked_names
 from pipeline.runtime import Runtime
 
 
@@ -65,6 +65,8 @@ class Labeller:
     ) -> Labeller:
         """Load the encoder of section `pseudo_label` and embed the names.
 
+        As for a `Segmenter`, a name of the background that is asked for is none.
+
         Raises:
             PipelineError: an encoder that cannot be loaded, or a name that it does not know.
         """
@@ -74,6 +76,7 @@ class Labeller:
             runtime.device,
             cache_dir=runtime.cache_dir,
         )
+        background = unasked_names(background, categories)
         text = embed_labels(encoder, categories=categories, background=background, params=params)
         return cls(
             encoder,

@@ -86,7 +86,7 @@ class RetrieveParams(Section):
     """
 
     templates: Literal["prompts85", "name"] = "prompts85"
-    overlap: Literal["best", "all", "last"] = "best"
+    overlap: Literal["best", "all", "last"] = "last"
     num_negatives: Annotated[int, Field(ge=0)] = 0
     block_rows: Count = 65_536
 

@@ -8,6 +8,7 @@ prediction.semantic                       # (H, W) label ids, 0 is background
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,8 @@ from pipeline.models.weights import load_state, load_strict
 from pipeline.models.zoo import resolve_weights
 from pipeline.models.zutis import Zutis
 from pipeline.runtime import Runtime, make_runtime
+
+ROUNDING = 1e-6
 
 ImageInput = Image.Image | Path | str | NDArray[np.uint8]
 
@@ -171,7 +174,7 @@ class Segmenter:
         )
         text = label_embeddings(
             clip,
-            background=_unasked(config.background, names),
+            background=unasked_names(config.background, names),
             categories=names,
             templates=TEMPLATE_SETS[config.templates],
         )
@@ -262,8 +265,8 @@ class Segmenter:
         )
 
 
-def _unasked(background: Sequence[str], categories: Sequence[str]) -> list[str]:
-    """The background's names without those that are asked for now."""
+def unasked_names(background: Sequence[str], categories: Sequence[str]) -> list[str]:
+    """The background's names without those that are asked for; all, if none were left."""
     asked = {name.casefold() for name in categories}
     return [name for name in background if name.casefold() not in asked] or list(background)
 
@@ -276,7 +279,10 @@ def read_checkpoint_config(checkpoint_dir: Path) -> CheckpointConfig:
     """
     path = Path(checkpoint_dir) / CONFIG_NAME
     if not path.is_file():
-        raise PipelineError(f"{path}: no such file; `pipeline train` writes a checkpoint")
+        raise PipelineError(
+            f"{path}: no such file; `pipeline train` writes a checkpoint, and "
+            "`pipeline weights list` names published ones"
+        )
     content = read_json(path)
     try:
         encoder = content["encoder"]
@@ -311,19 +317,26 @@ def input_size(
 ) -> tuple[int, int]:
     """(width, height) of the network's input for an image.
 
-    Where nothing asks for another size the image keeps its own. The network then ignores what
-    exceeds whole patches at the right and bottom and its prediction is stretched over it: as in the
-    published code; the paper says "original resolution" (4.1). Under `whole_patches`, and wherever
-    an image is resized, a side is a multiple of the patch size, so that no pixel is cut off. No
-    side is shorter than a patch.
+    Where nothing asks for another size the image keeps its own; a resized one keeps its aspect, the
+    other side rounded down. The network then ignores what exceeds whole patches at the right and
+    bottom and its prediction is stretched over it: as in the published code; the paper says
+    "original resolution" (4.1). Under `whole_patches` sides are multiples of the patch size
+    instead, so that no pixel is cut off. No side is shorter than a patch.
     """
     scale = 1.0 if settings.resize_to is None else settings.resize_to / min(width, height)
     if settings.max_side is not None:
         scale = min(scale, settings.max_side / max(width, height))
-    if scale == 1.0 and min(width, height) >= patch_size and not settings.whole_patches:
-        return width, height
-    patches_x, patches_y = (max(1, round(side * scale / patch_size)) for side in (width, height))
-    return patches_x * patch_size, patches_y * patch_size
+    step = patch_size if settings.whole_patches else 1
+    to_steps = round if settings.whole_patches else _floor
+    new_width, new_height = (
+        max(patch_size, step * to_steps(side * scale / step)) for side in (width, height)
+    )
+    return new_width, new_height
+
+
+def _floor(value: float) -> int:
+    """Largest integer below `value`, or above it by no more than rounding makes of an integer."""
+    return math.floor(value + ROUNDING)
 
 
 def to_tensor(image: Image.Image, settings: PredictionSettings, *, patch_size: int) -> Tensor:

@@ -6,40 +6,61 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.files import digest, file_sha256
 from pipeline.labeller import Labeller
 from pipeline.models.build import WEIGHTS_NAME
 from pipeline.params import BenchParams
-from pipeline.predictor import PredictionSettings, Segmenter, read_checkpoint_config
+from pipeline.predictor import (
+    PredictionSettings,
+    Segmenter,
+    read_checkpoint_config,
+    unasked_names,
+)
+from pipeline.runtime import Runtime
 
 DIGITS = 12
+NO_MATTER_FOR_LABELS = ("batch_size", "shard_size")  # of section `pseudo_label`
 
 
 def bench_protocol(
     bench: BenchParams,
+    *,
     categories: Sequence[str],
+    names: Sequence[str],
     metrics: Sequence[str],
     settings: PredictionSettings,
-    *,
-    seed: int,
+    runtime: Runtime,
 ) -> dict[str, Any]:
-    """What is scored, and on which input."""
+    """What is scored, and on which input.
+
+    Args:
+        bench: the benchmark.
+        categories: names by label id from 1.
+        names: all that any image asks for; the categories, unless images have names of their own.
+        metrics: what is scored.
+        settings: how predictions are made.
+        runtime: precision, and seed of corruptions.
+    """
     corruption = bench.corruption
     return {
         "split": bench.split,
         "num_categories": len(categories),
         "categories_hash": digest(list(categories))[:DIGITS],
+        "asked_names": "categories" if list(names) == list(categories) else "of each image",
         "metrics": ", ".join(metrics),
         "background_scored": bench.background,
         "unseen": ", ".join(bench.unseen) or None,
         "corruption": f"{corruption.name} {corruption.level}" if corruption else None,
-        "corruption_seed": seed if corruption else None,
+        "corruption_seed": runtime.seed if corruption else None,
         "resize_to": settings.resize_to,
         "max_side": settings.max_side,
         "whole_patches": settings.whole_patches,
         "void": "not scored",
         "sliding_window": False,
         "refinement": "none",
+        "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
     }
 
 
@@ -51,8 +72,9 @@ def network_protocol(segmenter: Segmenter, checkpoint_dir: Path) -> dict[str, An
         "encoder": _encoder_tag(config.encoder_model, config.encoder_pretrained),
         "checkpoint": file_sha256(checkpoint_dir / WEIGHTS_NAME)[:DIGITS],
         "step": config.step,
-        "open_vocabulary": set(segmenter.categories) != set(config.categories),
-        "background": ", ".join(config.background),
+        **{f"network_{name}": value for name, value in config.architecture.items()},
+        "open_vocabulary": not set(segmenter.categories) <= set(config.categories),
+        "background": ", ".join(unasked_names(config.background, segmenter.categories)),
         "templates": config.templates,
         "threshold": settings.threshold,
         "temperature": settings.temperature,
@@ -67,10 +89,7 @@ def denseclip_protocol(labeller: Labeller) -> dict[str, Any]:
     return {
         "encoder": _encoder_tag(params.encoder.model, params.encoder.pretrained),
         "background": ", ".join(labeller.background),
-        "templates": params.templates,
-        "prompt_denoising": params.prompt_denoising,
-        "key_smoothing": params.key_smoothing,
-        "attention": params.dense_attention,
+        **params.model_dump(exclude={"encoder", *NO_MATTER_FOR_LABELS}),
     }
 
 

@@ -97,8 +97,9 @@ class SizeIou:
     A class is of one size in an image: that of the smallest share of `SIZES` which its pixels do
     not exceed. IoU at a size looks only at the pixels of classes of that size and of background, so
     what was painted over objects of another size does not count. As in the official evaluator
-    (LUSSeg/ImageNet-S, evaluation/metric.py) shares are of the whole image, void included, the
-    background is one of the classes, and the mean is over the classes with such pixels.
+    (LUSSeg/ImageNet-S, evaluation/metric.py, to which data/data.py hands no void pixel) shares are
+    of the scored pixels, the background is one of the classes, and the mean is over the classes
+    with such pixels.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -109,21 +110,22 @@ class SizeIou:
     def update(self, *, target: NDArray[np.integer], prediction: NDArray[np.integer]) -> None:
         """Add the pixels of one image; see `ConfusionMatrix.update`."""
         num_classes = self._counts.shape[-1]
-        areas = np.bincount(target[target >= 0].astype(np.int64), minlength=num_classes)
+        scored = (target >= 0) & (target < num_classes)
+        target, prediction = target[scored].astype(np.int64), prediction[scored].astype(np.int64)
+        areas = np.bincount(target, minlength=num_classes)
         bounds = np.array(list(SIZES.values()))
         # 100 area <= percent total, in integers: exact at the bounds.
-        sizes = np.searchsorted(bounds * target.size, 100 * areas[:num_classes], side="left")
+        sizes = np.searchsorted(bounds * target.size, 100 * areas, side="left")
         for size, counts in enumerate(self._counts):
-            members = (sizes == size) & (areas[:num_classes] > 0)
+            members = (sizes == size) & (areas > 0)
             members[0] = False
             if not members.any():
                 continue
             members[0] = True
-            counted = (target >= 0) & (target < num_classes)
-            counted[counted] = members[target[counted]]
+            counted = members[target]
             truth, found = target[counted], prediction[counted]
             for row, labels in zip(counts, (truth[truth == found], truth, found), strict=True):
-                row += np.bincount(labels.astype(np.int64), minlength=num_classes)
+                row += np.bincount(labels, minlength=num_classes)
 
     def merge(self, other: SizeIou) -> None:
         """Add the counts of another one over the same classes."""

@@ -138,12 +138,13 @@ def _store(
     """Verify and convert a file; the card comes last, and goes before an old copy is replaced."""
     label = f"{origin} (as {entry.name}: {entry.describe_architecture()})"
     state = CONVERTERS[entry.kind](read_weights(file), entry.architecture, label)
+    state = _unshared(state, label)
     card = card_path(entry, cache_dir)
     path = cached_path(entry, cache_dir)
     card.unlink(missing_ok=True)
     contents = [path / WEIGHTS_NAME, path / CONFIG_NAME] if entry.kind == "zutis" else [path]
     with atomic_path(contents[0]) as temporary:
-        save_tensors(_unshared(state), temporary)
+        save_tensors(state, temporary)
     if entry.kind == "zutis":
         write_json(contents[1], _checkpoint_config(entry, categories))
     write_json(
@@ -161,8 +162,16 @@ def _store(
     return path
 
 
-def _unshared(state: State) -> State:
-    """Tensors with memory of their own, as safetensors wants them."""
+def _unshared(state: State, source: str) -> State:
+    """Tensors with memory of their own, as safetensors wants them.
+
+    Raises:
+        PipelineError: a tensor has no values, or not all of them.
+    """
+    for name, value in state.items():
+        if value.is_meta or value.layout != torch.strided:
+            kind = "has no values" if value.is_meta else f"is stored as {value.layout}"
+            raise PipelineError(f"{source}: {name} {kind}; save the model's plain state_dict")
     return {
         name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def _strip(store: SampleStore, rows: Sequence[Place], num_archives: int) -> dict
         image = _image(store, index, THUMB_SIDE)
         alt = f"{row.category or 'negative'}, rank {row.rank}"
         thumb = picture(image, alt=alt, max_bytes=THUMB_BYTES)
-        thumbs.append(thumb | {"similarity": f"{row.similarity:.3f}"})
+        thumbs.append(thumb | {"similarity": _similarity(row)})
     first = rows[0][0]
     return {
         "name": first.category if first.label_id else "negatives",
@@ -115,10 +116,15 @@ def _sample(
     return {
         "name": row.category,
         "rank": row.rank,
-        "similarity": f"{row.similarity:.3f}",
+        "similarity": _similarity(row),
         "pictures": pictures,
         "label_ids": {int(value) for labels in maps.values() for value in np.unique(labels)},
     }
+
+
+def _similarity(row: ArchiveRow) -> str:
+    """As shown; imported archives do not say theirs."""
+    return "unknown" if math.isnan(row.similarity) else f"{row.similarity:.3f}"
 
 
 def _image(store: SampleStore, index: int, side: int) -> Image.Image:

@@ -102,7 +102,14 @@ def run(
     )
     protocol = protocol_lines(
         predictor.protocol
-        | bench_protocol(bench, task.categories, metrics, settings, seed=runtime.seed)
+        | bench_protocol(
+            bench,
+            categories=task.categories,
+            names=names,
+            metrics=metrics,
+            settings=settings,
+            runtime=runtime,
+        )
     )
     with StageRun("evaluate", stats_path=stats_path, total=len(benchmark)) as stage:
         write_predictions(
@@ -114,7 +121,7 @@ def run(
         store = PredictionStore(predictions_dir)
         board = ScoreBoard(task, metrics=metrics, groups=benchmark.groups)
         for example, prediction in tqdm(
-            store.pair(benchmark), desc="score", total=len(store), leave=False
+            store.pair(benchmark), desc="score", total=len(store), leave=False, position=0
         ):
             board.add(example, prediction)
         write_pictures(

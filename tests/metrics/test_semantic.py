@@ -69,19 +69,20 @@ def test_sizes_take_their_classes_and_the_background() -> None:
     assert math.isnan(scores["l"])
 
 
-def test_a_size_is_a_share_of_the_whole_image_and_void_is_not_scored() -> None:
-    target = np.repeat([-1, 1, 2], [45, 50, 5])
-    prediction = np.repeat([2, 1, 1], [45, 50, 5])
+def test_a_size_is_a_share_of_the_scored_pixels_and_void_is_none() -> None:
+    # Of 20 scored pixels class 1 has 10 (ml), class 2 one (s); of all 100 both would be small.
+    target = np.repeat([-1, 0, 1, 2], [80, 9, 10, 1])
+    prediction = np.repeat([2, 0, 1, 1], [80, 9, 10, 1])
     scorer, other = SizeIou(3), SizeIou(3)
     other.update(target=target, prediction=prediction)
     scorer.merge(other)
     scores = scorer.compute()
-    assert (scores["ml"], scores["s"]) == (1, 0)
+    assert (scores["ml"], scores["s"]) == (1, 0.5)
     assert math.isnan(scores["ms"])
-    one_more = np.repeat([-1, 1, 2], [44, 51, 5])
+    one_more = np.repeat([-1, 0, 1, 2], [80, 8, 11, 1])
     scorer = SizeIou(3)
     scorer.update(target=one_more, prediction=prediction)
-    assert scorer.compute()["l"] == pytest.approx(50 / 51)
+    assert scorer.compute()["l"] == pytest.approx((10 / 11 + 8 / 9) / 2)
 
 
 def test_harmonic_mean() -> None:

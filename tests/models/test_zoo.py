@@ -378,6 +378,22 @@ class TestCache:
             fetch(entry, tiny_zoo)
         assert list(tiny_zoo.rglob("*.*")) == []
 
+    @pytest.mark.parametrize(
+        ("tensor", "problem"),
+        [
+            (torch.zeros(3, 16, device="meta"), "has no values"),
+            (torch.zeros(3, 16).to_sparse(), "is stored as torch.sparse_coo"),
+        ],
+    )
+    def test_tensors_without_plain_values_are_refused(
+        self, tiny_zoo: Path, tmp_path: Path, tensor: Tensor, problem: str
+    ) -> None:
+        state = SelfMask(SelfMaskConfig(**TINY_SELFMASK)).state_dict() | {"query_embed": tensor}
+        torch.save(state, tmp_path / "odd.pt")
+        with pytest.raises(PipelineError, match=f"query_embed {problem}; save the model's plain"):
+            add(published("selfmask_tiny"), tmp_path / "odd.pt", tiny_zoo)
+        assert not is_cached(published("selfmask_tiny"), tiny_zoo)
+
     def test_pickled_code_is_refused(self, tiny_zoo: Path, tmp_path: Path) -> None:
         class Evil:
             def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:

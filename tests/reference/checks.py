@@ -59,6 +59,7 @@ def close(
     *,
     relative: float = RELATIVE,
     bound: float | None = None,
+    slack: Tensor | ArrayLike = 0.0,
 ) -> Result:
     """Compare floats as described above.
 
@@ -68,11 +69,13 @@ def close(
         expected: the published values, of the same shape.
         relative: largest error over the largest published value.
         bound: largest absolute error, instead of `relative`.
+        slack: by how much rounding may move each value: no error up to there.
     """
     ours, published = _floats(actual), _floats(expected)
     if ours.shape != published.shape:
         return failure(name, f"shape {ours.shape}, published {published.shape}")
-    error, scale = _largest(ours - published), _largest(published)
+    beyond = np.maximum(np.abs(ours - published) - _floats(slack), 0)
+    error, scale = _largest(beyond), _largest(published)
     if bound is None:
         bound = max(min(relative * scale, MAX_BOUND), min(relative, FLOAT32_NOISE) * scale)
         bound = bound or ZERO_BOUND
@@ -88,11 +91,14 @@ def close_each(
     *,
     scales: Mapping[str, float],
     relative: float,
+    slack: Mapping[str, float] | None = None,
 ) -> Result:
-    """Compare numbers by name, each error relative to a scale of its own."""
+    """Compare numbers by name, each error beyond its `slack` relative to a scale of its own."""
     if actual.keys() != expected.keys():
         return failure(name, f"names differ: {_some(sorted(actual.keys() ^ expected.keys()))}")
     errors = {key: abs(actual[key] - value) for key, value in expected.items()}
+    if slack is not None:
+        errors = {key: error - min(error, slack[key]) for key, error in errors.items()}
     shares = {key: _over(error, scales[key]) for key, error in errors.items()}
     wrong = [key for key, share in shares.items() if not share <= relative]
     return Result(

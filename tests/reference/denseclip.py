@@ -20,7 +20,7 @@ from pipeline.models.denseclip import (
     prompt_denoising,
 )
 
-from .checks import Parts, Result, close, equal, first_is_clear
+from .checks import RELATIVE, Parts, Result, close, equal, first_is_clear
 from .networks import clip_encoder
 from .vectors import Vectors
 
@@ -85,8 +85,10 @@ def _dense_clip_part(vectors: Vectors, part: str, encoder: ClipEncoder) -> Itera
         yield close(label, probability[kept], published[kept], bound=PROBABILITY_BOUND)
         decided = _decided(refinement, logits, published) & kept[:, None, None]
         smoothed = key_smoothing(logits, keys, refinement.smoothing, scale=scale)
-        pair = (values.movedim(1, -1)[decided] for values in (smoothed, io[after]))
-        yield close(f"{name}/{after}", *pair)
+        ours, theirs = (values.movedim(1, -1)[decided] for values in (smoothed, io[after]))
+        # Sums of probabilities whose logits are scaled: as inexact as these, however large.
+        bound = RELATIVE * float(theirs.abs().max()) if theirs.numel() else None
+        yield close(f"{name}/{after}", ours, theirs, bound=bound)
     own = DenseClip(encoder, text, logit_scale=scale)
     refined = DenseClip(
         encoder,

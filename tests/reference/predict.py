@@ -57,9 +57,13 @@ def _instances(vectors: Vectors, setting: str) -> Iterator[Result]:
     name = f"{vectors.name}/instance.{setting}"
     ours = _predict_instances(vectors, setting)
     published = vectors.record["instance"][setting]
-    masks = vectors.io[f"masks.{setting}"].numpy().astype(bool) if published else np.zeros(0)
-    if len(ours) != len(published):
-        yield failure(f"{name}.labels", f"{len(ours)} instances, published {len(published)}")
+    stored = f"masks.{setting}"  # may be left out where there is no instance
+    masks = np.zeros(0, bool)
+    if published or stored in vectors.io:
+        masks = vectors.io[stored].numpy().astype(bool)
+    if not len(ours) == len(published) == len(masks):
+        found = f"{len(ours)} instances, published {len(published)} with {len(masks)} masks"
+        yield failure(f"{name}.labels", found)
         return
     pairs = _pair(ours, published, masks)
     yield equal(

@@ -66,11 +66,15 @@ FAMILIES = {
     layouts.ZUTIS_PREFIX: Family(layouts.zutis_layout, io=False),
     layouts.SELFMASK_PREFIX: Family(layouts.selfmask_layout, io=False),
 }
+VECTOR_SUFFIXES = (".json", ".safetensors")
 SHARED_WEIGHTS = "clip_"  # weights of several cases, with no case of their own
 
 
 def find_cases(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the cases in a folder, and of the files that belong to none; both sorted."""
+    """Names of the cases in a folder, and of vectors that belong to none; both sorted.
+
+    Files that are no vectors (a licence, a script) are left alone.
+    """
     names: set[str] = set()
     unknown: list[str] = []
     used = _weights_in_use(folder)
@@ -84,7 +88,7 @@ def find_cases(folder: Path) -> tuple[list[str], list[str]]:
             continue
         if suffix and family_of(name) is not None:
             names.add(name)
-        else:
+        elif path.suffix in VECTOR_SUFFIXES:
             unknown.append(path.name)
     return sorted(names), unknown
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from .__main__ import DEFAULT_FOLDER, main
 from .checks import MAX_BOUND, Result, close, equal, first_is_clear
 from .runner import FAMILIES, find_cases, run_case, run_folder
-from .vectors import IO, RECORD, WEIGHTS
+from .training import train_steps
+from .vectors import IO, RECORD, WEIGHTS, read_vectors
 
 DATA = DEFAULT_FOLDER
 ROOT = Path(__file__).parents[2]
@@ -294,6 +295,42 @@ def test_missing_shared_weights_are_named(copied: Callable[..., Path]) -> None:
     assert "clip_tiny_vit16.weights.safetensors is missing" in result.reason
 
 
+def test_without_its_record_a_case_says_nothing_about_shared_weights(
+    copied: Callable[..., Path],
+) -> None:
+    folder = copied("text_embeddings")
+    (folder / f"text_embeddings{RECORD}").unlink()
+    [result] = run_folder(folder)
+    assert result.reason == "FileNotFoundError: text_embeddings.json is missing"
+
+
+def test_a_setting_without_instances_may_have_stored_masks(copied: Callable[..., Path]) -> None:
+    """No proposal reaches a probability of 1: then an empty stack is all there is to store."""
+    folder = copied("zutis_predict")
+    setting = "hard_thr1.0.full"
+    io_path, record_path = (folder / f"zutis_predict{suffix}" for suffix in (IO, RECORD))
+    change_record(record_path, lambda record: record["instance"].update({setting: []}))
+    assert not failures(list(run_folder(folder)))
+    empty = torch.zeros(0, 45, 63, dtype=torch.uint8)
+    change_tensors(io_path, lambda tensors: tensors.update({f"masks.{setting}": empty}))
+    assert not failures(list(run_folder(folder)))
+    change_tensors(io_path, lambda t: t.update({f"masks.{setting}": torch.zeros(1, 45, 63).byte()}))
+    [failed] = [result for result in run_folder(folder) if not result.ok]
+    assert failed.reason == "0 instances, published 0 with 1 masks"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_relu_on_the_edge_fails_no_gradient(seed: int, copied: Callable[..., Path]) -> None:
+    """Weights off by their last bit switch a ReLU of these vectors; another computer may too."""
+    name = "zutis_train_steps"
+    vectors = read_vectors(copied(name), name, io=True, weights=True)
+    generator = torch.Generator().manual_seed(seed)
+    for key, value in vectors.stored_weights.items():
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        vectors.stored_weights[key] = (value.double() * (1 + 6e-8 * noise)).float()
+    assert not failures([r for _, check in train_steps(vectors) for r in check()])
+
+
 @pytest.mark.parametrize("suffix", [RECORD, IO])
 def test_a_damaged_file_fails_and_the_others_run(
     suffix: str, copied: Callable[..., Path], capsys: pytest.CaptureFixture[str]
@@ -327,15 +364,17 @@ def test_unknown_files_fail(
     copied: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copied("poly_lr")
-    for name in ("zutis_dreams.json", "notes.txt", "foo.weights.safetensors"):
+    for name in ("zutis_dreams.json", "foo.weights.safetensors", "x.tensors.safetensors"):
         (folder / name).write_text("{}")
+    (folder / "LICENSE").write_text("no vectors")
+    (folder / "make.py").write_text("no vectors")
     (folder / "README.md").write_text("about")
     (folder / "manifest.json").write_text("{}")
     assert main([str(folder)]) == 1
     wrong = [line for line in capsys.readouterr().out.splitlines() if not line.endswith(" ok")]
     assert [line.split()[0] for line in wrong] == [
         "foo.weights.safetensors",
-        "notes.txt",
+        "x.tensors.safetensors",
         "zutis_dreams.json",
     ]
     assert all("not ok: unknown" in line for line in wrong)

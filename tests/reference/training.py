@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pipeline.models.losses import mask_loss, semantic_loss
 from pipeline.models.schedule import param_groups, set_learning_rates
 from pipeline.models.zutis import Zutis
 
-from .checks import RELATIVE, Parts, Result, close, close_each
+from .checks import RELATIVE, TIE, Parts, Result, close, close_each
 from .networks import zutis_network
 from .vectors import RECORD, Vectors, read_record, weights_path
 
@@ -26,8 +27,28 @@ NORM_RELATIVE, SUM_RELATIVE = 1e-5, 1e-4
 # that hold them are compared this much more loosely; the outputs do not depend on these biases.
 KEY_BIASES, KEY_BIAS_SLACK = "in_proj_bias", 1000.0
 Measure = Callable[[Tensor], Tensor]
+Gradients = dict[str, Tensor]
 # A gradient this small beside the largest is the rounding noise of a true zero.
 NO_GRADIENT = 1e-6
+
+
+class SlopeAtZero(TorchFunctionMode):
+    """Gives ReLU this slope where rounding decides the sign of its input."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Every call of torch comes by here; all but ReLU pass unchanged."""
+        output = func(*args, **(kwargs or {}))
+        if func is not Tensor.relu:
+            return output
+        values: Tensor = args[0]
+        other = output.detach() + self.slope * (values - values.detach())
+        return torch.where(values.abs() <= TIE, other, output)
 
 
 def train_steps(vectors: Vectors) -> Parts:
@@ -43,18 +64,23 @@ def _train(vectors: Vectors) -> Iterator[Result]:
     images, text, semantic = io["image"].float(), io["text_embeddings"], io["semantic_masks"].long()
     instance_masks = [io[f"instance_masks.{i}"].bool() for i in range(len(images))]
     done: list[dict[str, Any]] = []
-    for step in range(len(record["steps"])):
-        set_learning_rates(optimizer, step, record["n_iters"])
+
+    def losses() -> tuple[Tensor, Tensor]:
         output = model.forward_normalised(images)
         ce_loss = semantic_loss(output.patch_tokens, text, semantic, ignore_index=IGNORE_INDEX)
-        masks_loss = mask_loss(output.mask_probs, instance_masks)
+        return ce_loss, mask_loss(output.mask_probs, instance_masks)
+
+    edges = [_gradient_at_edges(model, losses, slope=slope) for slope in (0.0, 1.0)]
+    for step in range(len(record["steps"])):
+        set_learning_rates(optimizer, step, record["n_iters"])
+        ce_loss, masks_loss = losses()
         total = ce_loss + masks_loss
         optimizer.zero_grad()
         total.backward()
         done.append({"ce_loss": ce_loss.item(), "mask_loss": masks_loss.item()})
         done[-1] |= {"loss": total.item(), "lr": [group["lr"] for group in optimizer.param_groups]}
         if step == 0:
-            yield from _gradients(vectors, model)
+            yield from _gradients(vectors, _named_gradients(model), edges)
         optimizer.step()
     for key, relative in RELATIVES.items():
         ours, published = ([step[key] for step in steps] for steps in (done, record["steps"]))
@@ -62,9 +88,28 @@ def _train(vectors: Vectors) -> Iterator[Result]:
     yield from _final(vectors, model)
 
 
-def _gradients(vectors: Vectors, model: Zutis) -> Iterator[Result]:
+def _gradient_at_edges(
+    model: Zutis, losses: Callable[[], tuple[Tensor, Tensor]], *, slope: float
+) -> Gradients:
+    """Gradients if every ReLU on the edge has this slope there."""
+    with SlopeAtZero(slope):
+        total = sum(losses(), torch.zeros(()))
+    total.backward()
+    gradients = _named_gradients(model)
+    model.zero_grad()
+    return gradients
+
+
+def _named_gradients(model: Zutis) -> Gradients:
+    return {k: v.grad.double() for k, v in model.named_parameters() if v.grad is not None}
+
+
+def _gradients(
+    vectors: Vectors, gradients: Gradients, edges: Sequence[Gradients]
+) -> Iterator[Result]:
+    """Gradients, apart from what one ReLU that rounding switches on or off may change in them."""
     published = _with_gradient(vectors)
-    gradients = {k: v.grad.double() for k, v in model.named_parameters() if v.grad is not None}
+    closed, opened = edges
     compared = {name: gradient for name, gradient in gradients.items() if name in published}
     measures: dict[str, Measure] = {"l2": _norm, "sum": torch.sum, "absmax": _largest}
     for key, measure in measures.items():
@@ -74,13 +119,17 @@ def _gradients(vectors: Vectors, model: Zutis) -> Iterator[Result]:
             {name: entry[key] for name, entry in published.items()},
             scales={n: max(abs(e[key]), e["l2"]) for n, e in published.items()},
             relative=RELATIVE,
+            slack={n: abs(float(measure(opened[n]) - measure(closed[n]))) for n in compared},
         )
     prefix = "step0_grad."
     for name in vectors.io.names():
         if name.startswith(prefix):
             expected = vectors.io[name]
-            gradient = gradients[name.removeprefix(prefix)][: len(expected)]  # some are cut
-            yield close(f"{vectors.name}/{name}", gradient, expected)
+            gradient, off, on = (  # some are cut
+                values[name.removeprefix(prefix)][: len(expected)]
+                for values in (gradients, closed, opened)
+            )
+            yield close(f"{vectors.name}/{name}", gradient, expected, slack=(on - off).abs())
 
 
 def _final(vectors: Vectors, model: Zutis) -> Iterator[Result]:

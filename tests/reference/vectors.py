@@ -118,7 +118,7 @@ def read_vectors(folder: Path, name: str, *, io: bool, weights: bool) -> Vectors
     record_path, io_path = folder / (name + RECORD), folder / (name + IO)
     wanted = [record_path] + [io_path] * io
     record = read_record(record_path) if record_path.exists() else {}
-    if weights:
+    if weights and record_path.exists():  # it names them
         wanted.append(weights_path(folder, name, record))
     missing = [path.name for path in wanted if not path.is_file()]
     if missing:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,6 +93,7 @@ class Bench:
         open_vocabulary: bool = False,
         denseclip: bool = False,
         runtime: Runtime | None = None,
+        background_names: Sequence[str] = ("background",),
         **changes: object,
     ) -> dict:
         """Metrics of this benchmark with some fields changed."""
@@ -105,7 +107,7 @@ class Bench:
             predictions_dir=predictions_of(out_dir),
             params=params,
             baseline=self.baseline,
-            background=["background"],
+            background=background_names,
             runtime=runtime or self.runtime,
             stats_path=out_dir / "stats.json",
             open_vocabulary=open_vocabulary,
@@ -268,6 +270,58 @@ def test_the_protocol_says_what_was_done(bench: Bench, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/overlays/tiny/index.json").read_text()) == []
 
 
+@pytest.mark.parametrize(("denseclip", "prefix"), [(False, "baseline_"), (True, "")])
+def test_the_protocol_has_every_setting_of_denseclip_and_of_the_network(
+    bench: Bench, tmp_path: Path, denseclip: bool, prefix: str
+) -> None:
+    bench.write(from_predictions(bench))
+    bench.baseline = bench.baseline.model_copy(
+        update={
+            "normalisation": "clip",
+            "published_activation": False,
+            "position_resize": "grid",
+            "key_smoothing": 0.9,
+            "key_affinity": "cosine",
+        }
+    )
+    protocol = bench.evaluate(tmp_path / "out", denseclip=denseclip)["protocol"]
+    denseclip_lines = [
+        "encoder: tiny.json/tiny.safetensors",
+        "background: background",
+        "templates: name",
+        "prompt_denoising: none",
+        "key_smoothing: 0.9",
+        "key_affinity: cosine",
+        "dense_attention: maskclip",
+        "normalisation: clip",
+        "published_activation: False",
+        "position_resize: grid",
+        "logit_scale: 100.0",
+    ]
+    assert {f"{prefix}{line}" for line in denseclip_lines} <= set(protocol)
+    assert not [line for line in protocol if "_size:" in line]
+    assert {"asked_names: categories", "precision: float32"} <= set(protocol)
+    assert ("network_num_queries: 12" in protocol) is not denseclip
+
+
+def test_a_name_that_is_asked_for_is_no_background(bench: Bench, tmp_path: Path) -> None:
+    bench.write(from_predictions(bench))
+    config = json.loads((bench.checkpoint_dir / "config.json").read_text())
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(bench.checkpoint_dir, folder)
+    (folder / "config.json").write_text(json.dumps(config | {"background": ["sky", "bird"]}))
+    bench.checkpoint_dir = folder
+    # A shipped set is not checked against the background, and here holds a name of it.
+    names = {"categories": "voc", "open_vocabulary": True}
+    both = bench.evaluate(tmp_path / "both", background_names=["sky", "bird"], **names)
+    assert {"background: sky", "baseline_background: sky"} <= set(both["protocol"])
+    alone = bench.evaluate(tmp_path / "alone", background_names=["sky"], **names)
+    assert both["protocol"] == alone["protocol"]
+    stores = (read_shards(predictions_of(tmp_path / name)) for name in ("both", "alone"))
+    for first, second in zip(*stores, strict=True):
+        assert first["baseline.png"] == second["baseline.png"]
+
+
 def test_two_runs_write_the_same_bytes(bench: Bench, tmp_path: Path) -> None:
     bench.write(from_predictions(bench))
     files = []
@@ -418,6 +472,7 @@ def test_a_part_of_the_trained_categories_can_be_scored(bench: Bench, tmp_path: 
     keep_cats = np.array([0, 1, 0, 0])
     bench.write({name: (keep_cats[p.semantic],) * 2 for name, p in bench.predictions.items()})
     metrics = bench.evaluate(tmp_path / "out", categories=["cat"])
+    assert "open_vocabulary: False" in metrics["protocol"]
     rows = read_csv(tmp_path / "out/plots/tiny_per_class.csv")
     assert metrics["iou"] == float(rows[2][1])
     assert "baseline_iou" in metrics
@@ -510,6 +565,7 @@ def test_every_image_is_asked_for_its_own_names(bench: Bench, tmp_path: Path) ->
         Image.fromarray(mask).save(root / f"segmentations/{path.parent.name}/{path.stem}.png")
     entry = CubBench(format="cub", root=root, names="breed")
     metrics = bench.evaluate(tmp_path / "out", entry=entry)
+    assert "asked_names: of each image" in metrics["protocol"]
     store = PredictionStore(predictions_of(tmp_path / "out"))
     counts = ConfusionMatrix(2)
     breeds = ["Black footed Albatross", "Laysan Albatross", "Laysan Albatross"]

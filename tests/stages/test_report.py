@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ruamel.yaml import YAML
 from pipeline.ablations.definitions import list_ablations, read_ablation
 from pipeline.data.images import encode_jpeg, encode_label, encode_png
 from pipeline.data.shards import write_shards
-from pipeline.data.tables import ArchiveRow, write_archives
+from pipeline.data.tables import ArchiveRow, read_archives, write_archives
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
 from pipeline.report.charts import line_chart, nice_ticks
@@ -601,6 +602,14 @@ def test_images_missing_from_the_shards_are_left_out(tree: Tree) -> None:
     write_archive_shards(tree, CATEGORIES[:1], per_category=2, size=(8, 8))
     tree.archives_path.write_bytes(rows_of_more)
     assert section(tree.report(), "archives").count("<img") == 2
+
+
+def test_similarities_that_imported_archives_do_not_tell_are_unknown(tree: Tree) -> None:
+    rows = [replace(row, similarity=math.nan) for row in read_archives(tree.archives_path)]
+    write_archives(tree.archives_path, rows)
+    page = tree.report()
+    assert "similarity unknown" in text_of(section(page, "labels"))
+    assert "bird 4 images unknown unknown" in text_of(section(page, "archives"))
 
 
 def test_curves_have_axes_and_loss_comes_first(page: str) -> None:

@@ -87,12 +87,12 @@ def read_groups(
     return read
 
 
-def check_files(folder: Path, names: Iterable[str], expected: str) -> None:
-    """Raise for the first name that is no entry of `folder`; the folder is listed once."""
+def check_files(folder: Path, names: Iterable[str], reason: str) -> None:
+    """Raise for the first name that is no entry of `folder`; `reason` says why it should be."""
     present = frozenset(_entries(folder))
     for name in names:
         if name not in present:
-            raise PipelineError(f"{folder / name}: no such file; expected {expected}")
+            raise PipelineError(f"{folder / name}: no such file, but {reason}")
 
 
 def file_stems(folder: Path, suffix: str) -> list[str]:

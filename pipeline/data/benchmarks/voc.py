@@ -73,18 +73,14 @@ class VocExample:
         return numbers
 
     def instances(self) -> list[InstanceTarget]:
+        """The objects, each of the category that most of its pixels have."""
         semantic, objects = self.semantic(), self.objects()
         targets = []
         for number in np.unique(objects[objects > 0]):
             mask = (objects == number) & (semantic > 0)
-            labels = np.unique(semantic[mask])
-            if len(labels) > 1:
-                raise PipelineError(
-                    f"{self.object_path}: object {number} covers label ids "
-                    f"{', '.join(map(str, labels))} of {self.class_path}; expected one"
-                )
-            if len(labels) == 1:
-                targets.append(InstanceTarget(int(labels[0]), mask))
+            if mask.any():
+                label_id = int(np.bincount(semantic[mask]).argmax())
+                targets.append(InstanceTarget(label_id, mask))
         return targets
 
     def void(self) -> NDArray[np.bool_]:

@@ -175,7 +175,7 @@ def test_without_a_list_every_label_map_counts(tmp_path: Path) -> None:
         ({"split": "test"}, r"SegmentationContext/test\.txt: no such file; .*train, val"),
         ({"images": "Images"}, r"/Images: no such folder"),
         ({"labels": "Labels"}, r"/Labels: no such folder"),
-        ({"label_suffix": "_x.png"}, r"2008_000002_x\.png: no such file; .*val\.txt"),
+        ({"label_suffix": "_x.png"}, r"2008_000002_x\.png: no such file, but .*val\.txt"),
         ({"label_suffix": "_x.png", "image_list": ""}, r"Context: no file ends with '_x\.png'"),
         ({"image_suffix": ".JPEG"}, r"2008_000002\.JPEG: no such file"),
         ({"groups": {"seen": "all"}}, r"all\.txt: no such file"),

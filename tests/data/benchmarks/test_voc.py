@@ -169,11 +169,14 @@ def test_masks_of_different_sizes_are_refused(root: Path) -> None:
         first.instances()
 
 
-def test_an_object_of_two_categories_is_refused(root: Path) -> None:
-    objects = np.where(maps()[1] > 0, 1, 0).astype(np.uint8)
-    Image.fromarray(objects).save(root / "SegmentationObject/2007_000001.png")
-    with pytest.raises(PipelineError, match="object 1 covers label ids 1, 2"):
-        next(iter(open_voc(root))).instances()
+def test_an_object_has_the_category_of_most_of_its_pixels(root: Path) -> None:
+    semantic = np.array([[1, 2, 2, 0], [2, 1, 255, 0]], np.uint8)
+    objects = np.array([[1, 1, 1, 0], [1, 1, 255, 0]], np.uint8)
+    for folder, content in (("SegmentationClass", semantic), ("SegmentationObject", objects)):
+        Image.fromarray(content).save(root / folder / "2007_000001.png")
+    (target,) = next(iter(open_voc(root))).instances()
+    assert target.label_id == 2
+    np.testing.assert_array_equal(target.mask, objects == 1)
 
 
 def test_masks_that_hold_colours_or_nothing_are_refused(tmp_path: Path) -> None:
