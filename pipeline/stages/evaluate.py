@@ -119,11 +119,7 @@ def run(
             settings={"categories": list(task.categories), "protocol": protocol},
         )
         store = PredictionStore(predictions_dir)
-        board = ScoreBoard(task, metrics=metrics, groups=benchmark.groups)
-        for example, prediction in tqdm(
-            store.pair(benchmark), desc="score", total=len(store), leave=False, position=0
-        ):
-            board.add(example, prediction)
+        board = _score(benchmark, store, ScoreBoard(task, metrics=metrics, groups=benchmark.groups))
         write_pictures(
             out_dir / "overlays" / name,
             benchmark,
@@ -135,6 +131,15 @@ def run(
         _write_per_class(out_dir / "plots" / f"{name}_per_class.csv", task, board)
         scores = board.compute() | {"protocol": protocol}
         write_json(out_dir / "metrics" / f"{name}.json", scores)
+
+
+def _score(benchmark: Benchmark, store: PredictionStore, board: ScoreBoard) -> ScoreBoard:
+    """One pass over the benchmark and its predictions; `board` with all of them."""
+    for example, prediction in tqdm(
+        store.pair(benchmark), desc="score", total=len(store), leave=False, position=0
+    ):
+        board.add(example, prediction)
+    return board
 
 
 def prediction_settings(params: EvaluateParams) -> PredictionSettings:
