@@ -30,7 +30,6 @@ def run(
     root: Path = Path(),
     bench: str | None = None,
     settings: Settings | None = None,
-    force: bool = False,
 ) -> None:
     """Run every variant of an ablation and write `reports/ablations/NAME.json`.
 
@@ -43,7 +42,6 @@ def run(
         root: Folder of dvc.yaml and params.yaml.
         bench: The benchmark that is scored; the first one of params.yaml without it.
         settings: Params set for all variants.
-        force: Run again what has been run.
 
     Raises:
         PipelineError: as for `plan` and `Workspace.check`, or a variant failed (after the others
@@ -58,7 +56,7 @@ def run(
     failed = {}
     for index, step in enumerate(steps):
         print(f"{index + 1}/{len(steps)} {step.label}: ", end="", flush=True)
-        metrics = _run_step(workspace, step, target=f"evaluate@{bench}", force=force)
+        metrics = _run_step(workspace, step, target=f"evaluate@{bench}")
         if metrics is None:
             failed[step.label] = workspace.last_words()
             print("failed", flush=True)
@@ -123,15 +121,9 @@ def _first_bench(params: Params) -> str:
     return next(iter(params.benches))
 
 
-def _run_step(
-    workspace: Workspace, step: Step, *, target: str, force: bool
-) -> dict[str, Any] | None:
-    if force:
-        workspace.remove(step.experiment)
-    elif (found := workspace.find(step.experiment)) is not None:
-        return found
-    words = step.command(target)
-    return workspace.run([*words, "--no-run-cache"] if force else words)
+def _run_step(workspace: Workspace, step: Step, *, target: str) -> dict[str, Any] | None:
+    found = workspace.find(step.experiment)
+    return workspace.run(step.command(target)) if found is None else found
 
 
 def _result(step: Step, ablation: Ablation, metrics: Mapping[str, Any]) -> VariantResult:

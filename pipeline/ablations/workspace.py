@@ -88,10 +88,6 @@ class Workspace:
         shown = self._git("show", f"{ref}:./{self._metrics}")
         return None if shown.returncode else json.loads(shown.stdout)
 
-    def remove(self, experiment: str) -> None:
-        """Forget an experiment."""
-        self._dvc(["exp", "remove", experiment])
-
     def last_words(self) -> str:
         """The last lines of DVC's output, which say why it failed."""
         text = self._log_path.read_text(encoding="utf-8", errors="replace")

@@ -28,7 +28,6 @@ def ablate(
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Only say what would be run.")] = False,
-    force: Annotated[bool, typer.Option(help="Run again what has been run.")] = False,
 ) -> None:
     """Run one of the papers' ablations, a DVC experiment a variant, and compare the scores.
 
@@ -48,4 +47,4 @@ def ablate(
     elif dry_run:
         print(describe(name, bench=bench, settings=parse_settings(settings or [])))
     else:
-        run(name, bench=bench, settings=parse_settings(settings or []), force=force)
+        run(name, bench=bench, settings=parse_settings(settings or []))
