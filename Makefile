@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # OpenMP threads that spin while they wait slow down small networks on few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint bench setup clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +33,9 @@ lint: setup
 	ruff check .
 	ruff format --check .
 	mypy
+
+bench: setup
+	python -m benchmarks
 
 clean:
 	rm -rf $(VENV)

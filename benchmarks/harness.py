@@ -1,0 +1,297 @@
+"""Two sides of a row: timed in turns, their peak memory measured in processes of their own."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+Side = Literal["published", "ours"]
+
+MIN_SECONDS = 0.2  # a call shorter than this is repeated within one timing
+MIN_ROUNDS = 2
+MEBIBYTE = 2**20
+RESET_PEAK = "5"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a side returns if not all of its call is to count.
+
+    Attributes:
+        seconds: the part that counts.
+        value: its result.
+    """
+
+    seconds: float
+    value: Any
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both sides of a row, ready to run on the same inputs.
+
+    Attributes:
+        published: the plain reading of the method; in a row of overhead, the bare network.
+        ours: the pipeline.
+        check: compares a result of each and says what agrees, in a few words; AssertionError
+            otherwise.
+    """
+
+    published: Callable[[], Any]
+    ours: Callable[[], Any]
+    check: Callable[[Any, Any], str]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One row of the table.
+
+    Attributes:
+        name: a word, for `--only`.
+        title: what is measured, and at which sizes.
+        target: ratio to reach; for an overhead, not to exceed.
+        stretch: likewise, what would be close to the hardware's bound.
+        prepare: makes the inputs: an empty folder, whether to take tiny sizes -> `Pair`.
+        overhead: the ratio is ours / bare network, not published / ours.
+        memory_target_mb: bound on our peak memory; it becomes a row of its own.
+    """
+
+    name: str
+    title: str
+    target: float
+    stretch: float
+    prepare: Callable[[Path, bool], Pair]
+    overhead: bool = False
+    memory_target_mb: float | None = None
+
+
+@dataclass
+class Row:
+    """One line of the table and of the report; times are medians."""
+
+    name: str
+    title: str
+    ratio: float
+    low: float
+    high: float
+    memory_mb: float | None
+    target: float
+    stretch: float | None
+    reached: bool
+    unit: str = "s"
+    published: float | None = None
+    ours: float | None = None
+    published_memory_mb: float | None = None
+    repeats: int = 1
+    check: str = ""
+    ratios: list[float] = field(default_factory=list)
+
+
+def run_bench(
+    bench: Bench, *, quick: bool, repeats: int, budget: float, memory: bool, threads: int
+) -> list[Row]:
+    """Check and time a bench, and measure the memory of both sides.
+
+    Args:
+        bench: see `Bench`.
+        quick: tiny sizes.
+        repeats: number of turns.
+        budget: seconds after which no further turn starts, once two are made.
+        memory: whether to measure memory, each side in a process of its own.
+        threads: for those processes.
+
+    Returns:
+        Its row; and one for memory if that has a target.
+
+    Raises:
+        AssertionError: the two sides do not agree.
+    """
+    peaks: dict[Side, float | None] = {"published": None, "ours": None}
+    if memory:
+        sides: list[Side] = ["ours"] if bench.overhead else ["published", "ours"]
+        for side in sides:
+            peaks[side] = _measured_apart(bench.name, side, quick=quick, threads=threads)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, _quiet():
+        pair = bench.prepare(Path(folder), quick)
+        times, ratios, agreement = _time_in_turns(
+            pair, overhead=bench.overhead, repeats=repeats, budget=budget
+        )
+    ratio = median(ratios)
+    row = Row(
+        name=bench.name,
+        title=bench.title,
+        ratio=ratio,
+        low=min(ratios),
+        high=max(ratios),
+        memory_mb=peaks["ours"],
+        target=bench.target,
+        stretch=bench.stretch,
+        reached=ratio <= bench.target if bench.overhead else ratio >= bench.target,
+        published=median(times["published"]),
+        ours=median(times["ours"]),
+        published_memory_mb=peaks["published"],
+        repeats=len(ratios),
+        check=agreement,
+        ratios=ratios,
+    )
+    return [row, *_memory_rows(bench, peaks)]
+
+
+def _memory_rows(bench: Bench, peaks: dict[Side, float | None]) -> list[Row]:
+    """How many times less memory ours takes, and what its bound would be."""
+    published, ours = peaks["published"], peaks["ours"]
+    if bench.memory_target_mb is None or published is None or ours is None:
+        return []
+    ratio = published / max(ours, 1.0)
+    return [
+        Row(
+            name=f"{bench.name}_memory",
+            title=f"peak memory of the above, under {bench.memory_target_mb:.0f} MB",
+            ratio=ratio,
+            low=ratio,
+            high=ratio,
+            memory_mb=ours,
+            target=published / bench.memory_target_mb,
+            stretch=None,
+            reached=ours <= bench.memory_target_mb,
+            unit="MB",
+            published=published,
+            ours=ours,
+            published_memory_mb=published,
+        )
+    ]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the summaries and bars of the stages."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _time_in_turns(
+    pair: Pair, *, overhead: bool, repeats: int, budget: float
+) -> tuple[dict[Side, list[float]], list[float], str]:
+    """Seconds of both sides, a ratio for each turn, and what the check says.
+
+    The calls that are checked come first and count as the warm-up.
+    """
+    started = time.perf_counter()
+    published_seconds, published = _timed(pair.published)
+    ours_seconds, ours = _timed(pair.ours)
+    agreement = pair.check(published, ours)
+    del published, ours
+    times: dict[Side, list[float]] = {"published": [], "ours": []}
+    calls = {"published": _calls(published_seconds), "ours": _calls(ours_seconds)}
+    ratios = []
+    for turn in range(repeats):
+        if turn >= MIN_ROUNDS and time.perf_counter() - started > budget:
+            break
+        times["published"].append(_mean_seconds(pair.published, calls["published"]))
+        times["ours"].append(_mean_seconds(pair.ours, calls["ours"]))
+        ratio = times["published"][-1] / times["ours"][-1]
+        ratios.append(1 / ratio if overhead else ratio)
+    return times, ratios, agreement
+
+
+def _calls(seconds: float) -> int:
+    return max(1, round(MIN_SECONDS / max(seconds, 1e-6)))
+
+
+def _mean_seconds(side: Callable[[], Any], calls: int) -> float:
+    gc.collect()
+    return sum(_timed(side)[0] for _ in range(calls)) / calls
+
+
+def _timed(side: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = side()
+    seconds = time.perf_counter() - start
+    return (result.seconds, result.value) if isinstance(result, Timed) else (seconds, result)
+
+
+def _measured_apart(name: str, side: Side, *, quick: bool, threads: int) -> float:
+    """Peak memory in MB of one side of a bench, in a process that runs nothing else."""
+    command = [sys.executable, "-m", "benchmarks", "--memory-of", name, "--side", side]
+    command += ["--threads", str(threads), *(["--quick"] if quick else [])]
+    finished = subprocess.run(command, check=False, capture_output=True, text=True)
+    if finished.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit {finished.returncode}\n{finished.stderr}")
+    return float(json.loads(finished.stdout.splitlines()[-1]))
+
+
+def peak_memory(bench: Bench, side: Side, *, quick: bool) -> float:
+    """MB by which one call of a side raises the memory of this process above its inputs.
+
+    A call at tiny sizes goes before, so that code which is loaded at first use does not count.
+    """
+    for tiny in (True, quick):
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder, _quiet():
+            pair = bench.prepare(Path(folder), tiny)
+            call = pair.published if side == "published" else pair.ours
+            with _peak() as peak:
+                call()
+    return peak[0]
+
+
+@contextmanager
+def _peak() -> Iterator[list[float]]:
+    """Yield a list that holds, after the block, the MB by which the block raised the peak."""
+    gc.collect()
+    _return_freed_memory()
+    _reset_peak()
+    before = _resident_bytes()
+    peak: list[float] = []
+    yield peak
+    peak.append(max(0.0, (_peak_bytes() - before) / MEBIBYTE))
+
+
+def _return_freed_memory() -> None:
+    """Give pages that the inputs have left behind back to the system (glibc only)."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def _reset_peak() -> None:
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+
+
+def _resident_bytes() -> int:
+    return _status_bytes("VmRSS") if sys.platform == "linux" else _peak_bytes()
+
+
+def _peak_bytes() -> int:
+    # getrusage would do, but on Linux a child process inherits its parent's peak.
+    if sys.platform == "linux":
+        return _status_bytes("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _status_bytes(entry: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{entry}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {entry}")
+
+
+def use_threads(count: int) -> None:
+    """Bound the threads of this process and its children; before NumPy and torch are imported."""
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[variable] = str(count)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,237 @@
+"""The stages of the index dataset over the bare forward of their networks.
+
+What counts is the time that a stage itself reports: from its first image to the last byte written,
+without loading the weights, which does not grow with the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from benchmarks.bilateral import published_solve
+from benchmarks.harness import Bench, Pair, Timed
+from benchmarks.inputs import TINY_VISION, cpu_runtime, jpeg, photo, write_clip
+from pipeline.data.images import decode_label, decode_png, load_image
+from pipeline.data.shards import read_shards
+from pipeline.data.sources import sample_key
+from pipeline.data.tables import ArchiveRow, write_archives
+from pipeline.denseclip import build_denseclip
+from pipeline.models.clip import load_clip
+from pipeline.models.denseclip import label_and_confidence
+from pipeline.models.selfmask import SelfMask, SelfMaskConfig, load_selfmask, save_selfmask
+from pipeline.params import EmbedParams, EncoderParams, MaskParams, PseudoLabelParams, SourceParams
+from pipeline.stages import embed, mask, pseudo_label
+
+VIT_B = {"image_size": 224, "layers": 12, "width": 768}
+TINY_SELFMASK = SelfMaskConfig(
+    dim=32, depth=2, num_heads=2, num_queries=4, decoder_layers=2, mlp_ratio=2
+)
+CATEGORIES = [f"category {number}" for number in range(1, 21)]
+EMBEDDING_TOLERANCE = 2e-3  # they are stored in float16
+AGREEMENT = 0.999
+
+
+def _write_index(folder: Path, count: int, *, quick: bool) -> list[bytes]:
+    """A folder of photos; their files."""
+    width, height = (64, 48) if quick else (500, 375)
+    (folder / "index").mkdir()
+    files = [jpeg(photo(number, width, height)) for number in range(count)]
+    for number, data in enumerate(files):
+        (folder / "index" / f"{number:05d}.jpg").write_bytes(data)
+    return files
+
+
+def _write_encoder(folder: Path, *, patch_size: int, quick: bool) -> EncoderParams:
+    vision = TINY_VISION if quick else {**VIT_B, "patch_size": patch_size}
+    return write_clip(folder, embed_dim=64 if quick else 512, vision=vision)
+
+
+def _stage(folder: Path, run: Callable[[Path, Path, Path], None]) -> Timed:
+    """Run a stage without anything in its cache; `run` gets cache, output and stats paths."""
+    cache_dir, out_dir, stats_path = folder / "cache", folder / "out", folder / "stats.json"
+    shutil.rmtree(cache_dir, ignore_errors=True)
+    run(cache_dir, out_dir, stats_path)
+    return Timed(json.loads(stats_path.read_text())["seconds"], out_dir)
+
+
+def _pixels(files: list[bytes]) -> Tensor:
+    """(N, 3, H, W) in [0, 1]."""
+    arrays = np.stack([np.asarray(load_image(data)) for data in files])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float().contiguous() / 255
+
+
+def _prepare_embed(folder: Path, quick: bool) -> Pair:
+    files = _write_index(folder, 4 if quick else 64, quick=quick)
+    params = EmbedParams(encoder=_write_encoder(folder, patch_size=32, quick=quick), batch_size=32)
+    encoder = load_clip(params.encoder.model, params.encoder.pretrained, torch.device("cpu"))
+    images = torch.stack([encoder.preprocess(load_image(data)) for data in files])
+
+    @torch.inference_mode()
+    def bare() -> Tensor:
+        return torch.cat([encoder.encode_images(part) for part in images.split(params.batch_size)])
+
+    def run(cache_dir: Path, out_dir: Path, stats_path: Path) -> None:
+        embed.run(
+            name="index",
+            source=SourceParams(root=folder / "index"),
+            out_dir=out_dir,
+            params=params,
+            runtime=cpu_runtime(cache_dir),
+            stats_path=stats_path,
+        )
+
+    def check(embeddings: Tensor, out_dir: Path) -> str:
+        column = pq.read_table(out_dir)["embedding"].combine_chunks()
+        stored = column.flatten().to_numpy(zero_copy_only=False).reshape(embeddings.shape)
+        difference = float(np.abs(stored - embeddings.numpy()).max())
+        assert difference <= EMBEDDING_TOLERANCE, f"embeddings differ by {difference:.1e}"
+        return f"embeddings within {difference:.0e}"
+
+    return Pair(bare, lambda: _stage(folder, run), check)
+
+
+def _prepare_mask(folder: Path, quick: bool) -> Pair:
+    files = _write_index(folder, 2 if quick else 3, quick=quick)
+    weights, archives_path = folder / "selfmask.safetensors", folder / "archives.parquet"
+    torch.manual_seed(0)
+    save_selfmask(SelfMask(TINY_SELFMASK if quick else SelfMaskConfig()), weights)
+    network = load_selfmask(weights)
+    write_archives(archives_path, [_row(folder, i, data) for i, data in enumerate(files)])
+    images = _pixels(files)
+    # Masks of random weights may be empty, and those are not refined: half of the pixels are in.
+    probs = network.saliency(images)
+    threshold = float(probs.median())
+    coarse = (probs > threshold).numpy()
+
+    @torch.inference_mode()
+    def bare() -> Tensor:
+        return network(images).objectness_logits
+
+    def run(cache_dir: Path, out_dir: Path, stats_path: Path) -> None:
+        mask.run(
+            archives_path=archives_path,
+            out_dir=out_dir,
+            params=MaskParams(weights=weights, threshold=threshold),
+            runtime=cpu_runtime(cache_dir),
+            stats_path=stats_path,
+        )
+
+    def check(_: Tensor, out_dir: Path) -> str:
+        masks = np.stack([decode_png(sample["mask.png"]) > 0 for sample in read_shards(out_dir)])
+        expected = [
+            published_solve(np.asarray(load_image(data)), mask) > 0.5
+            for data, mask in zip(files, coarse, strict=True)
+        ]
+        agreement = float((masks == np.stack(expected)).mean())
+        assert agreement >= AGREEMENT, f"{1 - agreement:.1%} of the pixels differ"
+        return f"the network's masks after the published solver ({agreement:.2%} of the pixels)"
+
+    return Pair(bare, lambda: _stage(folder, run), check)
+
+
+def _row(folder: Path, number: int, data: bytes) -> ArchiveRow:
+    """The row of an index image in the archive of the first category."""
+    name = f"{number:05d}.jpg"
+    image = load_image(data)
+    return ArchiveRow(
+        category=CATEGORIES[0],
+        label_id=1,
+        rank=1 + number,
+        key=sample_key("index", name),
+        similarity=0.5,
+        source="index",
+        path=str(folder / "index" / name),
+        member=None,
+        offset=None,
+        width=image.width,
+        height=image.height,
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def _prepare_pseudo_label(folder: Path, quick: bool) -> Pair:
+    files = _write_index(folder, 2 if quick else 6, quick=quick)
+    params = PseudoLabelParams(
+        encoder=_write_encoder(folder, patch_size=16, quick=quick), templates="name"
+    )
+    encoder = load_clip(params.encoder.model, params.encoder.pretrained, torch.device("cpu"))
+    model = build_denseclip(
+        encoder, categories=CATEGORIES, background=["background"], params=params
+    )
+    _write_masks(folder, files)
+    images = _pixels(files)
+
+    @torch.inference_mode()
+    def bare() -> Tensor:
+        return torch.cat([model(part) for part in images.split(params.batch_size)])
+
+    def run(cache_dir: Path, out_dir: Path, stats_path: Path) -> None:
+        pseudo_label.run(
+            mask_dir=folder / "masks",
+            out_dir=out_dir,
+            categories=CATEGORIES,
+            params=params,
+            runtime=cpu_runtime(cache_dir),
+            stats_path=stats_path,
+        )
+
+    def check(scores: Tensor, out_dir: Path) -> str:
+        expected, _ = label_and_confidence(scores, (images.shape[2], images.shape[3]))
+        stored = np.stack([decode_label(sample["label.png"]) for sample in read_shards(out_dir)])
+        agreement = float((stored == expected.numpy()).mean())
+        assert agreement >= AGREEMENT, f"{1 - agreement:.1%} of the labels differ"
+        return f"labels of the bare network's scores ({agreement:.2%} of the pixels)"
+
+    return Pair(bare, lambda: _stage(folder, run), check)
+
+
+def _write_masks(folder: Path, files: list[bytes]) -> None:
+    """Mask shards of the index, made by a tiny network: what is in them does not matter here."""
+    weights, archives_path = folder / "selfmask.safetensors", folder / "archives.parquet"
+    torch.manual_seed(0)
+    save_selfmask(SelfMask(TINY_SELFMASK), weights)
+    write_archives(archives_path, [_row(folder, i, data) for i, data in enumerate(files)])
+    mask.run(
+        archives_path=archives_path,
+        out_dir=folder / "masks",
+        params=MaskParams(weights=weights, refine=False),
+        runtime=cpu_runtime(folder / "mask-cache"),
+        stats_path=folder / "mask-stats.json",
+    )
+
+
+BENCHES = [
+    Bench(
+        name="embed",
+        title="embed, 64 photos of 500 x 375, ViT-B/32 at 224, over the bare forward",
+        target=1.15,
+        stretch=1.05,
+        prepare=_prepare_embed,
+        overhead=True,
+    ),
+    Bench(
+        name="mask",
+        title="mask, 3 photos of 500 x 375, SelfMask ViT-S/8 with solver, over the bare forward",
+        target=1.15,
+        stretch=1.05,
+        prepare=_prepare_mask,
+        overhead=True,
+    ),
+    Bench(
+        name="pseudo_label",
+        title="pseudo_label, 6 photos of 500 x 375, ViT-B/16, over the bare forward",
+        target=1.15,
+        stretch=1.05,
+        prepare=_prepare_pseudo_label,
+        overhead=True,
+    ),
+]
