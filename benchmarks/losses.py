@@ -18,7 +18,8 @@ from torch import Tensor
 
 from benchmarks.harness import Bench, Pair
 from benchmarks.inputs import ellipses, largest_difference, text_dim, unit_rows
-from pipeline.models.losses import mask_costs, mask_loss, match, semantic_loss
+from pipeline.models.losses import mask_loss, semantic_loss
+from pipeline.models.matching import mask_costs, match
 
 NUM_LABELS = 21
 SATURATED = 200.0  # logits of this size have a probability of exactly 0 or 1

@@ -1,25 +1,23 @@
-"""Training losses of ZUTIS: cross-entropy, dice, binary cross-entropy, matching.
+"""Training losses of ZUTIS: cross-entropy of labels, dice and binary cross-entropy of masks.
 
 Everything is computed in float32, inside autocast too. Letters: B batch, L decoder layers,
-Q queries, N instances, P matched pairs, K categories, C text space, H W pixels, h w token grid.
+Q queries, N instances, M matched pairs, K categories, C text space, H W pixels, h w token grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from pipeline.errors import PipelineError
+from pipeline.models.matching import MatchingSamples, mask_costs, match
 
 MaskReduction = Literal["sum", "mean"]
 
-LOG_FLOOR = -100.0
+MAPS_AT_ONCE = 4
 
 
 def semantic_loss(
@@ -46,68 +44,15 @@ def semantic_loss(
     Returns:
         Scalar mean over all pixels of the batch that count; 0 if there is none.
     """
+
+    def cross_entropy(similarity: Tensor, targets: Tensor) -> Tensor:
+        logits = _upsample(similarity, targets.shape[-2:])
+        return F.cross_entropy(logits, targets.long(), ignore_index=ignore_index, reduction="sum")
+
     with torch.autocast(patch_tokens.device.type, enabled=False):
         similarity = patch_tokens.float() @ text_embeddings.float().T * logit_scale
-        logits = _upsample(similarity.permute(0, 3, 1, 2), semantic_masks.shape[-2:])
-        targets = semantic_masks.long()
-        total = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
-        return total / (targets != ignore_index).sum().clamp(min=1)
-
-
-@torch.no_grad()
-def mask_costs(
-    mask_probs: Tensor,
-    instance_masks: Tensor,
-    *,
-    dice_weight: float = 1.0,
-    bce_weight: float = 1.0,
-) -> Tensor:
-    """Cost of giving each instance of an image to each query, without gradients.
-
-    Args:
-        mask_probs: (L, Q, h, w) mask proposals of one image, in [0, 1].
-        instance_masks: (N, H, W) boolean.
-        dice_weight: Weight of the dice part.
-        bce_weight: Weight of the binary cross-entropy part.
-
-    Returns:
-        (L, N, Q) costs, float32.
-    """
-    with torch.autocast(mask_probs.device.type, enabled=False):
-        size = instance_masks.shape[-2:]
-        targets = instance_masks.flatten(1).to(mask_probs.device, torch.float32)
-        # One layer at a time: only (Q, H * W) is ever held.
-        return torch.stack(
-            [
-                dice_weight * _pairwise_dice(probs, targets)
-                + bce_weight * _pairwise_bce(probs, targets)
-                for probs in (_upsample_probs(layer, size).flatten(1) for layer in mask_probs)
-            ]
-        )
-
-
-def match(costs: Tensor) -> tuple[Tensor, Tensor]:
-    """Pair instances with queries at the least total cost, each layer by itself.
-
-    Args:
-        costs: (L, N, Q).
-
-    Returns:
-        Instance indices and query indices, both (L, P) int64 on the CPU with P = min(N, Q),
-        instances ascending.
-
-    Raises:
-        PipelineError: a cost is not finite, so training has diverged.
-    """
-    costs = costs.cpu()
-    if not torch.isfinite(costs).all():
-        raise PipelineError(
-            "mask loss: the network's mask proposals are not finite, training has diverged; "
-            "lower the learning rates"
-        )
-    pairs = np.array([linear_sum_assignment(layer) for layer in costs.numpy()])
-    instances, queries = torch.from_numpy(pairs.astype(np.int64)).unbind(1)
-    return instances, queries
+        total = _sum_by_parts(cross_entropy, similarity.permute(0, 3, 1, 2), semantic_masks, size=1)
+        return total / (semantic_masks != ignore_index).sum().clamp(min=1)
 
 
 def mask_loss(
@@ -117,6 +62,7 @@ def mask_loss(
     dice_weight: float = 1.0,
     bce_weight: float = 1.0,
     reduction: MaskReduction = "sum",
+    matching: MatchingSamples = "pixels",
 ) -> Tensor:
     """Dice and binary cross-entropy of matched proposals, at every decoder layer (section 3.3).
 
@@ -132,6 +78,8 @@ def mask_loss(
         reduction: "sum", as in the published code: over pairs, layers and images, divided by the
             batch size alone, so that it grows with layers and objects beside a cross-entropy that
             does not. "mean": over all pairs of all layers. The paper does not say.
+        matching: Where the costs of the matching are taken, see `mask_costs`; the losses of the
+            matched pairs are always taken at every pixel.
 
     Returns:
         Scalar, 0 (with zero gradients) if no image has an object.
@@ -143,51 +91,80 @@ def mask_loss(
     if len(mask_probs) != len(instance_masks):
         raise ValueError(f"{len(mask_probs)} images but {len(instance_masks)} sets of masks")
     weights = {"dice_weight": dice_weight, "bce_weight": bce_weight}
-    occupied = [i for i, masks in enumerate(instance_masks) if bool(masks.any())]
+    occupied = _occupied(instance_masks)
     # All costs are queued before the first match waits for the device.
-    costs = [mask_costs(mask_probs[i], instance_masks[i], **weights) for i in occupied]
+    costs = [
+        mask_costs(mask_probs[i], instance_masks[i], samples=matching, **weights) for i in occupied
+    ]
     total = mask_probs.float().sum() * 0
     num_pairs = 0
+
+    def pair_losses(probs: Tensor, targets: Tensor) -> Tensor:
+        return _pair_losses(probs, targets, **weights)
+
     for i, cost in zip(occupied, costs, strict=True):
         instances, queries = match(cost)
         layers = torch.arange(len(queries))[:, None].expand_as(queries)
         matched = mask_probs[i][layers.flatten(), queries.flatten()]
-        targets = instance_masks[i][instances.flatten()].to(matched.device, torch.float32)
-        total = total + _matched_loss(matched, targets, **weights)
+        targets = instance_masks[i][instances.flatten()].to(matched.device)
+        with torch.autocast(matched.device.type, enabled=False):
+            total = total + _sum_by_parts(pair_losses, matched.float(), targets, size=MAPS_AT_ONCE)
         num_pairs += len(targets)
     return total / (len(mask_probs) if reduction == "sum" else max(1, num_pairs))
 
 
-def _matched_loss(
+def _occupied(instance_masks: Sequence[Tensor]) -> list[int]:
+    """The images that have an object; the device is asked once."""
+    occupied = torch.stack([masks.any() for masks in instance_masks])
+    return torch.nonzero(occupied)[:, 0].tolist()
+
+
+def _pair_losses(
     mask_probs: Tensor, targets: Tensor, *, dice_weight: float, bce_weight: float
 ) -> Tensor:
-    """Sum of the losses of pairs: `mask_probs` (P, h, w) against float `targets` (P, H, W)."""
-    with torch.autocast(mask_probs.device.type, enabled=False):
-        probs = _upsample_probs(mask_probs, targets.shape[-2:]).flatten(1)
-        targets = targets.flatten(1)
-        overlap = 2 * (probs * targets).sum(1) + 1
-        dice = 1 - overlap / (probs.sum(1) + targets.sum(1) + 1)
-        bce = F.binary_cross_entropy(probs, targets, reduction="none").mean(1)
-        return (dice_weight * dice + bce_weight * bce).sum()
+    """Sum of the losses of pairs: `mask_probs` (M, h, w) against boolean `targets` (M, H, W)."""
+    # Rounding must not leave [0, 1], where the logarithms end.
+    probs = _upsample(mask_probs[:, None], targets.shape[-2:]).clamp(0, 1).flatten(1)
+    masks = targets.flatten(1).float()
+    overlap = 2 * (probs * masks).sum(1) + 1
+    dice = 1 - overlap / (probs.sum(1) + masks.sum(1) + 1)
+    bce = F.binary_cross_entropy(probs, masks, reduction="none").mean(1)
+    return (dice_weight * dice + bce_weight * bce).sum()
 
 
-def _pairwise_dice(probs: Tensor, targets: Tensor) -> Tensor:
-    """(N, Q) dice losses of (Q, H * W) against (N, H * W)."""
-    overlap = 2 * (targets @ probs.T) + 1
-    return 1 - overlap / (targets.sum(1)[:, None] + probs.sum(1) + 1)
+def _sum_by_parts(
+    loss: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor, *, size: int
+) -> Tensor:
+    """`loss(inputs, targets)`, a sum over their first axis, in the memory of `size` entries."""
+    return _SumByParts.apply(inputs, targets, loss, size)
 
 
-def _pairwise_bce(probs: Tensor, targets: Tensor) -> Tensor:
-    """(N, Q) mean binary cross-entropies of (Q, H * W) against (N, H * W), logs floored."""
-    log_inside = probs.log().clamp_(min=LOG_FLOOR)
-    log_outside = (-probs).log1p_().clamp_(min=LOG_FLOOR)
-    outside = log_outside.sum(1)
-    return -(targets @ (log_inside - log_outside).T + outside) / probs.shape[1]
+class _SumByParts(torch.autograd.Function):
+    """Takes the gradient of each part at once, so that no map of full size outlives its part."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        targets: Tensor,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        size: int,
+    ) -> Tensor:
+        total = inputs.new_zeros(())
+        gradient = torch.empty_like(inputs)
+        parts = (tensor.split(size) for tensor in (inputs.detach(), targets, gradient))
+        for leaf, part_targets, part_gradient in zip(*parts, strict=True):
+            with torch.enable_grad():
+                value = loss(leaf.requires_grad_(), part_targets)
+            part_gradient.copy_(torch.autograd.grad(value, leaf)[0])
+            total += value.detach()
+        ctx.save_for_backward(gradient)
+        return total
 
-def _upsample_probs(probs: Tensor, size: Sequence[int]) -> Tensor:
-    """(P, h, w) to (P, H, W); rounding must not leave [0, 1], where the logs end."""
-    return _upsample(probs.float()[:, None], size)[:, 0].clamp(0, 1)
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None, None
 
 
 def _upsample(maps: Tensor, size: Sequence[int]) -> Tensor:

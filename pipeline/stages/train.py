@@ -191,7 +191,12 @@ def _losses(
         ignore_index=IGNORE_INDEX,
     )
     try:
-        mask = mask_loss(output.mask_probs, instance_masks, reduction=params.mask_loss_reduction)
+        mask = mask_loss(
+            output.mask_probs,
+            instance_masks,
+            reduction=params.mask_loss_reduction,
+            matching=params.matching,
+        )
     except PipelineError as error:
         raise PipelineError(f"step {step}: {error}") from None
     total = params.ce_weight * semantic + params.mask_weight * mask

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.models.losses import mask_costs, mask_loss, match, semantic_loss
+from pipeline.models.losses import mask_loss, semantic_loss
+from pipeline.models.matching import mask_costs, match
 
 from .checks import Parts, Result, close, equal, failure, none_differs
 from .vectors import Tensors, Vectors

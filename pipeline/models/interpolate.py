@@ -1,0 +1,81 @@
+"""Bilinear upsampling of a part of a map: a strip that stays in the processor's cache, a window.
+
+The values are those that `F.interpolate(mode="bilinear", align_corners=False)` gives for the whole
+map, on the CPU to the last bit. That matters: where proposals saturate, one bit decides whether a
+logarithm is floored, and with it which query an instance is matched with. Letters: n source cells,
+m target cells.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Taps(NamedTuple):
+    """Where each of m target cells along one axis takes its value from.
+
+    Attributes:
+        lower: (m,) int64 source cell at or before it.
+        upper: (m,) int64 source cell after it.
+        lower_weight: (m,) float32 weight of `lower`.
+        upper_weight: (m,) float32 weight of `upper`; the two sum to 1.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    lower_weight: Tensor
+    upper_weight: Tensor
+
+    def at(self, cells: Tensor | slice) -> Taps:
+        """The taps of some of the target cells."""
+        return Taps(*(values[cells] for values in self))
+
+    def to(self, device: torch.device) -> Taps:
+        """The same on another device."""
+        return Taps(*(values.to(device, non_blocking=True) for values in self))
+
+
+def bilinear_taps(length: int, new_length: int) -> Taps:
+    """Taps, on the CPU, of an axis of n = `length` cells that grows to m = `new_length` cells."""
+    # torch keeps the scale in float32 and rounds once after scaling and shifting.
+    scale = torch.tensor(length / new_length, dtype=torch.float32).double()
+    centres = torch.arange(new_length, dtype=torch.float64) + 0.5
+    position = (scale * centres - 0.5).float().clamp_(min=0)
+    lower = position.long().clamp_(max=length - 1)
+    upper_weight = (position - lower).clamp_(0, 1)
+    return Taps(lower, (lower + 1).clamp_(max=length - 1), 1 - upper_weight, upper_weight)
+
+
+def interpolate(maps: Tensor, taps: Taps, dim: int) -> Tensor:
+    """Values at the taps along one axis of float32 maps.
+
+    Args:
+        maps: any shape, n cells along `dim`.
+        taps: of n cells, on the device of `maps`.
+        dim: the axis, not negative. Of the two axes of a map, columns go before rows.
+
+    Returns:
+        The same shape but for m cells along `dim`.
+    """
+    if dim == 0 and not maps.is_cuda:
+        return _interpolate_rows(maps, taps)
+    upper = maps.index_select(dim, taps.upper).mul_(_spread(taps.upper_weight, maps, dim))
+    return upper.addcmul_(maps.index_select(dim, taps.lower), _spread(taps.lower_weight, maps, dim))
+
+
+def _interpolate_rows(maps: Tensor, taps: Taps) -> Tensor:
+    """`interpolate` along the first axis without index and without weights of the maps' size."""
+    result = maps.new_empty((len(taps.lower), *maps.shape[1:]))
+    rows = (result, *(values.tolist() for values in taps))
+    for row, lower, upper, lower_weight, upper_weight in zip(*rows, strict=True):
+        torch.mul(maps[upper], upper_weight, out=row).add_(maps[lower], alpha=lower_weight)
+    return result
+
+
+def _spread(weights: Tensor, maps: Tensor, dim: int) -> Tensor:
+    """Weights (m,) repeated over the later axes of the maps: vectorised only if contiguous."""
+    later = maps.shape[dim + 1 :]
+    return weights.view(-1, *[1] * len(later)).expand(-1, *later).contiguous()
