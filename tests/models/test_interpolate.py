@@ -28,7 +28,8 @@ def test_values_are_those_of_torch(grid: tuple[int, int], size: tuple[int, int])
     maps = torch.rand(4, *grid, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(maps[None], size=size, mode="bilinear")[0]
     torch.testing.assert_close(upsampled(maps, size), expected, rtol=0, atol=2**-22)
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+    # Torch has another kernel for small maps, and others on other processors.
+    if size[0] > 100 and torch.backends.cpu.get_cpu_capability() == "AVX2":
         assert torch.equal(upsampled(maps, size), expected)
 
 
