@@ -8,11 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness import Bench, Pair
+from benchmarks.inputs import ellipses
 from pipeline.metrics.semantic import ConfusionMatrix
 
 NUM_CLASSES = 21
-VOID_SHARE = 0.05
-RIGHT_SHARE = 0.7
+OBJECTS = 5
+SHIFT = 8
+RIGHT = 0.7
+VOID = 0.05
 
 
 def published_confusion(
@@ -28,15 +31,21 @@ def published_confusion(
     return matrix
 
 
+def _label_maps(rng: np.random.Generator, side: int) -> tuple[NDArray[np.int64], ...]:
+    """Targets and predictions (8, H, W): objects, found a little aside, some as another class."""
+    targets, predictions = np.zeros((2, 8, side, side), np.int64)
+    for image in range(8):
+        for mask in ellipses(image, OBJECTS, (side, side)):
+            label, other = rng.integers(1, NUM_CLASSES, 2)
+            targets[image][mask] = label
+            found = np.roll(mask, rng.integers(-SHIFT, SHIFT + 1, 2), axis=(0, 1))
+            predictions[image][found] = label if rng.random() < RIGHT else other
+    targets[:, : int(VOID * side)] = -1
+    return targets, predictions
+
+
 def _prepare(_: Path, quick: bool) -> Pair:
-    side = 32 if quick else 384
-    rng = np.random.default_rng(0)
-    # Labels come in patches of 16 x 16 pixels.
-    coarse = rng.integers(0, NUM_CLASSES, (8, side // 16, side // 16))
-    targets = coarse.repeat(16, axis=1).repeat(16, axis=2)
-    wrong = rng.random(targets.shape) > RIGHT_SHARE
-    predictions = np.where(wrong, rng.integers(0, NUM_CLASSES, targets.shape), targets)
-    targets[rng.random(targets.shape) < VOID_SHARE] = -1
+    targets, predictions = _label_maps(np.random.default_rng(0), 32 if quick else 384)
     # What each side is handed: torch's argmax there, label maps of int32 here.
     our_targets, our_predictions = targets.astype(np.int32), predictions.astype(np.int32)
 
@@ -55,7 +64,7 @@ def _prepare(_: Path, quick: bool) -> Pair:
 BENCHES = [
     Bench(
         name="confusion",
-        title=f"confusion matrix: 8 x 384 x 384 pixels, {NUM_CLASSES} classes",
+        title=f"confusion matrix: 8 x 384 x 384 pixels, {NUM_CLASSES} classes, {OBJECTS} objects each",
         target=5.0,
         stretch=6.0,
         prepare=_prepare,
