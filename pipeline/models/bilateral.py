@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from scipy import ndimage, sparse
 from scipy.sparse.linalg import cg
@@ -20,9 +21,10 @@ Floats = NDArray[np.float64]
 # cell at the default sigma, and rounding would scatter greys over the cells on both sides.
 COLOUR_UNIT = 1_000_000
 RGB_TO_YUV = np.array(
-    [[299_000, 587_000, 114_000], [-168_736, -331_264, 500_000], [500_000, -418_688, -81_312]]
+    [[299_000, 587_000, 114_000], [-168_736, -331_264, 500_000], [500_000, -418_688, -81_312]],
+    dtype=np.int32,
 )
-YUV_OFFSET = np.array([0, 128, 128]) * COLOUR_UNIT
+YUV_OFFSET = np.array([0, 128, 128], dtype=np.int32) * COLOUR_UNIT
 
 BLUR_CENTRE = 2  # weight of the cell itself in each of the five dimensions
 BISTOCHASTIC_STEPS = 10
@@ -43,7 +45,7 @@ class BilateralGrid:
         blur: (V, V) symmetric weights: 10 on the diagonal, 1 between axis neighbours.
     """
 
-    vertex_of_pixel: NDArray[np.intp]
+    vertex_of_pixel: NDArray[np.int32]
     pixel_counts: Floats
     blur: sparse.csr_array
 
@@ -78,14 +80,10 @@ def bilateral_grid(
             f"sigmas must be positive, got {sigma_spatial}, {sigma_luma}, {sigma_chroma}"
         )
     height, width = image.shape[:2]
-    yuv = image.astype(np.int64) @ RGB_TO_YUV.T + YUV_OFFSET
-    rows, columns = np.indices((height, width))
     coordinates = [
-        np.floor(columns / sigma_spatial),
-        np.floor(rows / sigma_spatial),
-        np.floor(yuv[..., 0] / (COLOUR_UNIT * sigma_luma)),
-        np.floor(yuv[..., 1] / (COLOUR_UNIT * sigma_chroma)),
-        np.floor(yuv[..., 2] / (COLOUR_UNIT * sigma_chroma)),
+        np.floor(np.arange(width) / sigma_spatial)[None, :],
+        np.floor(np.arange(height) / sigma_spatial)[:, None],
+        *_colour_cells(image, (sigma_luma, sigma_chroma, sigma_chroma)),
     ]
     cells = np.zeros((height, width), np.int64)
     steps = []
@@ -94,12 +92,35 @@ def bilateral_grid(
         cells += coordinate.astype(np.int64) * step
         steps.append(step)
         step *= int(coordinate.max()) + 2  # one more than needed: neighbours never wrap around
-    vertices, vertex_of_pixel, counts = np.unique(cells, return_inverse=True, return_counts=True)
+    vertices, vertex_of_pixel = _sorted_unique(cells.ravel())
     return BilateralGrid(
         vertex_of_pixel=vertex_of_pixel.reshape(height, width),
-        pixel_counts=counts.astype(np.float64),
+        pixel_counts=np.bincount(vertex_of_pixel).astype(np.float64),
         blur=_blur_matrix(vertices, steps),
     )
+
+
+def _colour_cells(image: NDArray[np.uint8], sigmas: tuple[float, ...]) -> list[Floats]:
+    """Cell of each pixel along Y, U and V, (H, W) each."""
+    channels = [image[..., channel].astype(np.int32) for channel in range(3)]
+    cells = []
+    for weights, offset, sigma in zip(RGB_TO_YUV, YUV_OFFSET, sigmas, strict=True):
+        level = sum((w * c for w, c in zip(weights, channels, strict=True)), start=offset)
+        cells.append(np.floor(level / (COLOUR_UNIT * sigma)))
+    return cells
+
+
+def _sorted_unique(values: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The different values, ascending, and the place of each value among them.
+
+    By a hash table: there are few different values, and sorting all of them takes longer.
+    """
+    encoded = pa.array(values).dictionary_encode()
+    found = encoded.dictionary.to_numpy()
+    order = np.argsort(found)
+    place = np.empty(len(found), np.int32)
+    place[order] = np.arange(len(found), dtype=np.int32)
+    return found[order], place[encoded.indices.to_numpy()]
 
 
 def _blur_matrix(vertices: NDArray[np.int64], steps: list[int]) -> sparse.csr_array:
