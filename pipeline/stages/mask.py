@@ -123,6 +123,7 @@ def run(
         **masker.settings,
         "refine": params.refine,
         "solver_iterations": params.solver_iterations,
+        "solver_scale": params.solver_scale,
         "short_side": params.short_side,
     }
     with (
@@ -283,6 +284,7 @@ def _masks_by_sha256(
             masker=masker,
             refine=params.refine,
             solver_iterations=params.solver_iterations,
+            solver_scale=params.solver_scale,
         )
         for sha256, mask in zip(batch, predicted, strict=True):
             masks[sha256] = encode_png(mask)
@@ -306,6 +308,7 @@ def predict_masks(
     masker: Masker,
     refine: bool,
     solver_iterations: int = MAX_STEPS,
+    solver_scale: float = 1.0,
 ) -> list[NDArray[np.bool_]]:
     """Masks of some RGB images of one size.
 
@@ -315,6 +318,7 @@ def predict_masks(
         refine: snap each mask to the edges of its image by the bilateral solver. An empty mask
             stays empty.
         solver_iterations: of the bilateral solver.
+        solver_scale: at which fraction of the size it runs.
 
     Returns:
         (H, W) masks.
@@ -333,7 +337,9 @@ def predict_masks(
     if not refine:
         return list(masks)
     return [
-        bilateral_solve(image, mask, max_steps=solver_iterations) > 0.5 if mask.any() else mask
+        bilateral_solve(image, mask, max_steps=solver_iterations, scale=solver_scale) > 0.5
+        if mask.any()
+        else mask
         for image, mask in zip(pixels, masks, strict=True)
     ]
 

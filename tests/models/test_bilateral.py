@@ -138,3 +138,21 @@ def test_largest_object_without_the_background_is_an_object(rows: int) -> None:
 
 def test_no_object_without_the_background_is_nothing() -> None:
     assert not largest_component(np.zeros((3, 5)), count_background=False).any()
+
+
+def test_half_the_size_refines_almost_alike() -> None:
+    """A square drawn a little too large shrinks to the square that the image shows."""
+    image = np.full((96, 128, 3), 40, dtype=np.uint8)
+    image[30:70, 40:90] = (220, 180, 60)
+    coarse = np.zeros((96, 128), dtype=bool)
+    coarse[26:74, 36:94] = True
+    exact = bilateral_solve(image, coarse) > 0.5
+    half = bilateral_solve(image, coarse, scale=0.5)
+    assert half.shape == exact.shape
+    assert ((half > 0.5) == exact).mean() > 0.95
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (3, 2)])
+def test_a_scale_leaves_at_least_one_pixel(size: tuple[int, int]) -> None:
+    image = np.zeros((*size, 3), dtype=np.uint8)
+    assert bilateral_solve(image, np.ones(size, bool), scale=0.1).shape == size
