@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.harness import Bench, Pair
 from benchmarks.inputs import ellipses, unit_rows
-from pipeline.metrics.rle import encode_mask
+from pipeline.metrics.rle import encode_crop
 from pipeline.models.postprocess import instance_predictions
 
 NUM_LABELS = 21
@@ -100,7 +100,7 @@ def our_instances(inputs: ProposalInputs) -> list[dict[str, Any]]:
             "label": instance.label_id,
             "score": instance.score,
             "box": instance.bbox_xyxy,
-            "rle": encode_mask(instance.mask)["counts"],
+            "rle": encode_crop(instance.crop, instance.bbox_xyxy, instance.size)["counts"],
         }
         for instance in found
     ]

@@ -17,7 +17,7 @@ from pipeline.data.images import ImageError, load_image
 from pipeline.errors import PipelineError
 from pipeline.files import digest
 from pipeline.labeller import Labeller
-from pipeline.metrics.rle import RleObject, encode_mask
+from pipeline.metrics.rle import RleObject, encode_crop
 from pipeline.params import CorruptionParams, PseudoLabelParams
 from pipeline.predictor import Prediction, PredictionSettings, Segmenter
 from pipeline.protocol import denseclip_protocol, network_protocol
@@ -89,8 +89,10 @@ class NetworkPredictor:
         if not self.segmenter.settings.instances:
             return None
         return [
-            RleObject(instance.label_id, encode_mask(instance.mask), instance.score)
-            for instance in prediction.instances
+            RleObject(
+                found.label_id, encode_crop(found.crop, found.bbox_xyxy, found.size), found.score
+            )
+            for found in prediction.instances
         ]
 
 

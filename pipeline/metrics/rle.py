@@ -41,6 +41,33 @@ def encode_mask(mask: NDArray[np.bool_]) -> Rle:
     return _with_text(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
 
 
+def encode_crop(
+    crop: NDArray[np.bool_], bbox_xyxy: tuple[int, int, int, int], size: tuple[int, int]
+) -> Rle:
+    """Run-length code of a mask that lies within a box: `encode_mask` without the pixels around.
+
+    Args:
+        crop: (y1 - y0 + 1, x1 - x0 + 1), the mask within its box.
+        bbox_xyxy: x0, y0, x1, y1 of the box, both ends inclusive.
+        size: (H, W) of the image.
+    """
+    left, top, _, _ = bbox_xyxy
+    height, width = size
+    # A frame above and below, so that every column has as many ends of runs as starts.
+    columns = np.zeros((crop.shape[1], crop.shape[0] + 2), dtype=bool)
+    columns[:, 1:-1] = crop.T
+    changes = columns[:, 1:] != columns[:, :-1]
+    column, row = np.divmod(np.flatnonzero(changes), changes.shape[1])
+    turns = (left + column) * height + top + row
+    # A run over the bottom of a column and the top of the next one is a single run.
+    joined = np.flatnonzero(turns[1:] == turns[:-1])
+    turns = np.delete(turns, np.concatenate((joined, joined + 1)))
+    counts = np.diff(turns, prepend=0, append=height * width)
+    counts = counts[:-1] if counts[-1] == 0 else counts
+    plain = {"size": [height, width], "counts": counts.tolist()}
+    return _with_text(coco_mask.frPyObjects(plain, height, width))
+
+
 def decode_mask(rle: Rle) -> NDArray[np.bool_]:
     """Mask (H, W) of a run-length code."""
     mask: NDArray[np.uint8] = coco_mask.decode(_with_bytes(rle))

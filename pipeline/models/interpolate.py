@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LONG_ROW = 1 << 13  # values for which a call of torch does not count
+
 
 class Taps(NamedTuple):
     """Where each of m target cells along one axis takes its value from.
@@ -60,14 +62,14 @@ def interpolate(maps: Tensor, taps: Taps, dim: int) -> Tensor:
     Returns:
         The same shape but for m cells along `dim`.
     """
-    if dim == 0 and not maps.is_cuda:
+    if dim == 0 and maps.stride(0) >= LONG_ROW and not maps.is_cuda:
         return _interpolate_rows(maps, taps)
     upper = maps.index_select(dim, taps.upper).mul_(_spread(taps.upper_weight, maps, dim))
     return upper.addcmul_(maps.index_select(dim, taps.lower), _spread(taps.lower_weight, maps, dim))
 
 
 def _interpolate_rows(maps: Tensor, taps: Taps) -> Tensor:
-    """`interpolate` along the first axis without index and without weights of the maps' size."""
+    """`interpolate` along a first axis of few and long rows, without weights of their size."""
     result = maps.new_empty((len(taps.lower), *maps.shape[1:]))
     rows = (result, *(values.tolist() for values in taps))
     for row, lower, upper, lower_weight, upper_weight in zip(*rows, strict=True):

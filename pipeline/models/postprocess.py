@@ -5,7 +5,9 @@ Letters: B batch, Q queries, N kept queries, K categories, C text space, H W pix
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,6 +16,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.models.interpolate import Taps, bilinear_taps, interpolate
+
 Suppression = Literal["none", "hard", "linear", "gaussian"]
 ScoreResolution = Literal["token", "pixel"]
 
@@ -21,7 +25,6 @@ BACKGROUND = 0
 EPSILON = 1e-7
 CATEGORY_CHUNK = 64
 MASK_CHUNK = 16
-PIXEL_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,38 @@ class Instance:
     Attributes:
         label_id: 1 or more.
         score: in [0, 1], after suppression.
-        mask: (H, W) boolean, not empty.
+        crop: (y1 - y0 + 1, x1 - x0 + 1) boolean, its mask within the box.
         bbox_xyxy: x0, y0, x1, y1 of the outermost mask pixels, both ends inclusive.
+        size: (H, W) of the image.
     """
 
     label_id: int
     score: float
-    mask: NDArray[np.bool_]
+    crop: NDArray[np.bool_]
     bbox_xyxy: tuple[int, int, int, int]
+    size: tuple[int, int]
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """(H, W) boolean, not empty; made anew at each call."""
+        mask = np.zeros(self.size, dtype=bool)
+        x0, y0, x1, y1 = self.bbox_xyxy
+        mask[y0 : y1 + 1, x0 : x1 + 1] = self.crop
+        return mask
+
+
+@dataclass(frozen=True)
+class _Crop:
+    """A mask that is not empty, cut out along its box: rows `top` and columns `left` onwards."""
+
+    top: int
+    left: int
+    inside: NDArray[np.bool_]
+
+    @property
+    def bbox_xyxy(self) -> tuple[int, int, int, int]:
+        height, width = self.inside.shape
+        return self.left, self.top, self.left + width - 1, self.top + height - 1
 
 
 def semantic_logits(
@@ -142,28 +169,27 @@ def instance_predictions(
     )
     # Background and empty masks influence no other mask, so they can go before suppression.
     candidates = (labels != BACKGROUND).nonzero()[:, 0]
-    masks = _final_masks(mask_probs[candidates].float(), size, threshold)
-    occupied = masks.flatten(1).any(1)
-    masks, candidates = masks[occupied], candidates[occupied]
-    label_ids = labels[candidates].cpu().numpy()
-    final_scores = scores[candidates].double().cpu().numpy()
+    target_size = size or (mask_probs.shape[1], mask_probs.shape[2])
+    crops = _crops(mask_probs[candidates].float().cpu(), target_size, threshold)
+    occupied = [i for i, crop in enumerate(crops) if crop is not None]
+    masks = [crop for crop in crops if crop is not None]
+    label_ids = labels[candidates].cpu().numpy()[occupied]
+    final_scores = scores[candidates].double().cpu().numpy()[occupied]
     if suppression != "none":
-        final_scores = _suppress(
-            masks,
-            label_ids,
-            final_scores,
-            suppression=suppression,
-            max_overlap=max_overlap,
-            sigma=sigma,
-            min_score=min_score,
-        )
+        decay = partial(_decay, suppression=suppression, max_overlap=max_overlap, sigma=sigma)
+        for label_id in np.unique(label_ids):
+            members = np.flatnonzero(label_ids == label_id)
+            final_scores[members] = _suppressed_scores(
+                [masks[i] for i in members], final_scores[members], decay, min_score=min_score
+            )
     order = [i for i in np.argsort(-final_scores, kind="stable") if final_scores[i] >= 0]
     return [
         Instance(
             label_id=int(label_ids[i]),
             score=float(final_scores[i]),
-            mask=masks[int(i)].cpu().numpy(),
-            bbox_xyxy=_bounding_box(masks[int(i)]),
+            crop=masks[i].inside,
+            bbox_xyxy=masks[i].bbox_xyxy,
+            size=target_size,
         )
         for i in order
     ]
@@ -218,35 +244,91 @@ def _regions(
     return area, mass, coverage
 
 
-def _final_masks(mask_probs: Tensor, size: tuple[int, int] | None, threshold: float) -> Tensor:
-    """(N, H, W) boolean masks, a few upsampled at a time."""
-    if size is None:
-        return mask_probs > threshold
-    masks = mask_probs.new_empty((len(mask_probs), *size), dtype=torch.bool)
-    for start in range(0, len(mask_probs), MASK_CHUNK):
-        chunk = mask_probs[start : start + MASK_CHUNK]
-        masks[start : start + MASK_CHUNK] = _upsample(chunk[None], size)[0] > threshold
-    return masks
+def _crops(mask_probs: Tensor, size: tuple[int, int], threshold: float) -> list[_Crop | None]:
+    """Proposals (N, h, w), upsampled to `size` and thresholded; None for an empty mask.
+
+    A pixel can exceed the threshold only next to a token that reaches it, so no other is computed.
+    """
+    rows, columns = (
+        bilinear_taps(cells, pixels)
+        for cells, pixels in zip(mask_probs.shape[-2:], size, strict=True)
+    )
+    reached = (mask_probs >= threshold).numpy()
+    boxes = zip(_near(reached.any(2), rows), _near(reached.any(1), columns), strict=True)
+    wide = _upsample(mask_probs[:, None], (mask_probs.shape[1], size[1]))[:, 0]
+    return [
+        _crop(probs[:, box[1]], rows.at(box[0]), box[0].start, box[1].start, threshold)
+        if occupied
+        else None
+        for probs, occupied, box in zip(wide, reached.any((1, 2)), boxes, strict=True)
+    ]
 
 
-def _suppress(
-    masks: Tensor,
-    label_ids: NDArray[np.int64],
+def _near(reached: NDArray[np.bool_], taps: Taps) -> list[slice]:
+    """For each mask, the target cells that take from a `reached` source cell, (N, cells).
+
+    An axis that shrinks may skip all of them; then one cell stands for none.
+    """
+    first = reached.argmax(1)
+    last = reached.shape[1] - 1 - reached[:, ::-1].argmax(1)
+    start = np.searchsorted(taps.upper.numpy(), first).clip(max=len(taps.lower) - 1)
+    stop = np.searchsorted(taps.lower.numpy(), last, side="right")
+    ends = np.stack((start, np.maximum(stop, start + 1)), axis=1)
+    return [slice(*pair) for pair in ends.tolist()]
+
+
+def _crop(probs: Tensor, rows: Taps, top: int, left: int, threshold: float) -> _Crop | None:
+    """The mask of columns (h, w') that are upsampled already; `top` and `left` are its place."""
+    inside = (interpolate(probs, rows, dim=0) > threshold).numpy()
+    occupied_rows = inside.any(1)
+    if not occupied_rows.any():
+        return None
+    box = _extent(occupied_rows), _extent(inside.any(0))
+    # A copy: the crop outlives the pixels around it.
+    return _Crop(top + box[0].start, left + box[1].start, inside[box].copy())
+
+
+def _extent(occupied: NDArray[np.bool_]) -> slice:
+    """From the first to the last True; there is one."""
+    places = np.flatnonzero(occupied)
+    return slice(int(places[0]), int(places[-1]) + 1)
+
+
+def _suppressed_scores(
+    masks: list[_Crop],
     scores: NDArray[np.float64],
+    decay: Callable[[NDArray[np.float64]], NDArray[np.float64]],
     *,
-    suppression: Suppression,
-    max_overlap: float,
-    sigma: float,
     min_score: float,
 ) -> NDArray[np.float64]:
-    """Scores after suppression within each label; dropped masks get -1."""
-    result = np.full_like(scores, -1.0)
-    for label_id in np.unique(label_ids):
-        members = np.flatnonzero(label_ids == label_id)
-        iou = _pairwise_iou(masks[torch.from_numpy(members).to(masks.device)])
-        weights = _decay(iou, suppression=suppression, max_overlap=max_overlap, sigma=sigma)
-        result[members] = _decayed_scores(scores[members], weights, min_score)
+    """Take the best remaining mask, weaken the others by it, and so on; -1 where dropped."""
+    scores, result = scores.copy(), np.full_like(scores, -1.0)
+    boxes = np.array([mask.bbox_xyxy for mask in masks])
+    areas = np.array([np.count_nonzero(mask.inside) for mask in masks])
+    remaining = np.ones(len(scores), dtype=bool)
+    while remaining.any():
+        best = int(np.argmax(np.where(remaining, scores, -np.inf)))
+        result[best] = scores[best]
+        remaining[best] = False
+        touching = (boxes[:, :2] <= boxes[best, 2:]).all(1) & (boxes[best, :2] <= boxes[:, 2:]).all(
+            1
+        )
+        others = np.flatnonzero(remaining & touching)
+        shared = np.array([_shared_pixels(masks[best], masks[i]) for i in others], dtype=np.int64)
+        scores[others] *= decay(shared / (areas[best] + areas[others] - shared + EPSILON))
+        remaining &= scores > min_score
     return result
+
+
+def _shared_pixels(first: _Crop, second: _Crop) -> int:
+    """Pixels of both masks, whose boxes intersect."""
+    a, b = first.bbox_xyxy, second.bbox_xyxy
+    x0, y0, x1, y1 = max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+    part, other = (
+        mask.inside[y0 - mask.top : y1 - mask.top + 1, x0 - mask.left : x1 - mask.left + 1]
+        for mask in (first, second)
+    )
+    return int(np.count_nonzero(part & other))
 
 
 def _decay(
@@ -257,40 +339,6 @@ def _decay(
         return np.exp(-(iou**2) / sigma)
     lowered = 1 - iou if suppression == "linear" else np.zeros_like(iou)
     return np.where(iou > max_overlap, lowered, 1.0)
-
-
-def _decayed_scores(
-    scores: NDArray[np.float64], weights: NDArray[np.float64], min_score: float
-) -> NDArray[np.float64]:
-    """Take the best remaining mask, weaken the others by it, and so on; -1 where dropped."""
-    scores, result = scores.copy(), np.full_like(scores, -1.0)
-    remaining = np.ones(len(scores), dtype=bool)
-    while remaining.any():
-        best = int(np.argmax(np.where(remaining, scores, -np.inf)))
-        result[best] = scores[best]
-        remaining[best] = False
-        scores[remaining] *= weights[best, remaining]
-        remaining &= scores > min_score
-    return result
-
-
-def _pairwise_iou(masks: Tensor) -> NDArray[np.float64]:
-    """(N, N) intersection over union of (N, H, W) boolean masks, pixels a block at a time."""
-    flat = masks.flatten(1)
-    overlap = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
-    for block in flat.split(PIXEL_CHUNK, dim=1):
-        # Counts below 2^24 are exact in float32.
-        values = block.float()
-        overlap += values @ values.T
-    area = overlap.diagonal()
-    union = area[:, None] + area - overlap
-    return (overlap / (union + EPSILON)).cpu().numpy()
-
-
-def _bounding_box(mask: Tensor) -> tuple[int, int, int, int]:
-    """Inclusive x0, y0, x1, y1 of a mask that is not empty."""
-    columns, rows = mask.any(0).nonzero()[:, 0], mask.any(1).nonzero()[:, 0]
-    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
 
 
 def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:

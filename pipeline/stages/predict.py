@@ -16,7 +16,7 @@ from pipeline.data.images import ImageError, load_image
 from pipeline.data.sources import EXTENSIONS, check_utf8
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, replace_dir
-from pipeline.metrics.rle import coco_annotation, encode_mask
+from pipeline.metrics.rle import coco_annotation, encode_crop
 from pipeline.params import EvaluateParams
 from pipeline.predictor import Prediction, Segmenter
 from pipeline.runtime import Runtime, StageRun
@@ -197,7 +197,7 @@ class _CocoWriter:
             self._file.write(",\n" if self._num_annotations else "\n")
             self._num_annotations += 1
             annotation = coco_annotation(
-                encode_mask(instance.mask),
+                encode_crop(instance.crop, instance.bbox_xyxy, instance.size),
                 annotation_id=self._num_annotations,
                 image_id=image_id,
                 category_id=instance.label_id,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 from pycocotools import mask as coco_mask
 
 from pipeline.metrics.rle import (
     coco_annotation,
     decode_mask,
+    encode_crop,
     encode_mask,
     intersect,
     mask_area,
@@ -56,3 +58,19 @@ def test_an_annotation_is_cocos() -> None:
     assert (annotation["id"], annotation["image_id"], annotation["category_id"]) == (4, 7, 2)
     assert annotation["iscrowd"] == 1
     assert "score" not in annotation
+
+
+@pytest.mark.parametrize(
+    ("top", "left", "height", "width"),
+    [(0, 0, 13, 7), (0, 2, 13, 3), (4, 0, 1, 1), (12, 6, 1, 1), (0, 6, 5, 1), (6, 1, 7, 6)],
+)
+def test_a_crop_has_the_code_of_its_whole_mask(
+    rng: np.random.Generator, top: int, left: int, height: int, width: int
+) -> None:
+    """Runs that go on from the bottom of a column to the top of the next one included."""
+    for share in (0.0, 0.3, 0.9, 1.0):
+        mask = np.zeros((13, 7), dtype=bool)
+        crop = rng.random((height, width)) < share
+        mask[top : top + height, left : left + width] = crop
+        box = (left, top, left + width - 1, top + height - 1)
+        assert encode_crop(crop, box, (13, 7)) == encode_mask(mask)

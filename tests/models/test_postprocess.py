@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pipeline.models.postprocess import (
     instance_predictions,
@@ -172,3 +173,20 @@ def test_without_a_size_both_resolutions_are_the_token_grid() -> None:
         for resolution in ("token", "pixel")
     )
     assert [i.score for i in token] == [i.score for i in pixel]
+
+
+@pytest.mark.parametrize("size", [(31, 77), (8, 20), (3, 4), (1, 1), (60, 3)])
+def test_masks_are_those_of_whole_upsampled_proposals(size: tuple[int, int]) -> None:
+    """Objects at every border, of every size, at sizes that grow, shrink, or both."""
+    generator = torch.Generator().manual_seed(0)
+    proposals = torch.rand(40, 4, 10, generator=generator) ** 3
+    found = instance_predictions(
+        proposals, tokens_of(1), torch.eye(3), size, suppression="none", temperature=0.0
+    )
+    whole = F.interpolate(proposals[None], size=size, mode="bilinear")[0] > 0.5
+    expected = {mask.tobytes() for mask in whole.numpy() if mask.any()}
+    assert {instance.mask.tobytes() for instance in found} == expected
+    for instance in found:
+        rows, columns = np.nonzero(instance.mask)
+        assert instance.bbox_xyxy == (columns.min(), rows.min(), columns.max(), rows.max())
+        assert instance.size == instance.mask.shape == size
