@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, write_json
+from pipeline.models.blocks import with_lean_parts
 from pipeline.models.decoder import TransformerDecoder
 from pipeline.models.tokens import PositionResize, vision_tower
 from pipeline.models.weights import save_tensors
@@ -60,7 +61,7 @@ def build_zutis(
     _check_choice("token_norm", token_norm, get_args(TokenNorm))
     width = vision_tower(encoder).class_embedding.shape[0]
     return Zutis(
-        encoder,
+        with_lean_parts(encoder),
         TransformerDecoder(width, decoder_layers, num_heads, feedforward_dim),
         Perceptron(width, FFN_HIDDEN, FFN_HIDDEN, width),
         Perceptron(width, FFN_HIDDEN, FFN_HIDDEN, width),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
+from pipeline.models.blocks import Attention
 
 
 class TransformerDecoderLayer(nn.Module):
@@ -24,8 +25,8 @@ class TransformerDecoderLayer(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, feedforward_dim: int) -> None:
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
-        self.multihead_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.self_attn = Attention(dim, num_heads)
+        self.multihead_attn = Attention(dim, num_heads)
         self.linear1 = nn.Linear(dim, feedforward_dim)
         self.linear2 = nn.Linear(feedforward_dim, dim)
         self.norm1 = nn.LayerNorm(dim)

@@ -1,0 +1,76 @@
+"""Parts of CLIP's and DETR's blocks as in torch and open_clip, with less copying in training.
+
+Letters: B batch, N tokens that ask, M tokens that are asked, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch.nn.functional as F
+from open_clip.transformer import QuickGELU
+from torch import Tensor, nn
+
+QUICK_GELU_FACTOR = 1.702
+
+
+class Attention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` over (B, N, D): same weights, names and values.
+
+    In training, queries, keys and values stay views of one projection; torch's own module copies
+    them to sequence-first order and back. In evaluation torch's module has a path of its own.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(dim, num_heads, batch_first=True)
+
+    @classmethod
+    def sharing(cls, attention: nn.MultiheadAttention) -> Self:
+        """The same attention, with the parameters of a module that it takes the place of."""
+        shared = cls(attention.embed_dim, attention.num_heads)
+        shared.in_proj_weight = attention.in_proj_weight
+        shared.in_proj_bias = attention.in_proj_bias
+        shared.out_proj = attention.out_proj
+        return shared.train(attention.training)
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from (B, N, D) to (B, M, D): the result (B, N, D), and weights if asked for.
+
+        Args:
+            query: what asks.
+            key: what is asked.
+            value: what answers.
+            **options: as for torch's module, which takes over if one of them is set.
+        """
+        if not self.training or any(option not in (None, False) for option in options.values()):
+            return super().forward(query, key, value, **options)
+        inputs = (query, key, value)
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        projected = [
+            F.linear(tokens, weight, bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for tokens, weight, bias in zip(inputs, weights, biases, strict=True)
+        ]
+        attended = F.scaled_dot_product_attention(*projected)
+        return self.out_proj(attended.transpose(1, 2).flatten(2)), None
+
+
+class QuickGelu(nn.Module):
+    """x sigmoid(1.702 x), the GELU of OpenAI's CLIP, by torch's SiLU."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map values of any shape."""
+        return F.silu(QUICK_GELU_FACTOR * inputs) / QUICK_GELU_FACTOR
+
+
+def with_lean_parts(network: nn.Module) -> nn.Module:
+    """Replace attention and GELU in a CLIP tower, in place; weights and their names stay."""
+    for name, child in network.named_children():
+        if type(child) is nn.MultiheadAttention and child.batch_first:
+            setattr(network, name, Attention.sharing(child))
+        elif isinstance(child, QuickGELU):
+            setattr(network, name, QuickGelu())
+        else:
+            with_lean_parts(child)
+    return network
