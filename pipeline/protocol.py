@@ -21,7 +21,6 @@ from pipeline.predictor import (
 from pipeline.runtime import Runtime
 
 DIGITS = 12
-NO_MATTER_FOR_LABELS = ("batch_size", "shard_size")  # of section `pseudo_label`
 
 
 def bench_protocol(
@@ -89,7 +88,7 @@ def denseclip_protocol(labeller: Labeller) -> dict[str, Any]:
     return {
         "encoder": _encoder_tag(params.encoder.model, params.encoder.pretrained),
         "background": ", ".join(labeller.background),
-        **params.model_dump(exclude={"encoder", *NO_MATTER_FOR_LABELS}),
+        **params.recipe(),
     }
 
 

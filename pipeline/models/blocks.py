@@ -21,13 +21,14 @@ class Attention(nn.MultiheadAttention):
     them to sequence-first order and back. In evaluation torch's module has a path of its own.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__(dim, num_heads, batch_first=True)
+    def __init__(self, dim: int, num_heads: int, *, device: str | None = None) -> None:
+        super().__init__(dim, num_heads, batch_first=True, device=device)
 
     @classmethod
     def sharing(cls, attention: nn.MultiheadAttention) -> Self:
         """The same attention, with the parameters of a module that it takes the place of."""
-        shared = cls(attention.embed_dim, attention.num_heads)
+        # On the meta device nothing is initialised, which would draw random numbers.
+        shared = cls(attention.embed_dim, attention.num_heads, device="meta")
         shared.in_proj_weight = attention.in_proj_weight
         shared.in_proj_bias = attention.in_proj_bias
         shared.out_proj = attention.out_proj

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from pipeline.models.dino import DINO_MODELS, DinoEncoder, load_dino
 from pipeline.models.selfmask import load_selfmask
 from pipeline.models.spectral import spectral_mask
 from pipeline.models.zoo import resolve_weights
+from pipeline.parallel import Workers
 from pipeline.params import EncoderParams, MaskParams
 from pipeline.runtime import Runtime, StageRun
 
@@ -129,9 +132,11 @@ def run(
     with (
         StageRun("mask", stats_path=stats_path, total=len(rows)) as stage_run,
         BlobCache(runtime.cache_dir / "masks", settings) as cache,
+        Workers(params.workers) as workers,
     ):
+        maker = _MaskMaker(masker, cache, workers, params=params, stage_run=stage_run)
         return write_shards(
-            _samples(rows, masker=masker, cache=cache, params=params, stage_run=stage_run),
+            _samples(rows, maker, workers=workers, params=params, stage_run=stage_run),
             out_dir,
             shard_size=params.shard_size,
             settings={"mask": settings},
@@ -209,22 +214,19 @@ def _load_patch_encoder(params: EncoderParams, runtime: Runtime) -> ClipEncoder 
 
 def _samples(
     rows: Sequence[ArchiveRow],
+    maker: _MaskMaker,
     *,
-    masker: Masker,
-    cache: BlobCache,
+    workers: Workers,
     params: MaskParams,
     stage_run: StageRun,
 ) -> Iterator[dict[str, Any]]:
     """Yield the sample of every readable row, in order, a few batches in memory at a time."""
     chunk_size = BATCHES_IN_MEMORY * params.batch_size
-    for start in range(0, len(rows), chunk_size):
-        chunk = rows[start : start + chunk_size]
-        photos = [photo for row in chunk if (photo := _read_photo(row, params, stage_run))]
-        objects = [photo for photo in photos if photo.row.label_id != NEGATIVE_LABEL_ID]
-        masks = _masks_by_sha256(
-            objects, masker=masker, cache=cache, params=params, stage_run=stage_run
-        )
-        for photo in photos:
+    read = partial(_read_photo, params=params)
+    photos = _readable(rows, workers.map(read, rows, ahead=chunk_size), stage_run)
+    while chunk := list(islice(photos, chunk_size)):
+        masks = maker([photo for photo in chunk if photo.row.label_id != NEGATIVE_LABEL_ID])
+        for photo in chunk:
             if photo.row.label_id == NEGATIVE_LABEL_ID:
                 mask_png = encode_png(np.zeros(photo.image.size[::-1], dtype=bool))
                 stage_run.count("negatives")
@@ -241,55 +243,79 @@ def _samples(
         )
 
 
-def _read_photo(row: ArchiveRow, params: MaskParams, stage_run: StageRun) -> Photo | None:
-    """Read and shrink one image; None if it had to be skipped."""
+def _read_photo(row: ArchiveRow, params: MaskParams) -> Photo | ImageError:
+    """Read and shrink one image, or say why it is to be skipped."""
     try:
         data = read_image(row)
         if hashlib.sha256(data).hexdigest() != row.sha256:
             raise ImageError("changed since it was embedded")
         full = load_image(data, max_pixels=params.max_pixels)
     except ImageError as error:
-        stage_run.skip(row.path if row.member is None else f"{row.path}:{row.member}", str(error))
-        return None
+        return error
     image = shrink_short_side(full, params.short_side)
     jpeg = data if is_plain_jpeg(data, image) else encode_jpeg(image)
     return Photo(row=row, image=image, jpeg=jpeg)
 
 
-def _masks_by_sha256(
-    photos: Sequence[Photo],
-    *,
-    masker: Masker,
-    cache: BlobCache,
-    params: MaskParams,
-    stage_run: StageRun,
-) -> dict[str, bytes]:
-    """Mask files of some images by their hash, from the cache where it has them."""
-    masks: dict[str, bytes] = {}
-    unknown: dict[str, Image.Image] = {}
-    for photo in photos:
-        sha256 = photo.row.sha256
-        if sha256 not in masks and sha256 not in unknown:
-            known = cache.get(sha256)
-            if known is None:
-                unknown[sha256] = photo.image
-            else:
-                masks[sha256] = known
-    stage_run.count("masked", len(unknown))
-    stage_run.count("cached", len(photos) - len(unknown))
-    for batch in _equal_size_batches(unknown, params.batch_size):
-        images = [unknown[sha256] for sha256 in batch]
-        predicted = predict_masks(
-            images,
-            masker=masker,
-            refine=params.refine,
-            solver_iterations=params.solver_iterations,
-            solver_scale=params.solver_scale,
+def _readable(
+    rows: Sequence[ArchiveRow], photos: Iterable[Photo | ImageError], stage_run: StageRun
+) -> Iterator[Photo]:
+    """The photos; what could not be read is counted and left out."""
+    for row, photo in zip(rows, photos, strict=True):
+        if isinstance(photo, Photo):
+            yield photo
+        else:
+            item = row.path if row.member is None else f"{row.path}:{row.member}"
+            stage_run.skip(item, str(photo))
+
+
+class _MaskMaker:
+    """Mask files of images by their hash: from the cache, or new."""
+
+    def __init__(
+        self,
+        masker: Masker,
+        cache: BlobCache,
+        workers: Workers,
+        *,
+        params: MaskParams,
+        stage_run: StageRun,
+    ) -> None:
+        self._masker = masker
+        self._cache = cache
+        self._workers = workers
+        self._batch_size = params.batch_size
+        self._stage_run = stage_run
+        self._refine = (
+            partial(
+                refine_mask,
+                solver_iterations=params.solver_iterations,
+                solver_scale=params.solver_scale,
+            )
+            if params.refine
+            else None
         )
-        for sha256, mask in zip(batch, predicted, strict=True):
-            masks[sha256] = encode_png(mask)
-            cache.put(sha256, masks[sha256])
-    return masks
+
+    def __call__(self, photos: Sequence[Photo]) -> dict[str, bytes]:
+        """PNG files of the masks of some images."""
+        images = {photo.row.sha256: photo.image for photo in photos}
+        masks = {key: known for key in images if (known := self._cache.get(key)) is not None}
+        unknown = {key: image for key, image in images.items() if key not in masks}
+        self._stage_run.count("masked", len(unknown))
+        self._stage_run.count("cached", len(photos) - len(unknown))
+        # While the network sees a batch, the workers refine the masks of the one before.
+        files = {}
+        for batch in _equal_size_batches(unknown, self._batch_size):
+            coarse = coarse_masks([unknown[key] for key in batch], masker=self._masker)
+            for key, mask in zip(batch, coarse, strict=True):
+                files[key] = self._workers.submit(self._file, (unknown[key], mask))
+        for key, file in files.items():
+            masks[key] = file.result()
+            self._cache.put(key, masks[key])
+        return masks
+
+    def _file(self, pair: tuple[Image.Image, NDArray[np.bool_]]) -> bytes:
+        return encode_png(self._refine(*pair) if self._refine else pair[1])
 
 
 def _equal_size_batches(images: dict[str, Image.Image], batch_size: int) -> Iterator[list[str]]:
@@ -302,27 +328,8 @@ def _equal_size_batches(images: dict[str, Image.Image], batch_size: int) -> Iter
             yield keys[start : start + batch_size]
 
 
-def predict_masks(
-    images: Sequence[Image.Image],
-    *,
-    masker: Masker,
-    refine: bool,
-    solver_iterations: int = MAX_STEPS,
-    solver_scale: float = 1.0,
-) -> list[NDArray[np.bool_]]:
-    """Masks of some RGB images of one size.
-
-    Args:
-        images: all (W, H).
-        masker: see `make_masker`.
-        refine: snap each mask to the edges of its image by the bilateral solver. An empty mask
-            stays empty.
-        solver_iterations: of the bilateral solver.
-        solver_scale: at which fraction of the size it runs.
-
-    Returns:
-        (H, W) masks.
-    """
+def coarse_masks(images: Sequence[Image.Image], *, masker: Masker) -> NDArray[np.bool_]:
+    """Masks (B, H, W) of B RGB images of one size (W, H), as the network has them."""
     pixels = np.stack([np.asarray(image) for image in images])
     height, width = pixels.shape[1:3]
     tensors = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
@@ -333,15 +340,30 @@ def predict_masks(
     probs = masker.predict(tensors)
     if shrink < 1:
         probs = F.interpolate(probs[:, None], (height, width), mode="bilinear")[:, 0]
-    masks = (probs > masker.threshold).numpy()
-    if not refine:
-        return list(masks)
-    return [
-        bilateral_solve(image, mask, max_steps=solver_iterations, scale=solver_scale) > 0.5
-        if mask.any()
-        else mask
-        for image, mask in zip(pixels, masks, strict=True)
-    ]
+    return (probs > masker.threshold).numpy()
+
+
+def refine_mask(
+    image: Image.Image,
+    mask: NDArray[np.bool_],
+    *,
+    solver_iterations: int = MAX_STEPS,
+    solver_scale: float = 1.0,
+) -> NDArray[np.bool_]:
+    """Snap a mask (H, W) to the edges of its RGB image by the bilateral solver.
+
+    An empty mask stays empty.
+
+    Args:
+        image: of the size of the mask.
+        mask: a coarse one.
+        solver_iterations: bound on the solver's steps.
+        solver_scale: at which fraction of the size it runs.
+    """
+    if not mask.any():
+        return mask
+    pixels = np.asarray(image)
+    return bilateral_solve(pixels, mask, max_steps=solver_iterations, scale=solver_scale) > 0.5
 
 
 def _sample(photo: Photo, mask_png: bytes) -> dict[str, Any]:

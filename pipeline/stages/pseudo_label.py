@@ -21,6 +21,7 @@ from pipeline.denseclip import build_denseclip
 from pipeline.errors import PipelineError
 from pipeline.models.clip import load_clip
 from pipeline.models.denseclip import DenseClip
+from pipeline.parallel import Workers
 from pipeline.params import PseudoLabelParams
 from pipeline.runtime import Runtime, StageRun
 
@@ -71,15 +72,20 @@ def run(
     protocol = {
         "background": list(background),
         "categories": list(categories),
-        **params.model_dump(mode="json", exclude={"encoder", "batch_size", "shard_size"}),
+        **params.model_dump(
+            mode="json", exclude={"encoder", "batch_size", "shard_size", "workers"}
+        ),
         "weights": encoder.fingerprint(),
         "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
     }
     with (
         StageRun("pseudo_label", stats_path=stats_path, total=len(store)) as stage,
         BlobCache(runtime.cache_dir / "pseudo_label", protocol) as cache,
+        Workers(params.workers) as workers,
     ):
-        labels = _Labeller(model, cache, len(categories), runtime=runtime, params=params)
+        labels = _Labeller(
+            model, cache, workers, len(categories), runtime=runtime, batch_size=params.batch_size
+        )
         write_shards(
             _labelled_samples(store, categories, labels, stage),
             out_dir,
@@ -95,14 +101,16 @@ class _Labeller:
         self,
         model: DenseClip,
         cache: BlobCache,
+        workers: Workers,
         num_categories: int,
         *,
         runtime: Runtime,
-        params: PseudoLabelParams,
+        batch_size: int,
     ) -> None:
-        self.batch_size = params.batch_size
+        self.batch_size = batch_size
         self._model = model
         self._cache = cache
+        self._workers = workers
         self._num_categories = num_categories
         self._runtime = runtime
 
@@ -111,28 +119,31 @@ class _Labeller:
         keys = [sha256(jpeg).hexdigest() for jpeg in jpegs]
         blobs = {key: blob for key in keys if (blob := self._cache.get(key)) is not None}
         missing = {key: jpeg for key, jpeg in zip(keys, jpegs, strict=True) if key not in blobs}
-        for key, blob in self._compute(missing):
+        for key, blob in self._compute(missing).items():
             self._cache.put(key, blob)
             blobs[key] = blob
         num_cached = sum(key not in missing for key in keys)
         return [_unpack(blobs[key]) for key in keys], num_cached
 
-    def _compute(self, jpegs: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    def _compute(self, jpegs: dict[str, bytes]) -> dict[str, bytes]:
         by_size: dict[tuple[int, int], list[tuple[str, Image.Image]]] = defaultdict(list)
-        for key, jpeg in jpegs.items():
-            image = load_image(jpeg)
+        images = self._workers.map(load_image, jpegs.values(), ahead=len(jpegs))
+        for key, image in zip(jpegs, images, strict=True):
             by_size[image.size].append((key, image))
+        # While the network sees a batch, the workers encode the labels of the one before.
+        blobs = {}
         for group in by_size.values():
             for batch in _batches(group, self.batch_size):
-                images = torch.stack([_to_tensor(image) for _, image in batch])
+                pixels = torch.stack([_to_tensor(image) for _, image in batch])
                 with self._runtime.autocast():
-                    labels, confidence = self._model.label(images.to(self._runtime.device))
-                for (key, _), *maps in zip(
-                    batch, labels.cpu().numpy(), confidence.cpu().numpy(), strict=True
-                ):
-                    yield key, self._encode(*maps)
+                    labels, confidence = self._model.label(pixels.to(self._runtime.device))
+                maps = zip(labels.cpu().numpy(), confidence.cpu().numpy(), strict=True)
+                for (key, _), pair in zip(batch, maps, strict=True):
+                    blobs[key] = self._workers.submit(self._encode, pair)
+        return {key: blob.result() for key, blob in blobs.items()}
 
-    def _encode(self, label: np.ndarray, confidence: np.ndarray) -> bytes:
+    def _encode(self, maps: tuple[np.ndarray, np.ndarray]) -> bytes:
+        label, confidence = maps
         return _pack(
             encode_label(label, self._num_categories), encode_png(encode_confidence(confidence))
         )

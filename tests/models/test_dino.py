@@ -17,7 +17,7 @@ from pipeline.models.dino import DinoEncoder, build_dino, load_dino
 from pipeline.models.selfmask import SelfMaskConfig
 from pipeline.params import EncoderParams, MaskParams
 from pipeline.runtime import Runtime
-from pipeline.stages.mask import make_masker, predict_masks
+from pipeline.stages.mask import coarse_masks, make_masker
 
 DATA = Path(__file__).parents[1] / "reference" / "data"
 VECTORS = load_file(DATA / "selfmask_forward.io.safetensors")
@@ -110,7 +110,7 @@ def test_the_mask_stage_clusters_its_features(facet: str, backbone: Path, runtim
     masker = make_masker(params, runtime)
     pixels = np.full((40, 56, 3), 30, dtype=np.uint8)
     pixels[10:26, 16:40] = (250, 60, 200)
-    (mask,) = predict_masks([Image.fromarray(pixels)], masker=masker, refine=False)
+    (mask,) = coarse_masks([Image.fromarray(pixels)], masker=masker)
     assert mask.shape == (40, 56)
     assert 0 < mask.sum() < mask.size
     assert masker.settings["encoder"] != ""

@@ -273,8 +273,9 @@ def test_an_image_that_changed_since_it_was_embedded_is_skipped(world: World) ->
 
 def test_very_long_images_are_masked_at_their_own_size(world: World) -> None:
     masker = replace(mask.make_masker(world.params, world.runtime), max_pixels=1000)
-    [result] = mask.predict_masks([photo(900, 20, 5)], masker=masker, refine=True)
-    assert result.shape == (20, 900)
+    image = photo(900, 20, 5)
+    [coarse] = mask.coarse_masks([image], masker=masker)
+    assert coarse.shape == mask.refine_mask(image, coarse).shape == (20, 900)
 
 
 def test_one_pixel_is_an_image_too(world: World) -> None:
