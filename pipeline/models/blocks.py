@@ -43,10 +43,11 @@ class Attention(nn.MultiheadAttention):
             query: what asks.
             key: what is asked.
             value: what answers.
-            **options: as for torch's module, which takes over if one of them is set.
+            **options: as for torch's module, which takes over if more is wanted than the result.
         """
-        if not self.training or any(option not in (None, False) for option in options.values()):
-            return super().forward(query, key, value, **options)
+        needs_weights = options.pop("need_weights", True)
+        if not self.training or needs_weights or any(v is not None for v in options.values()):
+            return super().forward(query, key, value, need_weights=needs_weights, **options)
         inputs = (query, key, value)
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         projected = [
