@@ -64,7 +64,7 @@ def _prepare(_: Path, quick: bool) -> Pair:
 BENCHES = [
     Bench(
         name="confusion",
-        title=f"confusion matrix: 8 x 384 x 384 pixels, {NUM_CLASSES} classes, {OBJECTS} objects each",
+        title=f"confusion matrix: 8 x 384 x 384 pixels, {NUM_CLASSES} classes, {OBJECTS} objects",
         target=5.0,
         stretch=6.0,
         prepare=_prepare,

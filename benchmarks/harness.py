@@ -78,6 +78,27 @@ class Bench:
     memory_target_mb: float | None = None
 
 
+@dataclass(frozen=True)
+class Curve:
+    """How time and memory of a stage grow with its input.
+
+    Attributes:
+        name: a word, for `--only`.
+        title: what is measured.
+        sizes: numbers of items, by default.
+        bytes_of_item: that `prepare` writes, about; a size that does not fit the disk is left out.
+        prepare: makes the input: an empty folder, number of items, dimension C of an embedding.
+        run: runs the stage on what `prepare` left in the folder, in a process of its own.
+    """
+
+    name: str
+    title: str
+    sizes: tuple[int, ...]
+    bytes_of_item: Callable[[int], int]
+    prepare: Callable[[Path, int, int], object]
+    run: Callable[[Path], object]
+
+
 @dataclass
 class Row:
     """One line of the table and of the report; times are medians."""
@@ -242,13 +263,13 @@ def peak_memory(bench: Bench, side: Side, *, quick: bool) -> float:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder, _quiet():
             pair = bench.prepare(Path(folder), tiny)
             call = pair.published if side == "published" else pair.ours
-            with _peak() as peak:
+            with track_peak() as peak:
                 call()
     return peak[0]
 
 
 @contextmanager
-def _peak() -> Iterator[list[float]]:
+def track_peak() -> Iterator[list[float]]:
     """Yield a list that holds, after the block, the MB by which the block raised the peak."""
     gc.collect()
     _return_freed_memory()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from pipeline.models.clip import VisionTransformer
 from pipeline.models.zutis import Zutis
 from pipeline.params import EncoderParams
 from pipeline.runtime import Runtime
+
+MakeRuntime = Callable[[Path], Runtime]  # from the folder of its cache
 
 OCTAVES = (2, 4, 8, 16, 32, 64, 128, 256)
 GRAIN = 8.0  # with it, a JPEG of 500 x 375 has some 70 kB

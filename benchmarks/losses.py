@@ -70,14 +70,14 @@ def published_losses(
     tokens = F.interpolate(patch_tokens.permute(0, 3, 1, 2), size=size, mode="bilinear")
     logits = torch.einsum("kc,bchw->bkhw", text, tokens)
     semantic = F.cross_entropy(logits, semantic_masks.long(), ignore_index=-1)
-    mask: Tensor = torch.zeros(())
+    mask = mask_probs.new_zeros(())
     matches: Matches = []
     for image_probs, image_masks in zip(mask_probs, instance_masks, strict=True):
         targets = image_masks.float().flatten(1)
         upsampled = F.interpolate(image_probs, size=size, mode="bilinear").flatten(2)
         for layer in upsampled:
             costs = _pairwise_dice(layer, targets) + _pairwise_bce(layer, targets)
-            instances, queries = linear_sum_assignment(costs.detach().numpy())
+            instances, queries = linear_sum_assignment(costs.detach().cpu().numpy())
             for instance, query in zip(instances, queries, strict=True):
                 mask = mask + costs[instance, query]
             matches.append((instances.tolist(), queries.tolist()))
@@ -96,9 +96,15 @@ def _pairwise_bce(probs: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy(pairs_of_probs, pairs_of_targets, reduction="none").mean(-1)
 
 
-def loss_inputs(*, quick: bool, num_instances: int, num_labels: int = NUM_LABELS) -> LossInputs:
-    """Two images; the proposals of the second are saturated."""
-    batch, layers, queries, side = (2, 2, 10, 48) if quick else (2, 6, 100, 384)
+def loss_inputs(
+    *,
+    quick: bool,
+    num_instances: int,
+    batch: int = 2,
+    device: torch.device | str = "cpu",
+) -> LossInputs:
+    """Some images; the proposals of the second are saturated."""
+    layers, queries, side = (2, 10, 48) if quick else (6, 100, 384)
     dim = text_dim(quick=quick)
     grid = side // 8
     generator = torch.Generator().manual_seed(0)
@@ -111,14 +117,14 @@ def loss_inputs(*, quick: bool, num_instances: int, num_labels: int = NUM_LABELS
     semantic = np.zeros((batch, side, side), np.int32)
     for labels, objects in zip(semantic, masks, strict=True):
         for mask in objects:
-            labels[mask] = rng.integers(1, num_labels)
+            labels[mask] = rng.integers(1, NUM_LABELS)
         labels[: side // 8] = -1
     return LossInputs(
-        mask_logits=mask_logits.requires_grad_(),
-        patch_tokens=unit_rows(generator, batch, grid, grid, dim).requires_grad_(),
-        text=unit_rows(generator, num_labels, dim),
-        semantic_masks=torch.from_numpy(semantic),
-        instance_masks=[torch.from_numpy(mask) for mask in masks],
+        mask_logits=mask_logits.to(device).requires_grad_(),
+        patch_tokens=unit_rows(generator, batch, grid, grid, dim).to(device).requires_grad_(),
+        text=unit_rows(generator, NUM_LABELS, dim).to(device),
+        semantic_masks=torch.from_numpy(semantic).to(device),
+        instance_masks=[torch.from_numpy(mask).to(device) for mask in masks],
     )
 
 

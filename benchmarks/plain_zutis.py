@@ -25,7 +25,8 @@ def published_forward(weights: Weights, images: Tensor) -> tuple[Tensor, Tensor]
 
     Tokens are upsampled before they are projected; the decoder's attention forms its matrices.
     """
-    images = (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    mean, std = torch.tensor((MEAN, STD), device=images.device)[..., None, None]
+    images = (images - mean) / std
     tokens, (height, width) = _encode(weights, images)
     batch, _, dim = tokens.shape
     maps = tokens.view(batch, height, width, dim).permute(0, 3, 1, 2)
@@ -33,7 +34,7 @@ def published_forward(weights: Weights, images: Tensor) -> tuple[Tensor, Tensor]
     height, width = 2 * height, 2 * width
     tokens = maps.permute(0, 2, 3, 1).reshape(batch, height * width, dim)
     memory = _perceptron(weights, "ffn1", tokens.detach())
-    queries = _decode(weights, memory, _positions(height, width, dim))
+    queries = _decode(weights, memory, _positions(height, width, dim).to(memory))
     queries = _perceptron(weights, "ffn2", queries)
     queries = queries / queries.norm(dim=-1, keepdim=True)
     memory_map = memory.view(batch, height, width, dim)

@@ -14,9 +14,15 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.harness import Bench, Pair
+from benchmarks.harness import Bench, Curve, Pair
 from benchmarks.inputs import TINY_VISION, cpu_runtime, write_clip
-from pipeline.data.tables import embedding_schema, encoder_name, read_archives, write_table
+from pipeline.data.tables import (
+    embedding_bytes,
+    embedding_schema,
+    encoder_name,
+    read_archives,
+    write_table,
+)
 from pipeline.models.clip import load_clip, text_embeddings
 from pipeline.params import EncoderParams, RetrieveParams
 from pipeline.stages import retrieve
@@ -44,33 +50,39 @@ def published_retrieve(
     return ranked
 
 
+def _write_shard(
+    folder: Path, number: int, embeddings: NDArray[np.float16], encoder: EncoderParams
+) -> list[str]:
+    """The shard of that number, as the embed stage writes it; the names of its images."""
+    count, dim = embeddings.shape
+    names = [f"{number * SHARD_ROWS + row:020d}" for row in range(count)]
+    columns = {
+        "key": names,
+        "source": [SOURCE] * count,
+        "path": [f"data/raw/index/{name}.jpg" for name in names],
+        "member": pa.nulls(count, pa.string()),
+        "offset": pa.nulls(count, pa.int64()),
+        "width": [500] * count,
+        "height": [375] * count,
+        "bytes": [100_000] * count,
+        "sha256": [f"{name:>064}" for name in names],
+        "status": ["ok"] * count,
+        "error_message": pa.nulls(count, pa.string()),
+        "embedding": [embedding_bytes(row) for row in embeddings],
+    }
+    schema = embedding_schema(dim, encoder_name(encoder.model, encoder.pretrained))
+    path = folder / "embeddings" / SOURCE / f"{number:05d}.parquet"
+    write_table(path, pa.table(columns, schema=schema))
+    return names
+
+
 def _write_embeddings(
     folder: Path, embeddings: NDArray[np.float16], encoder: EncoderParams
-) -> list[str]:
-    """Shards of the embed stage, and the published dictionary; the names of the images."""
-    names = [f"{number:020d}" for number in range(len(embeddings))]
-    schema = embedding_schema(embeddings.shape[1], encoder_name(encoder.model, encoder.pretrained))
-    for start in range(0, len(names), SHARD_ROWS):
-        part = names[start : start + SHARD_ROWS]
-        values = embeddings[start : start + SHARD_ROWS]
-        columns = {
-            "key": part,
-            "source": [SOURCE] * len(part),
-            "path": [f"data/raw/index/{name}.jpg" for name in part],
-            "member": pa.nulls(len(part), pa.string()),
-            "offset": pa.nulls(len(part), pa.int64()),
-            "width": [500] * len(part),
-            "height": [375] * len(part),
-            "bytes": [100_000] * len(part),
-            "sha256": [f"{name:>064}" for name in part],
-            "status": ["ok"] * len(part),
-            "error_message": pa.nulls(len(part), pa.string()),
-            "embedding": pa.FixedSizeListArray.from_arrays(
-                pa.array(values.ravel()), embeddings.shape[1]
-            ),
-        }
-        path = folder / "embeddings" / SOURCE / f"{start // SHARD_ROWS:05d}.parquet"
-        write_table(path, pa.table(columns, schema=schema))
+) -> None:
+    """Shards of the embed stage, and the published dictionary."""
+    names: list[str] = []
+    for number, start in enumerate(range(0, len(embeddings), SHARD_ROWS)):
+        names += _write_shard(folder, number, embeddings[start : start + SHARD_ROWS], encoder)
     # One storage a tensor, as embeddings have that come off a GPU one by one.
     tensors = {
         name: torch.from_numpy(row.astype(np.float32))
@@ -78,17 +90,37 @@ def _write_embeddings(
     }
     with (folder / "embeddings.pkl").open("wb") as file:
         pickle.dump(tensors, file)
-    return names
+
+
+def _unit_rows(count: int, dim: int) -> NDArray[np.float16]:
+    rows = np.random.default_rng(0).standard_normal((count, dim), dtype=np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows.astype(np.float16)
+
+
+def _retrieve(folder: Path, encoder: EncoderParams, categories: list[str], k: int) -> Path:
+    """Run the stage on the shards in a folder; the archives."""
+    out_path = folder / "archives.parquet"
+    retrieve.run(
+        embeddings_dir=folder / "embeddings",
+        sources=[SOURCE],
+        out_path=out_path,
+        categories=categories,
+        background=["background"],
+        k=k,
+        params=RetrieveParams(templates="name", overlap="all"),
+        encoder=encoder,
+        runtime=cpu_runtime(folder / "cache"),
+        stats_path=folder / "stats.json",
+    )
+    return out_path
 
 
 def _prepare(folder: Path, quick: bool) -> Pair:
     num_images, num_categories, dim, k = (500, 4, 64, 10) if quick else (200_000, 80, 768, 500)
-    categories = [f"category {number}" for number in range(num_categories)]
+    categories = _categories(num_categories)
     encoder = write_clip(folder, embed_dim=dim, vision=TINY_VISION)
-    embeddings = np.random.default_rng(0).standard_normal((num_images, dim), dtype=np.float32)
-    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
-    _write_embeddings(folder, embeddings.astype(np.float16), encoder)
-    del embeddings
+    _write_embeddings(folder, _unit_rows(num_images, dim), encoder)
     clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
     text = text_embeddings(clip, categories, ["{}"])
 
@@ -97,20 +129,7 @@ def _prepare(folder: Path, quick: bool) -> Pair:
         return published_retrieve(pickle_path, out_path, text, categories, k)
 
     def ours() -> Path:
-        out_path = folder / "archives.parquet"
-        retrieve.run(
-            embeddings_dir=folder / "embeddings",
-            sources=[SOURCE],
-            out_path=out_path,
-            categories=categories,
-            background=["background"],
-            k=k,
-            params=RetrieveParams(templates="name", overlap="all"),
-            encoder=encoder,
-            runtime=cpu_runtime(folder / "cache"),
-            stats_path=folder / "stats.json",
-        )
-        return out_path
+        return _retrieve(folder, encoder, categories, k)
 
     def check(published: Ranked, archives_path: Path) -> str:
         ours: dict[str, dict[str, float]] = {category: {} for category in categories}
@@ -128,6 +147,38 @@ def _prepare(folder: Path, quick: bool) -> Pair:
 
     return Pair(published, ours, check)
 
+
+def _categories(count: int) -> list[str]:
+    return [f"category {number}" for number in range(count)]
+
+
+def _prepare_pool(folder: Path, num_images: int, dim: int) -> None:
+    """A pool of any size, fast: the shards have the same numbers, turned round by one place each.
+
+    Up to `dim` shards no two images are then alike.
+    """
+    encoder = write_clip(folder, embed_dim=dim, vision=TINY_VISION)
+    embeddings = _unit_rows(min(num_images, SHARD_ROWS), dim)
+    for number, start in enumerate(range(0, num_images, SHARD_ROWS)):
+        rows = np.roll(embeddings[: num_images - start], number, axis=1)
+        _write_shard(folder, number, rows, encoder)
+
+
+def _retrieve_pool(folder: Path) -> Path:
+    encoder = EncoderParams(
+        model=str(folder / "clip.json"), pretrained=str(folder / "clip.safetensors")
+    )
+    return _retrieve(folder, encoder, _categories(80), 500)
+
+
+CURVE = Curve(
+    name="retrieve",
+    title="retrieve: images, 80 names, top 500",
+    sizes=(10_000, 100_000, 1_000_000),
+    bytes_of_item=lambda dim: 2 * dim + 100,
+    prepare=_prepare_pool,
+    run=_retrieve_pool,
+)
 
 BENCHES = [
     Bench(

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.bilateral import published_solve
-from benchmarks.harness import Bench, Pair, Timed
-from benchmarks.inputs import TINY_VISION, cpu_runtime, jpeg, photo, write_clip
+from benchmarks.harness import Bench, Curve, Pair, Timed
+from benchmarks.inputs import TINY_VISION, MakeRuntime, cpu_runtime, jpeg, photo, write_clip
 from pipeline.data.images import decode_label, decode_png, load_image
 from pipeline.data.shards import read_shards
 from pipeline.data.sources import sample_key
-from pipeline.data.tables import ArchiveRow, write_archives
+from pipeline.data.tables import ArchiveRow, embedding_matrix, write_archives
 from pipeline.denseclip import build_denseclip
 from pipeline.models.clip import load_clip
 from pipeline.models.denseclip import label_and_confidence
@@ -31,7 +32,11 @@ from pipeline.models.selfmask import SelfMask, SelfMaskConfig, load_selfmask, sa
 from pipeline.params import EmbedParams, EncoderParams, MaskParams, PseudoLabelParams, SourceParams
 from pipeline.stages import embed, mask, pseudo_label
 
-VIT_B = {"image_size": 224, "layers": 12, "width": 768}
+Vision = dict[str, Any]
+
+VIT_B_32 = {"image_size": 224, "layers": 12, "width": 768, "patch_size": 32}
+VIT_B_16 = {"image_size": 224, "layers": 12, "width": 768, "patch_size": 16}
+VIT_L_14_336 = {"image_size": 336, "layers": 24, "width": 1024, "patch_size": 14}
 TINY_SELFMASK = SelfMaskConfig(
     dim=32, depth=2, num_heads=2, num_queries=4, decoder_layers=2, mlp_ratio=2
 )
@@ -50,9 +55,11 @@ def _write_index(folder: Path, count: int, *, quick: bool) -> list[bytes]:
     return files
 
 
-def _write_encoder(folder: Path, *, patch_size: int, quick: bool) -> EncoderParams:
-    vision = TINY_VISION if quick else {**VIT_B, "patch_size": patch_size}
-    return write_clip(folder, embed_dim=64 if quick else 512, vision=vision)
+def _write_encoder(folder: Path, vision: Vision, *, quick: bool) -> EncoderParams:
+    dim = 768 if vision["width"] == 1024 else 512
+    return write_clip(
+        folder, embed_dim=64 if quick else dim, vision=TINY_VISION if quick else vision
+    )
 
 
 def _stage(folder: Path, run: Callable[[Path, Path, Path], None]) -> Timed:
@@ -69,15 +76,31 @@ def _pixels(files: list[bytes]) -> Tensor:
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float().contiguous() / 255
 
 
-def _prepare_embed(folder: Path, quick: bool) -> Pair:
-    files = _write_index(folder, 4 if quick else 64, quick=quick)
-    params = EmbedParams(encoder=_write_encoder(folder, patch_size=32, quick=quick), batch_size=32)
-    encoder = load_clip(params.encoder.model, params.encoder.pretrained, torch.device("cpu"))
+def prepare_embed(
+    folder: Path,
+    quick: bool,
+    *,
+    make: MakeRuntime = cpu_runtime,
+    vision: Vision = VIT_B_32,
+    count: int = 64,
+    batch_size: int = 32,
+    workers: int = 2,
+) -> Pair:
+    """Bare forward, and the stage, on the device of the runtime."""
+    files = _write_index(folder, count, quick=quick)
+    runtime = make(folder / "cache")
+    params = EmbedParams(
+        encoder=_write_encoder(folder, vision, quick=quick), batch_size=batch_size, workers=workers
+    )
+    encoder = load_clip(params.encoder.model, params.encoder.pretrained, runtime.device)
     images = torch.stack([encoder.preprocess(load_image(data)) for data in files])
+    images = images.to(runtime.device)
 
     @torch.inference_mode()
     def bare() -> Tensor:
-        return torch.cat([encoder.encode_images(part) for part in images.split(params.batch_size)])
+        with runtime.autocast():
+            parts = [encoder.encode_images(part) for part in images.split(params.batch_size)]
+        return torch.cat(parts).float().cpu()
 
     def run(cache_dir: Path, out_dir: Path, stats_path: Path) -> None:
         embed.run(
@@ -85,13 +108,12 @@ def _prepare_embed(folder: Path, quick: bool) -> Pair:
             source=SourceParams(root=folder / "index"),
             out_dir=out_dir,
             params=params,
-            runtime=cpu_runtime(cache_dir),
+            runtime=make(cache_dir),
             stats_path=stats_path,
         )
 
     def check(embeddings: Tensor, out_dir: Path) -> str:
-        column = pq.read_table(out_dir)["embedding"].combine_chunks()
-        stored = column.flatten().to_numpy(zero_copy_only=False).reshape(embeddings.shape)
+        stored = embedding_matrix(pq.read_table(out_dir)["embedding"])
         difference = float(np.abs(stored - embeddings.numpy()).max())
         assert difference <= EMBEDDING_TOLERANCE, f"embeddings differ by {difference:.1e}"
         return f"embeddings within {difference:.0e}"
@@ -99,29 +121,43 @@ def _prepare_embed(folder: Path, quick: bool) -> Pair:
     return Pair(bare, lambda: _stage(folder, run), check)
 
 
-def _prepare_mask(folder: Path, quick: bool) -> Pair:
-    files = _write_index(folder, 2 if quick else 3, quick=quick)
+def prepare_mask(
+    folder: Path,
+    quick: bool,
+    *,
+    make: MakeRuntime = cpu_runtime,
+    count: int = 3,
+    batch_size: int = 16,
+    workers: int = 2,
+) -> Pair:
+    """Bare forward, and the stage with its solver, on the device of the runtime."""
+    files = _write_index(folder, count, quick=quick)
+    runtime = make(folder / "cache")
     weights, archives_path = folder / "selfmask.safetensors", folder / "archives.parquet"
     torch.manual_seed(0)
     save_selfmask(SelfMask(TINY_SELFMASK if quick else SelfMaskConfig()), weights)
-    network = load_selfmask(weights)
+    network = load_selfmask(weights, runtime.device)
     write_archives(archives_path, [_row(folder, i, data) for i, data in enumerate(files)])
-    images = _pixels(files)
+    images = _pixels(files).to(runtime.device).split(batch_size)
     # Masks of random weights may be empty, and those are not refined: half of the pixels are in.
-    probs = network.saliency(images)
+    with runtime.autocast():
+        probs = torch.cat([network.saliency(part).cpu() for part in images])
     threshold = float(probs.median())
     coarse = (probs > threshold).numpy()
 
     @torch.inference_mode()
     def bare() -> Tensor:
-        return network(images).objectness_logits
+        with runtime.autocast():
+            return torch.cat([network(part).objectness_logits for part in images]).cpu()
 
     def run(cache_dir: Path, out_dir: Path, stats_path: Path) -> None:
         mask.run(
             archives_path=archives_path,
             out_dir=out_dir,
-            params=MaskParams(weights=weights, threshold=threshold),
-            runtime=cpu_runtime(cache_dir),
+            params=MaskParams(
+                weights=weights, threshold=threshold, batch_size=batch_size, workers=workers
+            ),
+            runtime=make(cache_dir),
             stats_path=stats_path,
         )
 
@@ -158,21 +194,36 @@ def _row(folder: Path, number: int, data: bytes) -> ArchiveRow:
     )
 
 
-def _prepare_pseudo_label(folder: Path, quick: bool) -> Pair:
-    files = _write_index(folder, 2 if quick else 6, quick=quick)
+def prepare_pseudo_label(
+    folder: Path,
+    quick: bool,
+    *,
+    make: MakeRuntime = cpu_runtime,
+    count: int = 6,
+    batch_size: int = 16,
+    workers: int = 2,
+) -> Pair:
+    """Bare forward, and the stage, on the device of the runtime."""
+    files = _write_index(folder, count, quick=quick)
+    runtime = make(folder / "cache")
     params = PseudoLabelParams(
-        encoder=_write_encoder(folder, patch_size=16, quick=quick), templates="name"
+        encoder=_write_encoder(folder, VIT_B_16, quick=quick),
+        templates="name",
+        batch_size=batch_size,
+        workers=workers,
     )
-    encoder = load_clip(params.encoder.model, params.encoder.pretrained, torch.device("cpu"))
+    encoder = load_clip(params.encoder.model, params.encoder.pretrained, runtime.device)
     model = build_denseclip(
         encoder, categories=CATEGORIES, background=["background"], params=params
     )
     _write_masks(folder, files)
-    images = _pixels(files)
+    images = _pixels(files).to(runtime.device)
 
     @torch.inference_mode()
     def bare() -> Tensor:
-        return torch.cat([model(part) for part in images.split(params.batch_size)])
+        with runtime.autocast():
+            parts = [model(part) for part in images.split(params.batch_size)]
+        return torch.cat(parts).float().cpu()
 
     def run(cache_dir: Path, out_dir: Path, stats_path: Path) -> None:
         pseudo_label.run(
@@ -180,7 +231,7 @@ def _prepare_pseudo_label(folder: Path, quick: bool) -> Pair:
             out_dir=out_dir,
             categories=CATEGORIES,
             params=params,
-            runtime=cpu_runtime(cache_dir),
+            runtime=make(cache_dir),
             stats_path=stats_path,
         )
 
@@ -209,13 +260,47 @@ def _write_masks(folder: Path, files: list[bytes]) -> None:
     )
 
 
+def _prepare_many_masks(folder: Path, num_images: int, _: int) -> None:
+    """Archives of many small photos, each a file of its own content."""
+    torch.manual_seed(0)
+    save_selfmask(SelfMask(TINY_SELFMASK), folder / "selfmask.safetensors")
+    photos = [jpeg(photo(number, 128, 96)) for number in range(min(num_images, 64))]
+    (folder / "index").mkdir()
+    rows = []
+    for number in range(num_images):
+        # What follows the end of a JPEG belongs to its hash and not to its pixels.
+        data = photos[number % len(photos)] + number.to_bytes(8, "big")
+        (folder / "index" / f"{number:05d}.jpg").write_bytes(data)
+        rows.append(_row(folder, number, data))
+    write_archives(folder / "archives.parquet", rows)
+
+
+def _mask_many(folder: Path) -> None:
+    mask.run(
+        archives_path=folder / "archives.parquet",
+        out_dir=folder / "out",
+        params=MaskParams(weights=folder / "selfmask.safetensors", workers=0),
+        runtime=cpu_runtime(folder / "cache"),
+        stats_path=folder / "stats.json",
+    )
+
+
+CURVE = Curve(
+    name="mask",
+    title="mask: archive images of 128 x 96, tiny SelfMask, solver",
+    sizes=(1_000, 10_000, 50_000),
+    bytes_of_item=lambda _: 30_000,
+    prepare=_prepare_many_masks,
+    run=_mask_many,
+)
+
 BENCHES = [
     Bench(
         name="embed",
         title="embed, 64 photos of 500 x 375, ViT-B/32 at 224, over the bare forward",
         target=1.15,
         stretch=1.05,
-        prepare=_prepare_embed,
+        prepare=prepare_embed,
         overhead=True,
     ),
     Bench(
@@ -223,7 +308,7 @@ BENCHES = [
         title="mask, 3 photos of 500 x 375, SelfMask ViT-S/8 with solver, over the bare forward",
         target=1.15,
         stretch=1.05,
-        prepare=_prepare_mask,
+        prepare=prepare_mask,
         overhead=True,
     ),
     Bench(
@@ -231,7 +316,7 @@ BENCHES = [
         title="pseudo_label, 6 photos of 500 x 375, ViT-B/16, over the bare forward",
         target=1.15,
         stretch=1.05,
-        prepare=_prepare_pseudo_label,
+        prepare=prepare_pseudo_label,
         overhead=True,
     ),
 ]

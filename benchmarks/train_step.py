@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import Bench, Pair
-from benchmarks.inputs import zutis_network
+from benchmarks.inputs import MakeRuntime, cpu_runtime, zutis_network
 from benchmarks.losses import loss_inputs, published_losses
 from benchmarks.plain_zutis import published_forward
 from pipeline.models.losses import mask_loss, semantic_loss
@@ -19,14 +20,19 @@ LOSS_TOLERANCE = 1e-4
 NUM_INSTANCES = 3
 
 
-def _prepare(_: Path, quick: bool) -> Pair:
-    network = zutis_network(quick=quick).train()
+def prepare_step(folder: Path, quick: bool, *, batch: int, make: MakeRuntime) -> Pair:
+    """The published step in float32 and ours as the stage makes it; data are on the device."""
+    runtime = make(folder)
+    network = zutis_network(quick=quick).to(runtime.device).train()
     weights = {
         name: value.detach().clone().requires_grad_() for name, value in network.named_parameters()
     }
-    inputs = loss_inputs(quick=quick, num_instances=NUM_INSTANCES)
+    inputs = loss_inputs(
+        quick=quick, num_instances=NUM_INSTANCES, batch=batch, device=runtime.device
+    )
     side = inputs.semantic_masks.shape[-1]
-    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(2))
+    images = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(2))
+    images = images.to(runtime.device)
     groups = param_groups(network)
     published_optimizer = torch.optim.AdamW(_same_groups(groups, network, weights))
     our_optimizer = torch.optim.AdamW(groups, fused=True)
@@ -39,7 +45,8 @@ def _prepare(_: Path, quick: bool) -> Pair:
         return _update(published_optimizer, loss)
 
     def ours() -> float:
-        output = network(images)
+        with runtime.autocast():
+            output = network(images)
         semantic = semantic_loss(output.patch_tokens, inputs.text, inputs.semantic_masks)
         mask = mask_loss(output.mask_probs, inputs.instance_masks)
         return _update(our_optimizer, semantic + mask)
@@ -78,6 +85,6 @@ BENCHES = [
         title=f"training step: batch 2, 384 x 384, ViT-B/16, {NUM_INSTANCES} instances an image",
         target=3.5,
         stretch=5.0,
-        prepare=_prepare,
+        prepare=partial(prepare_step, batch=2, make=cpu_runtime),
     )
 ]

@@ -82,13 +82,17 @@ class RetrieveParams(Section):
     `overlap` settles an image that several categories want: `best` gives it to the most similar
     one, `all` keeps it in each, `last` gives it to the last category of the list (the published
     code). `num_negatives` images, those nearer to a name of the background than to any category,
-    form an archive 0 that training may use as background (0: none, as published).
+    form an archive 0 that training may use as background (0: none, as published). `search` `exact`
+    runs over all embeddings, `block_rows` at a time; `ivf` builds an approximate index of them once
+    and looks at `probes` of its lists: for pools of millions that are searched again and again.
     """
 
     templates: Literal["prompts85", "name"] = "prompts85"
     overlap: Literal["best", "all", "last"] = "last"
     num_negatives: Annotated[int, Field(ge=0)] = 0
-    block_rows: Count = 65_536
+    search: Literal["exact", "ivf"] = "exact"
+    probes: Count = 64
+    block_rows: Count = 16_384
 
 
 class MaskParams(Section):
@@ -97,7 +101,8 @@ class MaskParams(Section):
     `selfmask` runs the network of `weights`, a file or a name of `pipeline weights list`;
     `spectral` clusters features of `encoder` (attention keys or tokens of its last block) at every
     k of `clusters` and lets the clusters vote. `refine` snaps masks to edges by the bilateral
-    solver, which the published code stops after 25 `solver_iterations`, unconverged.
+    solver, which the published code stops after 25 `solver_iterations`, unconverged; below 1,
+    `solver_scale` solves at that fraction of height and width, which is faster and less exact.
     """
 
     source: Literal["selfmask", "spectral"] = "selfmask"
@@ -108,8 +113,10 @@ class MaskParams(Section):
     threshold: Probability = 0.5
     refine: bool = True
     solver_iterations: Count = 25
+    solver_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     short_side: Count = 512
     batch_size: Count = 16
+    workers: Workers = 2
     shard_size: Count = 500
     max_pixels: Count = 100_000_000
 
@@ -137,7 +144,14 @@ class PseudoLabelParams(Section):
     position_resize: Literal["size", "grid"] = "size"
     logit_scale: Positive = 100.0
     batch_size: Count = 16
+    workers: Workers = 2
     shard_size: Count = 500
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings that decide the labels, but for the encoder."""
+        return self.model_dump(
+            mode="json", exclude={"encoder", "batch_size", "workers", "shard_size"}
+        )
 
 
 class TrainParams(Section):
@@ -156,6 +170,8 @@ class TrainParams(Section):
     slightly off (`position_resize` `scale`; `grid` is exact), and a layer norm of the projected
     tokens over the whole map (`token_norm` `map`; `token`: each by itself, `none`: as in CLIP).
     `mask_loss_reduction` `sum` adds up pairs and layers, as published; `mean` averages them.
+    `matching` says where proposals and objects are compared before they are matched: at all
+    `pixels`, as published, or, faster, at 64 x 64 random `points` or on the grid of the `tokens`.
     """
 
     encoder: EncoderParams = EncoderParams()
@@ -184,6 +200,7 @@ class TrainParams(Section):
     ce_weight: Annotated[float, Field(ge=0.0)] = 1.0
     mask_weight: Annotated[float, Field(ge=0.0)] = 1.0
     mask_loss_reduction: Literal["sum", "mean"] = "sum"
+    matching: Literal["pixels", "points", "tokens"] = "pixels"
     logit_scale: Positive = 1.0
     stop_gradient: bool = True
     normalisation: Literal["imagenet", "clip"] = "imagenet"

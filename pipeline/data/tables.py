@@ -10,8 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path
@@ -20,6 +22,10 @@ ENCODER = b"encoder"
 DIM = b"dim"
 STATUS_OK = "ok"
 STATUS_SKIPPED = "skipped"
+EMBEDDING = "embedding"
+FLOAT16 = np.dtype("<f2")
+# What a reader holds of each column of a file; without a bound it would be a whole row group.
+READ_BYTES = 2**20
 
 EMBEDDING_FIELDS = [
     pa.field("key", pa.string(), nullable=False),
@@ -86,26 +92,68 @@ def encoder_name(model: str, pretrained: str) -> str:
 def embedding_schema(dim: int, encoder: str) -> pa.Schema:
     """Schema of an embedding shard.
 
+    A cell of the column `embedding` holds the 2 C bytes of C little-endian float16, or null for a
+    skipped image: `np.frombuffer(cell, "<f2")`. As a list of float16, which shards of earlier
+    versions hold, Parquet would take four times as long to read it.
+
     Args:
-        dim: C; the column `embedding` is a list of C float16, null for a skipped image.
+        dim: C.
         encoder: `encoder_name` of the CLIP model, kept in the metadata.
     """
-    embedding = pa.field("embedding", pa.list_(pa.float16(), dim))
+    embedding = pa.field(EMBEDDING, pa.binary(FLOAT16.itemsize * dim))
     metadata = {ENCODER: encoder.encode(), DIM: str(dim).encode()}
     return pa.schema([*EMBEDDING_FIELDS, embedding], metadata=metadata)
 
 
+def embedding_bytes(embedding: NDArray[np.floating]) -> bytes:
+    """Cell of the column `embedding` for a vector (C,)."""
+    return embedding.astype(FLOAT16).tobytes()
+
+
+def embedding_matrix(column: pa.Array | pa.ChunkedArray) -> NDArray[np.float16]:
+    """Embeddings (N, C) float16 of a column `embedding` without nulls; read-only, not copied."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if pa.types.is_fixed_size_list(column.type):
+        values = column.flatten().to_numpy(zero_copy_only=False)
+        return values.reshape(-1, column.type.list_size)
+    width = column.type.byte_width
+    content = memoryview(column.buffers()[1])[width * column.offset :][: width * len(column)]
+    return np.frombuffer(content, FLOAT16).reshape(-1, width // FLOAT16.itemsize)
+
+
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file atomically; the same table gives the same bytes."""
+    """Write a Parquet file atomically; the same table gives the same bytes.
+
+    The column `embedding` is stored as it is, for half floats hardly compress.
+    """
+    others = [name for name in table.column_names if name != EMBEDDING]
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        pq.write_table(
+            table,
+            temporary,
+            compression={EMBEDDING: "none"} | dict.fromkeys(others, "zstd"),
+            use_dictionary=others,
+            write_page_checksum=True,
+        )
 
 
 def write_archives(path: Path, rows: Iterable[ArchiveRow]) -> None:
     """Write the archives, sorted by label id and rank."""
     ordered = sorted(rows, key=lambda row: (row.label_id, row.rank))
     table = pa.Table.from_pylist([asdict(row) for row in ordered], schema=ARCHIVE_SCHEMA)
-    write_table(path, table)
+    write_archive_table(path, table)
+
+
+def write_archive_table(path: Path, table: pa.Table) -> None:
+    """Write archives that are a table already.
+
+    Args:
+        path: the file.
+        table: the columns of `ARCHIVE_SCHEMA`, rows by label id and rank.
+    """
+    columns = table.select(ARCHIVE_SCHEMA.names)
+    write_table(path, columns.cast(ARCHIVE_SCHEMA).combine_chunks())
 
 
 def read_archives(path: Path) -> list[ArchiveRow]:
@@ -169,7 +217,8 @@ def shard_encoder(path: Path) -> tuple[str, int]:
         raise PipelineError(f"{path}: not a shard of embeddings: its metadata names no encoder")
     encoder, dim = metadata[ENCODER].decode(), int(metadata[DIM])
     for field in embedding_schema(dim, encoder):
-        if field.name not in schema.names or schema.field(field.name).type != field.type:
+        allowed = [field.type, *([pa.list_(pa.float16(), dim)] if field.name == EMBEDDING else [])]
+        if field.name not in schema.names or schema.field(field.name).type not in allowed:
             raise PipelineError(
                 f"{path}: not a shard of embeddings: column {field.name!r} of type {field.type} "
                 "is missing"
@@ -177,17 +226,29 @@ def shard_encoder(path: Path) -> tuple[str, int]:
     return encoder, dim
 
 
-def iter_embedding_shards(
-    source_dirs: Sequence[Path], *, columns: list[str] | None = None
-) -> Iterator[pa.Table]:
-    """Yield the shards of all sources one at a time; see `list_embedding_shards`.
+def iter_embedding_rows(
+    shards: Sequence[Path], *, columns: list[str], block_rows: int
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of embedding shards in order, at most `block_rows` at a time.
+
+    Memory holds one block, however large a file or its row groups.
 
     Args:
-        source_dirs: the folder of shards of each source.
-        columns: columns to read; all by default.
+        shards: see `list_embedding_shards`.
+        columns: names of the columns to read.
+        block_rows: rows of a block; the last ones of a file or row group may be fewer.
+
+    Raises:
+        PipelineError: a file is damaged; the message names it.
     """
-    for path in list_embedding_shards(source_dirs):
-        yield _read(path, columns)
+    for path in shards:
+        try:
+            with pq.ParquetFile(
+                path, page_checksum_verification=True, buffer_size=READ_BYTES
+            ) as file:
+                yield from file.iter_batches(block_rows, columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            raise PipelineError(f"{path}: not a readable Parquet file: {error}") from None
 
 
 def _read(path: Path, columns: list[str] | None) -> pa.Table:

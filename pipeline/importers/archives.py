@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.data.sources import ImageRef, SourceSpec
 from pipeline.data.tables import ArchiveRow, write_archives
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.importers.images import ImageFacts, Prefixes, find_images, read_all
 from pipeline.runtime import StageRun
-from pipeline.stages.retrieve import Entry, settle_overlaps
+from pipeline.stages.retrieve import Ranking, settle_overlaps
 
 UNKNOWN_SIMILARITY = float("nan")
 LISTED_NAMES = 20
@@ -135,7 +137,7 @@ def _readable(
 
 def _entries(
     paths: Sequence[str], place_of: Mapping[str, int | None], stage_run: StageRun
-) -> list[Entry]:
+) -> Ranking:
     """One category's list: ranks, and places of the images among those that can be read.
 
     The rank stands in for the similarity: the higher, the smaller.
@@ -145,29 +147,31 @@ def _entries(
         place = place_of.get(path)
         if place is not None and ranks.setdefault(place, rank) != rank:
             stage_run.count("duplicates")
-    return [Entry(rank, -rank, place) for place, rank in ranks.items()]
+    places = np.fromiter(ranks, np.int64)
+    numbers = np.fromiter(ranks.values(), np.int64)
+    return Ranking(numbers, -numbers.astype(np.float32), places)
 
 
-def _count(stage_run: StageRun, lists: list[list[Entry]], archives: list[list[Entry]]) -> None:
+def _count(stage_run: StageRun, lists: list[Ranking], archives: list[Ranking]) -> None:
     stage_run.count("dropped", sum(map(len, lists)) - sum(map(len, archives)))
-    stage_run.count("empty_archives", sum(not entries for entries in archives))
+    stage_run.count("empty_archives", sum(len(part) == 0 for part in archives))
 
 
 def _rows(
     categories: Sequence[str],
-    archives: Sequence[Sequence[Entry]],
+    archives: Sequence[Ranking],
     images: Sequence[tuple[ImageRef, ImageFacts]],
 ) -> Iterator[ArchiveRow]:
-    for label_id, (category, entries) in enumerate(zip(categories, archives, strict=True), 1):
-        for entry in entries:
-            ref, facts = images[entry.position]
+    for label_id, (category, part) in enumerate(zip(categories, archives, strict=True), 1):
+        for rank, position in zip(part.ranks.tolist(), part.positions.tolist(), strict=True):
+            ref, facts = images[position]
             assert facts.width
             assert facts.height
             assert facts.sha256
             yield ArchiveRow(
                 category=category,
                 label_id=label_id,
-                rank=entry.rank,
+                rank=rank,
                 key=ref.key,
                 similarity=UNKNOWN_SIMILARITY,
                 source=ref.source,

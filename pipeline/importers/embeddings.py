@@ -23,6 +23,7 @@ from pipeline.data.sources import ImageRef, SourceSpec
 from pipeline.data.tables import (
     STATUS_OK,
     STATUS_SKIPPED,
+    embedding_bytes,
     embedding_schema,
     encoder_name,
     write_table,
@@ -290,7 +291,7 @@ def _record(
         "sha256": facts.sha256,
         "status": STATUS_SKIPPED if error else STATUS_OK,
         "error_message": error,
-        "embedding": None if error else embedding,
+        "embedding": None if error else embedding_bytes(embedding),
     }
 
 

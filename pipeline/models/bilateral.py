@@ -222,7 +222,8 @@ def bilateral_solve(
 
 def _resized(values: NDArray[Any], size: tuple[int, ...]) -> NDArray[Any]:
     """An image or a float32 map at another size (H, W): averages if smaller, bilinear if larger."""
-    return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR))
+    height, width = size
+    return np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def largest_component(

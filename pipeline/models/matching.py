@@ -70,10 +70,11 @@ def mask_costs(
     Returns:
         (L, N, Q) costs, float32.
     """
-    device, grid = mask_probs.device, mask_probs.shape[-2:]
+    device = mask_probs.device
+    grid = (mask_probs.shape[-2], mask_probs.shape[-1])
     masks = instance_masks
     if samples == "tokens":
-        masks = F.adaptive_avg_pool2d(instance_masks.float(), tuple(grid))
+        masks = F.adaptive_avg_pool2d(instance_masks.float(), grid)
     rows, columns = (
         bilinear_taps(cells, pixels).to(device)
         for cells, pixels in zip(grid, masks.shape[-2:], strict=True)

@@ -26,6 +26,7 @@ from pipeline.data.sources import ImageRef, list_images, read_image
 from pipeline.data.tables import (
     STATUS_OK,
     STATUS_SKIPPED,
+    embedding_bytes,
     embedding_schema,
     encoder_name,
     write_table,
@@ -264,7 +265,7 @@ def _record(ref: ImageRef, image: _Image) -> dict[str, object]:
         "sha256": image.sha256,
         "status": STATUS_SKIPPED if image.error else STATUS_OK,
         "error_message": image.error,
-        "embedding": image.embedding,
+        "embedding": None if image.embedding is None else embedding_bytes(image.embedding),
     }
 
 

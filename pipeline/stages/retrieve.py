@@ -5,38 +5,46 @@ ZUTIS section 3.1. Letters: N images of a block, K categories, C embedding lengt
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
 
+from pipeline.data.ann import EmbeddingIndex, cached_index
 from pipeline.data.prompts import templates
 from pipeline.data.tables import (
     STATUS_OK,
-    ArchiveRow,
+    embedding_matrix,
     encoder_name,
-    iter_embedding_shards,
+    iter_embedding_rows,
     list_embedding_shards,
     shard_encoder,
-    write_archives,
+    write_archive_table,
 )
 from pipeline.errors import PipelineError
 from pipeline.models.clip import load_clip, text_embeddings
 from pipeline.params import EncoderParams, RetrieveParams
 from pipeline.runtime import Runtime, StageRun
 
-# faiss sums float32 in an order of its own: it may swap similarities closer than this.
+# A matrix product sums float32 in an order of its own: similarities are off by less than this.
 MARGIN = 1e-5
+ROWS_IN_CACHE = 1024  # so many embeddings stay in the processor's cache from one step to the next
+READ_ROWS = 8192
 SPARE_CANDIDATES = 64
-ROWS_AT_ONCE = 4096
+RECALL_SAMPLE = 3
 NEGATIVES = "background"
 IMAGE_COLUMNS = ["key", "source", "path", "member", "offset", "width", "height", "sha256"]
+# Of the bits of a float16, all but the sign; the least number that is not finite.
+MAGNITUDE, INFINITE = 0x7FFF, 0x7C00
+
+Floats = NDArray[np.float32]
+Rows = NDArray[np.int64]
 
 
 def run(
@@ -52,7 +60,7 @@ def run(
     runtime: Runtime,
     stats_path: Path,
 ) -> None:
-    """Retrieve the archive of each category by exact inner product.
+    """Retrieve the archive of each category: the images of the greatest inner products.
 
     Images of equal similarity are ranked by their keys. An image without direction (zero or not
     finite) is skipped and counted. Under the policies `best` and `last` an archive loses the images
@@ -66,46 +74,78 @@ def run(
         categories: K names; label ids are their positions from 1.
         background: names of what no category names; the negatives are images of these.
         k: images of each top-k list.
-        params: prompt templates, policy on overlaps, negatives, rows held at a time.
+        params: prompt templates, policy on overlaps, negatives, search, rows held at a time.
         encoder: the CLIP that made the embeddings.
-        runtime: device of the text encoder.
+        runtime: device of the text encoder; its cache folder keeps the index of `search: ivf`.
         stats_path: JSON file of the counts. `overlaps`: images that several categories wanted;
-            `dropped`: list entries that the policy took out; `empty_archives`.
+            `dropped`: list entries that the policy took out; `empty_archives`. With `search: ivf`
+            also `ivf_lists` of the index, of which `ivf_probes` were searched, `ivf_built`: 1 if it
+            was not in the cache; and, for at most three categories, `recall_found` of the
+            `recall_wanted` images of the exact lists.
 
     Raises:
-        PipelineError: fewer than k images are embedded, or by another encoder than `encoder`.
+        PipelineError: fewer than k images are embedded, or by another encoder than `encoder`; a
+            shard is damaged; negatives are wanted of an approximate search.
     """
+    if params.search == "ivf" and params.num_negatives:
+        raise PipelineError(
+            f"params.yaml: retrieve.num_negatives: {params.num_negatives} images need "
+            "retrieve.search: exact, for they are far from what an approximate search looks at"
+        )
     source_dirs = [embeddings_dir / name for name in sources]
-    num_images = _count_images(source_dirs)
+    shards = list_embedding_shards(source_dirs)
+    num_images = _count_images(shards)
     _check_k(k, num_images, source_dirs)
     texts, background_texts = _text_embeddings(
-        source_dirs, (categories, background), params=params, encoder=encoder, runtime=runtime
+        shards[0], (categories, background), params=params, encoder=encoder, runtime=runtime
     )
     with StageRun("retrieve", stats_path=stats_path, total=num_images) as stage_run:
-        scan = _Scan(texts, background_texts, k=k, num_negatives=params.num_negatives)
-        for block in _blocks(source_dirs, params.block_rows, stage_run):
-            scan.add(block)
-            stage_run.advance(len(block.keys))
+        if params.search == "ivf":
+            index = _index(shards, num_images, runtime.cache_dir / "retrieve", stage_run)
+            candidates = _search(index, texts, k, params.probes, stage_run)
+            emptiest = _Candidates(0)
+        else:
+            scan = _Scan(texts, background_texts, k=k, num_negatives=params.num_negatives)
+            for block in _blocks(shards, params.block_rows, stage_run.skip):
+                scan.add(block)
+                stage_run.advance(len(block.positions))
+            candidates, emptiest = scan.candidates, scan.emptiest
         _check_k(k, stage_run.items, source_dirs)
-        lists = [ranking.entries() for ranking in scan.rankings]
-        negatives = scan.negatives(lists, contested=params.overlap == "best")
+        images = _Images(shards, [*candidates, emptiest])
+        lists = [images.ranked(found) for found in candidates]
+        negatives = _negatives(
+            images.ranked(emptiest), lists, params.num_negatives, contested=params.overlap == "best"
+        )
         archives = without(settle_overlaps(lists, params.overlap), negatives)
         _count_overlaps(stage_run, lists, archives)
         stage_run.count("negatives", len(negatives))
         names = [NEGATIVES, *categories]
-        write_archives(out_path, _rows(source_dirs, names, [negatives, *archives]))
+        write_archive_table(out_path, images.archives(names, [negatives, *archives]))
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One image of a ranked list: its rank from 1, similarity, and row among all shards' rows."""
+class Ranking:
+    """Images of a ranked list, best first; all (E,).
 
-    rank: int
-    similarity: float
-    position: int
+    Attributes:
+        ranks: from 1; with gaps where images were taken out.
+        similarities: float32.
+        positions: rows among those of all shards.
+    """
+
+    ranks: Rows
+    similarities: Floats
+    positions: Rows
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def only(self, kept: NDArray[np.bool_]) -> Self:
+        """Without the images that the mask (E,) leaves out; ranks stay."""
+        return type(self)(self.ranks[kept], self.similarities[kept], self.positions[kept])
 
 
-def settle_overlaps(lists: list[list[Entry]], policy: str) -> list[list[Entry]]:
+def settle_overlaps(lists: list[Ranking], policy: str) -> list[Ranking]:
     """Decide which category keeps an image that several want.
 
     Args:
@@ -114,71 +154,75 @@ def settle_overlaps(lists: list[list[Entry]], policy: str) -> list[list[Entry]]:
             earlier one. `last`: the last one, as the published code does.
 
     Returns:
-        The lists without the entries that were lost; ranks are not renumbered.
+        The lists without the images that were lost; ranks are not renumbered.
     """
     if policy == "all":
         return lists
-    owner: dict[int, tuple[float, int]] = {}
-    for index, entries in enumerate(lists):
-        for entry in entries:
-            held = owner.get(entry.position)
-            if policy == "last" or held is None or entry.similarity > held[0]:
-                owner[entry.position] = (entry.similarity, index)
-    return [
-        [entry for entry in entries if owner[entry.position][1] == index]
-        for index, entries in enumerate(lists)
-    ]
+    sizes = [len(part) for part in lists]
+    numbers = np.repeat(np.arange(len(lists)), sizes)
+    positions = _positions(lists)
+    worth = numbers if policy == "last" else np.concatenate([part.similarities for part in lists])
+    order = np.lexsort((numbers, -worth, positions))
+    _, firsts = np.unique(positions[order], return_index=True)
+    is_kept = np.zeros(len(positions), dtype=bool)
+    is_kept[order[firsts]] = True
+    masks = np.split(is_kept, np.cumsum(sizes)[:-1])
+    return [part.only(mask) for part, mask in zip(lists, masks, strict=True)]
 
 
-def without(lists: list[list[Entry]], taken: list[Entry]) -> list[list[Entry]]:
+def without(lists: list[Ranking], taken: Ranking) -> list[Ranking]:
     """The lists without the images of `taken`; ranks stay."""
-    positions = {entry.position for entry in taken}
-    return [[entry for entry in part if entry.position not in positions] for part in lists]
+    return [part.only(~np.isin(part.positions, taken.positions)) for part in lists]
+
+
+def _positions(lists: Sequence[Ranking]) -> Rows:
+    """Positions of the images of all lists, one list after the other."""
+    return np.concatenate([part.positions for part in lists])
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Embedded images: keys (N,) of bytes, positions (N,) among all rows, embeddings (N, C)."""
+    """Embedded images: keys, positions (N,) among all rows, embeddings (N, C) float16."""
 
-    keys: np.ndarray
-    positions: np.ndarray
-    embeddings: np.ndarray
-
-    def take(self, rows: np.ndarray) -> Self:
-        """The images at the given rows of this block."""
-        return type(self)(self.keys[rows], self.positions[rows], self.embeddings[rows])
+    keys: pa.Array
+    positions: Rows
+    embeddings: NDArray[np.float16]
 
 
-class _Ranking:
-    """The best `size` images so far: highest score first, equal scores by key."""
+class _Candidates:
+    """The images that may be among the best `size`, with their scores.
+
+    `choose` goes by approximate scores, `add` takes exact ones; what has no chance any more is
+    dropped in between. In the end `positions` and `scores` hold the best `size` images, all those
+    of a score equal to the last one, and perhaps a few more.
+    """
 
     def __init__(self, size: int) -> None:
-        self._size = size
-        self._scores = np.empty(0, np.float32)
-        self._keys = np.empty(0, "S1")
-        self._positions = np.empty(0, np.int64)
+        self.size = size
+        self.positions: Rows = np.empty(0, np.int64)
+        self.scores: Floats = np.empty(0, np.float32)
+        self._best: Floats = np.full(size, -np.inf, np.float32)
+        self._floor = -np.inf
 
-    @property
-    def threshold(self) -> float:
-        """Score below which no image can enter any more."""
-        return float(self._scores[-1]) if len(self._scores) == self._size else -np.inf
+    def choose(self, approximate: Floats) -> Rows:
+        """The rows of a block, of these scores (N,), that may be among the best."""
+        contenders = np.concatenate([self._best, approximate])
+        contenders.partition(len(approximate))
+        self._best = contenders[len(approximate) :].copy()
+        # Both the score that sets the bar and the one that is held against it may be off.
+        self._floor = self._best[0] - 2 * MARGIN
+        return np.flatnonzero(approximate >= self._floor)
 
-    def add(self, block: _Block, scores: np.ndarray) -> None:
-        """Merge a block's images with their scores (N,) float32."""
-        scores = np.concatenate([self._scores, scores])
-        keys = np.concatenate([self._keys, block.keys])
-        positions = np.concatenate([self._positions, block.positions])
-        kept = np.lexsort((keys, -scores))[: self._size]
-        self._scores, self._keys, self._positions = scores[kept], keys[kept], positions[kept]
-
-    def entries(self) -> list[Entry]:
-        """The ranked list."""
-        pairs = zip(self._scores.tolist(), self._positions.tolist(), strict=True)
-        return [Entry(rank, score, position) for rank, (score, position) in enumerate(pairs, 1)]
+    def add(self, positions: Rows, scores: Floats) -> None:
+        """Take images (N,) with their exact scores (N,)."""
+        scores = np.concatenate([self.scores, scores])
+        kept = scores >= self._floor
+        self.scores = scores[kept]
+        self.positions = np.concatenate([self.positions, positions])[kept]
 
 
 class _Scan:
-    """Runs over the index dataset once and keeps every category's best images.
+    """Runs over the index dataset once and keeps every category's candidates.
 
     Args:
         texts: (K, C) float32 unit text embeddings of the categories.
@@ -187,91 +231,135 @@ class _Scan:
         num_negatives: images nearer to the background than to the categories to be kept as well.
     """
 
-    def __init__(
-        self, texts: np.ndarray, background_texts: np.ndarray, *, k: int, num_negatives: int
-    ) -> None:
+    def __init__(self, texts: Floats, background_texts: Floats, *, k: int, num_negatives: int):
         self._texts = texts
         self._background_texts = background_texts
-        self._k = k
-        self._num_negatives = num_negatives
-        self.rankings = [_Ranking(k) for _ in self._texts]
+        self.candidates = [_Candidates(k) for _ in texts]
         # At most K k of these images can be in the lists themselves.
-        self._emptiest = _Ranking(num_negatives + len(self._texts) * k)
+        self.emptiest = _Candidates(num_negatives + len(texts) * k if num_negatives else 0)
 
     def add(self, block: _Block) -> None:
         """Take a block of images into account."""
-        if len(block.keys) == 0:
-            return
-        index = faiss.IndexFlatIP(block.embeddings.shape[1])
-        index.add(block.embeddings)
-        for ranking, text, rows in zip(
-            self.rankings, self._texts, self._candidates(index), strict=True
-        ):
-            images = block.take(rows)
-            ranking.add(images, inner_products(images.embeddings, text))
-        if self._num_negatives:
-            nearest = _greatest_similarities(block.embeddings, self._texts)
-            background = _greatest_similarities(block.embeddings, self._background_texts)
-            self._emptiest.add(block, background - nearest)
+        similarities = _similarities(self._texts, block.embeddings)
+        for found, text, row in zip(self.candidates, self._texts, similarities, strict=True):
+            chosen = found.choose(row)
+            if len(chosen):
+                scores = inner_products(block.embeddings[chosen], text)
+                found.add(block.positions[chosen], scores)
+        if self.emptiest.size:
+            self._add_emptiest(block, similarities)
 
-    def negatives(self, lists: list[list[Entry]], *, contested: bool) -> list[Entry]:
-        """The images nearest to a name of the background, in no list of a category.
+    def _add_emptiest(self, block: _Block, similarities: Floats) -> None:
+        background = _similarities(self._background_texts, block.embeddings)
+        chosen = self.emptiest.choose(background.max(axis=0) - similarities.max(axis=0))
+        embeddings = block.embeddings[chosen]
+        scores = _greatest(background[:, chosen], embeddings, self._background_texts)
+        scores -= _greatest(similarities[:, chosen], embeddings, self._texts)
+        self.emptiest.add(block.positions[chosen], scores)
 
-        Ranked by how much nearer they are to it than to any category; that is their `similarity`.
-        With `contested`, an image of a list counts too if it is nearer to the background.
-        """
-        if not self._num_negatives:
-            return []
-        wanted = {entry.position for entries in lists for entry in entries}
-        kept = [
-            entry
-            for entry in self._emptiest.entries()
-            if entry.position not in wanted or (contested and entry.similarity > 0)
-        ]
-        return [
-            Entry(rank, entry.similarity, entry.position)
-            for rank, entry in enumerate(kept[: self._num_negatives], 1)
-        ]
 
-    def _candidates(self, index: Any) -> Iterator[np.ndarray]:
-        """For each category, the rows that may enter its list, ties at its end included."""
-        size = min(index.ntotal, self._k + SPARE_CANDIDATES)
-        similarities, rows = index.search(self._texts, size)
-        last = min(self._k, size) - 1
-        while size < index.ntotal and (similarities[:, -1] >= similarities[:, last] - MARGIN).any():
-            size = min(index.ntotal, 2 * size)
-            similarities, rows = index.search(self._texts, size)
-        for ranking, found, row in zip(self.rankings, similarities, rows, strict=True):
-            yield row[found >= max(found[last], ranking.threshold) - MARGIN]
+def _similarities(texts: Floats, embeddings: NDArray[np.float16]) -> Floats:
+    """Inner products (K, N), each off by less than MARGIN."""
+    vectors = torch.from_numpy(texts)
+    products = torch.empty(len(texts), len(embeddings))
+    for rows in _slices(len(embeddings)):
+        products[:, rows] = vectors @ torch.tensor(embeddings[rows]).float().T
+    return products.numpy()
+
+
+def _slices(count: int) -> Iterator[slice]:
+    for start in range(0, count, ROWS_IN_CACHE):
+        yield slice(start, start + ROWS_IN_CACHE)
 
 
 def inner_products(embeddings: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """Inner products (N,) float32 of embeddings (N, C) with one vector (C,).
+    """Inner products (N,) float32 of embeddings (N, C) of any float with one vector (C,).
 
     Summed in float64 row by row, so that equal embeddings have equal similarities wherever they
     stand; a matrix product does not promise that.
     """
-    products = embeddings.astype(np.float64) * text.astype(np.float64)
+    # Torch widens halves several times as fast as NumPy.
+    products = torch.from_numpy(embeddings).float().double().numpy()
+    products *= text.astype(np.float64)
     return products.sum(axis=1).astype(np.float32)
 
 
-def _greatest_similarities(embeddings: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Similarity (N,) of each image to the text that it is most similar to."""
-    greatest = np.empty(len(embeddings), np.float32)
-    for start in range(0, len(embeddings), ROWS_AT_ONCE):
-        rows = embeddings[start : start + ROWS_AT_ONCE]
-        nearest = texts[(rows @ texts.T).argmax(axis=1)]
-        greatest[start : start + len(rows)] = (
-            rows.astype(np.float64) * nearest.astype(np.float64)
-        ).sum(axis=1)
+def _greatest(similarities: Floats, embeddings: NDArray[np.float16], texts: Floats) -> Floats:
+    """Exact similarity (N,) of each image to its nearest text, given approximate (K, N)."""
+    greatest = np.full(len(embeddings), -np.inf, np.float32)
+    floor = similarities.max(axis=0, initial=-np.inf) - 2 * MARGIN
+    for text, row in zip(texts, similarities, strict=True):
+        near = np.flatnonzero(row >= floor)
+        greatest[near] = np.maximum(greatest[near], inner_products(embeddings[near], text))
     return greatest
 
 
-def _count_images(source_dirs: list[Path]) -> int:
+def _negatives(
+    emptiest: Ranking, lists: list[Ranking], num_negatives: int, *, contested: bool
+) -> Ranking:
+    """The images nearest to a name of the background, in no list of a category.
+
+    Ranked by how much nearer they are to it than to any category; that is their similarity. With
+    `contested`, an image of a list counts too if it is nearer to the background.
+    """
+    is_free = ~np.isin(emptiest.positions, _positions(lists))
+    if contested:
+        is_free |= emptiest.similarities > 0
+    free = emptiest.only(is_free)
+    kept = slice(num_negatives)
+    return Ranking(np.arange(1, len(free) + 1)[kept], free.similarities[kept], free.positions[kept])
+
+
+def _index(
+    shards: list[Path], num_images: int, cache_dir: Path, stage_run: StageRun
+) -> EmbeddingIndex:
+    """The index of all images with direction, of the cache or new; counts what it leaves out."""
+
+    def blocks(skip: Callable[[str, str], None]) -> Iterator[tuple[Rows, NDArray[np.float16]]]:
+        for block in _blocks(shards, READ_ROWS, skip):
+            yield block.positions, block.embeddings
+
+    index, is_new = cached_index(cache_dir, shards, num_images=num_images, blocks=blocks)
+    for key, reason in index.skipped:
+        stage_run.skip(key, reason)
+    stage_run.advance(index.num_images)
+    stage_run.count("ivf_built", int(is_new))
+    return index
+
+
+def _search(
+    index: EmbeddingIndex, texts: Floats, k: int, probes: int, stage_run: StageRun
+) -> list[_Candidates]:
+    """Candidates of each category, and the recall of a few categories in the stats.
+
+    They are ranked by the embeddings that the index holds, which are those of the shards.
+    """
+    size = min(k + SPARE_CANDIDATES, index.num_images)
+
+    def scored(some: Floats, num_lists: int) -> Iterator[_Candidates]:
+        found = index.nearest(some, size, probes=num_lists)
+        for text, (positions, embeddings) in zip(some, found, strict=True):
+            candidates = _Candidates(k)
+            candidates.add(positions, inner_products(embeddings, text))
+            yield candidates
+
+    candidates = list(scored(texts, probes))
+    sample = np.linspace(0, len(texts) - 1, min(RECALL_SAMPLE, len(texts))).astype(int)
+    for number, exact in zip(sample, scored(texts[sample], index.num_lists), strict=True):
+        last = np.sort(exact.scores)[-k:][0]
+        recalled = np.count_nonzero(candidates[number].scores >= last)
+        stage_run.count("recall_found", min(int(recalled), k))
+        stage_run.count("recall_wanted", k)
+    stage_run.count("ivf_lists", index.num_lists)
+    stage_run.count("ivf_probes", min(probes, index.num_lists))
+    return candidates
+
+
+def _count_images(shards: list[Path]) -> int:
     """Number of rows with an embedding."""
     return sum(
-        pc.sum(pc.equal(table["status"], STATUS_OK)).as_py() or 0
-        for table in iter_embedding_shards(source_dirs, columns=["status"])
+        pc.sum(pc.equal(rows["status"], STATUS_OK)).as_py() or 0
+        for rows in iter_embedding_rows(shards, columns=["status"], block_rows=READ_ROWS)
     )
 
 
@@ -285,7 +373,7 @@ def _check_k(k: int, num_images: int, source_dirs: list[Path]) -> None:
 
 
 def _text_embeddings(
-    source_dirs: list[Path],
+    shard: Path,
     lists: Sequence[list[str]],
     *,
     params: RetrieveParams,
@@ -293,7 +381,6 @@ def _text_embeddings(
     runtime: Runtime,
 ) -> list[np.ndarray]:
     """For each list of N names, unit text embeddings (N, C) of the encoder that made the shards."""
-    shard = list_embedding_shards(source_dirs)[0]
     embedded_by, dim = shard_encoder(shard)
     wanted = encoder_name(encoder.model, encoder.pretrained)
     if embedded_by != wanted:
@@ -314,79 +401,95 @@ def _text_embeddings(
     ]
 
 
-def _blocks(source_dirs: list[Path], block_rows: int, stage_run: StageRun) -> Iterator[_Block]:
+def _blocks(
+    shards: list[Path], block_rows: int, skip: Callable[[str, str], None]
+) -> Iterator[_Block]:
     """Yield the embedded images of all shards, at most `block_rows` at a time."""
     position = 0
     columns = ["key", "status", "embedding"]
-    for table in iter_embedding_shards(source_dirs, columns=columns):
-        for start in range(0, table.num_rows, block_rows):
-            rows = table.slice(start, block_rows)
-            yield _with_direction(_block(rows, position + start), stage_run)
-        position += table.num_rows
+    for rows in iter_embedding_rows(shards, columns=columns, block_rows=block_rows):
+        block = _block(rows, position, skip)
+        if len(block.positions):
+            yield block
+        position += len(rows)
 
 
-def _block(table: pa.Table, position: int) -> _Block:
-    """The rows of a table that have an embedding; `position` is that of the first row."""
-    is_ok = pc.equal(table["status"], STATUS_OK).to_numpy()
-    embedded = table.filter(pa.array(is_ok))
-    embedding = embedded["embedding"].combine_chunks()
-    values = embedding.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    return _Block(
-        keys=np.array(embedded["key"].to_pylist(), dtype=np.bytes_),
-        positions=position + np.flatnonzero(is_ok),
-        embeddings=values.reshape(-1, embedding.type.list_size),
-    )
+def _block(rows: pa.RecordBatch, position: int, skip: Callable[[str, str], None]) -> _Block:
+    """The images of a batch that have an embedding with direction; others are skipped.
 
-
-def _with_direction(block: _Block, stage_run: StageRun) -> _Block:
-    """Leave out, and count, embeddings that are zero or not finite."""
-    is_finite = np.isfinite(block.embeddings).all(axis=1)
-    is_zero = ~block.embeddings.any(axis=1)
+    `position` is that of the first row. An embedding without direction is zero or not finite.
+    """
+    is_ok = pc.equal(rows["status"], STATUS_OK).to_numpy(zero_copy_only=False)
+    if not is_ok.all():
+        rows = rows.filter(pa.array(is_ok))
+    keys, embeddings = rows["key"], embedding_matrix(rows["embedding"])
+    positions = position + np.flatnonzero(is_ok)
+    largest = np.empty(len(embeddings), np.uint16)
+    for part in _slices(len(embeddings)):
+        largest[part] = (embeddings[part].view(np.uint16) & MAGNITUDE).max(axis=1)
+    is_finite, is_zero = largest < INFINITE, largest == 0
     if is_finite.all() and not is_zero.any():
-        return block
-    for key in block.keys[~is_finite]:
-        stage_run.skip(key.decode(), "embedding is not finite")
-    for key in block.keys[is_zero]:
-        stage_run.skip(key.decode(), "embedding is zero")
-    return block.take(np.flatnonzero(is_finite & ~is_zero))
+        return _Block(keys, positions, embeddings)
+    for key in keys.filter(pa.array(~is_finite)).to_pylist():
+        skip(key, "embedding is not finite")
+    for key in keys.filter(pa.array(is_zero)).to_pylist():
+        skip(key, "embedding is zero")
+    has_direction = is_finite & ~is_zero
+    return _Block(keys, positions[has_direction], embeddings[has_direction])
 
 
-def _count_overlaps(
-    stage_run: StageRun, lists: list[list[Entry]], archives: list[list[Entry]]
-) -> None:
-    wanted = Counter(entry.position for entries in lists for entry in entries)
-    stage_run.count("overlaps", sum(times > 1 for times in wanted.values()))
+def _count_overlaps(stage_run: StageRun, lists: list[Ranking], archives: list[Ranking]) -> None:
+    _, times = np.unique(_positions(lists), return_counts=True)
+    stage_run.count("overlaps", int(np.count_nonzero(times > 1)))
     stage_run.count("dropped", sum(map(len, lists)) - sum(map(len, archives)))
-    stage_run.count("empty_archives", sum(not entries for entries in archives))
+    stage_run.count("empty_archives", sum(len(part) == 0 for part in archives))
 
 
-def _rows(
-    source_dirs: list[Path], names: list[str], archives: list[list[Entry]]
-) -> Iterator[ArchiveRow]:
-    """Join the lists of label ids 0..K with what the shards know of their images."""
-    wanted: dict[int, list[tuple[int, Entry]]] = {}
-    for label_id, entries in enumerate(archives):
-        for entry in entries:
-            wanted.setdefault(entry.position, []).append((label_id, entry))
-    for position, image in _images_at(source_dirs, sorted(wanted)):
-        for label_id, entry in wanted[position]:
-            yield ArchiveRow(
-                category=names[label_id],
-                label_id=label_id,
-                rank=entry.rank,
-                similarity=entry.similarity,
-                **image,
-            )
+class _Images:
+    """What the shards know of the candidates: turns these into ranked lists, and lists into rows.
+
+    Args:
+        shards: the shards.
+        candidates: all the candidates that there are.
+    """
+
+    def __init__(self, shards: list[Path], candidates: Sequence[_Candidates]) -> None:
+        self._positions = np.unique(np.concatenate([found.positions for found in candidates]))
+        self._table = _rows_at(shards, self._positions)
+        self._key_ranks = pc.rank(self._table["key"]).to_numpy()
+
+    def ranked(self, candidates: _Candidates) -> Ranking:
+        """The best images: highest score first, equal scores by key."""
+        key_ranks = self._key_ranks[self._rows(candidates.positions)]
+        best = np.lexsort((key_ranks, -candidates.scores))[: candidates.size]
+        return Ranking(
+            np.arange(1, len(best) + 1), candidates.scores[best], candidates.positions[best]
+        )
+
+    def archives(self, names: list[str], archives: list[Ranking]) -> pa.Table:
+        """Rows of the archives of label ids 0..K."""
+        label_ids = np.repeat(np.arange(len(archives)), [len(part) for part in archives])
+        table = self._table.take(pa.array(self._rows(_positions(archives))))
+        columns = {
+            "category": pa.array(names).take(pa.array(label_ids)),
+            "label_id": pa.array(label_ids),
+            "rank": pa.array(np.concatenate([part.ranks for part in archives])),
+            "similarity": pa.array(np.concatenate([part.similarities for part in archives])),
+        }
+        for name, column in columns.items():
+            table = table.append_column(name, column)
+        return table
+
+    def _rows(self, positions: Rows) -> Rows:
+        return np.searchsorted(self._positions, positions)
 
 
-def _images_at(
-    source_dirs: list[Path], positions: list[int]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (position, its columns) for sorted positions among the rows of all shards."""
-    wanted = np.array(positions, np.int64)
+def _rows_at(shards: list[Path], positions: Rows) -> pa.Table:
+    """The image columns at sorted positions among the rows of all shards."""
+    parts = []
     start = 0
-    for table in iter_embedding_shards(source_dirs, columns=IMAGE_COLUMNS):
-        here = wanted[(wanted >= start) & (wanted < start + table.num_rows)]
-        images = table.take(pa.array(here - start)).to_pylist()
-        yield from zip(here.tolist(), images, strict=True)
-        start += table.num_rows
+    for rows in iter_embedding_rows(shards, columns=IMAGE_COLUMNS, block_rows=READ_ROWS):
+        first, end = np.searchsorted(positions, [start, start + len(rows)])
+        parts.append(rows.take(pa.array(positions[first:end] - start)))
+        start += len(rows)
+    return pa.Table.from_batches(parts)

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pipeline.data.prompts import templates
 from pipeline.data.tables import (
     ArchiveRow,
+    embedding_bytes,
     embedding_schema,
     encoder_name,
     read_archives,
@@ -25,7 +27,7 @@ from pipeline.models.clip import load_clip, text_embeddings
 from pipeline.params import EncoderParams, RetrieveParams
 from pipeline.runtime import Runtime
 from pipeline.stages import retrieve
-from pipeline.stages.retrieve import Entry, settle_overlaps
+from pipeline.stages.retrieve import Ranking, settle_overlaps
 
 CATEGORIES = ["cat", "dog", "potted plant"]
 BACKGROUND = ["background", "house"]
@@ -61,7 +63,7 @@ def write_shards(tmp_path: Path, encoder: EncoderParams) -> Callable[..., None]:
                 "bytes": 7,
                 "sha256": None if embedding is None else f"{number:064d}",
                 "status": "skipped" if embedding is None else "ok",
-                "embedding": None if embedding is None else np.asarray(embedding, np.float16),
+                "embedding": None if embedding is None else embedding_bytes(np.asarray(embedding)),
             }
             for number, (key, embedding) in enumerate(zip(keys, embeddings, strict=True))
         ]
@@ -216,6 +218,148 @@ def test_embeddings_without_direction_are_skipped_and_listed(
         run(3)
 
 
+@pytest.mark.parametrize("block_rows", [1, 2, 65_536])
+def test_one_image(
+    run: Callable, write_shards: Callable, texts: np.ndarray, block_rows: int
+) -> None:
+    write_shards("a/00000", [None, None, texts[0], None], ["0", "1", "2", "3"])
+    rows, stats = run(1, block_rows=block_rows)
+    assert [row.key for row in rows] == ["2", "2", "2"]
+    assert (stats["items"], stats["skipped"]) == (1, 0)
+
+
+@pytest.mark.parametrize("block_rows", [1, 3, 65_536])
+def test_many_ties_across_shards_go_by_key(
+    run: Callable,
+    write_shards: Callable,
+    texts: np.ndarray,
+    rng: np.random.Generator,
+    block_rows: int,
+) -> None:
+    """Forty copies of one image, one better image, and a shard without any embedded row."""
+    keys = [f"{number:02d}" for number in rng.permutation(41)]
+    embeddings = [texts[1]] * 41
+    embeddings[keys.index("40")] = texts[0]
+    write_shards("a/00000", embeddings[:20], keys[:20])
+    write_shards("a/00001", [None] * 5, [f"x{number}" for number in range(5)])
+    write_shards("b/00000", embeddings[20:], keys[20:])
+    rows, _ = run(6, categories=["cat"], block_rows=block_rows)
+    assert [row.key for row in rows] == ["40", "00", "01", "02", "03", "04"]
+
+
+def test_same_bytes_whatever_blocks_row_groups_and_form_of_the_embeddings(
+    run: Callable, write_shards: Callable, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    embeddings, keys = random_index(rng, 100)
+    embeddings[50:60] = embeddings[0]
+    write_shards("a/00000", list(embeddings), keys)
+    run(20, num_negatives=9)
+    expected = (tmp_path / "archives.parquet").read_bytes()
+    shard = tmp_path / "embeddings/a/00000.parquet"
+    table = pq.read_table(shard)
+    lists = pa.array(list(embeddings), pa.list_(pa.float16(), 16))
+    place = table.schema.names.index("embedding")
+    of_lists = table.set_column(place, "embedding", lists)
+    for form, row_group_size, block_rows in ((table, 7, 64), (of_lists, 1, 3), (of_lists, 64, 10)):
+        pq.write_table(form, shard, row_group_size=row_group_size)
+        run(20, num_negatives=9, block_rows=block_rows)
+        assert (tmp_path / "archives.parquet").read_bytes() == expected
+
+
+def clustered_index(rng: np.random.Generator, texts: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """2,000 unit embeddings (N, 16) around 20 centres, three of them the texts; and keys."""
+    centres = np.concatenate([texts, unit(rng.normal(size=(17, 16)))])
+    embeddings = unit(centres[rng.integers(0, 20, 2000)] + 0.05 * rng.normal(size=(2000, 16)))
+    return embeddings.astype(np.float16), [f"{number:04d}" for number in rng.permutation(2000)]
+
+
+def test_ivf_finds_what_exact_search_finds(
+    run: Callable, write_shards: Callable, texts: np.ndarray, rng: np.random.Generator
+) -> None:
+    embeddings, keys = clustered_index(rng, texts)
+    rows = [*embeddings, None, np.zeros(16), np.full(16, np.nan)]
+    write_shards("a/00000", rows[:900], keys[:900])
+    write_shards("b/00000", rows[900:], [*keys[900:], "unread", "zero", "nan"])
+    exact, exact_stats = run(30, overlap="best")
+    approximate, stats = run(30, overlap="best", search="ivf", probes=12)
+    assert approximate == exact
+    assert stats["skipped_items"] == exact_stats["skipped_items"] != []
+    assert stats["items"] == 2000
+    counts = dict(stats["counts"])
+    assert 12 < counts.pop("ivf_lists") < 100
+    assert counts == exact_stats["counts"] | {
+        "ivf_built": 1,
+        "ivf_probes": 12,
+        "recall_found": 90,
+        "recall_wanted": 90,
+    }
+
+
+def test_ivf_reports_a_recall_that_is_not_full(
+    run: Callable, write_shards: Callable, rng: np.random.Generator
+) -> None:
+    """Without clusters, one list of many holds a part of the nearest images only."""
+    embeddings, keys = random_index(rng, 2000)
+    write_shards("a/00000", list(embeddings), keys)
+    exact, _ = run(20)
+    approximate, stats = run(20, search="ivf", probes=1)
+    found = {(row.label_id, row.key) for row in exact} & {
+        (row.label_id, row.key) for row in approximate
+    }
+    assert stats["counts"]["recall_found"] == len(found) < stats["counts"]["recall_wanted"] == 60
+    assert len(approximate) == 60
+
+
+def test_an_index_serves_other_categories_until_a_shard_changes(
+    run: Callable, write_shards: Callable, texts: np.ndarray, rng: np.random.Generator
+) -> None:
+    embeddings, keys = clustered_index(rng, texts)
+    write_shards("a/00000", list(embeddings), keys)
+    assert run(9, search="ivf")[1]["counts"]["ivf_built"] == 1
+    rows, stats = run(9, categories=["dog"], search="ivf")
+    assert stats["counts"]["ivf_built"] == 0
+    assert rows == run(9, categories=["dog"])[0]
+    write_shards("a/00000", [*embeddings, texts[1]], [*keys, "new"])
+    rows, stats = run(9, categories=["dog"], search="ivf")
+    assert stats["counts"]["ivf_built"] == 1
+    assert rows[0].key == "new"
+
+
+def test_ivf_of_fewer_images_than_it_would_look_at(
+    run: Callable, write_shards: Callable, texts: np.ndarray
+) -> None:
+    write_shards("a/00000", [texts[0], np.zeros(16), texts[1]], ["0", "1", "2"])
+    rows, _ = run(2, search="ivf")
+    assert rows == run(2)[0]
+    with pytest.raises(PipelineError, match="k: 3 is larger than the 2 embedded images"):
+        run(3, search="ivf")
+
+
+def test_ivf_of_embeddings_without_direction(run: Callable, write_shards: Callable) -> None:
+    write_shards("a/00000", [np.zeros(16), np.full(16, np.nan)], ["0", "1"])
+    with pytest.raises(PipelineError, match="every embedding is zero or not finite"):
+        run(1, search="ivf")
+
+
+def test_a_damaged_index_is_an_error_that_names_it(
+    run: Callable, write_shards: Callable, texts: np.ndarray, runtime: Runtime
+) -> None:
+    write_shards("a/00000", list(texts), ["0", "1", "2"])
+    run(1, search="ivf")
+    (path,) = runtime.cache_dir.glob("retrieve/*/index.faiss")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(PipelineError, match=r"index\.faiss: not a readable index: .*built again"):
+        run(1, search="ivf")
+
+
+def test_negatives_need_exact_search(
+    run: Callable, write_shards: Callable, texts: np.ndarray
+) -> None:
+    write_shards("a/00000", list(texts), ["0", "1", "2"])
+    with pytest.raises(PipelineError, match=r"retrieve\.num_negatives: 2.*retrieve\.search: exact"):
+        run(1, search="ivf", num_negatives=2)
+
+
 def test_k_larger_than_the_index(
     run: Callable, write_shards: Callable, texts: np.ndarray, tmp_path: Path
 ) -> None:
@@ -240,12 +384,12 @@ def test_no_embeddings(run: Callable) -> None:
         run(1)
 
 
-def make_lists() -> list[list[Entry]]:
+def make_lists() -> list[Ranking]:
     """Image 7 is wanted by all three, best by the second; 8 by the first two alike; 9 by one."""
+    lists = [([0.75, 0.5], [8, 7]), ([0.875, 0.75], [7, 8]), ([0.625, 0.25], [7, 9])]
     return [
-        [Entry(1, 0.75, 8), Entry(2, 0.5, 7)],
-        [Entry(1, 0.875, 7), Entry(2, 0.75, 8)],
-        [Entry(1, 0.625, 7), Entry(2, 0.25, 9)],
+        Ranking(np.array([1, 2]), np.array(similarities, np.float32), np.array(positions))
+        for similarities, positions in lists
     ]
 
 
@@ -259,7 +403,10 @@ def make_lists() -> list[list[Entry]]:
 )
 def test_overlap_policies(policy: str, expected: list[list[tuple[int, int]]]) -> None:
     archives = settle_overlaps(make_lists(), policy)
-    assert [[(entry.rank, entry.position) for entry in entries] for entries in archives] == expected
+    found = [
+        list(zip(part.ranks.tolist(), part.positions.tolist(), strict=True)) for part in archives
+    ]
+    assert found == expected
 
 
 @pytest.mark.parametrize(
