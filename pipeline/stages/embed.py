@@ -8,10 +8,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +31,15 @@ from pipeline.data.tables import (
 from pipeline.errors import PipelineError
 from pipeline.files import replace_dir
 from pipeline.models.clip import ClipEncoder, load_clip
+from pipeline.parallel import Workers
 from pipeline.params import EmbedParams, SourceParams
 from pipeline.runtime import Runtime, StageRun
 
 CACHE_VERSION = 1
 CACHED_SIZE = struct.Struct("<II")
-MIN_CHUNK = 256
+# Images after which the cache grows, by device: between two chunks a GPU waits for the next images,
+# but what was computed since the last one is lost when a run is killed.
+MIN_CHUNK = {"cpu": 256, "cuda": 2048}
 
 
 def run(
@@ -81,12 +81,12 @@ def run(
         "encoder": encoder.fingerprint(),
         "precision": str(runtime.amp_dtype),
     }
-    chunk_size = params.batch_size * -(-MIN_CHUNK // params.batch_size)
+    chunk_size = params.batch_size * -(-MIN_CHUNK[runtime.device.type] // params.batch_size)
     with (
         StageRun("embed", stats_path=stats_path, total=len(refs)) as stage_run,
         BlobCache(runtime.cache_dir / "embed", settings, flush_every=chunk_size + 1) as cache,
         replace_dir(out_dir) as shard_dir,
-        ThreadPoolExecutor(params.workers) if params.workers else nullcontext() as pool,
+        Workers(params.workers) as workers,
     ):
         load = _Loader(cache, preprocess=encoder.preprocess, max_pixels=params.max_pixels)
         embedder = _Embedder(encoder, cache, batch_size=params.batch_size, runtime=runtime)
@@ -97,10 +97,9 @@ def run(
             ),
             shard_size=params.shard_size,
         )
-        window = 2 * params.batch_size + params.workers
         for start in range(0, len(refs), chunk_size):
             chunk = refs[start : start + chunk_size]
-            loaded = _ordered_map(pool, load, chunk, window=window)
+            loaded = workers.map(load, chunk, ahead=2 * params.batch_size)
             writer.add(chunk, embedder(_counted(stage_run, chunk, loaded)))
         writer.close()
         if stage_run.items == 0:
@@ -185,7 +184,7 @@ class _Embedder:
         """Return the images with every embedding filled in that can be."""
         chunk: list[_Image] = []
         batch: dict[str, Tensor] = {}
-        embeddings: dict[str, np.ndarray] = {}
+        embeddings: dict[str, Tensor] = {}
         for image in images:
             chunk.append(image)
             if image.pixels is not None and image.sha256 not in embeddings:
@@ -195,23 +194,34 @@ class _Embedder:
                 embeddings.update(self._encode(batch))
                 batch.clear()
         embeddings.update(self._encode(batch))
-        self._store(chunk, embeddings)
+        self._store(chunk, self._fetch(embeddings))
         return chunk
 
-    def _encode(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    def _encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Embeddings (C,) by hash, on the device; nothing waits for them yet."""
         if not batch:
             return {}
         pixels = torch.stack(list(batch.values()))
         padding = torch.zeros(self._batch_size - len(batch), *pixels.shape[1:])
-        images = torch.cat([pixels, padding]).to(self._runtime.device)
+        images = torch.cat([pixels, padding])
+        if self._runtime.device.type == "cuda":
+            images = images.pin_memory()
+        images = images.to(self._runtime.device, non_blocking=True)
         with torch.inference_mode(), self._runtime.autocast():
             embeddings = self._encoder.encode_images(images)[: len(batch)].float()
-        if not torch.isfinite(embeddings).all():
+        return dict(zip(batch, embeddings, strict=True))
+
+    def _fetch(self, embeddings: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """The embeddings of a chunk as float16 arrays."""
+        if not embeddings:
+            return {}
+        rows = torch.stack(list(embeddings.values())).cpu()
+        if not torch.isfinite(rows).all():
             raise PipelineError(
                 "embed.encoder: the encoder gives embeddings that are not finite; "
                 "check its weights file"
             )
-        return dict(zip(batch, embeddings.half().cpu().numpy(), strict=True))
+        return dict(zip(embeddings, rows.half().numpy(), strict=True))
 
     def _store(self, chunk: list[_Image], embeddings: dict[str, np.ndarray]) -> None:
         for image in chunk:
@@ -281,23 +291,3 @@ def _counted(
             stage_run.advance()
             stage_run.count("cached", int(image.embedding is not None))
         yield image
-
-
-def _ordered_map(
-    pool: Executor | None,
-    function: Callable[[ImageRef], _Image],
-    refs: Iterable[ImageRef],
-    *,
-    window: int,
-) -> Iterator[_Image]:
-    """Map in the order of the input, with at most `window` results under way."""
-    if pool is None:
-        yield from map(function, refs)
-        return
-    pending: deque[Future[_Image]] = deque()
-    for ref in refs:
-        pending.append(pool.submit(function, ref))
-        if len(pending) > window:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
