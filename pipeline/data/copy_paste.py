@@ -1,79 +1,155 @@
-"""Copy-paste: one training image out of several samples (ZUTIS paper, 3.2 and appendix B.2)."""
+"""Copy-paste: one training image out of several samples (ZUTIS paper, 3.2 and appendix B.2).
+
+Letters: N instances, H W pixels of the training image, h w of a cutout.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.data.transforms import Sample
+from pipeline.data.labels import BACKGROUND, IGNORE_INDEX
+from pipeline.data.transforms import (
+    Box,
+    ColourChange,
+    Sample,
+    View,
+    bounding_box,
+    pad_box,
+    view_image,
+    view_mask,
+)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What objects are pasted onto.
+
+    Attributes:
+        image: (H, W, 3) uint8, RGB.
+        semantic: (H, W) int32 label ids; 0 is background, IGNORE_INDEX is void.
+        instances: (H, W) integer; 1 to `num_instances` name its own objects, 0 is none.
+        num_instances: Number of its objects, also of those that a crop has moved out of sight.
+    """
+
+    image: np.ndarray
+    semantic: np.ndarray
+    instances: np.ndarray
+    num_instances: int
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """An object in the box that is pasted; a side of the box may be 0.
+
+    Attributes:
+        image: (h, w, 3) uint8, RGB.
+        semantic: (h, w) integer label ids; those above 0 are the object.
+    """
+
+    image: np.ndarray
+    semantic: np.ndarray
+
+
+def make_canvas(sample: Sample, view: View, change: ColourChange) -> Canvas:
+    """A view of a sample with all of its objects; the padding is void and shows none of them."""
+    seen = view.visible
+    crop = view.crop.seen_from(seen)
+    semantic = view_mask(sample.semantic, view, seen).astype(np.int32)
+    return Canvas(
+        image=view_image(sample.image, view, change, view.crop),
+        semantic=pad_box(semantic, crop, IGNORE_INDEX),
+        instances=pad_box(view_mask(sample.instances, view, seen), crop, 0),
+        num_instances=sample.num_instances,
+    )
+
+
+def cut_out(
+    sample: Sample,
+    view: View,
+    change: ColourChange,
+    *,
+    instance: int,
+    keep_last_row_column: bool = False,
+) -> Cutout | None:
+    """What a view of a sample shows of one of its instances; None if that is nothing.
+
+    The object is every pixel of the instance with a label id above 0, taken as one piece; for
+    `keep_last_row_column` see `object_box`.
+    """
+    seen = view.visible
+    inside = view_mask(sample.instances, view, seen) == instance
+    around = bounding_box(inside)
+    if around is None:
+        return None
+    part = around.moved(seen.top, seen.left)
+    labels = view_mask(sample.semantic, view, part)
+    semantic = np.where(inside[around.slices], labels, BACKGROUND)
+    box = object_box(semantic, keep_last_row_column=keep_last_row_column)
+    if box is None:
+        return None
+    image = view_image(sample.image, view, change, box.moved(part.top, part.left))
+    return Cutout(image, semantic[box.slices])
+
+
+def object_box(semantic: np.ndarray, *, keep_last_row_column: bool = False) -> Box | None:
+    """The box that is pasted of an object; None if there is no object.
+
+    Args:
+        semantic: (H, W) integer label ids; those above 0 are the object.
+        keep_last_row_column: Keep the object whole. The published code, and so the default, cuts
+            off the last row and the last column of its box, of which none is left if it is one
+            pixel high or wide.
+    """
+    box = bounding_box(semantic > 0)
+    if box is None or keep_last_row_column:
+        return box
+    return Box(box.top, box.left, box.bottom - 1, box.right - 1)
 
 
 def copy_paste(
-    samples: Sequence[Sample], rng: random.Random, *, keep_last_row_column: bool = False
+    canvas: Canvas, cutouts: Sequence[Cutout | None], rng: random.Random
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Paste the objects of all later samples onto the first, the canvas, which keeps its own.
+    """Paste objects onto a canvas, which keeps its own.
 
-    The object of a sample is every pixel with a label id above 0, taken as one piece; it lands at a
-    uniform position inside the canvas and covers what was pasted before. Per object two integers
-    are drawn, top before left; a sample without an object draws nothing.
+    Each lands at a uniform position inside the canvas and covers what was pasted before. Per object
+    two integers are drawn, top before left, even if its box has no pixel; None draws nothing.
 
     Args:
-        samples: The canvas and the samples to paste, all of one size (H, W).
+        canvas: The canvas, (H, W).
+        cutouts: What to paste, none of it larger than the canvas.
         rng: Source of the positions.
-        keep_last_row_column: Paste objects whole. The published code, and so the default, cuts
-            off the last row and the last column of each object's box, and an object one pixel high
-            or wide vanishes (its position is drawn all the same).
 
     Returns:
         (H, W, 3) uint8 image, (H, W) semantic mask of the canvas's type, and (N, H, W) boolean
-        instance masks, N the sum of `num_instances`. Instances that are covered, out of sight or
-        were never pasted remain as empty masks.
-
-    Raises:
-        ValueError: no sample, or samples of different sizes.
+        instance masks: the canvas's own, then one a cutout. Instances that are covered, out of
+        sight or were never pasted remain as empty masks.
     """
-    if not samples:
-        raise ValueError("copy_paste needs at least one sample, the canvas")
-    canvas = samples[0]
-    image, semantic = canvas.image.copy(), canvas.semantic.copy()
-    instances = canvas.instances.astype(np.int32)
-    num_instances = canvas.num_instances
-    for sample in samples[1:]:
-        if sample.semantic.shape != semantic.shape:
-            raise ValueError(
-                f"a sample of size {sample.semantic.shape} cannot be pasted onto a canvas of size "
-                f"{semantic.shape}"
-            )
-        box = _object_box(sample.semantic, keep_last_row_column=keep_last_row_column)
-        if box is not None:
-            top, left, height, width = box
-            source = np.s_[top : top + height, left : left + width]
-            new_top = rng.randint(0, semantic.shape[0] - height)
-            new_left = rng.randint(0, semantic.shape[1] - width)
-            place = np.s_[new_top : new_top + height, new_left : new_left + width]
-            inside = sample.semantic[source] > 0
-            pasted = sample.instances[source].astype(np.int32)
-            pasted[pasted > 0] += num_instances
-            np.copyto(image[place], sample.image[source], where=inside[..., None])
-            np.copyto(semantic[place], sample.semantic[source], where=inside)
-            np.copyto(instances[place], pasted, where=inside)
-        num_instances += sample.num_instances
-    ids = np.arange(1, num_instances + 1, dtype=np.int32)
+    image, semantic = canvas.image.copy(order="C"), canvas.semantic.copy()
+    pixels = _as_pixels(image)
+    num_instances = canvas.num_instances + len(cutouts)
+    instances = canvas.instances.astype(np.min_scalar_type(num_instances))
+    for instance, cutout in enumerate(cutouts, start=canvas.num_instances + 1):
+        if cutout is None:
+            continue
+        height, width = cutout.semantic.shape
+        top = rng.randint(0, semantic.shape[0] - height)
+        left = rng.randint(0, semantic.shape[1] - width)
+        place = Box(top, left, top + height, left + width).slices
+        inside = cutout.semantic > 0
+        np.copyto(pixels[place], _as_pixels(cutout.image), where=inside)
+        np.copyto(semantic[place], cutout.semantic, where=inside)
+        instances[place][inside] = instance
+    ids = np.arange(1, num_instances + 1, dtype=instances.dtype)
     return image, semantic, instances == ids[:, None, None]
 
 
-def _object_box(
-    semantic: np.ndarray, *, keep_last_row_column: bool
-) -> tuple[int, int, int, int] | None:
-    """Top, left, height and width of the box that is pasted; None if there is no object."""
-    inside = semantic > 0
-    rows = np.flatnonzero(inside.any(axis=1))
-    if rows.size == 0:
-        return None
-    columns = np.flatnonzero(inside.any(axis=0))
-    extra = 1 if keep_last_row_column else 0
-    height = int(rows[-1] - rows[0]) + extra
-    width = int(columns[-1] - columns[0]) + extra
-    return int(rows[0]), int(columns[0]), height, width
+def _as_pixels(image: np.ndarray) -> np.ndarray:
+    """An (H, W, 3) image as (H, W) pixels, which are copied many times faster than their channels.
+
+    It is a view if the image is contiguous.
+    """
+    return np.ascontiguousarray(image).view(f"V{3 * image.itemsize}")[..., 0]

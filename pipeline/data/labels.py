@@ -59,7 +59,7 @@ def training_target(
         )
     if target == "denseclip":
         return dense_labels.astype(np.int32)
-    semantic = np.where(mask, label_id, BACKGROUND).astype(np.int32)
+    semantic = saliency_target(mask, label_id).astype(np.int32)
     if target == "saliency":
         return semantic
     confident = confidence >= confidence_threshold
@@ -68,6 +68,15 @@ def training_target(
     if label_id != BACKGROUND:
         semantic[~mask & confident & (dense_labels == label_id)] = IGNORE_INDEX
     return semantic
+
+
+def saliency_target(mask: npt.NDArray[np.bool_], label_id: int) -> npt.NDArray[np.unsignedinteger]:
+    """`training_target` of `saliency`, which looks at no dense labels.
+
+    Returns:
+        (H, W) label ids, of the smallest type that has `label_id`.
+    """
+    return np.multiply(mask, label_id, dtype=np.min_scalar_type(label_id))
 
 
 def encode_confidence(confidence: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:

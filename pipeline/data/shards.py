@@ -24,6 +24,7 @@ from pipeline.files import file_sha256, read_json, replace_dir, write_json
 MANIFEST = "manifest.json"
 KEY = re.compile(r"[0-9A-Za-z_-]+")
 TAR_BLOCK = 512
+MAX_OPEN = 128
 
 Sample = dict[str, Any]
 
@@ -136,8 +137,8 @@ def open_samples(shard_dir: Path, *, members: Iterable[str] = ()) -> SampleStore
 class SampleStore:
     """Random access to the samples of a folder of shards.
 
-    Holds names and offsets only and opens a shard at each read, so it may be used by several
-    threads, pickled, and sent to worker processes.
+    It may be used by several threads, pickled, and sent to worker processes. The first shards that
+    are read stay open, up to a number; the others are opened at each read.
 
     Attributes:
         keys: sample keys, in order.
@@ -145,6 +146,7 @@ class SampleStore:
     """
 
     def __init__(self, shard_dir: Path, members: frozenset[str]) -> None:
+        self._descriptors: dict[Path, int] = {}
         self.manifest = read_manifest(shard_dir)
         self.keys: list[str] = []
         self._locations: list[tuple[Path, dict[str, tuple[int, int]]]] = []
@@ -164,23 +166,35 @@ class SampleStore:
         """`__key__` and the bytes of all members of one sample."""
         path, spans = self._locations[index]
         sample: Sample = {"__key__": self.keys[index]}
-        with path.open("rb") as file:
-            for name, (offset, size) in spans.items():
-                file.seek(offset)
-                sample[name] = file.read(size)
+        for name, span in spans.items():
+            sample[name] = self._read(path, *span)
         return sample
 
     def member(self, index: int, name: str) -> bytes:
         """The bytes of one member; KeyError if the sample has none of that name."""
         path, spans = self._locations[index]
-        offset, size = spans[name]
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        return self._read(path, *spans[name])
 
     def json(self, index: int) -> dict[str, Any]:
         """The parsed member `json`."""
         return json.loads(self.member(index, "json"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_descriptors": {}}
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def _read(self, path: Path, offset: int, size: int) -> bytes:
+        if path not in self._descriptors and len(self._descriptors) < MAX_OPEN:
+            opened = os.open(path, os.O_RDONLY)
+            if self._descriptors.setdefault(path, opened) != opened:  # another thread was faster
+                os.close(opened)
+        if path in self._descriptors:
+            return os.pread(self._descriptors[path], size, offset)
+        with path.open("rb") as file:
+            return os.pread(file.fileno(), size, offset)
 
 
 def _write_tar(path: Path, samples: Iterable[Mapping[str, Any]], seen: set[str]) -> int:

@@ -13,28 +13,29 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.data.copy_paste import copy_paste
+from pipeline.data.copy_paste import Canvas, Cutout, copy_paste, cut_out, make_canvas
 from pipeline.data.images import ImageError, decode_label, decode_png, load_image
 from pipeline.data.labels import (
     BACKGROUND,
     Conflict,
     Target,
     decode_confidence,
+    saliency_target,
     training_target,
 )
 from pipeline.data.shards import open_samples
 from pipeline.data.transforms import (
+    ColourChange,
     Sample,
-    random_blur,
-    random_colour_jitter,
-    random_crop,
-    random_flip,
-    random_greyscale,
-    random_scale,
+    View,
+    bounding_box,
+    draw_colour_change,
+    draw_view,
 )
 from pipeline.errors import PipelineError
 
@@ -107,57 +108,53 @@ class Archives:
         self.objects: dict[int, list[int]] = {}
         self.negatives: list[int] = []
         self.num_empty = 0
-        for index, label_id in enumerate(self._label_ids):
-            if label_id == BACKGROUND:
-                self.negatives.append(index)
-            elif self._instances(self._mask(index)).any():
-                self.objects.setdefault(label_id, []).append(index)
-            else:
-                self.num_empty += 1
+        self._memory: dict[int, Sample] = {}
+        self._sort()
         if not self.objects:
             raise PipelineError(
                 f"{labels_dir}: none of {len(self._store)} samples has an object in its "
                 "pseudo-mask; look at the settings of the mask stage"
             )
-        self._memory: dict[int, Sample] = {}
-        self._fill_memory()
 
     def __getitem__(self, index: int) -> Sample:
-        """The decoded sample, whole and as stored; its arrays are not to be written to."""
+        """The decoded sample, whole and as stored; it is not to be written to."""
         return self._memory[index] if index in self._memory else self._decode(index)
 
-    def _fill_memory(self) -> None:
-        num_bytes = 0
-        for index in sorted(self.negatives + [i for part in self.objects.values() for i in part]):
-            sample = self._decode(index)
-            arrays = (sample.image, sample.semantic, sample.instances)
-            num_bytes += sum(array.nbytes for array in arrays)
-            if num_bytes > MEMORY_BYTES:
-                break
-            self._memory[index] = sample
+    def _sort(self) -> None:
+        """Tell samples with an object from those without, and keep the first ones in memory."""
+        free = MEMORY_BYTES
+        for index, label_id in enumerate(self._label_ids):
+            if label_id == BACKGROUND:
+                self.negatives.append(index)
+            elif self._shows_object(index):
+                self.objects.setdefault(label_id, []).append(index)
+            else:
+                self.num_empty += 1
+                continue
+            if free > 0:
+                sample = self._decode(index)
+                free -= _num_bytes(sample)
+                if free >= 0:
+                    self._memory[index] = _without_metadata(sample)
+
+    def _shows_object(self, index: int) -> bool:
+        mask = self._mask(index)
+        return bool(self._instances(mask).any() if self._split_components else mask.any())
 
     def _decode(self, index: int) -> Sample:
-        parts = self._store[index]
         label_id = self._label_ids[index]
         try:
-            image = np.asarray(load_image(parts["jpg"]))
+            image = load_image(self._store.member(index, "jpg"))
+            shape = image.size[::-1]
             if label_id == BACKGROUND:
-                nothing = np.zeros(image.shape[:2], dtype=np.int32)
-                return Sample(image, nothing, nothing.astype(np.uint8), 0)
-            mask = decode_png(parts["mask.png"]) > 0
-            semantic = training_target(
-                mask,
-                label_id,
-                decode_label(parts["label.png"]),
-                decode_confidence(decode_png(parts["confidence.png"])),
-                target=self._target,
-                confidence_threshold=self._confidence_threshold,
-                conflict=self._conflict,
-            )
+                nothing = np.zeros(shape, dtype=np.uint8)
+                return Sample(image, nothing, nothing, 0)
+            mask = self._mask(index)
+            semantic = self._semantic(index, mask)
         except (ImageError, ValueError) as error:
             raise self._complaint(index, str(error)) from None
-        if image.shape[:2] != mask.shape:
-            raise self._complaint(index, f"image {image.shape[:2]} and mask {mask.shape} differ")
+        if shape != mask.shape:
+            raise self._complaint(index, f"image {shape} and mask {mask.shape} differ")
         instances = self._instances(mask)
         return Sample(image, semantic, instances, int(instances.max()))
 
@@ -167,16 +164,33 @@ class Archives:
         except ImageError as error:
             raise self._complaint(index, str(error)) from None
 
+    def _semantic(self, index: int, mask: np.ndarray) -> np.ndarray:
+        """What training sees of a sample; only `saliency` does without its dense labels."""
+        if self._target == "saliency":
+            return saliency_target(mask, self._label_ids[index])
+        return training_target(
+            mask,
+            self._label_ids[index],
+            decode_label(self._store.member(index, "label.png")),
+            decode_confidence(decode_png(self._store.member(index, "confidence.png"))),
+            target=self._target,
+            confidence_threshold=self._confidence_threshold,
+            conflict=self._conflict,
+        )
+
     def _instances(self, mask: np.ndarray) -> np.ndarray:
         """Instance ids (H, W), uint8, of a pseudo-mask."""
         if not self._split_components:
-            return mask.astype(np.uint8)
-        components, count = ndimage.label(mask)
-        areas = np.bincount(components.ravel(), minlength=count + 1)
-        kept = areas >= SPECK * mask.size
-        kept[0] = False
-        ids = np.where(kept, kept.cumsum(), 0).astype(np.uint8)
-        return ids[components]
+            return mask.view(np.uint8)
+        instances = np.zeros(mask.shape, dtype=np.uint8)
+        box = bounding_box(mask)
+        if box is not None:
+            components, count = ndimage.label(mask[box.slices])
+            areas = np.bincount(components.ravel(), minlength=count + 1)
+            kept = areas >= SPECK * mask.size
+            kept[0] = False
+            instances[box.slices] = np.where(kept, kept.cumsum(), 0)[components]
+        return instances
 
     def _label_id(self, index: int, categories: Sequence[str]) -> int:
         """The label id of a sample whose category is still the one of params.yaml."""
@@ -212,8 +226,7 @@ class Composition:
         max_paste: Largest number of archive images in one training image.
         same_archive: Probability that they all come from one archive, drawn uniformly.
         negative_canvas: Probability that the objects are pasted onto a negative.
-        keep_last_row_column: As for `copy_paste`.
-        keep_last_row_column: see `copy_paste`.
+        keep_last_row_column: As for `object_box`.
     """
 
     crop_size: int
@@ -273,25 +286,43 @@ class TrainingSet(Dataset[Composed]):
         pool = self._all_objects
         if rng.random() < composition.same_archive:
             pool = self._archives.objects[rng.choice(self._label_ids)]
-        if rng.random() < composition.negative_canvas:
-            samples = [self._augmented(rng.choice(self._archives.negatives), rng)]
-        else:
-            samples = [self._augmented(rng.choice(pool), rng)]
-            num_objects -= 1
-        for _ in range(num_objects):
-            sample = self._augmented(rng.choice(pool), rng)
-            samples.append(_single_object(sample, rng.randint(1, sample.num_instances)))
-        return copy_paste(samples, rng, keep_last_row_column=composition.keep_last_row_column)
+        from_negative = rng.random() < composition.negative_canvas
+        canvas = self._canvas(rng.choice(self._archives.negatives if from_negative else pool), rng)
+        num_cutouts = num_objects if from_negative else num_objects - 1
+        cutouts = [self._cutout(rng.choice(pool), rng) for _ in range(num_cutouts)]
+        return copy_paste(canvas, cutouts, rng)
 
-    def _augmented(self, index: int, rng: random.Random) -> Sample:
+    def _canvas(self, index: int, rng: random.Random) -> Canvas:
+        sample = self._archives[index]
+        return make_canvas(sample, *self._draw_augmentation(sample, rng))
+
+    def _cutout(self, index: int, rng: random.Random) -> Cutout | None:
+        sample = self._archives[index]
+        view, change = self._draw_augmentation(sample, rng)
+        return cut_out(
+            sample,
+            view,
+            change,
+            instance=rng.randint(1, sample.num_instances),
+            keep_last_row_column=self._composition.keep_last_row_column,
+        )
+
+    def _draw_augmentation(self, sample: Sample, rng: random.Random) -> tuple[View, ColourChange]:
         composition = self._composition
-        sample = random_scale(self._archives[index], composition.scale_range, rng)
-        sample = random_crop(sample, composition.crop_size, rng)
-        sample = random_flip(sample, composition.flip, rng)
-        image = random_colour_jitter(sample.image, composition.colour_jitter, rng)
-        image = random_greyscale(image, composition.greyscale, rng)
-        image = random_blur(image, composition.blur, rng)
-        return replace(sample, image=image)
+        view = draw_view(
+            *sample.semantic.shape,
+            scale_range=composition.scale_range,
+            crop_size=composition.crop_size,
+            flip=composition.flip,
+            rng=rng,
+        )
+        change = draw_colour_change(
+            jitter=composition.colour_jitter,
+            greyscale=composition.greyscale,
+            blur=composition.blur,
+            rng=rng,
+        )
+        return view, change
 
 
 def collate(composed: Sequence[Composed]) -> Batch:
@@ -305,12 +336,11 @@ def collate(composed: Sequence[Composed]) -> Batch:
     )
 
 
-def _single_object(sample: Sample, instance: int) -> Sample:
-    """The sample with one of its instances only, background all around it."""
-    inside = sample.instances == instance
-    return replace(
-        sample,
-        semantic=np.where(inside, sample.semantic, BACKGROUND),
-        instances=inside.astype(np.uint8),
-        num_instances=1,
-    )
+def _num_bytes(sample: Sample) -> int:
+    """What a sample takes in memory; Pillow spends four bytes on a pixel."""
+    return 4 * sample.semantic.size + sample.semantic.nbytes + sample.instances.nbytes
+
+
+def _without_metadata(sample: Sample) -> Sample:
+    """The sample without what its file says beside the pixels, which may be large."""
+    return replace(sample, image=Image.fromarray(np.asarray(sample.image)))

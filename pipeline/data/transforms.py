@@ -1,155 +1,296 @@
-"""Joint transforms of an image and its masks, every random draw from a generator passed in.
+"""Joint transforms of an image and its masks: drawn as a whole, applied only where needed.
 
-Letters: H W pixels. Settings are those of the ZUTIS paper, appendix B.2, as its code applies them.
+All random numbers of a transform are drawn first, from a generator passed in, and make up a `View`,
+its geometry, and a `ColourChange`. Any box of the result can then be had by itself.
+
+Letters: H W pixels of an image, h w of a box. Settings are those of the ZUTIS paper, appendix B.2,
+as its code applies them.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pipeline.data.labels import IGNORE_INDEX
-
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.8, 0.8, 0.8, 0.2
 BLUR_SIGMA = (0.1, 2.0)
+# Pillow blurs by three boxes; up to sigma 2 each reaches two pixels far.
+BLUR_REACH = 6
 LUMA = np.array([0.299, 0.587, 0.114])
 YIQ_OF_RGB = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 RGB_OF_YIQ = np.linalg.inv(YIQ_OF_RGB)
 
 
+class Box(NamedTuple):
+    """Rows from `top` and columns from `left`, up to `bottom` and `right`, which are not in it."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.bottom - self.top, self.right - self.left
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """What cuts this box out of an array."""
+        return slice(self.top, self.bottom), slice(self.left, self.right)
+
+    @property
+    def area(self) -> int:
+        """Number of pixels."""
+        return (self.bottom - self.top) * (self.right - self.left)
+
+    def moved(self, down: int, right: int) -> Box:
+        """The same box elsewhere."""
+        return Box(self.top + down, self.left + right, self.bottom + down, self.right + right)
+
+    def grown(self, margin: int) -> Box:
+        """With a margin on all four sides."""
+        return Box(self.top - margin, self.left - margin, self.bottom + margin, self.right + margin)
+
+    def seen_from(self, other: Box) -> Box:
+        """With rows and columns counted from the corner of another box."""
+        return self.moved(-other.top, -other.left)
+
+    def within(self, other: Box) -> Box:
+        """What it shares with another box."""
+        top, left = max(self.top, other.top), max(self.left, other.left)
+        return Box(top, left, min(self.bottom, other.bottom), min(self.right, other.right))
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One image with its semantic and instance targets.
+    """One image with its semantic and instance targets, whole and as stored.
 
     Attributes:
-        image: (H, W, 3) uint8, RGB.
+        image: RGB, H rows and W columns.
         semantic: (H, W) integer label ids; 0 is background, IGNORE_INDEX is void.
         instances: (H, W) integer; 1 to `num_instances` name this sample's objects, 0 is none.
-        num_instances: Number of its objects, also of those that a crop has moved out of sight.
+        num_instances: Number of its objects.
     """
 
-    image: np.ndarray
+    image: Image.Image
     semantic: np.ndarray
     instances: np.ndarray
     num_instances: int = 1
 
 
-def random_scale(sample: Sample, scale_range: tuple[float, float], rng: random.Random) -> Sample:
-    """Resize by a factor uniform in `scale_range`: bilinear for the image, nearest for the masks.
+@dataclass(frozen=True)
+class View:
+    """What a square crop shows of an image that is resized and perhaps mirrored.
 
-    Sizes are rounded down, to one pixel at least.
+    Every box of a view counts rows and columns of that resized, mirrored image.
+
+    Attributes:
+        height: Rows of the resized image.
+        width: Its columns.
+        crop: The square; where it reaches beyond the image there is padding.
+        mirrored: Whether left and right have changed places.
     """
-    height, width = sample.semantic.shape
-    factor = rng.uniform(*scale_range)
-    new_height, new_width = max(int(height * factor), 1), max(int(width * factor), 1)
-    if (new_height, new_width) == (height, width):
-        return sample
-    image = Image.fromarray(sample.image)
-    resized = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
-    rows = _nearest(height, new_height)
-    columns = _nearest(width, new_width)
-    return replace(
-        sample,
-        image=np.asarray(resized),
-        semantic=sample.semantic.take(rows, axis=0).take(columns, axis=1),
-        instances=sample.instances.take(rows, axis=0).take(columns, axis=1),
-    )
+
+    height: int
+    width: int
+    crop: Box
+    mirrored: bool
+
+    @property
+    def whole(self) -> Box:
+        """All of the image."""
+        return Box(0, 0, self.height, self.width)
+
+    @property
+    def visible(self) -> Box:
+        """The part of the image that the crop shows."""
+        return self.crop.within(self.whole)
 
 
-def random_crop(sample: Sample, size: int, rng: random.Random) -> Sample:
-    """Cut a random `size` x `size` window out of a sample.
+@dataclass(frozen=True)
+class ColourChange:
+    """A change of the colours of a crop.
 
-    A side that is too short is padded at one end, chosen at random: the image with its mean
-    colour, the semantic mask with IGNORE_INDEX, the instances with 0.
+    Attributes:
+        jitter: Names and strengths of the steps of the jitter, in order; none, if there is none.
+        greyscale: Whether colours are replaced by their luma.
+        blur_sigma: In pixels; 0 is no blur.
     """
-    height, width = sample.semantic.shape
-    top = rng.randint(0, max(height - size, 0))
-    left = rng.randint(0, max(width - size, 0))
-    window = np.s_[top : top + size, left : left + size]
-    image = sample.image[window]
-    semantic = sample.semantic[window]
-    instances = sample.instances[window]
-    pad_height, pad_width = size - semantic.shape[0], size - semantic.shape[1]
-    if pad_height or pad_width:
-        before = rng.choice((0, pad_height)), rng.choice((0, pad_width))
-        image = _pad(image, size, before, mean_colour(sample.image))
-        semantic = _pad(semantic, size, before, IGNORE_INDEX)
-        instances = _pad(instances, size, before, 0)
-    return replace(sample, image=image, semantic=semantic, instances=instances)
+
+    jitter: tuple[tuple[str, float], ...] = ()
+    greyscale: bool = False
+    blur_sigma: float = 0.0
 
 
-def random_flip(sample: Sample, probability: float, rng: random.Random) -> Sample:
-    """Mirror left and right with this probability."""
-    if rng.random() >= probability:
-        return sample
-    return replace(
-        sample,
-        image=sample.image[:, ::-1],
-        semantic=sample.semantic[:, ::-1],
-        instances=sample.instances[:, ::-1],
-    )
+UNCHANGED = ColourChange()
 
 
-def random_colour_jitter(image: np.ndarray, probability: float, rng: random.Random) -> np.ndarray:
-    """With this probability, change brightness, contrast, saturation and hue, in random order.
-
-    Factors are uniform in [0.2, 1.8], the turn of the hue in [-0.2, 0.2] of the colour circle: the
-    published strengths. The four are one affine map of the colours, applied in a single pass: hue
-    turns around the grey axis (the published code turns it in HSV, some six times slower), and
-    colours are clipped once, at the end.
+def draw_view(
+    height: int,
+    width: int,
+    *,
+    scale_range: tuple[float, float],
+    crop_size: int,
+    flip: float,
+    rng: random.Random,
+) -> View:
+    """Draw scale, crop and flip of an image of this size.
 
     Args:
-        image: (H, W, 3) uint8.
-        probability: Chance that the image changes at all.
+        height: H.
+        width: W.
+        scale_range: The factor of both sides is uniform in it. Sides are rounded down, to one pixel
+            at least.
+        crop_size: Side of the crop, which is uniform within the image. A side of the image that is
+            too short is padded at one end, chosen at random.
+        flip: Probability of mirroring left and right.
         rng: Source of the draws.
+    """
+    factor = rng.uniform(*scale_range)
+    height, width = max(int(height * factor), 1), max(int(width * factor), 1)
+    top = rng.randint(0, max(height - crop_size, 0))
+    left = rng.randint(0, max(width - crop_size, 0))
+    pad_height, pad_width = max(crop_size - height, 0), max(crop_size - width, 0)
+    if pad_height or pad_width:
+        top -= rng.choice((0, pad_height))
+        left -= rng.choice((0, pad_width))
+    mirrored = rng.random() < flip
+    if mirrored:
+        left = width - crop_size - left
+    return View(height, width, Box(top, left, top + crop_size, left + crop_size), mirrored)
+
+
+def draw_colour_change(
+    *, jitter: float, greyscale: float, blur: float, rng: random.Random
+) -> ColourChange:
+    """Draw a change of colours.
+
+    The jitter changes brightness, contrast, saturation and hue, in random order, by the published
+    strengths: factors are uniform in [0.2, 1.8], the turn of the hue in [-0.2, 0.2] of the colour
+    circle. The sigma of the blur is uniform in [0.1, 2] pixels.
+
+    Args:
+        jitter: Probability of the jitter.
+        greyscale: Probability of losing all colour.
+        blur: Probability of a blur.
+        rng: Source of the draws.
+    """
+    steps = _draw_jitter(rng) if rng.random() < jitter else ()
+    is_grey = rng.random() < greyscale
+    sigma = rng.uniform(*BLUR_SIGMA) if rng.random() < blur else 0.0
+    return ColourChange(steps, is_grey, sigma)
+
+
+def view_image(image: Image.Image, view: View, change: ColourChange, box: Box) -> np.ndarray:
+    """The pixels of a box of a view, resized bilinearly, their colours changed.
+
+    Padding has the mean colour of the resized image. The jitter is one affine map of the colours:
+    hue turns around the grey axis (the published code turns it in HSV, some six times slower), and
+    colours are clipped once, at the end. Contrast is relative to the mean of the whole crop, and a
+    blur sees the pixels around the box, so the result is what the whole crop would have there.
+
+    Args:
+        image: RGB.
+        view: What is seen of it.
+        change: The change of colours.
+        box: Within the view's crop, not in its padding alone; its sides may be 0.
 
     Returns:
-        (H, W, 3) uint8.
+        (h, w, 3) uint8.
     """
-    if rng.random() >= probability:
-        return image
-    mean = np.append(mean_colour(image), 1.0)
-    colour_map = np.eye(4)
-    steps = ["brightness", "contrast", "saturation", "hue"]
+    if 0 in box.shape:
+        return np.empty((*box.shape, 3), dtype=np.uint8)
+    scaled = image.resize((view.width, view.height), Image.Resampling.BILINEAR)
+    if view.mirrored:
+        scaled = scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    resized = np.asarray(scaled)
+    fill, mean = _padding_and_mean(resized, view)
+    reach = BLUR_REACH if change.blur_sigma else 0
+    near = box.grown(reach).within(view.crop).within(view.whole.grown(reach))
+    changed = _change_colours(pad_box(resized, near, fill), change, mean)
+    if box.within(near) == box:
+        return changed[box.seen_from(near).slices]
+    padding = _change_colours(fill[None, None], change, mean)
+    return pad_box(changed, box.seen_from(near), padding)
+
+
+def view_mask(mask: np.ndarray, view: View, box: Box) -> np.ndarray:
+    """A visible box (h, w) of a view of a mask (H, W), resized to the nearest neighbour."""
+    rows = _nearest(mask.shape[0], view.height)
+    columns = _nearest(mask.shape[1], view.width)
+    if view.mirrored:
+        columns = columns[::-1]
+    return mask.take(rows[box.top : box.bottom], axis=0).take(columns[box.left : box.right], axis=1)
+
+
+def bounding_box(inside: np.ndarray) -> Box | None:
+    """Smallest box around the true pixels (H, W); None if there is none."""
+    rows = np.flatnonzero(inside.any(axis=1))
+    if rows.size == 0:
+        return None
+    columns = np.flatnonzero(inside.any(axis=0))
+    return Box(int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1)
+
+
+def pad_box(array: np.ndarray, box: Box, fill: np.ndarray | int) -> np.ndarray:
+    """A box of an array (H, W, ...) that it may reach beyond, filled up with `fill` there."""
+    shared = box.within(Box(0, 0, *array.shape[:2]))
+    if shared == box:
+        return array[box.slices]
+    padded = np.empty((*box.shape, *array.shape[2:]), dtype=array.dtype)
+    # One row, then whole rows: many times faster than pixel by pixel.
+    padded[:1] = fill
+    padded[1:] = padded[:1]
+    padded[shared.seen_from(box).slices] = array[shared.slices]
+    return padded
+
+
+def _draw_jitter(rng: random.Random) -> tuple[tuple[str, float], ...]:
+    strengths = {
+        "brightness": (1.0 - BRIGHTNESS, 1.0 + BRIGHTNESS),
+        "contrast": (1.0 - CONTRAST, 1.0 + CONTRAST),
+        "saturation": (1.0 - SATURATION, 1.0 + SATURATION),
+        "hue": (-HUE, HUE),
+    }
+    steps = list(strengths)
     rng.shuffle(steps)
-    for step in steps:
-        if step == "brightness":
-            change = _brightness(_factor(BRIGHTNESS, rng))
-        elif step == "contrast":
-            grey = float(LUMA @ (colour_map @ mean)[:3])
-            change = _contrast(_factor(CONTRAST, rng), grey)
-        elif step == "saturation":
-            change = _saturation(_factor(SATURATION, rng))
-        else:
-            change = _hue(rng.uniform(-HUE, HUE))
-        colour_map = change @ colour_map
-    rows = tuple(colour_map[:3].ravel().tolist())
-    return np.asarray(Image.fromarray(image).convert("RGB", rows))
+    return tuple((step, rng.uniform(*strengths[step])) for step in steps)
 
 
-def random_greyscale(image: np.ndarray, probability: float, rng: random.Random) -> np.ndarray:
-    """With this probability, replace the colours of an (H, W, 3) uint8 image by their luma."""
-    if rng.random() >= probability:
-        return image
-    return np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
+def _padding_and_mean(resized: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
+    """Mean colours of the whole image, which pads its crop, and of the crop: (3,) uint8 each."""
+    seen, num_pixels = view.visible, view.crop.area
+    totals = _totals(resized)
+    fill = totals // view.whole.area
+    seen_totals = totals if seen == view.whole else _totals(resized[seen.slices])
+    mean = (seen_totals + (num_pixels - seen.area) * fill) // num_pixels
+    return fill.astype(np.uint8), mean.astype(np.uint8)
 
 
-def random_blur(image: np.ndarray, probability: float, rng: random.Random) -> np.ndarray:
-    """With this probability, blur an (H, W, 3) uint8 image; sigma is uniform in [0.1, 2] pixels."""
-    if rng.random() >= probability:
-        return image
-    sigma = rng.uniform(*BLUR_SIGMA)
-    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
-
-
-def mean_colour(image: np.ndarray) -> np.ndarray:
-    """Mean of an (H, W, 3) uint8 image, rounded down: (3,) uint8."""
+def _totals(pixels: np.ndarray) -> np.ndarray:
+    """Sums of each channel of (H, W, 3) uint8: (3,) uint64."""
     # Rows first: many times faster than both axes at once.
-    totals = image.sum(axis=0, dtype=np.uint64).sum(axis=0)
-    return (totals // np.uint64(image.shape[0] * image.shape[1])).astype(np.uint8)
+    return pixels.sum(axis=0, dtype=np.uint32).sum(axis=0, dtype=np.uint64)
+
+
+def _change_colours(pixels: np.ndarray, change: ColourChange, mean: np.ndarray) -> np.ndarray:
+    """Pixels (h, w, 3), uint8, changed; `mean` is the mean colour (3,) of the crop they are of."""
+    if change == UNCHANGED:
+        return pixels
+    image = Image.fromarray(pixels)
+    if change.jitter:
+        image = image.convert("RGB", _colour_map(change.jitter, mean))
+    if change.greyscale:
+        image = image.convert("L")
+    if change.blur_sigma:
+        image = image.filter(ImageFilter.GaussianBlur(change.blur_sigma))
+    return np.asarray(image.convert("RGB") if change.greyscale else image)
 
 
 def _nearest(length: int, new_length: int) -> np.ndarray:
@@ -157,39 +298,28 @@ def _nearest(length: int, new_length: int) -> np.ndarray:
     return np.minimum(centres.astype(np.intp), length - 1)
 
 
-def _pad(
-    array: np.ndarray, size: int, before: tuple[int, int], fill: np.ndarray | int
-) -> np.ndarray:
-    padded = np.empty((size, size, *array.shape[2:]), dtype=array.dtype)
-    padded[:] = fill
-    top, left = before
-    padded[top : top + array.shape[0], left : left + array.shape[1]] = array
-    return padded
+def _colour_map(jitter: tuple[tuple[str, float], ...], mean: np.ndarray) -> tuple[float, ...]:
+    """The jitter of a crop of this mean colour (3,) as an affine map, row by row: 12 numbers.
+
+    All steps but the hue blend colours with what is left of them at strength 0: black, the grey
+    level of the mean, or the grey level of each colour.
+    """
+    homogeneous = np.append(mean, 1.0)
+    colour_map = np.eye(3, 4)
+    for step, strength in jitter:
+        if step == "hue":
+            colour_map = _turn_hue(strength) @ colour_map
+            continue
+        neutral = np.zeros(4)
+        if step == "contrast":
+            neutral[3] = LUMA @ (colour_map @ homogeneous)
+        elif step == "saturation":
+            neutral = LUMA @ colour_map
+        colour_map = strength * colour_map + (1.0 - strength) * neutral
+    return tuple(colour_map.ravel().tolist())
 
 
-def _factor(strength: float, rng: random.Random) -> float:
-    return rng.uniform(1.0 - strength, 1.0 + strength)
-
-
-def _brightness(factor: float) -> np.ndarray:
-    return np.diag([factor, factor, factor, 1.0])
-
-
-def _contrast(factor: float, grey: float) -> np.ndarray:
-    change = _brightness(factor)
-    change[:3, 3] = (1.0 - factor) * grey
-    return change
-
-
-def _saturation(factor: float) -> np.ndarray:
-    change = _brightness(factor)
-    change[:3, :3] += (1.0 - factor) * LUMA
-    return change
-
-
-def _hue(turn: float) -> np.ndarray:
-    cosine, sine = np.cos(2 * np.pi * turn), np.sin(2 * np.pi * turn)
-    change = np.eye(4)
+def _turn_hue(turn: float) -> np.ndarray:
+    cosine, sine = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
     rotation = np.array([[1.0, 0.0, 0.0], [0.0, cosine, -sine], [0.0, sine, cosine]])
-    change[:3, :3] = RGB_OF_YIQ @ rotation @ YIQ_OF_RGB
-    return change
+    return RGB_OF_YIQ @ rotation @ YIQ_OF_RGB

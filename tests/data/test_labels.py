@@ -7,6 +7,7 @@ from pipeline.data.labels import (
     IGNORE_INDEX,
     decode_confidence,
     encode_confidence,
+    saliency_target,
     training_target,
 )
 
@@ -21,6 +22,13 @@ def test_saliency_is_the_pseudo_mask() -> None:
     target = training_target(MASK, 2, DENSE, CONFIDENCE, target="saliency")
     assert target.dtype == np.int32
     assert target.tolist() == [[2] * 6, [0] * 6]
+
+
+@pytest.mark.parametrize("label_id", [0, 1, 255, 256, 65_536])
+def test_saliency_alone_has_room_for_its_label_id(label_id: int) -> None:
+    labels = saliency_target(MASK, label_id)
+    assert labels.tolist() == [[label_id] * 6, [0] * 6]
+    assert (labels.dtype == np.uint8) == (label_id < 256)
 
 
 def test_denseclip_is_the_dense_labels_alone() -> None:

@@ -7,11 +7,13 @@ import json
 import pickle
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import webdataset
 
+import pipeline.data.shards
 from pipeline.data.shards import open_samples, read_manifest, read_shards, write_shards
 from pipeline.errors import PipelineError
 
@@ -104,6 +106,20 @@ def test_random_access(shard_dir: Path) -> None:
         store[NUM_SAMPLES]
     with pytest.raises(KeyError):
         store.member(0, "npy")
+
+
+@pytest.mark.parametrize("max_open", [0, 1, 128])
+def test_reading_from_threads_and_copies(
+    shard_dir: Path, max_open: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.data.shards, "MAX_OPEN", max_open)
+    store = open_samples(shard_dir)
+    numbers = [number % NUM_SAMPLES for number in range(0, 900, 4)]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda number: store.member(number, "mask.png"), numbers))
+    assert found == [bytes([number]) * 600 for number in numbers]
+    copy = pickle.loads(pickle.dumps(store))
+    assert [copy.json(number)["rank"] for number in numbers] == numbers
 
 
 def test_failure_while_writing_keeps_what_was_there(shard_dir: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_samples_are_sorted_into_objects_negatives_and_empty(tmp_path: Path) -> 
     assert len(source.negatives) == 1
     assert source.num_empty == 1
     sample = source[source.objects[2][0]]
-    assert sample.image.shape == (40, 30, 3)
+    assert sample.image.size == (30, 40)
     assert sample.num_instances == 1
     np.testing.assert_array_equal(sample.semantic, box_mask((5, 4, 20, 16)) * 2)
     negative = source[source.negatives[0]]
@@ -187,6 +188,33 @@ def test_dense_labels_reach_the_target(tmp_path: Path) -> None:
     assert fused.instances.sum() == 81
     weak = archives(tmp_path, samples, target="fused", confidence_threshold=0.9)[0]
     assert weak.semantic.sum() == 81
+
+
+def test_saliency_looks_at_no_dense_labels(tmp_path: Path) -> None:
+    damaged = [{**sample, "label.png": b"", "confidence.png": b""} for sample in all_samples()]
+    whole, without = (
+        training_set(archives(tmp_path / name, samples))
+        for name, samples in (("whole", None), ("damaged", damaged))
+    )
+    for number in range(8):
+        for array, other in zip(whole[number], without[number], strict=True):
+            np.testing.assert_array_equal(array, other)
+    for target in ("fused", "denseclip"):
+        with pytest.raises(PipelineError, match=r"plain0_1: not an image|plain0_1: damaged"):
+            archives(tmp_path / target, damaged, target=target)
+
+
+@pytest.mark.parametrize("memory", [20_000, 10**9])
+def test_a_pickled_copy_gives_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+) -> None:
+    monkeypatch.setattr(pipeline.data.training_set, "MEMORY_BYTES", memory)
+    images = training_set(archives(tmp_path))
+    expected = [images[number] for number in range(6)]
+    copy = pickle.loads(pickle.dumps(images))
+    for number in range(6):
+        for array, other in zip(copy[number], expected[number], strict=True):
+            np.testing.assert_array_equal(array, other)
 
 
 def test_one_pixel_images_and_more_than_a_byte_of_categories(tmp_path: Path) -> None:

@@ -5,124 +5,233 @@ import random
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
 
-from pipeline.data.labels import IGNORE_INDEX
 from pipeline.data.transforms import (
-    Sample,
-    mean_colour,
-    random_blur,
-    random_colour_jitter,
-    random_crop,
-    random_flip,
-    random_greyscale,
-    random_scale,
+    BLUR_SIGMA,
+    Box,
+    ColourChange,
+    View,
+    bounding_box,
+    draw_colour_change,
+    draw_view,
+    pad_box,
+    view_image,
+    view_mask,
 )
 
-
-def coded_sample(height: int, width: int) -> Sample:
-    """Blocks of 4 x 4 pixels whose colour, label id and instance id agree."""
-    rows, columns = np.mgrid[:height, :width] // 4
-    code = (rows * 7 + columns) % 50
-    image = np.stack([code * 5, code, 255 - code], axis=-1).astype(np.uint8)
-    return Sample(image, (code + 300).astype(np.int16), (code + 1).astype(np.int16), 50)
+SIZES = [(64, 48), (32, 32), (20, 60), (60, 20), (150, 9), (7, 9), (1, 1)]
 
 
-def assert_agree(sample: Sample) -> None:
-    code = sample.instances.astype(int) - 1
-    inside = code >= 0
-    np.testing.assert_array_equal(sample.semantic[inside], code[inside] + 300)
-    assert (sample.semantic[~inside] == IGNORE_INDEX).all()
-    np.testing.assert_array_equal(sample.image[inside][:, 1], code[inside])
+def photo(height: int, width: int, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def test_scale_keeps_image_and_masks_aligned() -> None:
-    scaled = random_scale(coded_sample(40, 24), (2.0, 2.0), random.Random(0))
-    assert scaled.image.shape == (80, 48, 3)
-    assert scaled.image.dtype == np.uint8
-    assert scaled.semantic.dtype == np.int16
-    centre = scaled.semantic[4::8, 4::8]
-    np.testing.assert_array_equal(centre, coded_sample(40, 24).semantic[2::4, 2::4])
-    np.testing.assert_array_equal(scaled.image[4::8, 4::8, 1].astype(int) + 300, centre)
+def as_it_is(height: int, width: int) -> View:
+    return View(height, width, crop=Box(0, 0, height, width), mirrored=False)
+
+
+def drawn_view(
+    height: int, width: int, rng: random.Random, *, size: int = 32, flip: float = 0.5
+) -> View:
+    return draw_view(height, width, scale_range=(0.3, 1.7), crop_size=size, flip=flip, rng=rng)
+
+
+def drawn_box(view: View, rng: random.Random) -> Box:
+    """A box of the crop that has some of the image, often up to the crop's edge, or no pixel."""
+    crop, seen = view.crop, view.visible
+    top, left = rng.randrange(seen.top, seen.bottom), rng.randrange(seen.left, seen.right)
+    return Box(
+        rng.choice((crop.top, top)),
+        rng.choice((crop.left, left)),
+        rng.choice((crop.bottom, top + 1, top)),
+        rng.choice((crop.right, left + 1)),
+    )
+
+
+def jittered(image: Image.Image, seed: int) -> np.ndarray:
+    change = draw_colour_change(jitter=1.0, greyscale=0.0, blur=0.0, rng=random.Random(seed))
+    view = as_it_is(image.height, image.width)
+    return view_image(image, view, change, view.crop)
+
+
+def plain_crop(image: Image.Image, view: View) -> np.ndarray:
+    """The whole crop, pixel by pixel: resized, mirrored, padded with the mean, rounded down."""
+    resized = np.asarray(image.resize((view.width, view.height), Image.Resampling.BILINEAR))
+    crop = np.empty((*view.crop.shape, 3), dtype=np.uint8)
+    for row, column in np.ndindex(*view.crop.shape):
+        y, x = row + view.crop.top, column + view.crop.left
+        if 0 <= y < view.height and 0 <= x < view.width:
+            crop[row, column] = resized[y, view.width - 1 - x if view.mirrored else x]
+        else:
+            crop[row, column] = resized.reshape(-1, 3).mean(axis=0)
+    return crop
+
+
+def plain_colours(crop: np.ndarray, change: ColourChange) -> np.ndarray:
+    """Greyscale and blur of the whole crop."""
+    image = Image.fromarray(crop)
+    if change.greyscale:
+        image = image.convert("L").convert("RGB")
+    if change.blur_sigma:
+        image = image.filter(ImageFilter.GaussianBlur(change.blur_sigma))
+    return np.asarray(image)
 
 
 def test_scale_rounds_down_and_stops_at_one_pixel() -> None:
-    small = random_scale(coded_sample(33, 5), (0.1, 0.1), random.Random(0))
-    assert small.image.shape == (3, 1, 3)
-    assert small.semantic.shape == small.instances.shape == (3, 1)
+    view = draw_view(33, 5, scale_range=(0.1, 0.1), crop_size=3, flip=0.0, rng=random.Random(0))
+    assert (view.height, view.width) == (3, 1)
+    assert view_mask(np.ones((33, 5), np.int16), view, view.visible).shape == (3, 1)
 
 
 def test_scale_draws_from_its_range() -> None:
     rng = random.Random(0)
     heights = [
-        random_scale(coded_sample(100, 8), (0.5, 1.5), rng).image.shape[0] for _ in range(60)
+        draw_view(100, 8, scale_range=(0.5, 1.5), crop_size=8, flip=0.0, rng=rng).height
+        for _ in range(60)
     ]
-    assert min(heights) >= 50
-    assert max(heights) <= 150
-    assert min(heights) < 65
-    assert max(heights) > 135
-
-
-@pytest.mark.parametrize(
-    ("height", "width"), [(64, 48), (32, 32), (20, 60), (60, 20), (7, 9), (1, 1)]
-)
-def test_crop_has_its_size_and_stays_aligned(height: int, width: int) -> None:
-    rng = random.Random(5)
-    for _ in range(8):
-        cropped = random_crop(coded_sample(height, width), 32, rng)
-        assert cropped.image.shape == (32, 32, 3)
-        assert cropped.semantic.shape == cropped.instances.shape == (32, 32)
-        assert_agree(cropped)
-        inside = cropped.instances > 0
-        assert inside.sum() == min(height, 32) * min(width, 32)
-
-
-def test_crop_pads_with_the_mean_colour_at_every_corner() -> None:
-    sample = coded_sample(8, 8)
-    rng = random.Random(0)
-    corners = set()
-    for _ in range(40):
-        cropped = random_crop(sample, 16, rng)
-        padding = cropped.instances == 0
-        assert (cropped.image[padding] == mean_colour(sample.image)).all()
-        corners.add(tuple(np.argwhere(~padding)[0].tolist()))
-    assert corners == {(0, 0), (0, 8), (8, 0), (8, 8)}
+    assert 50 <= min(heights) < 65
+    assert 135 < max(heights) <= 150
 
 
 def test_crop_reaches_both_ends() -> None:
-    image = np.zeros((34, 32, 3), dtype=np.uint8)
-    rows = np.repeat(np.arange(34, dtype=np.int16)[:, None], 32, axis=1)
     rng = random.Random(0)
-    crops = [random_crop(Sample(image, rows, rows), 32, rng) for _ in range(40)]
-    assert {int(crop.semantic[0, 0]) for crop in crops} == {0, 1, 2}
-    assert {int(crop.semantic[-1, 0]) for crop in crops} == {31, 32, 33}
+    views = [
+        draw_view(34, 32, scale_range=(1.0, 1.0), crop_size=32, flip=0.0, rng=rng)
+        for _ in range(40)
+    ]
+    assert {view.crop.top for view in views} == {0, 1, 2}
+    assert {view.crop.left for view in views} == {0}
 
 
-def test_flip_mirrors_everything() -> None:
-    sample = coded_sample(12, 20)
-    flipped = random_flip(sample, 1.0, random.Random(0))
-    np.testing.assert_array_equal(flipped.image[:, 0], sample.image[:, -1])
-    assert_agree(flipped)
-    assert random_flip(sample, 0.0, random.Random(0)) is sample
+def test_padding_is_at_one_end_of_a_side() -> None:
+    rng = random.Random(0)
+    corners = set()
+    for _ in range(40):
+        view = draw_view(8, 8, scale_range=(1.0, 1.0), crop_size=16, flip=0.5, rng=rng)
+        assert view.visible == view.whole
+        corners.add((view.crop.top, view.crop.left))
+    assert corners == {(0, 0), (0, -8), (-8, 0), (-8, -8)}
 
 
-def test_colour_jitter_is_uint8_changes_colours_and_depends_on_the_generator_only() -> None:
-    image = coded_sample(24, 17).image
-    first, again, other = (random_colour_jitter(image, 1.0, random.Random(s)) for s in (1, 1, 2))
+@pytest.mark.parametrize(("probability", "expected"), [(0.0, {False}), (1.0, {True})])
+def test_flip_has_its_probability(probability: float, expected: set[bool]) -> None:
+    rng = random.Random(0)
+    views = [drawn_view(20, 30, rng, flip=probability) for _ in range(20)]
+    assert {view.mirrored for view in views} == expected
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_image_is_resized_mirrored_cropped_and_padded_with_its_mean(
+    height: int, width: int
+) -> None:
+    rng = random.Random(5)
+    for _ in range(8):
+        view = drawn_view(height, width, rng)
+        image = photo(height, width)
+        pixels = view_image(image, view, ColourChange(), view.crop)
+        np.testing.assert_array_equal(pixels, plain_crop(image, view))
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_masks_follow_the_image(height: int, width: int) -> None:
+    """Doubled blocks of one colour: nearest neighbours of the mask have the colour of the image."""
+    codes = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
+    image = Image.fromarray(np.stack([codes] * 3, axis=-1))
+    for mirrored in (False, True):
+        view = View(height, width, Box(0, 0, height, width), mirrored)
+        pixels = view_image(image, view, ColourChange(), view.crop)
+        np.testing.assert_array_equal(view_mask(codes, view, view.crop), pixels[..., 0])
+    large = View(2 * height, 2 * width, Box(0, 0, 2 * height, 2 * width), mirrored=False)
+    doubled = codes.repeat(2, axis=0).repeat(2, axis=1)
+    np.testing.assert_array_equal(view_mask(codes, large, large.crop), doubled)
+    part = Box(height // 2, width // 2, 2 * height, 2 * width)
+    np.testing.assert_array_equal(view_mask(codes, large, part), doubled[part.slices])
+
+
+@pytest.mark.parametrize("sigma", [0.0, *BLUR_SIGMA, 1.4, 1.5])
+@pytest.mark.parametrize("greyscale", [False, True])
+def test_boxes_are_greyed_and_blurred_as_the_whole_crop_is(sigma: float, greyscale: bool) -> None:
+    rng = random.Random(1)
+    change = ColourChange(greyscale=greyscale, blur_sigma=sigma)
+    for height, width in SIZES * 4:
+        view, image = drawn_view(height, width, rng), photo(height, width)
+        expected = plain_colours(plain_crop(image, view), change)
+        whole = view_image(image, view, change, view.crop)
+        np.testing.assert_array_equal(whole, expected)
+        box = drawn_box(view, rng)
+        part = view_image(image, view, change, box)
+        assert part.dtype == np.uint8
+        np.testing.assert_array_equal(part, expected[box.seen_from(view.crop).slices])
+
+
+def test_boxes_are_jittered_as_the_whole_crop_is() -> None:
+    rng = random.Random(2)
+    for seed, (height, width) in enumerate(SIZES * 4):
+        view, image = drawn_view(height, width, rng), photo(height, width)
+        change = draw_colour_change(jitter=1.0, greyscale=0.2, blur=0.5, rng=random.Random(seed))
+        whole = view_image(image, view, change, view.crop)
+        for _ in range(4):
+            box = drawn_box(view, rng)
+            part = view_image(image, view, change, box)
+            np.testing.assert_array_equal(part, whole[box.seen_from(view.crop).slices])
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_contrast_is_about_the_mean_of_the_padded_crop(height: int, width: int) -> None:
+    image, view = photo(height, width), drawn_view(height, width, random.Random(4))
+    mean = plain_crop(image, view).reshape(-1, 3).mean(axis=0).astype(np.uint8)
+    level = round(float(mean @ [0.299, 0.587, 0.114]))
+    flat = view_image(image, view, ColourChange(jitter=(("contrast", 0.0),)), view.crop)
+    assert np.abs(flat.astype(int) - level).max() <= 1
+    assert len(np.unique(flat)) == 1
+
+
+def test_mean_of_a_large_white_image_does_not_overflow() -> None:
+    white = Image.new("RGB", (700, 700), (255, 255, 255))
+    view = View(700, 700, Box(-20, 0, 680, 700), mirrored=False)
+    change = ColourChange(jitter=(("contrast", 0.5),))
+    assert (view_image(white, view, change, Box(-20, 0, 5, 5)) == 255).all()
+
+
+def test_colour_change_depends_on_the_generator_only_and_leaves_its_input_alone() -> None:
+    image = photo(24, 17)
+    before = np.array(image)
+    first, again, other = (jittered(image, seed) for seed in (1, 1, 2))
     assert first.dtype == np.uint8
-    assert first.shape == image.shape
+    assert first.shape == before.shape
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
-    assert (first != image).any()
-    assert random_colour_jitter(image, 0.0, random.Random(1)) is image
+    assert (first != before).any()
+    np.testing.assert_array_equal(np.array(image), before)
+
+
+def test_colour_changes_have_their_probabilities() -> None:
+    rng = random.Random(0)
+    nothing = [draw_colour_change(jitter=0.0, greyscale=0.0, blur=0.0, rng=rng) for _ in range(20)]
+    assert set(nothing) == {ColourChange()}
+    everything = [
+        draw_colour_change(jitter=1.0, greyscale=1.0, blur=1.0, rng=rng) for _ in range(99)
+    ]
+    orders = {tuple(name for name, _ in change.jitter) for change in everything}
+    assert len(orders) == 24
+    assert {frozenset(order) for order in orders} == {
+        frozenset({"brightness", "contrast", "saturation", "hue"})
+    }
+    assert all(change.greyscale for change in everything)
+    sigmas = [change.blur_sigma for change in everything]
+    assert 0.1 <= min(sigmas) < 0.3
+    assert 1.8 < max(sigmas) <= 2.0
 
 
 def test_colour_jitter_turns_hues_by_about_a_fifth_at_most() -> None:
-    image = np.zeros((4, 4, 3), dtype=np.uint8)
-    image[:2], image[2:] = (150, 90, 90), (90, 130, 130)
+    pixels = np.zeros((4, 4, 3), dtype=np.uint8)
+    pixels[:2], pixels[2:] = (150, 90, 90), (90, 130, 130)
+    image = Image.fromarray(pixels)
     hues = []
     for seed in range(200):
-        jittered = random_colour_jitter(image, 1.0, random.Random(seed))
-        hue, saturation, value = colorsys.rgb_to_hsv(*(jittered[0, 0] / 255.0))
+        hue, saturation, value = colorsys.rgb_to_hsv(*(jittered(image, seed)[0, 0] / 255.0))
         if saturation > 0.1 and 0.1 < value < 0.95:
             hues.append((hue + 0.5) % 1 - 0.5)
     assert len(hues) > 100
@@ -131,26 +240,25 @@ def test_colour_jitter_turns_hues_by_about_a_fifth_at_most() -> None:
 
 
 def test_colour_jitter_leaves_greys_grey_and_spreads_their_brightness() -> None:
-    image = np.full((6, 5, 3), 100, dtype=np.uint8)
-    jittered = [random_colour_jitter(image, 1.0, random.Random(seed)) for seed in range(60)]
-    levels = [int(array[0, 0, 1]) for array in jittered]
-    assert all(np.ptp(array) <= 1 for array in jittered)
+    image = Image.new("RGB", (5, 6), (100, 100, 100))
+    changed = [jittered(image, seed) for seed in range(60)]
+    levels = [int(array[0, 0, 1]) for array in changed]
+    assert all(np.ptp(array) <= 1 for array in changed)
     assert 18 <= min(levels) < 40
     assert 160 < max(levels) <= 182
 
 
-def test_greyscale_and_blur() -> None:
-    image = coded_sample(24, 17).image
-    grey = random_greyscale(image, 1.0, random.Random(0))
-    assert (grey == grey[..., :1]).all()
-    assert grey.shape == image.shape
-    blurred = random_blur(image, 1.0, random.Random(0))
-    steps = [np.abs(np.diff(array.astype(int), axis=1)).max() for array in (image, blurred)]
-    assert blurred.shape == image.shape
-    assert steps[1] < steps[0]
-    assert random_greyscale(image, 0.0, random.Random(0)) is image
-    assert random_blur(image, 0.0, random.Random(0)) is image
+def test_bounding_box() -> None:
+    inside = np.zeros((5, 7), dtype=bool)
+    assert bounding_box(inside) is None
+    inside[1, 6] = inside[3, 2] = True
+    assert bounding_box(inside) == Box(top=1, left=2, bottom=4, right=7)
+    assert bounding_box(inside[:2, 6:]) == Box(1, 0, 2, 1)
 
 
-def test_mean_colour_of_a_large_image_does_not_overflow() -> None:
-    assert mean_colour(np.full((700, 700, 3), 255, dtype=np.uint8)).tolist() == [255, 255, 255]
+def test_pad_box_fills_what_is_beyond_the_array() -> None:
+    array = np.arange(6, dtype=np.int16).reshape(2, 3)
+    assert pad_box(array, Box(0, 1, 2, 3), 9).tolist() == [[1, 2], [4, 5]]
+    padded = pad_box(array, Box(-1, 2, 2, 5), 9)
+    assert padded.dtype == np.int16
+    assert padded.tolist() == [[9, 9, 9], [2, 9, 9], [5, 9, 9]]

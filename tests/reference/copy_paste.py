@@ -8,9 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from pipeline.data.copy_paste import copy_paste
+from pipeline.data.copy_paste import Canvas, Cutout, copy_paste, object_box
 from pipeline.data.labels import IGNORE_INDEX
-from pipeline.data.transforms import Sample
 
 from .checks import Parts, Result, equal
 from .vectors import Vectors
@@ -45,16 +44,18 @@ def _case(vectors: Vectors, part: str) -> Iterator[Result]:
         vectors.record["cases"][part],
     )
     background, ignore = vectors.record["background_index"], vectors.record["ignore_index"]
-    samples = []
+    images, semantics, instances = [], [], []
     for index in range(record["n"]):
         semantic = io[f"semantic.{index}"].numpy().astype(np.int16)
-        semantic = np.where(semantic == ignore, IGNORE_INDEX, semantic - background)
-        instances = (io[f"instance.{index}"].numpy() == index + 1).astype(np.int16)
-        image = io[f"image.{index}"].permute(1, 2, 0).numpy()
-        samples.append(Sample(image, semantic, instances))
+        semantics.append(np.where(semantic == ignore, IGNORE_INDEX, semantic - background))
+        images.append(io[f"image.{index}"].permute(1, 2, 0).numpy())
+        instances.append(io[f"instance.{index}"].numpy() == index + 1)
+        yield equal(f"{name}/instance.{index}", instances[-1], semantics[-1] > 0)
+    canvas = Canvas(images[0], semantics[0], instances[0].astype(np.int16), num_instances=1)
+    cutouts = [_cutout(*pair) for pair in zip(images[1:], semantics[1:], strict=True)]
     draws = record["randint_calls_low_high_value"]
     listed = ListedRandom([value for _, _, value in draws])
-    image, semantic, masks = copy_paste(samples, listed)
+    image, semantic, masks = copy_paste(canvas, cutouts, listed)
     ids = np.arange(1, len(masks) + 1)[:, None, None]
     yield equal(f"{name}/randint_calls_low_high_value", listed.calls, draws)
     yield equal(f"{name}/out.image", image.transpose(2, 0, 1), io["out.image"])
@@ -63,3 +64,8 @@ def _case(vectors: Vectors, part: str) -> Iterator[Result]:
     yield equal(f"{name}/out.instance", (masks * ids).sum(axis=0), io["out.instance"])
     yield equal(f"{name}/out.instance_onehot", masks, io["out.instance_onehot"])
     yield equal(f"{name}/instance_areas", masks.sum(axis=(1, 2)), record["instance_areas"])
+
+
+def _cutout(image: np.ndarray, semantic: np.ndarray) -> Cutout | None:
+    box = object_box(semantic)
+    return None if box is None else Cutout(image[box.slices], semantic[box.slices])
