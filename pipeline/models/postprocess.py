@@ -253,18 +253,14 @@ def _crops(mask_probs: Tensor, size: tuple[int, int], threshold: float) -> list[
         bilinear_taps(cells, pixels)
         for cells, pixels in zip(mask_probs.shape[-2:], size, strict=True)
     )
-    reached = mask_probs >= threshold
-    boxes = zip(
-        _near(reached.any(2).numpy(), rows), _near(reached.any(1).numpy(), columns), strict=True
-    )
+    reached = (mask_probs >= threshold).numpy()
+    boxes = zip(_near(_any(reached, 2), rows), _near(_any(reached, 1), columns), strict=True)
     wide = _upsample(mask_probs[:, None], (mask_probs.shape[1], size[1]))[:, 0]
     return [
         _crop(probs[:, box[1]], rows.at(box[0]), box[0].start, box[1].start, threshold)
         if occupied
         else None
-        for probs, occupied, box in zip(
-            wide, reached.flatten(1).any(1).tolist(), boxes, strict=True
-        )
+        for probs, occupied, box in zip(wide, _any(reached, (1, 2)), boxes, strict=True)
     ]
 
 
@@ -283,12 +279,17 @@ def _near(reached: NDArray[np.bool_], taps: Taps) -> list[slice]:
 
 def _crop(probs: Tensor, rows: Taps, top: int, left: int, threshold: float) -> _Crop | None:
     """The mask of columns (h, w') that are upsampled already; `top` and `left` are its place."""
-    inside = interpolate(probs, rows, dim=0) > threshold
-    if not inside.any():
+    inside = (interpolate(probs, rows, dim=0) > threshold).numpy()
+    occupied_rows = _any(inside, 1)
+    if not occupied_rows.any():
         return None
-    box = _extent(inside.any(1).numpy()), _extent(inside.any(0).numpy())
+    box = _extent(occupied_rows), _extent(_any(inside, 0))
     # A copy: the crop outlives the pixels around it.
-    return _Crop(top + box[0].start, left + box[1].start, inside.numpy()[box].copy())
+    return _Crop(top + box[0].start, left + box[1].start, inside[box].copy())
+
+
+def _any(occupied: NDArray[np.bool_], axis: int | tuple[int, int]) -> NDArray[np.bool_]:
+    return np.asarray(np.logical_or.reduce(occupied, axis=axis))
 
 
 def _extent(occupied: NDArray[np.bool_]) -> slice:
