@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import open_clip
@@ -54,13 +55,20 @@ def load_tokenizer(
             f"encoder.model: {source}: the tokenizer {foreign} is not supported in a config file; "
             "use CLIP's own (leave the key out) or a named architecture of open_clip"
         )
-    tokenizer = open_clip.SimpleTokenizer(context_length=text_config.get("context_length", 77))
+    tokenizer = _own_tokenizer(text_config.get("context_length", 77))
     if "vocabulary" not in config:
         return tokenizer  # type: ignore[no-any-return]
     _check_vocabulary(config["vocabulary"], text_config.get("vocab_size"), source=source)
     return _VocabularyTokenizer(tokenizer, config["vocabulary"])
 
 
+@cache
+def _own_tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
+    """CLIP's tokenizer, whose table of 49,000 merges is read once a process."""
+    return open_clip.SimpleTokenizer(context_length=context_length)
+
+
+@cache
 def _named_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
     try:
         with quiet_logging():
