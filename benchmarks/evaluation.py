@@ -145,7 +145,7 @@ def _evaluate_many(folder: Path) -> Evaluated:
 CURVE = Curve(
     name="evaluate",
     title="evaluate: images of 128 x 96, tiny network, semantic and instance scores",
-    sizes=(100, 1_000, 10_000),
+    sizes=(100, 500, 2_500),
     bytes_of_item=lambda _: 20_000,
     prepare=lambda folder, size, _: _write_voc(folder / "voc", (96, 128), size),
     run=_evaluate_many,

@@ -174,7 +174,7 @@ def _retrieve_pool(folder: Path) -> Path:
 CURVE = Curve(
     name="retrieve",
     title="retrieve: images, 80 names, top 500",
-    sizes=(10_000, 100_000, 1_000_000),
+    sizes=(10_000, 100_000, 1_000_000, 5_000_000),
     bytes_of_item=lambda dim: 2 * dim + 100,
     prepare=_prepare_pool,
     run=_retrieve_pool,

@@ -288,7 +288,7 @@ def _mask_many(folder: Path) -> None:
 CURVE = Curve(
     name="mask",
     title="mask: archive images of 128 x 96, tiny SelfMask, solver",
-    sizes=(1_000, 10_000, 50_000),
+    sizes=(500, 2_000, 8_000),
     bytes_of_item=lambda _: 30_000,
     prepare=_prepare_many_masks,
     run=_mask_many,

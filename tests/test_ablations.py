@@ -321,7 +321,7 @@ def test_override_literals(value: object, literal: str) -> None:
 
 def test_the_papers_ablations_and_ours_are_defined() -> None:
     assert list_ablations() == [
-        *("copy_paste", "encoder", "k", "stop_gradient"),
+        *("copy_paste", "encoder", "k", "shortcuts", "stop_gradient"),
         *("suppression", "target", "temperature", "templates"),
     ]
 

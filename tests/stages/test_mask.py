@@ -349,3 +349,18 @@ def test_the_steps_of_the_solver_are_a_param(world: World) -> None:
         expected = bilateral_solve(image, coarse, max_steps=steps) > 0.5
         np.testing.assert_array_equal(masks[steps], expected)
     assert (masks[1] != masks[25]).any()
+
+
+def test_the_number_of_workers_does_not_show(world: World) -> None:
+    for workers in (0, 3):
+        world.runtime = replace(world.runtime, cache_dir=world.root / f"cache{workers}")
+        world.run(f"with{workers}", workers=workers)
+        assert world.stats(f"with{workers}")["counts"]["masked"] == 4
+    assert contents(world.root / "with0") == contents(world.root / "with3")
+
+
+def test_a_solver_at_half_the_size_makes_masks_of_its_own(world: World) -> None:
+    world.run("whole")
+    world.run("half", solver_scale=0.5)
+    assert world.stats("half")["counts"]["masked"] == 4
+    assert world.samples("half")["a.jpg"]["mask.png"] != world.samples("whole")["a.jpg"]["mask.png"]

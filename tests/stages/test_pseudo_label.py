@@ -241,3 +241,14 @@ def test_published_slips_have_a_param(
         for settings in (before, before | change)
     )
     assert not torch.allclose(published, changed, atol=1e-4)
+
+
+def test_the_number_of_workers_does_not_show(
+    mask_dir: Path, runtime: Runtime, encoder_params: EncoderParams, tmp_path: Path
+) -> None:
+    outputs = []
+    for workers in (0, 3):
+        alone = Runtime(runtime.device, runtime.amp_dtype, 0, tmp_path / f"cache{workers}")
+        out_dir, _ = run(mask_dir, alone, encoder_params, name=f"with{workers}", workers=workers)
+        outputs.append(content(out_dir))
+    assert outputs[0] == outputs[1]

@@ -329,3 +329,16 @@ def test_the_mask_losses_are_summed_or_averaged(
         [(_, losses[reduction])] = curve(root, "mask")
     # Two layers, two images and two or more objects: at least two pairs an image.
     assert losses["sum"] > 1.9 * losses["mean"] > 0
+
+
+@pytest.mark.parametrize("matching", ["points", "tokens"])
+def test_a_short_cut_of_the_matching_still_trains(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path, matching: str
+) -> None:
+    """The losses of matched pairs are at every pixel, so the first ones are near each other."""
+    losses = {}
+    for name in ("pixels", matching):
+        params = small_params(encoder, iterations=1, matching=name)
+        [(_, losses[name])] = curve(run(labels_dir, tmp_path / name, params), "mask")
+    assert losses[matching] == pytest.approx(losses["pixels"], rel=0.05)
+    assert losses[matching] >= 0.99 * losses["pixels"]
