@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.evaluation import prepare_evaluation
-from benchmarks.harness import Pair, Timed
+from benchmarks.harness import Pair, timed
 from benchmarks.inputs import zutis_network
 from benchmarks.machine import describe_machine
 from benchmarks.stages import (
@@ -56,7 +55,8 @@ class Throughput:
         reference: what the other side is.
         reference_images_per_second: its rate.
         ratio: the first over the second.
-        share_of_peak: FLOP/s over the device's peak, where that is known.
+        tflops: rate in 1e12 FLOP/s, of the row that is about it.
+        share_of_peak: that rate over the device's peak, where it is known.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Throughput:
     reference: str
     reference_images_per_second: float | None = None
     ratio: float | None = None
+    tflops: float | None = None
     share_of_peak: float | None = None
 
 
@@ -168,11 +169,13 @@ def _seconds(side: Callable[[], Any], repeats: int) -> float | None:
 
 
 def _timed(side: Callable[[], Any]) -> float:
+    def finished() -> Any:
+        result = side()
+        _synchronise()
+        return result
+
     _synchronise()
-    start = time.perf_counter()
-    result = side()
-    _synchronise()
-    return result.seconds if isinstance(result, Timed) else time.perf_counter() - start
+    return timed(finished)[0]
 
 
 def _synchronise() -> None:
@@ -197,9 +200,10 @@ def _encoder(runtime: Runtime, *, quick: bool, repeats: int, peak: float | None)
     seconds = median([_timed(step) for _ in range(1 + repeats)][1:])
     rate = counter.get_total_flops() / seconds / 1e12
     return Throughput(
-        f"encoder forward and backward, ViT-B/16 at 384, batch {batch}: {rate:.1f} TFLOP/s",
+        f"encoder forward and backward, ViT-B/16 at 384, batch {batch}",
         batch / seconds,
         "peak of the device",
+        tflops=rate,
         share_of_peak=None if peak is None else rate / peak,
     )
 
@@ -210,6 +214,8 @@ def _line(row: Throughput) -> str:
         parts.append(
             f"{row.reference} {row.reference_images_per_second:.1f}, ratio {row.ratio:.2f}"
         )
+    if row.tflops is not None:
+        parts.append(f"{row.tflops:.1f} TFLOP/s")
     if row.share_of_peak is not None:
         parts.append(f"{row.share_of_peak:.0%} of the peak")
     return "; ".join(parts)

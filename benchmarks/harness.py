@@ -211,8 +211,8 @@ def _time_in_turns(
     The calls that are checked come first and count as the warm-up.
     """
     started = time.perf_counter()
-    published_seconds, published = _timed(pair.published)
-    ours_seconds, ours = _timed(pair.ours)
+    published_seconds, published = timed(pair.published)
+    ours_seconds, ours = timed(pair.ours)
     agreement = pair.check(published, ours)
     del published, ours
     times: dict[Side, list[float]] = {"published": [], "ours": []}
@@ -234,10 +234,11 @@ def _calls(seconds: float) -> int:
 
 def _mean_seconds(side: Callable[[], Any], calls: int) -> float:
     gc.collect()
-    return sum(_timed(side)[0] for _ in range(calls)) / calls
+    return sum(timed(side)[0] for _ in range(calls)) / calls
 
 
-def _timed(side: Callable[[], Any]) -> tuple[float, Any]:
+def timed(side: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of one call, or the part of them that it says counts, and its result."""
     start = time.perf_counter()
     result = side()
     seconds = time.perf_counter() - start

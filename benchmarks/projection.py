@@ -27,6 +27,7 @@ from pipeline.data.images import encode_png, load_image
 from pipeline.models.bilateral import bilateral_solve
 from pipeline.models.build import build_zutis
 from pipeline.models.selfmask import SelfMask
+from pipeline.models.tokens import encode_patches
 
 POOLS = (1_400_000, 100_000_000, 5_000_000_000)
 ARCHIVES = ((20, 500), (80, 500), (919, 500))  # names, k: VOC, COCO, ImageNet-S
@@ -73,8 +74,8 @@ def _rate(report: Path, assumed: float) -> tuple[float, str]:
     if not report.is_file():
         return assumed, f"assumed: {assumed:.0f} TFLOP/s"
     content = json.loads(report.read_text())
-    words = content["rows"][0]["name"].split()
-    return float(words[words.index("TFLOP/s") - 1]), f"measured: {content['machine']['device']}"
+    [rate] = [row["tflops"] for row in content["rows"] if row["tflops"] is not None]
+    return float(rate), f"measured: {content['machine']['device']}"
 
 
 def _retrieve_rate(report: Path) -> float:
@@ -172,8 +173,6 @@ class _Encoder(torch.nn.Module):
         self.encoder = encoder
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        from pipeline.models.tokens import encode_patches
-
         return encode_patches(self.encoder, images)
 
 

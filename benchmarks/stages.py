@@ -133,11 +133,9 @@ def prepare_mask(
     """Bare forward, and the stage with its solver, on the device of the runtime."""
     files = _write_index(folder, count, quick=quick)
     runtime = make(folder / "cache")
-    weights, archives_path = folder / "selfmask.safetensors", folder / "archives.parquet"
-    torch.manual_seed(0)
-    save_selfmask(SelfMask(TINY_SELFMASK if quick else SelfMaskConfig()), weights)
+    weights = _write_selfmask(folder, TINY_SELFMASK if quick else SelfMaskConfig())
     network = load_selfmask(weights, runtime.device)
-    write_archives(archives_path, [_row(folder, i, data) for i, data in enumerate(files)])
+    archives_path = _write_archives(folder, files)
     images = _pixels(files).to(runtime.device).split(batch_size)
     # Masks of random weights may be empty, and those are not refined: half of the pixels are in.
     with runtime.autocast():
@@ -172,6 +170,21 @@ def prepare_mask(
         return f"the network's masks after the published solver ({agreement:.2%} of the pixels)"
 
     return Pair(bare, lambda: _stage(folder, run), check)
+
+
+def _write_selfmask(folder: Path, config: SelfMaskConfig) -> Path:
+    """Weights of a SelfMask, all random."""
+    weights = folder / "selfmask.safetensors"
+    torch.manual_seed(0)
+    save_selfmask(SelfMask(config), weights)
+    return weights
+
+
+def _write_archives(folder: Path, files: list[bytes]) -> Path:
+    """The index as the archive of one category."""
+    path = folder / "archives.parquet"
+    write_archives(path, [_row(folder, number, data) for number, data in enumerate(files)])
+    return path
 
 
 def _row(folder: Path, number: int, data: bytes) -> ArchiveRow:
@@ -247,14 +260,10 @@ def prepare_pseudo_label(
 
 def _write_masks(folder: Path, files: list[bytes]) -> None:
     """Mask shards of the index, made by a tiny network: what is in them does not matter here."""
-    weights, archives_path = folder / "selfmask.safetensors", folder / "archives.parquet"
-    torch.manual_seed(0)
-    save_selfmask(SelfMask(TINY_SELFMASK), weights)
-    write_archives(archives_path, [_row(folder, i, data) for i, data in enumerate(files)])
     mask.run(
-        archives_path=archives_path,
+        archives_path=_write_archives(folder, files),
         out_dir=folder / "masks",
-        params=MaskParams(weights=weights, refine=False),
+        params=MaskParams(weights=_write_selfmask(folder, TINY_SELFMASK), refine=False),
         runtime=cpu_runtime(folder / "mask-cache"),
         stats_path=folder / "mask-stats.json",
     )
@@ -262,8 +271,7 @@ def _write_masks(folder: Path, files: list[bytes]) -> None:
 
 def _prepare_many_masks(folder: Path, num_images: int, _: int) -> None:
     """Archives of many small photos, each a file of its own content."""
-    torch.manual_seed(0)
-    save_selfmask(SelfMask(TINY_SELFMASK), folder / "selfmask.safetensors")
+    _write_selfmask(folder, TINY_SELFMASK)
     photos = [jpeg(photo(number, 128, 96)) for number in range(min(num_images, 64))]
     (folder / "index").mkdir()
     rows = []

@@ -124,16 +124,17 @@ def overlay_instances(
         alpha: share of the colour inside an object.
     """
     drawn = list(islice(instances, DRAWN_INSTANCES))
+    masks = [instance.mask for instance in drawn]
     palette = colour_map(len(drawn) + 1)
     colours = image.copy()
     covered = np.zeros(image.shape[:2], dtype=bool)
-    for number, instance in reversed(list(enumerate(drawn, start=1))):
-        _check_sizes(image, instance.mask)
-        colours[instance.mask] = palette[number]
-        covered |= instance.mask
+    for number, mask in reversed(list(enumerate(masks, start=1))):
+        _check_sizes(image, mask)
+        colours[mask] = palette[number]
+        covered |= mask
     picture = np.asarray(_blend(image, colours, where=covered, alpha=alpha)).copy()
-    for number, instance in reversed(list(enumerate(drawn, start=1))):
-        picture[_outline(_resize(instance.mask, picture.shape[:2]))] = palette[number]
+    for number, mask in reversed(list(enumerate(masks, start=1))):
+        picture[_outline(_resize(mask, picture.shape[:2]))] = palette[number]
     result = Image.fromarray(picture)
     draw = ImageDraw.Draw(result)
     scale_x, scale_y = result.width / image.shape[1], result.height / image.shape[0]

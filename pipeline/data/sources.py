@@ -131,6 +131,13 @@ def list_images(
         )
 
 
+def image_name(location: ImageLocation) -> str:
+    """The file of an image, and the member in it, as lists and messages name it."""
+    if location.member is None:
+        return location.path
+    return f"{location.path}:{location.member}"
+
+
 def read_image(location: ImageLocation) -> bytes:
     """The bytes of one image, as stored.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.sources import ImageRef, SourceSpec
+from pipeline.data.sources import ImageRef, SourceSpec, image_name
 from pipeline.data.tables import ArchiveRow, write_archives
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
@@ -126,9 +126,7 @@ def _readable(
     images: dict[str, tuple[ImageRef, ImageFacts]] = {}
     for ref, facts in read_all(refs.values(), max_pixels=max_pixels, workers=workers):
         if facts.error:
-            stage_run.skip(
-                ref.path if ref.member is None else f"{ref.path}:{ref.member}", facts.error
-            )
+            stage_run.skip(image_name(ref), facts.error)
         else:
             images[ref.key] = ref, facts
             stage_run.advance()

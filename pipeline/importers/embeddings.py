@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipeline.data.sources import ImageRef, SourceSpec
+from pipeline.data.sources import ImageRef, SourceSpec, image_name
 from pipeline.data.tables import (
     STATUS_OK,
     STATUS_SKIPPED,
@@ -276,7 +276,7 @@ def _record(
 ) -> dict[str, object]:
     error = facts.error or _fault(embedding)
     if error:
-        stage_run.skip(ref.path if ref.member is None else f"{ref.path}:{ref.member}", error)
+        stage_run.skip(image_name(ref), error)
     else:
         stage_run.advance()
     return {

@@ -9,9 +9,7 @@ import hashlib
 import io
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
@@ -19,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from pipeline.data.images import FORMATS, ORIENTATION_TAG, ImageError
 from pipeline.data.sources import ImageRef, SourceSpec, list_images, read_image
 from pipeline.errors import PipelineError
+from pipeline.parallel import Workers
 
 QUARTER_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 READ_AHEAD = 256
@@ -143,11 +142,12 @@ def read_all(
     refs: Iterable[ImageRef], *, max_pixels: int, workers: int
 ) -> Iterator[tuple[ImageRef, ImageFacts]]:
     """Read images in order, a few hundred ahead of their use; see `read_facts`."""
-    remaining = iter(refs)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        while chunk := list(islice(remaining, READ_AHEAD)):
-            facts = pool.map(lambda ref: read_facts(ref, max_pixels=max_pixels), chunk)
-            yield from zip(chunk, facts, strict=True)
+
+    def read(ref: ImageRef) -> tuple[ImageRef, ImageFacts]:
+        return ref, read_facts(ref, max_pixels=max_pixels)
+
+    with Workers(max(1, workers)) as pool:
+        yield from pool.map(read, refs, ahead=READ_AHEAD)
 
 
 def read_facts(ref: ImageRef, *, max_pixels: int) -> ImageFacts:

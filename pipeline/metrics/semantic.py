@@ -164,9 +164,9 @@ def _changes(
 ) -> Iterator[NDArray[np.intp]]:
     """Pixels that differ from the one before, a block at a time that fits the cache."""
     for start in range(1, target.size, BLOCK):
-        here, before = slice(start, start + BLOCK), slice(start - 1, start + BLOCK - 1)
-        changed = target[here] != target[before][: target.size - start]
-        changed |= prediction[here] != prediction[before][: target.size - start]
+        stop = min(start + BLOCK, target.size)
+        changed = target[start:stop] != target[start - 1 : stop - 1]
+        changed |= prediction[start:stop] != prediction[start - 1 : stop - 1]
         yield np.flatnonzero(changed) + start
 
 

@@ -187,21 +187,24 @@ def bilateral_solve(
     """
     if target.shape != image.shape[:2]:
         raise ValueError(f"target {target.shape} and image {image.shape} differ in size")
+    size = target.shape
     if scale < 1:
-        smaller = tuple(max(1, round(side * scale)) for side in target.shape)
-        solution = bilateral_solve(
-            _resized(image, smaller),
-            _resized(target.astype(np.float32), smaller),
-            sigma_spatial=sigma_spatial * scale,
-            sigma_luma=sigma_luma,
-            sigma_chroma=sigma_chroma,
-            confidence=confidence,
-            max_steps=max_steps,
-        )
-        return _resized(solution.astype(np.float32), target.shape).astype(np.float64)
+        smaller = tuple(max(1, round(side * scale)) for side in size)
+        image, target = _resized(image, smaller), _resized(target.astype(np.float32), smaller)
+        sigma_spatial *= scale
     grid = bilateral_grid(
         image, sigma_spatial=sigma_spatial, sigma_luma=sigma_luma, sigma_chroma=sigma_chroma
     )
+    solution = grid.slice(_solve(grid, target, confidence=confidence, max_steps=max_steps))
+    if scale < 1:
+        return _resized(solution.astype(np.float32), size).astype(np.float64)
+    return solution
+
+
+def _solve(
+    grid: BilateralGrid, target: NDArray[np.generic], *, confidence: float, max_steps: int
+) -> Floats:
+    """The smoothed target (H, W) at the vertices of the grid: (V,)."""
     n, m = bistochastise(grid)
     smoothing = sparse.diags_array(m) - sparse.diags_array(n) @ grid.blur @ sparse.diags_array(n)
     weights = grid.splat(np.full(target.shape, confidence))
@@ -217,7 +220,7 @@ def bilateral_solve(
         maxiter=max_steps,
         M=preconditioner,
     )
-    return grid.slice(solution)
+    return solution  # type: ignore[no-any-return]
 
 
 def _resized(values: NDArray[Any], size: tuple[int, ...]) -> NDArray[Any]:

@@ -1,19 +1,25 @@
-"""Bilinear upsampling of a part of a map: a strip that stays in the processor's cache, a window.
+"""Bilinear upsampling of maps, whole or in part: a strip that stays in the cache, a window.
 
-The values are those that `F.interpolate(mode="bilinear", align_corners=False)` gives for the whole
-map, on the CPU to the last bit. That matters: where proposals saturate, one bit decides whether a
-logarithm is floored, and with it which query an instance is matched with. Letters: n source cells,
-m target cells.
+The values of a part are those that `upsample` gives for the whole map, on the CPU to the last bit.
+That matters: where proposals saturate, one bit decides whether a logarithm is floored, and with it
+which query an instance is matched with. Letters: n source cells, m target cells.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LONG_ROW = 1 << 13  # values for which a call of torch does not count
+
+
+def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps (B, K, h, w) at another size (H, W)."""
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 class Taps(NamedTuple):

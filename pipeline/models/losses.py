@@ -7,12 +7,14 @@ Q queries, N instances, M matched pairs, K categories, C text space, H W pixels,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.models.interpolate import upsample
 from pipeline.models.matching import MatchingSamples, mask_costs, match
 
 MaskReduction = Literal["sum", "mean"]
@@ -46,7 +48,7 @@ def semantic_loss(
     """
 
     def cross_entropy(similarity: Tensor, targets: Tensor) -> Tensor:
-        logits = _upsample(similarity, targets.shape[-2:])
+        logits = upsample(similarity, targets.shape[-2:])
         return F.cross_entropy(logits, targets.long(), ignore_index=ignore_index, reduction="sum")
 
     with torch.autocast(patch_tokens.device.type, enabled=False):
@@ -98,10 +100,7 @@ def mask_loss(
     ]
     total = mask_probs.float().sum() * 0
     num_pairs = 0
-
-    def pair_losses(probs: Tensor, targets: Tensor) -> Tensor:
-        return _pair_losses(probs, targets, **weights)
-
+    pair_losses = partial(_pair_losses, dice_weight=dice_weight, bce_weight=bce_weight)
     for i, cost in zip(occupied, costs, strict=True):
         instances, queries = match(cost)
         layers = torch.arange(len(queries))[:, None].expand_as(queries)
@@ -124,7 +123,7 @@ def _pair_losses(
 ) -> Tensor:
     """Sum of the losses of pairs: `mask_probs` (M, h, w) against boolean `targets` (M, H, W)."""
     # Rounding must not leave [0, 1], where the logarithms end.
-    probs = _upsample(mask_probs[:, None], targets.shape[-2:]).clamp(0, 1).flatten(1)
+    probs = upsample(mask_probs[:, None], targets.shape[-2:]).clamp(0, 1).flatten(1)
     masks = targets.flatten(1).float()
     overlap = 2 * (probs * masks).sum(1) + 1
     dice = 1 - overlap / (probs.sum(1) + masks.sum(1) + 1)
@@ -165,7 +164,3 @@ class _SumByParts(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream, None, None, None
-
-
-def _upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.models.interpolate import Taps, bilinear_taps, interpolate
+from pipeline.models.interpolate import Taps, bilinear_taps, interpolate, upsample
 
 Suppression = Literal["none", "hard", "linear", "gaussian"]
 ScoreResolution = Literal["token", "pixel"]
@@ -82,7 +82,7 @@ def semantic_logits(
         (B, K, H, W) or (B, K, h, w) logits.
     """
     logits = (patch_tokens @ text_embeddings.T).permute(0, 3, 1, 2)
-    return logits if size is None else _upsample(logits, size)
+    return logits if size is None else upsample(logits, size)
 
 
 def semantic_prediction(
@@ -236,7 +236,7 @@ def _regions(
     )
     parts = []
     for chunk in mask_probs.split(MASK_CHUNK):
-        probs = _upsample(chunk[None], size)[0]
+        probs = upsample(chunk[None], size)[0]
         inside = (probs > threshold).to(probs.dtype)
         mass = (probs * inside).flatten(1).sum(1)
         parts.append((inside.flatten(1).sum(1), mass, rows @ inside @ columns.transpose(1, 2)))
@@ -255,7 +255,7 @@ def _crops(mask_probs: Tensor, size: tuple[int, int], threshold: float) -> list[
     )
     reached = (mask_probs >= threshold).numpy()
     boxes = zip(_near(_any(reached, 2), rows), _near(_any(reached, 1), columns), strict=True)
-    wide = _upsample(mask_probs[:, None], (mask_probs.shape[1], size[1]))[:, 0]
+    wide = upsample(mask_probs[:, None], (mask_probs.shape[1], size[1]))[:, 0]
     return [
         _crop(probs[:, box[1]], rows.at(box[0]), box[0].start, box[1].start, threshold)
         if occupied
@@ -314,9 +314,7 @@ def _suppressed_scores(
         best = int(np.argmax(np.where(remaining, scores, -np.inf)))
         result[best] = scores[best]
         remaining[best] = False
-        touching = (boxes[:, :2] <= boxes[best, 2:]).all(1) & (boxes[best, :2] <= boxes[:, 2:]).all(
-            1
-        )
+        touching = ((boxes[:, :2] <= boxes[best, 2:]) & (boxes[best, :2] <= boxes[:, 2:])).all(1)
         others = np.flatnonzero(remaining & touching)
         shared = np.array([_shared_pixels(masks[best], masks[i]) for i in others], dtype=np.int64)
         scores[others] *= decay(shared / (areas[best] + areas[others] - shared + EPSILON))
@@ -343,7 +341,3 @@ def _decay(
         return np.exp(-(iou**2) / sigma)
     lowered = 1 - iou if suppression == "linear" else np.zeros_like(iou)
     return np.where(iou > max_overlap, lowered, 1.0)
-
-
-def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)

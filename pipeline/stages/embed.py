@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.data.cache import BlobCache
 from pipeline.data.images import ImageError, load_image
-from pipeline.data.sources import ImageRef, list_images, read_image
+from pipeline.data.sources import ImageRef, image_name, list_images, read_image
 from pipeline.data.tables import (
     STATUS_OK,
     STATUS_SKIPPED,
@@ -228,7 +228,7 @@ class _Embedder:
             if image.embedding is None and image.sha256 in embeddings:
                 image.embedding = embeddings[image.sha256]
                 header = CACHED_SIZE.pack(image.width, image.height)
-                self._cache.put(image.sha256, header + image.embedding.astype("<f2").tobytes())
+                self._cache.put(image.sha256, header + embedding_bytes(image.embedding))
         self._cache.flush()
 
 
@@ -285,8 +285,7 @@ def _counted(
     """Pass images on and count what becomes of each."""
     for ref, image in zip(refs, images, strict=True):
         if image.error:
-            item = ref.path if ref.member is None else f"{ref.path}:{ref.member}"
-            stage_run.skip(item, image.error)
+            stage_run.skip(image_name(ref), image.error)
         else:
             stage_run.advance()
             stage_run.count("cached", int(image.embedding is not None))

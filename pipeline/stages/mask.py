@@ -34,7 +34,7 @@ from pipeline.data.images import (
     shrink_short_side,
 )
 from pipeline.data.shards import write_shards
-from pipeline.data.sources import read_image
+from pipeline.data.sources import image_name, read_image
 from pipeline.data.tables import ArchiveRow, read_archives
 from pipeline.errors import PipelineError
 from pipeline.files import file_sha256
@@ -265,8 +265,7 @@ def _readable(
         if isinstance(photo, Photo):
             yield photo
         else:
-            item = row.path if row.member is None else f"{row.path}:{row.member}"
-            stage_run.skip(item, str(photo))
+            stage_run.skip(image_name(row), str(photo))
 
 
 class _MaskMaker:
@@ -284,17 +283,8 @@ class _MaskMaker:
         self._masker = masker
         self._cache = cache
         self._workers = workers
-        self._batch_size = params.batch_size
+        self._params = params
         self._stage_run = stage_run
-        self._refine = (
-            partial(
-                refine_mask,
-                solver_iterations=params.solver_iterations,
-                solver_scale=params.solver_scale,
-            )
-            if params.refine
-            else None
-        )
 
     def __call__(self, photos: Sequence[Photo]) -> dict[str, bytes]:
         """PNG files of the masks of some images."""
@@ -305,7 +295,7 @@ class _MaskMaker:
         self._stage_run.count("cached", len(photos) - len(unknown))
         # While the network sees a batch, the workers refine the masks of the one before.
         files = {}
-        for batch in _equal_size_batches(unknown, self._batch_size):
+        for batch in _equal_size_batches(unknown, self._params.batch_size):
             coarse = coarse_masks([unknown[key] for key in batch], masker=self._masker)
             for key, mask in zip(batch, coarse, strict=True):
                 files[key] = self._workers.submit(self._file, (unknown[key], mask))
@@ -315,7 +305,15 @@ class _MaskMaker:
         return masks
 
     def _file(self, pair: tuple[Image.Image, NDArray[np.bool_]]) -> bytes:
-        return encode_png(self._refine(*pair) if self._refine else pair[1])
+        image, mask = pair
+        if self._params.refine:
+            mask = refine_mask(
+                image,
+                mask,
+                solver_iterations=self._params.solver_iterations,
+                solver_scale=self._params.solver_scale,
+            )
+        return encode_png(mask)
 
 
 def _equal_size_batches(images: dict[str, Image.Image], batch_size: int) -> Iterator[list[str]]:

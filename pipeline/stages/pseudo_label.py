@@ -72,9 +72,7 @@ def run(
     protocol = {
         "background": list(background),
         "categories": list(categories),
-        **params.model_dump(
-            mode="json", exclude={"encoder", "batch_size", "shard_size", "workers"}
-        ),
+        **params.recipe(),
         "weights": encoder.fingerprint(),
         "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
     }

@@ -5,7 +5,7 @@ ZUTIS section 3.1. Letters: N images of a block, K categories, C embedding lengt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data.ann import EmbeddingIndex, cached_index
+from pipeline.data.ann import EmbeddingIndex, Skip, cached_index
 from pipeline.data.prompts import templates
 from pipeline.data.tables import (
     STATUS_OK,
@@ -315,7 +315,7 @@ def _index(
 ) -> EmbeddingIndex:
     """The index of all images with direction, of the cache or new; counts what it leaves out."""
 
-    def blocks(skip: Callable[[str, str], None]) -> Iterator[tuple[Rows, NDArray[np.float16]]]:
+    def blocks(skip: Skip) -> Iterator[tuple[Rows, NDArray[np.float16]]]:
         for block in _blocks(shards, READ_ROWS, skip):
             yield block.positions, block.embeddings
 
@@ -401,9 +401,7 @@ def _text_embeddings(
     ]
 
 
-def _blocks(
-    shards: list[Path], block_rows: int, skip: Callable[[str, str], None]
-) -> Iterator[_Block]:
+def _blocks(shards: list[Path], block_rows: int, skip: Skip) -> Iterator[_Block]:
     """Yield the embedded images of all shards, at most `block_rows` at a time."""
     position = 0
     columns = ["key", "status", "embedding"]
@@ -414,7 +412,7 @@ def _blocks(
         position += len(rows)
 
 
-def _block(rows: pa.RecordBatch, position: int, skip: Callable[[str, str], None]) -> _Block:
+def _block(rows: pa.RecordBatch, position: int, skip: Skip) -> _Block:
     """The images of a batch that have an embedding with direction; others are skipped.
 
     `position` is that of the first row. An embedding without direction is zero or not finite.
