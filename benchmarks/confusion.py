@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import Bench, Pair
 from benchmarks.inputs import ellipses
+from pipeline.data.labels import LABEL_TYPE
 from pipeline.metrics.semantic import ConfusionMatrix
 
 NUM_CLASSES = 21
@@ -46,8 +47,8 @@ def _label_maps(rng: np.random.Generator, side: int) -> tuple[NDArray[np.int64],
 
 def _prepare(_: Path, quick: bool) -> Pair:
     targets, predictions = _label_maps(np.random.default_rng(0), 32 if quick else 384)
-    # What each side is handed: torch's argmax there, label maps of int32 here.
-    our_targets, our_predictions = targets.astype(np.int32), predictions.astype(np.int32)
+    # What each side is handed: torch's argmax there, label maps of int16 here.
+    our_targets, our_predictions = targets.astype(LABEL_TYPE), predictions.astype(LABEL_TYPE)
 
     def ours() -> NDArray[np.int64]:
         matrix = ConfusionMatrix(NUM_CLASSES)

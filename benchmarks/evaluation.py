@@ -52,7 +52,7 @@ def _write_voc(root: Path, size: tuple[int, int], num_images: int) -> list[str]:
     writer = VocWriter(root)
     image_ids = [f"{number:06d}" for number in range(num_images)]
     for number, image_id in enumerate(image_ids):
-        semantic, instances = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        semantic, instances = np.zeros(size, np.int16), np.zeros(size, np.int16)
         for instance, mask in enumerate(ellipses(number, 3, size), start=1):
             semantic[mask] = 1 + (number + instance) % len(CATEGORIES)
             instances[mask] = instance

@@ -114,7 +114,7 @@ def loss_inputs(
     mask_logits[1] = SATURATED * mask_logits[1].sign()
     masks = [ellipses(seed, num_instances, (side, side)) for seed in range(batch)]
     rng = np.random.default_rng(0)
-    semantic = np.zeros((batch, side, side), np.int32)
+    semantic = np.zeros((batch, side, side), np.int16)
     for labels, objects in zip(semantic, masks, strict=True):
         for mask in objects:
             labels[mask] = rng.integers(1, NUM_LABELS)

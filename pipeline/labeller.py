@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pipeline.data.labels import LABEL_TYPE, LabelMap
 from pipeline.denseclip import denseclip_for, embed_labels
 from pipeline.models.clip import ClipEncoder, load_clip
 from pipeline.models.denseclip import label_and_confidence
@@ -106,10 +105,10 @@ class Labeller:
         )
 
     @torch.no_grad()
-    def labels(self, image: Image.Image) -> NDArray[np.int32]:
+    def labels(self, image: Image.Image) -> LabelMap:
         """Label ids (H, W) of an RGB image, 0 is background."""
         pixels = to_tensor(image, self._settings, patch_size=self._encoder.patch_size)
         with self._runtime.autocast():
             scores = self._model(pixels[None].to(self._runtime.device)).float()
         labels, _ = label_and_confidence(scores, (image.height, image.width))
-        return labels[0].cpu().numpy().astype(np.int32) + np.int32(self._first)
+        return labels[0].cpu().numpy().astype(LABEL_TYPE) + LABEL_TYPE(self._first)

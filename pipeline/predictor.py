@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.data.categories import load_category_set
 from pipeline.data.images import load_image
+from pipeline.data.labels import LABEL_TYPE, LabelMap
 from pipeline.data.prompts import TEMPLATE_SETS
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
@@ -99,12 +100,12 @@ class Prediction:
     """The segmentation of one image, at its own size.
 
     Attributes:
-        semantic: (H, W) int32 label ids, 0 is background.
+        semantic: (H, W) int16 label ids, 0 is background.
         instances: objects by falling score.
         categories: names in the order of the label ids from 1.
     """
 
-    semantic: NDArray[np.int32]
+    semantic: LabelMap
     instances: list[Instance]
     categories: list[str] = field(repr=False)
 
@@ -245,10 +246,10 @@ class Segmenter:
             predictions.append(Prediction(labels, instances, self.categories))
         return predictions
 
-    def _label_map(self, patch_tokens: Tensor, size: tuple[int, int]) -> NDArray[np.int32]:
+    def _label_map(self, patch_tokens: Tensor, size: tuple[int, int]) -> LabelMap:
         first = 0 if self.settings.background else 1
         semantic = semantic_prediction(patch_tokens[None], self._text[first:], size)[0]
-        return semantic.cpu().numpy().astype(np.int32) + np.int32(first)
+        return semantic.cpu().numpy().astype(LABEL_TYPE) + LABEL_TYPE(first)
 
     def _instances(
         self, mask_probs: Tensor, patch_tokens: Tensor, size: tuple[int, int]

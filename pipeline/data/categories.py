@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.data.labels import MAX_CATEGORIES
 from pipeline.errors import PipelineError
 
 CATEGORY_SETS_DIR = Path(__file__).parent / "category_sets"
@@ -33,8 +34,8 @@ def load_category_set(
         The names without surrounding blanks.
 
     Raises:
-        PipelineError: unknown set; empty list; an empty or repeated name (case does not count); a
-            category that is also a background name.
+        PipelineError: unknown set; a list that is empty, or too long for a label map; an empty or
+            repeated name (case does not count); a category that is also a background name.
     """
     if isinstance(categories, str):
         return _read_shipped(categories, field)
@@ -43,6 +44,11 @@ def load_category_set(
         raise PipelineError(
             f"{field}: the list is empty; name at least one category, or one of the sets "
             f"{', '.join(category_set_names())}"
+        )
+    if len(names) > MAX_CATEGORIES:
+        raise PipelineError(
+            f"{field}: {len(names)} names; a label map holds at most {MAX_CATEGORIES}, so leave "
+            "some out"
         )
     first_use: dict[str, int] = {}
     taken = {name.strip().casefold() for name in ("background", *background)}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.data.labels import BACKGROUND, IGNORE_INDEX
+from pipeline.data.labels import BACKGROUND, IGNORE_INDEX, LABEL_TYPE
 from pipeline.data.transforms import (
     Box,
     ColourChange,
@@ -30,7 +30,7 @@ class Canvas:
 
     Attributes:
         image: (H, W, 3) uint8, RGB.
-        semantic: (H, W) int32 label ids; 0 is background, IGNORE_INDEX is void.
+        semantic: (H, W) int16 label ids; 0 is background, IGNORE_INDEX is void.
         instances: (H, W) integer; 1 to `num_instances` name its own objects, 0 is none.
         num_instances: Number of its objects, also of those that a crop has moved out of sight.
     """
@@ -58,7 +58,7 @@ def make_canvas(sample: Sample, view: View, change: ColourChange) -> Canvas:
     """A view of a sample with all of its objects; the padding is void and shows none of them."""
     seen = view.visible
     crop = view.crop.seen_from(seen)
-    semantic = view_mask(sample.semantic, view, seen).astype(np.int32)
+    semantic = view_mask(sample.semantic, view, seen).astype(LABEL_TYPE)
     return Canvas(
         image=view_image(sample.image, view, change, view.crop),
         semantic=pad_box(semantic, crop, IGNORE_INDEX),

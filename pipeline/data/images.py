@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.data.labels import IGNORE_INDEX
+from pipeline.data.labels import IGNORE_INDEX, LABEL_TYPE, MAX_CATEGORIES, LabelMap
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_ELONGATION = 200
@@ -138,10 +138,10 @@ def encode_label(label: np.ndarray, num_categories: int) -> bytes:
         num_categories: K, without background.
 
     Raises:
-        ValueError: a value out of that range, or more than 65,534 categories.
+        ValueError: a value out of that range, or more than `MAX_CATEGORIES`.
     """
-    if not 0 <= num_categories < WORD_IGNORE:
-        raise ValueError(f"num_categories must be in 0..{WORD_IGNORE - 1}, got {num_categories}")
+    if not 0 <= num_categories <= MAX_CATEGORIES:
+        raise ValueError(f"num_categories must be in 0..{MAX_CATEGORIES}, got {num_categories}")
     if label.size and (label.min() < IGNORE_INDEX or label.max() > num_categories):
         raise ValueError(
             f"label ids must be in {IGNORE_INDEX}..{num_categories}, "
@@ -149,12 +149,13 @@ def encode_label(label: np.ndarray, num_categories: int) -> bytes:
         )
     is_byte = num_categories <= MAX_BYTE_CATEGORIES
     ignore = BYTE_IGNORE if is_byte else WORD_IGNORE
-    stored = np.where(label == IGNORE_INDEX, ignore, label)
-    return encode_png(stored.astype(np.uint8 if is_byte else np.uint16))
+    stored = label.astype(np.uint8 if is_byte else np.uint16)
+    stored[label == IGNORE_INDEX] = ignore
+    return encode_png(stored)
 
 
-def decode_label(data: bytes) -> np.ndarray:
-    """Label ids (H, W), int32, of a file written by `encode_label`; ignore is -1.
+def decode_label(data: bytes) -> LabelMap:
+    """Label ids (H, W) of a file written by `encode_label`; ignore is -1.
 
     Raises:
         ImageError: `data` is not a whole PNG file of one channel.
@@ -163,7 +164,7 @@ def decode_label(data: bytes) -> np.ndarray:
     if stored.ndim != 2:
         raise ImageError(f"not a label image: shape {stored.shape}")
     ignore = BYTE_IGNORE if stored.dtype == np.uint8 else WORD_IGNORE
-    label = stored.astype(np.int32)
+    label = stored.astype(LABEL_TYPE)
     label[stored == ignore] = IGNORE_INDEX
     return label
 

@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: (B, H, W, 3) uint8, RGB.
-        semantic_masks: (B, H, W) int32 label ids; IGNORE_INDEX is void.
+        semantic_masks: (B, H, W) int16 label ids; IGNORE_INDEX is void.
         instance_masks: (sum of N, H, W) boolean, image after image.
         num_instances: B numbers N.
     """
@@ -273,7 +273,7 @@ class TrainingSet(Dataset[Composed]):
         return self._length
 
     def __getitem__(self, number: int) -> Composed:
-        """Image (H, W, 3) uint8, semantic mask (H, W) int32, instance masks (N, H, W) boolean.
+        """Image (H, W, 3) uint8, semantic mask (H, W) int16, instance masks (N, H, W) boolean.
 
         One to `max_paste` archive images are drawn. The first is the canvas, the others give one
         object each; a negative canvas comes on top of them. Every image is transformed by itself.

@@ -104,7 +104,10 @@ def _sample(
     image = _image(store, index, SAMPLE_SIDE)
     mask = decode_png(store.member(index, "mask.png")) > 127
     dense_labels = decode_label(store.member(index, "label.png"))
-    maps = {"pseudo-mask": mask * row.label_id, "DenseCLIP": dense_labels}
+    maps: dict[str, NDArray[np.integer]] = {
+        "pseudo-mask": mask * row.label_id,
+        "DenseCLIP": dense_labels,
+    }
     if make_target is not None:
         confidence = decode_confidence(decode_png(store.member(index, "confidence.png")))
         maps["training saw"] = make_target(mask, row.label_id, dense_labels, confidence)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.data.images import decode_label, encode_label
+from pipeline.data.labels import LabelMap
 from pipeline.data.shards import Sample, open_samples, write_shards
 from pipeline.errors import PipelineError
 from pipeline.metrics.rle import RleObject
@@ -42,8 +42,8 @@ class StoredPrediction:
     """
 
     image_id: str
-    labels: NDArray[np.integer]
-    baseline: NDArray[np.integer] | None = None
+    labels: LabelMap
+    baseline: LabelMap | None = None
     objects: Sequence[RleObject] | None = None
 
 

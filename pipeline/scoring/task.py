@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.benchmarks import Example, InstanceTarget
-from pipeline.data.labels import BACKGROUND, IGNORE_INDEX
+from pipeline.data.labels import BACKGROUND, IGNORE_INDEX, LABEL_TYPE, LabelMap
 from pipeline.errors import PipelineError
 from pipeline.scoring.predictions import StoredPrediction
 
@@ -59,12 +59,12 @@ class Truth:
         self._size = size
 
     @cached_property
-    def semantic(self) -> NDArray[np.int32]:
+    def semantic(self) -> LabelMap:
         """Label ids (H, W) as they are scored: without background its pixels are void."""
         labels = self._checked(self._example.semantic())
         if self._task.background:
             return labels
-        return np.where(labels == BACKGROUND, np.int32(IGNORE_INDEX), labels)
+        return np.where(labels == BACKGROUND, LABEL_TYPE(IGNORE_INDEX), labels)
 
     @cached_property
     def void(self) -> NDArray[np.bool_]:

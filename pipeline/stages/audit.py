@@ -19,6 +19,8 @@ from pipeline.data.images import decode_label, decode_png
 from pipeline.data.labels import (
     BACKGROUND,
     IGNORE_INDEX,
+    LABEL_TYPE,
+    LabelMap,
     Target,
     decode_confidence,
     training_target,
@@ -117,7 +119,7 @@ class _TrueMasks:
         path: of the semantic mask, for messages.
     """
 
-    semantic: NDArray[np.int32]
+    semantic: LabelMap
     objects: NDArray[np.bool_]
     void: NDArray[np.bool_]
     path: Path
@@ -128,7 +130,7 @@ class _PseudoMasks:
     """One sample of the label shards at the size of the truth: mask, label ids, confidence."""
 
     mask: NDArray[np.bool_]
-    labels: NDArray[np.int32]
+    labels: LabelMap
     confidence: NDArray[np.float32]
 
 
@@ -158,7 +160,7 @@ class _Truth:
                 *(label_ids.get(category, BACKGROUND) for category in named),
                 IGNORE_INDEX,
             ],
-            dtype=np.int32,
+            dtype=LABEL_TYPE,
         )
 
     def find(self, path: str, member: str | None) -> _TrueMasks | None:

@@ -59,6 +59,7 @@ def test_own_names_keep_their_order_and_lose_blanks_around_them() -> None:
     ("categories", "words"),
     [
         ([], ["empty", "voc"]),
+        ([f"name {number}" for number in range(40_000)], ["40000 names", "at most 32767"]),
         (["cat", "  "], ["name 2 of 2", "empty"]),
         (["cat", "dog", "Cat"], ["'Cat'", "1 and 3"]),
         (["cat", "Background"], ["'Background'", "label id 0"]),

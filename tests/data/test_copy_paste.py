@@ -156,7 +156,7 @@ def test_canvas_shows_void_and_no_instance_where_it_is_padded() -> None:
     view = View(4, 6, crop=Box(-4, 0, 4, 8), mirrored=True)
     shown = make_canvas(Sample(photo(4, 6), ones * np.uint8(200), ones), view, ColourChange())
     assert shown.image.shape == (8, 8, 3)
-    assert shown.semantic.dtype == np.int32
+    assert shown.semantic.dtype == np.int16
     expected = np.full((8, 8), IGNORE_INDEX)
     expected[4:, :6] = 200
     np.testing.assert_array_equal(shown.semantic, expected)

@@ -20,7 +20,7 @@ CONFIDENCE = np.array([[0.9, 0.9, 0.9, 0.4, 0.4, 0.4]] * 2, dtype=np.float32)
 
 def test_saliency_is_the_pseudo_mask() -> None:
     target = training_target(MASK, 2, DENSE, CONFIDENCE, target="saliency")
-    assert target.dtype == np.int32
+    assert target.dtype == np.int16
     assert target.tolist() == [[2] * 6, [0] * 6]
 
 
@@ -33,7 +33,7 @@ def test_saliency_alone_has_room_for_its_label_id(label_id: int) -> None:
 
 def test_denseclip_is_the_dense_labels_alone() -> None:
     target = training_target(MASK, 2, DENSE, CONFIDENCE, target="denseclip")
-    assert target.dtype == np.int32
+    assert target.dtype == np.int16
     assert target.tolist() == DENSE.tolist()
 
 
@@ -62,7 +62,7 @@ def test_negatives_are_background_unless_a_category_is_seen() -> None:
 
 @pytest.mark.parametrize("kind", ["saliency", "denseclip", "fused"])
 def test_inputs_stay_and_one_pixel_works(kind: str) -> None:
-    mask, dense = np.array([[True]]), np.array([[3]], dtype=np.int32)
+    mask, dense = np.array([[True]]), np.array([[3]], dtype=np.int16)
     target = training_target(mask, 2, dense, np.ones((1, 1)), target=kind, conflict="category")
     target += 10
     assert target.shape == (1, 1)

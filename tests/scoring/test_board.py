@@ -46,8 +46,8 @@ Pair = tuple[TinyExample, StoredPrediction]
 
 def pair(target: object, prediction: object, baseline: object = None, image_id: str = "a") -> Pair:
     """Label maps only, given as rows of label ids."""
-    truth, labels = (np.array(rows, np.int32) for rows in (target, prediction))
-    below = None if baseline is None else np.array(baseline, np.int32)
+    truth, labels = (np.array(rows, np.int16) for rows in (target, prediction))
+    below = None if baseline is None else np.array(baseline, np.int16)
     return TinyExample(image_id, truth), StoredPrediction(image_id, labels, below)
 
 
@@ -80,10 +80,10 @@ def object_pair(
     image_id: str = "a",
 ) -> Pair:
     """Objects in an image of 20 x 20."""
-    labels = np.zeros((20, 20), np.int32)
+    labels = np.zeros((20, 20), np.int16)
     if void is not None:
         labels[void] = -1
-    prediction = StoredPrediction(image_id, np.zeros((20, 20), np.int32), objects=predictions)
+    prediction = StoredPrediction(image_id, np.zeros((20, 20), np.int16), objects=predictions)
     return TinyExample(image_id, labels, targets), prediction
 
 
@@ -208,14 +208,14 @@ def test_an_image_without_annotations_counts() -> None:
 @pytest.mark.parametrize("metric", ["semantic", "instance", "size"])
 def test_masks_of_another_size_are_refused(metric: str) -> None:
     example, _ = object_pair([InstanceTarget(1, block(0, 0, 4, 4))], [])
-    prediction = StoredPrediction("a", np.zeros((20, 21), np.int32), objects=[])
+    prediction = StoredPrediction("a", np.zeros((20, 21), np.int16), objects=[])
     with pytest.raises(PipelineError, match=r"tiny\.jpg: 21x20 pixels, but its masks have 20x20"):
         score([(example, prediction)], metrics=(metric,))
 
 
 def random_pair(seed: int, side: int) -> Pair:
     generator = np.random.default_rng(seed)
-    target, labels, baseline = generator.integers(0, 3, (3, side, side), dtype=np.int32)
+    target, labels, baseline = generator.integers(0, 3, (3, side, side), dtype=np.int16)
     target[:, 0] = -1
     objects = [InstanceTarget(label_id, target == label_id) for label_id in (1, 2)]
     predictions = [

@@ -15,13 +15,13 @@ from pipeline.errors import PipelineError
 from pipeline.metrics.rle import RleObject, encode_mask
 from pipeline.scoring.predictions import PredictionStore, StoredPrediction, write_predictions
 
-LABELS = np.array([[0, 1, 2], [2, 2, 0]], np.int32)
+LABELS = np.array([[0, 1, 2], [2, 2, 0]], np.int16)
 OBJECTS = [
     RleObject(2, encode_mask(LABELS == 2), 0.123456789012345),
     RleObject(1, encode_mask(LABELS == 1), 0.1),
 ]
 FULL = StoredPrediction("001.Albatross_0046", LABELS, LABELS[::-1].copy(), OBJECTS)
-BARE = StoredPrediction("b", np.array([[1]], np.int32))
+BARE = StoredPrediction("b", np.array([[1]], np.int16))
 
 
 @dataclass
@@ -83,7 +83,7 @@ def test_objects_are_cocos_results(tmp_path: Path) -> None:
 
 
 def test_many_categories_fit(tmp_path: Path) -> None:
-    labels = np.array([[0, 255, 919]], np.int32)
+    labels = np.array([[0, 255, 919]], np.int16)
     write(tmp_path / "out", [(0, StoredPrediction("a", labels))], num=919)
     found = PredictionStore(tmp_path / "out").get(0, "a")
     assert found is not None

@@ -218,7 +218,7 @@ def test_image_path_array_and_picture_are_the_same(photos: Path, checkpoint_dir:
         inputs = [path, str(path), picture.convert("RGBA"), np.array(picture)]
     predictions = [segmenter(image) for image in inputs]
     assert predictions[0].semantic.shape == (32, 64)
-    assert predictions[0].semantic.dtype == np.int32
+    assert predictions[0].semantic.dtype == np.int16
     assert predictions[0].categories == ["cat", "dog", "bird"]
     assert len(np.unique(predictions[0].semantic)) > 1
     for prediction in predictions[1:]:

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.data.benchmarks.example import Example
 from pipeline.data.benchmarks.label_map import HALF, LabelMapExample, read_greys
@@ -25,6 +24,7 @@ from pipeline.data.benchmarks.lists import (
     read_groups,
     subfolders,
 )
+from pipeline.data.labels import LABEL_TYPE, LabelMap
 from pipeline.errors import PipelineError
 
 IMAGES = "image"
@@ -93,7 +93,7 @@ class CocaBenchmark:
                 )
 
 
-def read_binary_mask(path: Path, *, label_id: int) -> NDArray[np.int32]:
+def read_binary_mask(path: Path, *, label_id: int) -> LabelMap:
     """Label map (H, W) of a mask of CoCA: `label_id` inside, background outside.
 
     ZUTIS's code takes the value 255 and leaves any other as it is; masks hold 0 and 255. Here the
@@ -110,4 +110,4 @@ def read_binary_mask(path: Path, *, label_id: int) -> NDArray[np.int32]:
             f"{path}: the highest pixel value is {brightest}; expected 255 inside the objects and "
             "0 outside"
         )
-    return np.where(levels >= HALF, label_id, 0).astype(np.int32)
+    return np.where(levels >= HALF, label_id, 0).astype(LABEL_TYPE)

@@ -21,6 +21,7 @@ from pycocotools import mask as coco_mask
 from pipeline.data.benchmarks.example import Example, InstanceTarget
 from pipeline.data.benchmarks.json_stream import visit_arrays
 from pipeline.data.benchmarks.lists import check_folder, read_lines
+from pipeline.data.labels import LABEL_TYPE, LabelMap
 from pipeline.errors import PipelineError
 
 MIN_POLYGON = 6  # numbers: three points
@@ -48,7 +49,7 @@ class CocoExample:
     annotations: list[Annotation]
     vocabulary: None = None
 
-    def semantic(self) -> NDArray[np.int32]:
+    def semantic(self) -> LabelMap:
         """Label ids (H, W), painted from the annotations; nothing is void.
 
         Crowds are painted first, then objects from large to small, so that of several objects at
@@ -56,7 +57,7 @@ class CocoExample:
         pixels have its category. (The authors of ZUTIS scored label maps that they did not
         publish: what they do where objects overlap is not known.)
         """
-        labels = np.zeros(self.size, dtype=np.int32)
+        labels = np.zeros(self.size, dtype=LABEL_TYPE)
         for annotation in sorted(self.annotations, key=self._depth):
             labels[self._mask(annotation)] = annotation.label_id
         return labels

@@ -17,9 +17,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipeline.data.benchmarks.example import Example
 from pipeline.data.benchmarks.label_map import HALF, LabelMapExample, read_greys
 from pipeline.data.benchmarks.lists import (
@@ -30,6 +27,7 @@ from pipeline.data.benchmarks.lists import (
     read_groups,
     read_lines,
 )
+from pipeline.data.labels import LABEL_TYPE, LabelMap
 from pipeline.errors import PipelineError
 
 IMAGES = "images"
@@ -173,7 +171,7 @@ def breed_name(text: str) -> str:
     return re.sub(r"^\d+\.", "", text).replace("_", " ")
 
 
-def read_bird_mask(path: Path) -> NDArray[np.int32]:
+def read_bird_mask(path: Path) -> LabelMap:
     """Label map (H, W) of a segmentation of CUB: 1 where at least half the levels say bird.
 
     ZUTIS's code for CUB is not published; the usual threshold is half of the highest level.
@@ -181,7 +179,7 @@ def read_bird_mask(path: Path) -> NDArray[np.int32]:
     Raises:
         PipelineError: missing or unreadable.
     """
-    return (read_greys(path) >= HALF).astype(np.int32)
+    return (read_greys(path) >= HALF).astype(LABEL_TYPE)
 
 
 def _image_id(file: str) -> str:

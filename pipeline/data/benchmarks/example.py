@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.labels import LabelMap
+
 
 @dataclass(frozen=True)
 class InstanceTarget:
@@ -45,7 +47,7 @@ class Example(Protocol):
     def vocabulary(self) -> Sequence[str] | None:
         """The names by label id from 1 asked for in this image, where not the benchmark's own."""
 
-    def semantic(self) -> NDArray[np.int32]:
+    def semantic(self) -> LabelMap:
         """Label ids (H, W): 0 is background, `IGNORE_INDEX` is void."""
 
     def instances(self) -> list[InstanceTarget]:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.data.benchmarks.example import Example
 from pipeline.data.benchmarks.label_map import LabelMapExample, check_label_ids, read_rgb
@@ -25,7 +24,7 @@ from pipeline.data.benchmarks.lists import (
     read_groups,
     subfolders,
 )
-from pipeline.data.labels import IGNORE_INDEX
+from pipeline.data.labels import IGNORE_INDEX, LABEL_TYPE, LabelMap
 from pipeline.errors import PipelineError
 
 TEST = "test"
@@ -103,9 +102,9 @@ class ImageNetSBenchmark:
             )
         return folders
 
-    def _decode(self, path: Path) -> NDArray[np.int32]:
+    def _decode(self, path: Path) -> LabelMap:
         channels = read_rgb(path).astype(np.int32)
         labels = channels[..., 0] + 256 * channels[..., 1]
         labels[labels == VOID] = IGNORE_INDEX
         check_label_ids(labels, len(self.categories), path)
-        return labels
+        return labels.astype(LABEL_TYPE)

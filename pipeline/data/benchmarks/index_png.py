@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.data.benchmarks.example import Example
 from pipeline.data.benchmarks.label_map import LabelMapExample, read_indices
@@ -23,7 +22,7 @@ from pipeline.data.benchmarks.lists import (
     read_groups,
     read_ids,
 )
-from pipeline.data.labels import BACKGROUND, IGNORE_INDEX
+from pipeline.data.labels import BACKGROUND, IGNORE_INDEX, LABEL_TYPE, LabelMap
 from pipeline.errors import PipelineError
 
 NUM_VALUES = 2**16
@@ -119,7 +118,7 @@ class IndexPngBenchmark:
         check_files(self._label_dir, (f"{stem}{label_suffix}" for stem in ids), reason)
         return ids
 
-    def _decode(self, path: Path) -> NDArray[np.int32]:
+    def _decode(self, path: Path) -> LabelMap:
         stored = read_indices(path)
         labels = self._table[stored]
         if labels.min(initial=IGNORE_INDEX) == UNKNOWN:
@@ -137,7 +136,7 @@ def _label_table(
     values: Sequence[int],
     void_values: Sequence[int],
     other: Literal["background", "void"],
-) -> NDArray[np.int32]:
+) -> LabelMap:
     """Label id of every pixel value (65536,); `UNKNOWN` for those that must not occur."""
     remaining = BACKGROUND if other == "background" else IGNORE_INDEX
     if values and len(values) != num_categories:
@@ -155,7 +154,7 @@ def _label_table(
                 "`values`, `void_values` or `categories`"
             )
         taken.add(value)
-    table = np.full(NUM_VALUES, remaining if values else UNKNOWN, dtype=np.int32)
+    table = np.full(NUM_VALUES, remaining if values else UNKNOWN, dtype=LABEL_TYPE)
     table[0] = remaining
     table[label_values] = np.arange(1, num_categories + 1)
     table[list(void_values)] = IGNORE_INDEX

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.benchmarks.example import InstanceTarget
-from pipeline.data.labels import IGNORE_INDEX
+from pipeline.data.labels import IGNORE_INDEX, LabelMap
 from pipeline.errors import PipelineError
 
 INDEX_MODES = ("1", "L", "P", "I;16", "I")
@@ -40,10 +40,10 @@ class LabelMapExample:
     image_id: str
     image_path: Path
     mask_path: Path
-    decode: Callable[[Path], NDArray[np.int32]]
+    decode: Callable[[Path], LabelMap]
     vocabulary: Sequence[str] | None = None
 
-    def semantic(self) -> NDArray[np.int32]:
+    def semantic(self) -> LabelMap:
         return self.decode(self.mask_path)
 
     def instances(self) -> list[InstanceTarget]:

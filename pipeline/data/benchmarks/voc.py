@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline.data.benchmarks.example import Example, InstanceTarget
 from pipeline.data.benchmarks.label_map import check_label_ids, read_indices, read_size
 from pipeline.data.benchmarks.lists import check_files, check_folder, read_groups, read_ids
-from pipeline.data.labels import IGNORE_INDEX
+from pipeline.data.labels import IGNORE_INDEX, LABEL_TYPE, LabelMap
 from pipeline.errors import PipelineError
 from pipeline.files import write_bytes
 
@@ -52,12 +52,12 @@ class VocExample:
     def object_path(self) -> Path:
         return self.root / OBJECTS / f"{self.image_id}.png"
 
-    def semantic(self) -> NDArray[np.int32]:
+    def semantic(self) -> LabelMap:
         labels = _read_map(self.class_path)
         check_label_ids(labels, self.num_categories, self.class_path)
         return labels
 
-    def objects(self) -> NDArray[np.int32]:
+    def objects(self) -> LabelMap:
         """Numbers (H, W) of the objects, of any category or none: 0 outside, void `IGNORE_INDEX`.
 
         Raises:
@@ -184,9 +184,9 @@ def read_index_png(path: Path) -> NDArray[np.uint8]:
     return read_indices(path, modes=("P", "L")).astype(np.uint8)
 
 
-def _read_map(path: Path) -> NDArray[np.int32]:
+def _read_map(path: Path) -> LabelMap:
     indices = read_index_png(path)
-    return np.where(indices == VOID, IGNORE_INDEX, indices.astype(np.int32))
+    return np.where(indices == VOID, IGNORE_INDEX, indices.astype(LABEL_TYPE))
 
 
 def encode_index_png(indices: NDArray[np.integer]) -> bytes:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.data.benchmarks.voc import VocWriter
 
-Maps = dict[str, NDArray[np.int32]]
+Maps = dict[str, NDArray[np.int16]]
 
 VOC_CATEGORIES = ["cat", "dog"]
 CONTEXT_CATEGORIES = ["bag", "sky", "wood"]
@@ -53,7 +53,7 @@ def write_voc(root: Path) -> Maps:
         writer.add(image_id, jpeg(pair[0].shape, mode), *pair)
     writer.write_split("val", list(maps))
     writer.write_split("known", ["2007_000002"])
-    return {image_id: pair[0].astype(np.int32) for image_id, pair in maps.items()}
+    return {image_id: pair[0].astype(np.int16) for image_id, pair in maps.items()}
 
 
 def write_context(root: Path) -> Maps:
@@ -150,7 +150,7 @@ def write_cub(root: Path) -> Maps:
 
 
 def as_maps(values: dict[str, list[list[int]]]) -> Maps:
-    return {image_id: np.array(rows, np.int32) for image_id, rows in values.items()}
+    return {image_id: np.array(rows, np.int16) for image_id, rows in values.items()}
 
 
 def jpeg(shape: tuple[int, ...], mode: str = "RGB") -> bytes:

@@ -37,7 +37,7 @@ def test_the_label_is_that_of_the_folder(tmp_path: Path) -> None:
     assert [example.image_id for example in examples] == list(expected)
     for example in examples:
         labels = example.semantic()
-        assert labels.dtype == np.int32
+        assert labels.dtype == np.int16
         np.testing.assert_array_equal(labels, expected[example.image_id])
         assert not example.void().any()
         image = load_image(example.image_path)

@@ -148,7 +148,7 @@ def test_label_maps_are_painted_crowds_first_and_small_objects_last(root: Path) 
     assert ids(benchmark) == ["000000000139", "000000000285", "000000000632", "000000000724"]
     for example in benchmark:
         semantic = example.semantic()
-        assert semantic.dtype == np.int32
+        assert semantic.dtype == np.int16
         np.testing.assert_array_equal(semantic, SEMANTIC[int(example.image_id)])
         assert example.vocabulary is None
         assert example.void().shape == semantic.shape

@@ -38,7 +38,7 @@ def test_label_ids_are_red_and_256_green(tmp_path: Path) -> None:
     assert [example.image_id for example in examples] == list(expected)
     for example in examples:
         labels = example.semantic()
-        assert labels.dtype == np.int32
+        assert labels.dtype == np.int16
         np.testing.assert_array_equal(labels, expected[example.image_id])
         np.testing.assert_array_equal(example.void(), labels == -1)
         image = load_image(example.image_path)

@@ -59,7 +59,7 @@ def test_reads_context_as_mmsegmentation_lays_it_out(tmp_path: Path) -> None:
     assert [example.image_id for example in examples] == list(expected)
     for example in examples:
         labels = example.semantic()
-        assert labels.dtype == np.int32
+        assert labels.dtype == np.int16
         np.testing.assert_array_equal(labels, expected[example.image_id])
         np.testing.assert_array_equal(example.void(), labels == -1)
         image = load_image(example.image_path)
