@@ -5,7 +5,9 @@ Letters: B batch, N instances, H W pixels.
 
 from __future__ import annotations
 
+import math
 import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +43,8 @@ from pipeline.errors import PipelineError
 
 MEMBERS = ("jpg", "mask.png", "label.png", "confidence.png", "json")
 SPECK = 0.01
-MEMORY_BYTES = 10**9
+# What is kept in memory: decoded samples, and packed pseudo-masks of about a kilobyte each.
+SAMPLE_BYTES, MASK_BYTES = 10**9, 5 * 10**8
 
 Composed = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -62,13 +65,31 @@ class Batch(NamedTuple):
     num_instances: list[int]
 
 
+class PackedMask(NamedTuple):
+    """A mask as a few hundred bytes, from which it comes ten times faster than from a PNG file."""
+
+    shape: tuple[int, ...]
+    bits: bytes
+
+    @classmethod
+    def of(cls, mask: np.ndarray) -> PackedMask:
+        """Pack a boolean mask (H, W)."""
+        return cls(mask.shape, zlib.compress(np.packbits(mask).tobytes(), level=1))
+
+    def unpack(self) -> np.ndarray:
+        """The boolean mask (H, W)."""
+        bits = np.frombuffer(zlib.decompress(self.bits), dtype=np.uint8)
+        return np.unpackbits(bits, count=math.prod(self.shape)).reshape(self.shape).view(bool)
+
+
 class Archives:
     """Decoded access to the archive images of a folder of label shards.
 
     A sample's semantic mask is what `training_target` makes of it; its instance is its
     pseudo-mask or, with `split_components`, every connected component of the pseudo-mask that
     covers at least 1 % of the image. Samples of archive 0, the negatives, are background all over,
-    by definition. As many decoded samples as fit into a gigabyte are kept in memory.
+    by definition. As many decoded samples as fit into a gigabyte are kept in memory, and the
+    pseudo-masks of some 500,000 more.
 
     Args:
         labels_dir: Folder of label shards.
@@ -109,6 +130,7 @@ class Archives:
         self.negatives: list[int] = []
         self.num_empty = 0
         self._memory: dict[int, Sample] = {}
+        self._masks: dict[int, PackedMask] = {}
         self._sort()
         if not self.objects:
             raise PipelineError(
@@ -122,23 +144,26 @@ class Archives:
 
     def _sort(self) -> None:
         """Tell samples with an object from those without, and keep the first ones in memory."""
-        free = MEMORY_BYTES
+        free_for_samples, free_for_masks = SAMPLE_BYTES, MASK_BYTES
         for index, label_id in enumerate(self._label_ids):
             if label_id == BACKGROUND:
                 self.negatives.append(index)
-            elif self._shows_object(index):
-                self.objects.setdefault(label_id, []).append(index)
             else:
-                self.num_empty += 1
-                continue
-            if free > 0:
+                mask = self._mask(index)
+                if not self._shows_object(mask):
+                    self.num_empty += 1
+                    continue
+                self.objects.setdefault(label_id, []).append(index)
+                if free_for_masks > 0:
+                    self._masks[index] = PackedMask.of(mask)
+                    free_for_masks -= len(self._masks[index].bits)
+            if free_for_samples > 0:
                 sample = self._decode(index)
-                free -= _num_bytes(sample)
-                if free >= 0:
+                free_for_samples -= _num_bytes(sample)
+                if free_for_samples >= 0:
                     self._memory[index] = _without_metadata(sample)
 
-    def _shows_object(self, index: int) -> bool:
-        mask = self._mask(index)
+    def _shows_object(self, mask: np.ndarray) -> bool:
         return bool(self._instances(mask).any() if self._split_components else mask.any())
 
     def _decode(self, index: int) -> Sample:
@@ -159,6 +184,9 @@ class Archives:
         return Sample(image, semantic, instances, int(instances.max()))
 
     def _mask(self, index: int) -> np.ndarray:
+        """The pseudo-mask (H, W), boolean, of a sample."""
+        if index in self._masks:
+            return self._masks[index].unpack()
         try:
             return decode_png(self._store.member(index, "mask.png")) > 0
         except ImageError as error:

@@ -129,6 +129,7 @@ class ColourChange:
 
 
 UNCHANGED = ColourChange()
+NO_COLOUR = np.zeros(3, dtype=np.uint8)
 
 
 def draw_view(
@@ -190,10 +191,11 @@ def draw_colour_change(
 def view_image(image: Image.Image, view: View, change: ColourChange, box: Box) -> np.ndarray:
     """The pixels of a box of a view, resized bilinearly, their colours changed.
 
-    Padding has the mean colour of the resized image. The jitter is one affine map of the colours:
-    hue turns around the grey axis (the published code turns it in HSV, some six times slower), and
-    colours are clipped once, at the end. Contrast is relative to the mean of the whole crop, and a
-    blur sees the pixels around the box, so the result is what the whole crop would have there.
+    Padding has the mean colour of the image. The jitter is one affine map of the colours: hue turns
+    around the grey axis (the published code turns it in HSV, some six times slower), and colours
+    are clipped once, at the end. Contrast is relative to the mean of the whole crop, and a blur
+    sees the pixels around the box, so the result is what the whole crop would have there. But only
+    what the box needs is resized, which rounds some values to another level.
 
     Args:
         image: RGB.
@@ -206,14 +208,16 @@ def view_image(image: Image.Image, view: View, change: ColourChange, box: Box) -
     """
     if 0 in box.shape:
         return np.empty((*box.shape, 3), dtype=np.uint8)
-    scaled = image.resize((view.width, view.height), Image.Resampling.BILINEAR)
-    if view.mirrored:
-        scaled = scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    resized = np.asarray(scaled)
-    fill, mean = _padding_and_mean(resized, view)
     reach = BLUR_REACH if change.blur_sigma else 0
-    near = box.grown(reach).within(view.crop).within(view.whole.grown(reach))
-    changed = _change_colours(pad_box(resized, near, fill), change, mean)
+    needed = box.grown(reach).within(view.crop)
+    shown = needed.within(view.whole)
+    pixels = _resize(image, view, shown)
+    if needed == shown and not change.jitter:
+        return _change_colours(pixels, change, NO_COLOUR)[box.seen_from(shown).slices]
+    fill = _mean_colour(image, view, view.whole)
+    mean = _mean_of_crop(image, view, fill)
+    near = needed.within(view.whole.grown(reach))
+    changed = _change_colours(pad_box(pixels, near.seen_from(shown), fill), change, mean)
     if box.within(near) == box:
         return changed[box.seen_from(near).slices]
     padding = _change_colours(fill[None, None], change, mean)
@@ -263,20 +267,44 @@ def _draw_jitter(rng: random.Random) -> tuple[tuple[str, float], ...]:
     return tuple((step, rng.uniform(*strengths[step])) for step in steps)
 
 
-def _padding_and_mean(resized: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
-    """Mean colours of the whole image, which pads its crop, and of the crop: (3,) uint8 each."""
-    seen, num_pixels = view.visible, view.crop.area
-    totals = _totals(resized)
-    fill = totals // view.whole.area
-    seen_totals = totals if seen == view.whole else _totals(resized[seen.slices])
-    mean = (seen_totals + (num_pixels - seen.area) * fill) // num_pixels
-    return fill.astype(np.uint8), mean.astype(np.uint8)
+def _resize(image: Image.Image, view: View, box: Box) -> np.ndarray:
+    """The pixels (h, w, 3), uint8, of a box within the image of a view."""
+    resized = image.resize(
+        box.shape[::-1], Image.Resampling.BILINEAR, _source_box(image, view, box)
+    )
+    if view.mirrored:
+        resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(resized)
 
 
-def _totals(pixels: np.ndarray) -> np.ndarray:
-    """Sums of each channel of (H, W, 3) uint8: (3,) uint64."""
-    # Rows first: many times faster than both axes at once.
-    return pixels.sum(axis=0, dtype=np.uint32).sum(axis=0, dtype=np.uint64)
+def _source_box(image: Image.Image, view: View, box: Box) -> tuple[float, float, float, float]:
+    """Where a box of a view lies in the image as stored: left, top, right, bottom."""
+    left, right = box.left, box.right
+    if view.mirrored:
+        left, right = view.width - right, view.width - left
+    width, height = image.width, image.height
+    # A quotient last: the image's own edges come out exactly.
+    return (
+        left * width / view.width,
+        box.top * height / view.height,
+        right * width / view.width,
+        box.bottom * height / view.height,
+    )
+
+
+def _mean_colour(image: Image.Image, view: View, box: Box) -> np.ndarray:
+    """Mean colour (3,) of a box of a view, to within half a level."""
+    pixel = image.resize((1, 1), Image.Resampling.BOX, _source_box(image, view, box))
+    return np.asarray(pixel)[0, 0]
+
+
+def _mean_of_crop(image: Image.Image, view: View, fill: np.ndarray) -> np.ndarray:
+    """Mean colour (3,) of the crop of a view, with its padding."""
+    seen = view.visible
+    if seen == view.whole:
+        return fill
+    share = seen.area / view.crop.area
+    return share * _mean_colour(image, view, seen) + (1.0 - share) * fill
 
 
 def _change_colours(pixels: np.ndarray, change: ColourChange, mean: np.ndarray) -> np.ndarray:

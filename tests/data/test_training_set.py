@@ -112,11 +112,13 @@ def test_image_is_a_pure_function_of_seed_and_number(tmp_path: Path) -> None:
     assert any((other_seed[i][0] != expected[i][0]).any() for i in range(8))
 
 
+@pytest.mark.parametrize(("sample_bytes", "mask_bytes"), [(20_000, 10**6), (20_000, 100), (0, 0)])
 def test_samples_beyond_the_memory_are_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample_bytes: int, mask_bytes: int
 ) -> None:
     kept = training_set(archives(tmp_path))
-    monkeypatch.setattr(pipeline.data.training_set, "MEMORY_BYTES", 20_000)
+    monkeypatch.setattr(pipeline.data.training_set, "SAMPLE_BYTES", sample_bytes)
+    monkeypatch.setattr(pipeline.data.training_set, "MASK_BYTES", mask_bytes)
     read = training_set(archives(tmp_path))
     for number in range(8):
         for array, other in zip(kept[number], read[number], strict=True):
@@ -208,7 +210,7 @@ def test_saliency_looks_at_no_dense_labels(tmp_path: Path) -> None:
 def test_a_pickled_copy_gives_the_same_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
 ) -> None:
-    monkeypatch.setattr(pipeline.data.training_set, "MEMORY_BYTES", memory)
+    monkeypatch.setattr(pipeline.data.training_set, "SAMPLE_BYTES", memory)
     images = training_set(archives(tmp_path))
     expected = [images[number] for number in range(6)]
     copy = pickle.loads(pickle.dumps(images))

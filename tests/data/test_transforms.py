@@ -57,7 +57,8 @@ def jittered(image: Image.Image, seed: int) -> np.ndarray:
 
 
 def plain_crop(image: Image.Image, view: View) -> np.ndarray:
-    """The whole crop, pixel by pixel: resized, mirrored, padded with the mean, rounded down."""
+    """The whole crop, pixel by pixel: resized, mirrored, padded with the mean of the image."""
+    mean = np.asarray(image).reshape(-1, 3).mean(axis=0)
     resized = np.asarray(image.resize((view.width, view.height), Image.Resampling.BILINEAR))
     crop = np.empty((*view.crop.shape, 3), dtype=np.uint8)
     for row, column in np.ndindex(*view.crop.shape):
@@ -65,8 +66,17 @@ def plain_crop(image: Image.Image, view: View) -> np.ndarray:
         if 0 <= y < view.height and 0 <= x < view.width:
             crop[row, column] = resized[y, view.width - 1 - x if view.mirrored else x]
         else:
-            crop[row, column] = resized.reshape(-1, 3).mean(axis=0)
+            crop[row, column] = mean.round()
     return crop
+
+
+def assert_same_but_for_rounding(
+    pixels: np.ndarray, expected: np.ndarray, *, spread: float = 1.0
+) -> None:
+    """Rows are resized first or columns, by what is less work, and both passes round."""
+    difference = np.abs(pixels.astype(int) - expected)
+    assert difference.max(initial=0) <= 2 * spread
+    assert difference.sum() <= difference.size
 
 
 def plain_colours(crop: np.ndarray, change: ColourChange) -> np.ndarray:
@@ -131,7 +141,7 @@ def test_image_is_resized_mirrored_cropped_and_padded_with_its_mean(
         view = drawn_view(height, width, rng)
         image = photo(height, width)
         pixels = view_image(image, view, ColourChange(), view.crop)
-        np.testing.assert_array_equal(pixels, plain_crop(image, view))
+        assert_same_but_for_rounding(pixels, plain_crop(image, view))
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -159,11 +169,11 @@ def test_boxes_are_greyed_and_blurred_as_the_whole_crop_is(sigma: float, greysca
         view, image = drawn_view(height, width, rng), photo(height, width)
         expected = plain_colours(plain_crop(image, view), change)
         whole = view_image(image, view, change, view.crop)
-        np.testing.assert_array_equal(whole, expected)
+        assert_same_but_for_rounding(whole, expected)
         box = drawn_box(view, rng)
         part = view_image(image, view, change, box)
         assert part.dtype == np.uint8
-        np.testing.assert_array_equal(part, expected[box.seen_from(view.crop).slices])
+        assert_same_but_for_rounding(part, expected[box.seen_from(view.crop).slices])
 
 
 def test_boxes_are_jittered_as_the_whole_crop_is() -> None:
@@ -175,7 +185,9 @@ def test_boxes_are_jittered_as_the_whole_crop_is() -> None:
         for _ in range(4):
             box = drawn_box(view, rng)
             part = view_image(image, view, change, box)
-            np.testing.assert_array_equal(part, whole[box.seen_from(view.crop).slices])
+            expected = whole[box.seen_from(view.crop).slices]
+            # Brightness, contrast and saturation spread differences, each by up to 1.8.
+            assert_same_but_for_rounding(part, expected, spread=1.8**3)
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
