@@ -129,6 +129,8 @@ class ColourChange:
 
 
 UNCHANGED = ColourChange()
+# Large images are reduced by whole factors to about this side before their mean is taken.
+MEAN_SIDE = 48.0
 NO_COLOUR = np.zeros(3, dtype=np.uint8)
 
 
@@ -293,8 +295,9 @@ def _source_box(image: Image.Image, view: View, box: Box) -> tuple[float, float,
 
 
 def _mean_colour(image: Image.Image, view: View, box: Box) -> np.ndarray:
-    """Mean colour (3,) of a box of a view, to within half a level."""
-    pixel = image.resize((1, 1), Image.Resampling.BOX, _source_box(image, view, box))
+    """Mean colour (3,), uint8, of a box of a view."""
+    region = _source_box(image, view, box)
+    pixel = image.resize((1, 1), Image.Resampling.BOX, region, reducing_gap=MEAN_SIDE)
     return np.asarray(pixel)[0, 0]
 
 

@@ -57,7 +57,7 @@ def jittered(image: Image.Image, seed: int) -> np.ndarray:
 
 
 def plain_crop(image: Image.Image, view: View) -> np.ndarray:
-    """The whole crop, pixel by pixel: resized, mirrored, padded with the mean of the image."""
+    """The whole crop, pixel by pixel: resized, mirrored, padded with the image's mean."""
     mean = np.asarray(image).reshape(-1, 3).mean(axis=0)
     resized = np.asarray(image.resize((view.width, view.height), Image.Resampling.BILINEAR))
     crop = np.empty((*view.crop.shape, 3), dtype=np.uint8)
@@ -66,7 +66,7 @@ def plain_crop(image: Image.Image, view: View) -> np.ndarray:
         if 0 <= y < view.height and 0 <= x < view.width:
             crop[row, column] = resized[y, view.width - 1 - x if view.mirrored else x]
         else:
-            crop[row, column] = mean.round()
+            crop[row, column] = mean
     return crop
 
 
