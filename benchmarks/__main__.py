@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Row, peak_memory, run_bench, use_threads
+from benchmarks.harness import Row, peak_memory, run_bench, serve_seconds, use_threads
 
 REPORT = Path("reports/bench.json")
 
@@ -29,6 +29,10 @@ def main() -> int:
     if options.memory_of:
         (bench,) = select([options.memory_of])
         print(json.dumps(peak_memory(bench, options.side, quick=options.quick)))
+        return 0
+    if options.time_of:
+        (bench,) = select([options.time_of])
+        serve_seconds(bench, options.side, quick=options.quick)
         return 0
     machine = describe_machine(options.threads)
     rows: list[Row] = []
@@ -59,7 +63,7 @@ def main() -> int:
 def _options() -> Any:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", action="append", metavar="NAME", help="a row; repeatable")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of both sides (5)")
+    parser.add_argument("--repeats", type=int, default=5, help="least turns of both sides (5)")
     parser.add_argument(
         "--budget", type=float, default=60.0, help="seconds a row after which no turn starts (60)"
     )
@@ -72,6 +76,7 @@ def _options() -> Any:
     )
     parser.add_argument("--out", type=Path, help=f"report ({REPORT}; none with --quick and --only)")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--time-of", help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=("published", "ours"), help=argparse.SUPPRESS)
     return parser.parse_args()
 

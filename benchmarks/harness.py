@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import os
 import resource
@@ -16,12 +17,13 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 Side = Literal["published", "ours"]
 
 MIN_SECONDS = 0.2  # a call shorter than this is repeated within one timing
 MIN_ROUNDS = 2
+ENOUGH = 0.25  # of the budget: after the turns asked for, further ones fill this much
 MEBIBYTE = 2**20
 RESET_PEAK = "5"
 
@@ -129,7 +131,7 @@ def run_bench(
     Args:
         bench: see `Bench`.
         quick: tiny sizes.
-        repeats: number of turns.
+        repeats: least number of turns; short ones go on for a quarter of the budget.
         budget: seconds after which no further turn starts, once two are made.
         memory: whether to measure memory, each side in a process of its own.
         threads: for those processes.
@@ -147,9 +149,11 @@ def run_bench(
             peaks[side] = _measured_apart(bench.name, side, quick=quick, threads=threads)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, _quiet():
         pair = bench.prepare(Path(folder), quick)
-        times, ratios, agreement = _time_in_turns(
-            pair, overhead=bench.overhead, repeats=repeats, budget=budget
-        )
+        agreement = pair.check(timed(pair.published)[1], timed(pair.ours)[1])
+        del pair
+    times, ratios = _time_in_turns(
+        bench, quick=quick, repeats=repeats, budget=budget, threads=threads
+    )
     ratio = median(ratios)
     row = Row(
         name=bench.name,
@@ -204,37 +208,74 @@ def _quiet() -> Iterator[None]:
 
 
 def _time_in_turns(
-    pair: Pair, *, overhead: bool, repeats: int, budget: float
-) -> tuple[dict[Side, list[float]], list[float], str]:
-    """Seconds of both sides, a ratio for each turn, and what the check says.
+    bench: Bench, *, quick: bool, repeats: int, budget: float, threads: int
+) -> tuple[dict[Side, list[float]], list[float]]:
+    """Seconds of both sides and a ratio for each turn.
 
-    The calls that are checked come first and count as the warm-up.
+    Each side has a process of its own, as in use: memory that one gives back to the system would
+    have to be claimed again by the other.
     """
-    started = time.perf_counter()
-    published_seconds, published = timed(pair.published)
-    ours_seconds, ours = timed(pair.ours)
-    agreement = pair.check(published, ours)
-    del published, ours
     times: dict[Side, list[float]] = {"published": [], "ours": []}
-    calls = {"published": _calls(published_seconds), "ours": _calls(ours_seconds)}
-    ratios = []
-    for turn in range(repeats):
-        if turn >= MIN_ROUNDS and time.perf_counter() - started > budget:
-            break
-        times["published"].append(_mean_seconds(pair.published, calls["published"]))
-        times["ours"].append(_mean_seconds(pair.ours, calls["ours"]))
-        ratio = times["published"][-1] / times["ours"][-1]
-        ratios.append(1 / ratio if overhead else ratio)
-    return times, ratios, agreement
+    ratios: list[float] = []
+    with (
+        _Timer(bench.name, "published", quick=quick, threads=threads) as published,
+        _Timer(bench.name, "ours", quick=quick, threads=threads) as ours,
+    ):
+        started = time.perf_counter()
+        for turn in itertools.count():
+            spent = (time.perf_counter() - started) / budget
+            if (turn >= MIN_ROUNDS and spent > 1) or (turn >= repeats and spent > ENOUGH):
+                break
+            times["published"].append(published.seconds())
+            times["ours"].append(ours.seconds())
+            ratio = times["published"][-1] / times["ours"][-1]
+            ratios.append(1 / ratio if bench.overhead else ratio)
+    return times, ratios
 
 
-def _calls(seconds: float) -> int:
-    return max(1, round(MIN_SECONDS / max(seconds, 1e-6)))
+class _Timer:
+    """One side of a bench in a process that waits between its calls; see `serve_seconds`."""
+
+    def __init__(self, name: str, side: Side, *, quick: bool, threads: int) -> None:
+        command = _command("--time-of", name, side, quick=quick, threads=threads)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Self:
+        self._answer()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate("")
+
+    def seconds(self) -> float:
+        """Mean seconds of a few calls."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> float:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._process.args}: exit {self._process.wait()}")
+        return float(line)
 
 
-def _mean_seconds(side: Callable[[], Any], calls: int) -> float:
-    gc.collect()
-    return sum(timed(side)[0] for _ in range(calls)) / calls
+def serve_seconds(bench: Bench, side: Side, *, quick: bool) -> None:
+    """Write the seconds of a first call, then for every line read the mean seconds of some."""
+    answers = sys.stdout
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, _quiet():
+        pair = bench.prepare(Path(folder), quick)
+        call = pair.published if side == "published" else pair.ours
+        first = timed(call)[0]
+        print(first, file=answers, flush=True)
+        calls = max(1, round(MIN_SECONDS / max(first, 1e-6)))
+        for _ in sys.stdin:
+            gc.collect()
+            print(sum(timed(call)[0] for _ in range(calls)) / calls, file=answers, flush=True)
 
 
 def timed(side: Callable[[], Any]) -> tuple[float, Any]:
@@ -247,12 +288,17 @@ def timed(side: Callable[[], Any]) -> tuple[float, Any]:
 
 def _measured_apart(name: str, side: Side, *, quick: bool, threads: int) -> float:
     """Peak memory in MB of one side of a bench, in a process that runs nothing else."""
-    command = [sys.executable, "-m", "benchmarks", "--memory-of", name, "--side", side]
-    command += ["--threads", str(threads), *(["--quick"] if quick else [])]
+    command = _command("--memory-of", name, side, quick=quick, threads=threads)
     finished = subprocess.run(command, check=False, capture_output=True, text=True)
     if finished.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit {finished.returncode}\n{finished.stderr}")
     return float(json.loads(finished.stdout.splitlines()[-1]))
+
+
+def _command(task: str, name: str, side: Side, *, quick: bool, threads: int) -> list[str]:
+    """What runs one side of a bench in another process."""
+    command = [sys.executable, "-m", "benchmarks", task, name, "--side", side]
+    return [*command, "--threads", str(threads), *(["--quick"] if quick else [])]
 
 
 def peak_memory(bench: Bench, side: Side, *, quick: bool) -> float:

@@ -209,7 +209,8 @@ def _prepare(folder: Path, quick: bool) -> Pair:
     def check(published_samples: list[Training], our_samples: list[training_set.Composed]) -> str:
         colours = _compare(published_samples, our_samples)
         plain = _compare(published(WITHOUT_JITTER), ours(WITHOUT_JITTER))
-        assert plain <= 1, f"images without jitter differ by {plain} of 255 levels"
+        # Both passes of a resize round, and what is resized decides which of them comes first.
+        assert plain <= 2, f"images without jitter differ by {plain} of 255 levels"
         return (
             f"same masks; images without jitter within {plain:.0f} of 255 levels; with jitter, "
             f"whose hue the pipeline turns about the grey axis, by {colours:.0f} at most"
