@@ -49,13 +49,24 @@ class Attention(nn.MultiheadAttention):
         if not self.training or needs_weights or any(v is not None for v in options.values()):
             return super().forward(query, key, value, need_weights=needs_weights, **options)
         inputs = (query, key, value)
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         projected = [
-            F.linear(tokens, weight, bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-            for tokens, weight, bias in zip(inputs, weights, biases, strict=True)
+            F.linear(tokens, weight, bias)
+            for tokens, (weight, bias) in zip(inputs, self.projections(), strict=True)
         ]
-        attended = F.scaled_dot_product_attention(*projected)
-        return self.out_proj(attended.transpose(1, 2).flatten(2)), None
+        return self.attend(*projected), None
+
+    def projections(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight (D, D) and bias (D,) of queries, of keys and of values."""
+        return list(zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What (B, N, D) sees of (B, M, D), all of them projected already: (B, N, D)."""
+        heads = [
+            tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for tokens in (query, key, value)
+        ]
+        attended = F.scaled_dot_product_attention(*heads)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 class QuickGelu(nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, read_json, write_json
-from pipeline.models.decoder import TransformerDecoder
+from pipeline.models.decoder import Memory, TransformerDecoder
 from pipeline.models.weights import load_state, load_strict, save_tensors
 from pipeline.models.zutis import Perceptron
 
@@ -114,7 +114,7 @@ class SelfMask(nn.Module):
         height, width = images.shape[-2:]
         padding = (0, -width % patch, 0, -height % patch)
         tokens = self.encoder(F.pad((images - self.mean) / self.std, padding))[:, CLS_TOKENS:]
-        decoded = self.decoder(self.query_embed.expand(len(images), -1, -1), tokens)
+        decoded = self.decoder(self.query_embed.expand(len(images), -1, -1), Memory(tokens))
         grid = (math.ceil(height / patch), math.ceil(width / patch))
         with torch.autocast(images.device.type, enabled=False):
             features = F.interpolate(

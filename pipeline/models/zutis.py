@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.decoder import TransformerDecoder, sine_position_encoding
+from pipeline.models.decoder import Memory, TransformerDecoder, sine_codes
 from pipeline.models.tokens import PositionResize, encode_patches, vision_tower
 
 TokenNorm = Literal["map", "token", "none"]
@@ -53,9 +53,20 @@ class Perceptron(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (..., dims[0]) to (..., dims[-1])."""
+        return self.last(self.features(inputs))
+
+    @property
+    def last(self) -> nn.Linear:
+        """The last layer."""
+        layer = self.layers[-1]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Map (..., dims[0]) to what the last layer sees, (..., dims[-2])."""
         for layer in self.layers[:-1]:
             inputs = layer(inputs).relu()
-        return self.layers[-1](inputs)
+        return inputs
 
 
 class Zutis(nn.Module):
@@ -90,8 +101,8 @@ class Zutis(nn.Module):
         self,
         encoder: nn.Module,
         decoder: TransformerDecoder,
-        ffn1: nn.Module,
-        ffn2: nn.Module,
+        ffn1: Perceptron,
+        ffn2: Perceptron,
         query_embed: Tensor,
         *,
         stop_gradient: bool = True,
@@ -146,15 +157,18 @@ class Zutis(nn.Module):
     def propose_masks(self, tokens: Tensor) -> Tensor:
         """Mask logits (B, L, Q, h, w) from tokens (B, h, w, D)."""
         batch, height, width, dim = tokens.shape
-        memory = self.ffn1(tokens.flatten(1, 2))
-        positions = sine_position_encoding(height, width, dim, device=tokens.device)
+        memory = Memory.of(
+            self.ffn1.features(tokens.flatten(1, 2)),
+            self.ffn1.last,
+            positions=sine_codes(height, width, dim, device=tokens.device),
+        )
         queries = self.query_embed.expand(batch, -1, -1)
-        queries = self.ffn2(self.decoder(queries, memory, positions))
+        queries = self.ffn2(self.decoder(queries, memory))
         with torch.autocast(tokens.device.type, enabled=False):
             queries = queries.float()
             if self.query_norm:
                 queries = F.normalize(queries, dim=-1)
-            logits = queries.flatten(1, 2) @ memory.float().transpose(1, 2)
+            logits = memory.dot(queries.flatten(1, 2))
         return logits.reshape(*queries.shape[:3], height, width)
 
     def project(self, tokens: Tensor) -> Tensor:

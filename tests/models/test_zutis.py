@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.errors import PipelineError
 from pipeline.models.build import build_zutis
-from pipeline.models.decoder import TransformerDecoder, sine_position_encoding
+from pipeline.models.decoder import Memory, TransformerDecoder, sine_codes
 from pipeline.models.tokens import embed_patches, encode_patches, resize_positions, vision_tower
 from pipeline.models.zutis import Zutis
 
@@ -128,14 +128,45 @@ def test_decoder_without_memory_positions_ignores_token_order() -> None:
     torch.manual_seed(0)
     decoder = TransformerDecoder(8, 2, 2, 16)
     queries, memory = torch.randn(1, 3, 8), torch.randn(1, 6, 8)
-    positions = sine_position_encoding(2, 3, 8)
+    codes = sine_codes(2, 3, 8)
     with torch.inference_mode():
-        plain, flipped = decoder(queries, memory), decoder(queries, memory.flip(1))
-        placed = decoder(queries, memory, positions)
-        placed_flipped = decoder(queries, memory.flip(1), positions)
+        plain, flipped = (decoder(queries, Memory(m)) for m in (memory, memory.flip(1)))
+        placed, placed_flipped = (
+            decoder(queries, Memory(m, positions=codes)) for m in (memory, memory.flip(1))
+        )
     assert plain.shape == (1, 2, 3, 8)
     torch.testing.assert_close(plain, flipped, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(placed, placed_flipped, atol=1e-3)
+
+
+@pytest.mark.parametrize("features", [5, 8, 11])
+def test_memory_is_what_its_layer_makes_of_its_features(features: int) -> None:
+    """Keys, values and products, and their gradients, in either form."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(features, 8)
+    inputs, queries = torch.randn(2, 6, features), torch.randn(2, 4, 8)
+    weight, bias = torch.randn(8, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    codes = sine_codes(2, 3, 8)
+    rows, columns = codes[0].repeat_interleave(3, dim=0), codes[1].repeat(2, 1)
+    positions = torch.cat((rows, columns), dim=1)
+
+    def outputs(memory: Memory) -> list[torch.Tensor]:
+        return [memory.keys(weight, bias), memory.values(weight, bias), memory.dot(queries)]
+
+    tokens = layer(inputs)
+    expected = [
+        (tokens + positions) @ weight.T + bias,
+        tokens @ weight.T + bias,
+        queries @ tokens.transpose(1, 2),
+    ]
+    learned = [layer.weight, layer.bias, weight, bias]
+    upstream = [torch.randn_like(value) for value in expected]
+    wanted = torch.autograd.grad(expected, learned, upstream, retain_graph=True)
+    for memory in (Memory.of(inputs, layer, codes), Memory(tokens, positions=codes)):
+        found = outputs(memory)
+        torch.testing.assert_close(found, expected)
+        gradients = torch.autograd.grad(found, learned, upstream, retain_graph=True)
+        torch.testing.assert_close(gradients, wanted)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +180,7 @@ def test_impossible_decoders_are_refused(layers: int, heads: int, message: str) 
 
 def test_position_code_needs_a_multiple_of_four() -> None:
     with pytest.raises(ValueError, match="multiple of 4 features, got 6"):
-        sine_position_encoding(2, 2, 6)
+        sine_codes(2, 2, 6)
 
 
 def test_positions_by_grid_leave_the_native_grid_alone_and_no_other() -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models.bilateral import bilateral_solve
+from pipeline.models.decoder import Memory
 from pipeline.models.selfmask import SelfMask, SelfMaskConfig
 from pipeline.models.weights import load_strict
 
@@ -50,7 +51,8 @@ def _forward_part(vectors: Vectors, part: str, model: SelfMask) -> Iterator[Resu
     patch = model.config.patch_size
     padded = F.pad(normalised, (0, -width % patch, 0, -height % patch))
     tokens = model.encoder(padded)
-    decoded = model.decoder(model.query_embed.expand(len(images), -1, -1), tokens[:, 1:])
+    queries = model.query_embed.expand(len(images), -1, -1)
+    decoded = model.decoder(queries, Memory(tokens[:, 1:]))
     output = model(images)
     grid = (padded.shape[-2] // patch, padded.shape[-1] // patch)
     ours = {

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.decoder import sine_position_encoding
+from pipeline.models.decoder import sine_codes
+from pipeline.models.interpolate import upsample
 from pipeline.models.postprocess import semantic_logits, semantic_prediction
 from pipeline.models.tokens import encode_patches, resize_positions, vision_tower
 from pipeline.models.zutis import Zutis
@@ -33,7 +34,7 @@ def _forward_part(vectors: Vectors, part: str, model: Zutis) -> Iterator[Result]
     text = vectors.io["text_embeddings"]
     images = io["image"].float()
     size = (images.shape[-2], images.shape[-1])
-    modules = {"memory": model.ffn1, "decoded": model.decoder, "queries": model.ffn2}
+    modules = {"decoded": model.decoder, "queries": model.ffn2}
     seen: dict[str, Tensor] = {}
     hooks = [module.register_forward_hook(partial(_keep, seen, k)) for k, module in modules.items()]
     output = model.forward_normalised(images)
@@ -42,11 +43,14 @@ def _forward_part(vectors: Vectors, part: str, model: Zutis) -> Iterator[Result]
     tokens = encode_patches(model.encoder, images)
     height, width, dim = tokens.shape[1:]
     positions = vision_tower(model.encoder).positional_embedding
-    sine = sine_position_encoding(2 * height, 2 * width, dim)
+    rows, columns = sine_codes(2 * height, 2 * width, dim)
+    sine = torch.cat((rows.repeat_interleave(2 * width, dim=0), columns.repeat(2 * height, 1)), 1)
+    upsampled = upsample(tokens[:1].permute(0, 3, 1, 2), (2 * height, 2 * width))
+    memory = model.ffn1(upsampled.flatten(2).transpose(1, 2))
     ours = {
         "interpolated_pos_embed": resize_positions(positions, height, width, mode="scale")[None],
         "encoder_tokens": tokens.flatten(1, 2),
-        "decoder_memory": seen["memory"][:1],
+        "decoder_memory": memory,
         "sine_pe": sine.T.unflatten(1, (2 * height, 2 * width))[None],
         "decoder_out": seen["decoded"].permute(1, 2, 0, 3),
         "query_ffn_out": _published_layers(seen["queries"]),
