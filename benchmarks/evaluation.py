@@ -25,6 +25,7 @@ from pipeline.bench_predictor import NetworkPredictor, image_loader, predict_ben
 from pipeline.data.benchmarks import Benchmark, open_bench
 from pipeline.data.benchmarks.voc import VocWriter
 from pipeline.data.images import load_image
+from pipeline.data.labels import LABEL_TYPE
 from pipeline.models.postprocess import semantic_prediction
 from pipeline.models.zutis import Zutis, ZutisOutput
 from pipeline.predictor import PredictionSettings, Segmenter, to_tensor
@@ -52,7 +53,7 @@ def _write_voc(root: Path, size: tuple[int, int], num_images: int) -> list[str]:
     writer = VocWriter(root)
     image_ids = [f"{number:06d}" for number in range(num_images)]
     for number, image_id in enumerate(image_ids):
-        semantic, instances = np.zeros(size, np.int16), np.zeros(size, np.int16)
+        semantic, instances = np.zeros(size, LABEL_TYPE), np.zeros(size, LABEL_TYPE)
         for instance, mask in enumerate(ellipses(number, 3, size), start=1):
             semantic[mask] = 1 + (number + instance) % len(CATEGORIES)
             instances[mask] = instance

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.harness import Bench, Pair
 from benchmarks.inputs import ellipses, largest_difference, text_dim, unit_rows
+from pipeline.data.labels import LABEL_TYPE
 from pipeline.models.losses import mask_loss, semantic_loss
 from pipeline.models.matching import mask_costs, match
 
@@ -114,7 +115,7 @@ def loss_inputs(
     mask_logits[1] = SATURATED * mask_logits[1].sign()
     masks = [ellipses(seed, num_instances, (side, side)) for seed in range(batch)]
     rng = np.random.default_rng(0)
-    semantic = np.zeros((batch, side, side), np.int16)
+    semantic = np.zeros((batch, side, side), LABEL_TYPE)
     for labels, objects in zip(semantic, masks, strict=True):
         for mask in objects:
             labels[mask] = rng.integers(1, NUM_LABELS)
