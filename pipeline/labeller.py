@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.labels import LABEL_TYPE, LabelMap
+from pipeline.data.labels import LabelMap, label_map
 from pipeline.denseclip import denseclip_for, embed_labels
 from pipeline.models.clip import ClipEncoder, load_clip
 from pipeline.models.denseclip import label_and_confidence
@@ -111,4 +111,4 @@ class Labeller:
         with self._runtime.autocast():
             scores = self._model(pixels[None].to(self._runtime.device)).float()
         labels, _ = label_and_confidence(scores, (image.height, image.width))
-        return labels[0].cpu().numpy().astype(LABEL_TYPE) + LABEL_TYPE(self._first)
+        return label_map(labels[0].cpu().numpy(), self._first)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.data.categories import load_category_set
 from pipeline.data.images import load_image
-from pipeline.data.labels import LABEL_TYPE, LabelMap
+from pipeline.data.labels import LabelMap, label_map
 from pipeline.data.prompts import TEMPLATE_SETS
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
@@ -249,7 +249,7 @@ class Segmenter:
     def _label_map(self, patch_tokens: Tensor, size: tuple[int, int]) -> LabelMap:
         first = 0 if self.settings.background else 1
         semantic = semantic_prediction(patch_tokens[None], self._text[first:], size)[0]
-        return semantic.cpu().numpy().astype(LABEL_TYPE) + LABEL_TYPE(first)
+        return label_map(semantic.cpu().numpy(), first)
 
     def _instances(
         self, mask_probs: Tensor, patch_tokens: Tensor, size: tuple[int, int]

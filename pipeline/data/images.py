@@ -158,14 +158,17 @@ def decode_label(data: bytes) -> LabelMap:
     """Label ids (H, W) of a file written by `encode_label`; ignore is -1.
 
     Raises:
-        ImageError: `data` is not a whole PNG file of one channel.
+        ImageError: `data` is not a whole PNG file of one channel, or a label id is out of range.
     """
     stored = decode_png(data)
     if stored.ndim != 2:
         raise ImageError(f"not a label image: shape {stored.shape}")
-    ignore = BYTE_IGNORE if stored.dtype == np.uint8 else WORD_IGNORE
+    is_void = stored == (BYTE_IGNORE if stored.dtype == np.uint8 else WORD_IGNORE)
+    largest = int(stored.max(initial=0, where=~is_void))
+    if largest > MAX_CATEGORIES:
+        raise ImageError(f"not a label image: label id {largest}, at most {MAX_CATEGORIES}")
     label = stored.astype(LABEL_TYPE)
-    label[stored == ignore] = IGNORE_INDEX
+    label[is_void] = IGNORE_INDEX
     return label
 
 

@@ -21,6 +21,11 @@ Target = Literal["saliency", "denseclip", "fused"]
 Conflict = Literal["category", "ignore"]
 
 
+def label_map(rows: npt.NDArray[np.integer], first: int) -> LabelMap:
+    """Label ids (H, W) from the numbers (H, W) of what scored best, of which 0 is label `first`."""
+    return rows.astype(LABEL_TYPE) + LABEL_TYPE(first)
+
+
 def training_target(
     mask: npt.NDArray[np.bool_],
     label_id: int,

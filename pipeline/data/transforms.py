@@ -217,7 +217,7 @@ def view_image(image: Image.Image, view: View, change: ColourChange, box: Box) -
     if needed == shown and not change.jitter:
         return _change_colours(pixels, change, NO_COLOUR)[box.seen_from(shown).slices]
     fill = _mean_colour(image, view, view.whole)
-    mean = _mean_of_crop(image, view, fill)
+    mean = _mean_of_crop(image, view, fill) if change.jitter else NO_COLOUR
     near = needed.within(view.whole.grown(reach))
     changed = _change_colours(pad_box(pixels, near.seen_from(shown), fill), change, mean)
     if box.within(near) == box:

@@ -218,7 +218,7 @@ def _untrained(encoder: ClipEncoder) -> ClipEncoder:
 
 
 def _pixels(images: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(device) / 255
+    return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).to(device) / 255
 
 
 def _iou(first: np.ndarray, second: np.ndarray) -> float:

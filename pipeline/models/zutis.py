@@ -44,7 +44,7 @@ class Perceptron(nn.Module):
     """Linear layers with ReLU between them.
 
     Args:
-        *dims: Widths from input to output, at least two.
+        *dims: Widths from input to output, at least three.
     """
 
     def __init__(self, *dims: int) -> None:
@@ -53,7 +53,7 @@ class Perceptron(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (..., dims[0]) to (..., dims[-1])."""
-        return self.last(self.features(inputs))
+        return self.last(self.features(self.layers[0](inputs), after=0))
 
     @property
     def last(self) -> nn.Linear:
@@ -62,11 +62,11 @@ class Perceptron(nn.Module):
         assert isinstance(layer, nn.Linear)
         return layer
 
-    def features(self, inputs: Tensor) -> Tensor:
-        """Map (..., dims[0]) to what the last layer sees, (..., dims[-2])."""
-        for layer in self.layers[:-1]:
-            inputs = layer(inputs).relu()
-        return inputs
+    def features(self, hidden: Tensor, *, after: int) -> Tensor:
+        """What the last layer sees, (..., dims[-2]), from the output of layer `after`."""
+        for layer in self.layers[after + 1 : -1]:
+            hidden = layer(hidden.relu())
+        return hidden.relu()
 
 
 class Zutis(nn.Module):
@@ -140,27 +140,25 @@ class Zutis(nn.Module):
     def forward_normalised(self, images: Tensor) -> ZutisOutput:
         """Segment images (B, 3, H, W) that went through `normalise`.
 
-        Pixels beyond a multiple of the patch size are ignored; the output covers the whole image
-        nevertheless, as published.
+        Tokens are upsampled as published, but after the first linear map of them, not before: the
+        order changes nothing but the cost. Pixels beyond a multiple of the patch size are ignored;
+        the output covers the whole image nevertheless, as published.
 
         Raises:
             PipelineError: the images are smaller than a patch.
         """
-        tokens = encode_patches(self.encoder, images, position_resize=self.position_resize)
-        # bfloat16 upsampling would lose what the float32 outputs promise.
-        tokens = tokens.float().permute(0, 3, 1, 2)
-        tokens = F.interpolate(tokens, scale_factor=2, mode="bilinear", align_corners=False)
-        tokens = tokens.permute(0, 2, 3, 1)
+        tokens = encode_patches(self.encoder, images, position_resize=self.position_resize).float()
         mask_tokens = tokens.detach() if self.stop_gradient else tokens
-        return ZutisOutput(self.propose_masks(mask_tokens), self.project(tokens))
+        return ZutisOutput(self.propose_masks(mask_tokens), self.embed_tokens(tokens))
 
     def propose_masks(self, tokens: Tensor) -> Tensor:
-        """Mask logits (B, L, Q, h, w) from tokens (B, h, w, D)."""
-        batch, height, width, dim = tokens.shape
+        """Mask logits (B, L, Q, h, w) from the encoder's tokens (B, h/2, w/2, D), float32."""
+        hidden = _twice_as_large(self.ffn1.layers[0](tokens).float())
+        batch, height, width = hidden.shape[:3]
         memory = Memory.of(
-            self.ffn1.features(tokens.flatten(1, 2)),
+            self.ffn1.features(hidden.flatten(1, 2), after=0),
             self.ffn1.last,
-            positions=sine_codes(height, width, dim, device=tokens.device),
+            positions=sine_codes(height, width, tokens.shape[-1], device=tokens.device),
         )
         queries = self.query_embed.expand(batch, -1, -1)
         queries = self.ffn2(self.decoder(queries, memory))
@@ -171,8 +169,14 @@ class Zutis(nn.Module):
             logits = memory.dot(queries.flatten(1, 2))
         return logits.reshape(*queries.shape[:3], height, width)
 
-    def project(self, tokens: Tensor) -> Tensor:
-        """Unit-norm tokens (B, h, w, C) in text space from tokens (B, h, w, D).
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Unit-norm tokens (B, h, w, C) in text space from the encoder's (B, h/2, w/2, D)."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            projected = tokens @ vision_tower(self.encoder).proj.float()
+            return self.normalise_tokens(_twice_as_large(projected))
+
+    def normalise_tokens(self, projected: Tensor) -> Tensor:
+        """Unit-norm tokens from tokens (B, h, w, C), both in text space, float32.
 
         Before the norm comes a layer norm without affine part, by `token_norm`:
 
@@ -182,12 +186,10 @@ class Zutis(nn.Module):
         - "none": no layer norm, as in equation 4 of the paper and in CLIP. Algorithm 1 has one
           and does not say over what.
         """
-        with torch.autocast(tokens.device.type, enabled=False):
-            projected = tokens.float() @ vision_tower(self.encoder).proj.float()
-            if self.token_norm != "none":
-                spanned = projected.shape[1:] if self.token_norm == "map" else projected.shape[-1:]
-                projected = F.layer_norm(projected, spanned)
-            return projected / (projected.norm(dim=-1, keepdim=True) + 1e-7)
+        if self.token_norm != "none":
+            spanned = projected.shape[1:] if self.token_norm == "map" else projected.shape[-1:]
+            projected = F.layer_norm(projected, spanned)
+        return projected / (projected.norm(dim=-1, keepdim=True) + 1e-7)
 
     def extra_repr(self) -> str:
         """The architecture in one line, for messages."""
@@ -199,3 +201,14 @@ class Zutis(nn.Module):
             f"text space {tower.proj.shape[1]}, {len(self.query_embed)} queries, "
             f"{len(self.decoder.layers)} decoder layers"
         )
+
+
+def _twice_as_large(tokens: Tensor) -> Tensor:
+    """Token maps (B, h, w, C) upsampled to (B, 2h, 2w, C), in float32 as they come.
+
+    Published before the first linear map; it commutes with one, whose output is smaller.
+    """
+    maps = F.interpolate(
+        tokens.permute(0, 3, 1, 2), scale_factor=2, mode="bilinear", align_corners=False
+    )
+    return maps.permute(0, 2, 3, 1)

@@ -358,3 +358,5 @@ def test_labels_out_of_range_are_refused() -> None:
         encode_label(np.zeros((1, 1), int), 32_768)
     with pytest.raises(ImageError, match="not a label"):
         decode_label(encode_png(GRADIENT))
+    with pytest.raises(ImageError, match="label id 32768"):
+        decode_label(encode_png(np.array([[0, 32_768, 65_535]], np.uint16)))

@@ -201,11 +201,10 @@ def test_token_norms_span_what_they_say() -> None:
     norm_names = ("map", "token", "none")
     tokens = torch.randn(2, 4, 6, 16)
     with torch.inference_mode():
-        whole = {name: small_network(token_norm=name).project(tokens) for name in norm_names}
-        part = {
-            name: small_network(token_norm=name).project(tokens[:, 1:2, 3:5]) for name in norm_names
-        }
         raw = tokens @ vision_tower(small_network().encoder).proj
+        networks = {name: small_network(token_norm=name) for name in norm_names}
+        whole = {name: net.normalise_tokens(raw) for name, net in networks.items()}
+        part = {name: net.normalise_tokens(raw[:, 1:2, 3:5]) for name, net in networks.items()}
     for name in norm_names:
         alone = torch.allclose(whole[name][:, 1:2, 3:5], part[name], atol=1e-5)
         assert alone is (name != "map"), name
@@ -226,7 +225,8 @@ def test_positions_of_the_network_are_a_choice() -> None:
             outputs[mode] = model.forward_normalised(images).patch_tokens
             tokens = encode_patches(model.encoder, images, position_resize=mode)
             # Upsampling by two leaves the corners of the map as they are.
-            corners = model.project(tokens)[:, ::3, ::3]
+            projected = tokens @ vision_tower(model.encoder).proj
+            corners = model.normalise_tokens(projected)[:, ::3, ::3]
         torch.testing.assert_close(outputs[mode][:, ::7, ::7], corners, atol=1e-5, rtol=0)
     assert not torch.allclose(outputs["scale"], outputs["grid"], atol=1e-4)
 
