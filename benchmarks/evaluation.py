@@ -91,12 +91,12 @@ def _evaluate(folder: Path, segmenter: Segmenter, benchmark: Benchmark) -> Evalu
 
     def recipe(runtime: Runtime) -> PredictionMaker:
         return PredictionMaker(
-            lambda runtime: predictor,
+            lambda **_: predictor,
             CATEGORIES,
             1,
             None,
             "voc",
-            runtime,  # noqa: ARG005
+            runtime,
         )
 
     with StageRun("evaluate", stats_path=folder / "stats.json") as stage:

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from pipeline.errors import PipelineError
 
 KEY_DIGITS = 16
+ABANDONED_SECONDS = 3600
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -48,6 +50,7 @@ def replace_dir(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`, swapped in once the block succeeds."""
     path = Path(path)
     with _parents_of(path):
+        _remove_abandoned(path)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
         try:
             yield temporary
@@ -86,6 +89,14 @@ def resumable_dir(path: Path, key: str) -> Iterator[Path]:
         finally:
             with suppress(OSError):  # not empty, or moved
                 temporary.rmdir()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed runs have left beside `path`; a fresh folder may be another run's."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if folder.is_dir() and time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(folder)
 
 
 def _swap_in(temporary: Path, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import tempfile
@@ -19,6 +20,7 @@ from pipeline.shard_run import Recipe, ShardMaker, Task
 
 INSTALL = "--executor ray needs Ray: pip install 'zutis-pipeline[ray]'"
 ADDRESS_VARIABLE = "RAY_ADDRESS"
+FORWARDED = (CACHE_VARIABLE,)  # to the workers
 
 
 class RayExecutor:
@@ -81,7 +83,7 @@ class RayExecutor:
                 "threads": torch.get_num_threads(),
                 "folder": str(Path.cwd()),
             },
-            concurrency=min(workers, len(tasks)),
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(tasks))),
             num_gpus=1 if gpus else 0,
         )
         yield from made.iter_rows()
@@ -131,12 +133,15 @@ def _connect() -> None:
 
     if ray.is_initialized():
         return
-    environment = {name: os.environ[name] for name in (CACHE_VARIABLE,) if name in os.environ}
-    options = {"runtime_env": {"env_vars": environment}, "log_to_driver": False}
-    if ADDRESS_VARIABLE in os.environ:
-        ray.init(**options)
-    else:
-        ray.init(address="local", include_dashboard=False, **options)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    ray.init(
+        address=None if ADDRESS_VARIABLE in os.environ else "local",
+        include_dashboard=None if ADDRESS_VARIABLE in os.environ else False,
+        runtime_env={"env_vars": forwarded},
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
 
 
 def _tally_text(tally: Tally) -> str:

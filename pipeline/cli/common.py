@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -12,9 +12,26 @@ from pipeline.params import Params, read_params
 
 if TYPE_CHECKING:  # importing torch takes seconds that `--help` and mistakes need not wait for
     from pipeline.runtime import Runtime
+    from pipeline.shard_run import Executor
 
 ParamsPath = Annotated[Path, typer.Option("--params", help="Params file.")]
 StatsPath = Annotated[Path, typer.Option("--stats", help="Where the counts are written (JSON).")]
+
+ExecutorName = Annotated[
+    Literal["local", "ray"],
+    typer.Option(
+        envvar="PIPELINE_EXECUTOR",
+        help="Where shards are made: here, or on the Ray cluster of $RAY_ADDRESS.",
+    ),
+]
+RayWorkers = Annotated[
+    int | None,
+    typer.Option(
+        envvar="PIPELINE_RAY_WORKERS",
+        min=1,
+        help="Actors of `--executor ray`; default: one a GPU, without GPUs one a core.",
+    ),
+]
 
 PARAMS = Path("params.yaml")
 EMBEDDINGS = Path("data/embeddings")
@@ -36,6 +53,16 @@ def start(params_path: Path) -> tuple[Params, Runtime]:
     params = read_params(params_path)
     seed_generators(params.seed)
     return params, make_runtime(device=params.device, seed=params.seed)
+
+
+def make_executor(name: Literal["local", "ray"], params: Params, workers: int | None) -> Executor:
+    if name == "ray":
+        from pipeline.ray_executor import RayExecutor
+
+        return RayExecutor(device=params.device, seed=params.seed, workers=workers)
+    from pipeline.shard_run import LocalExecutor
+
+    return LocalExecutor()
 
 
 def lookup(table: dict[str, Entry], name: str, *, section: str, params_path: Path) -> Entry:

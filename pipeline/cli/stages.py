@@ -20,9 +20,12 @@ from pipeline.cli.common import (
     PREDICTIONS,
     REPORTS,
     STATS,
+    ExecutorName,
     ParamsPath,
+    RayWorkers,
     StatsPath,
     lookup,
+    make_executor,
     names,
     start,
 )
@@ -61,6 +64,8 @@ def init(
 def embed(
     source: Annotated[str, typer.Option(help="Name of a source under `index:` in the params.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the Parquet shards.")] = None,
+    executor: ExecutorName = "local",
+    ray_workers: RayWorkers = None,
     params_path: ParamsPath = PARAMS,
     stats: Annotated[Path | None, typer.Option(help="Where the counts are written.")] = None,
 ) -> None:
@@ -69,6 +74,7 @@ def embed(
 
     params, runtime = start(params_path)
     stage.run(
+        executor=make_executor(executor, params, ray_workers),
         name=source,
         source=lookup(params.index, source, section="index", params_path=params_path),
         out_dir=out or EMBEDDINGS / source,
@@ -108,6 +114,8 @@ def retrieve(
 def mask(
     archives: Annotated[Path, typer.Option(help="Parquet file of the archives.")] = ARCHIVES,
     out: Annotated[Path, typer.Option(help="Folder of the mask shards.")] = MASKS,
+    executor: ExecutorName = "local",
+    ray_workers: RayWorkers = None,
     params_path: ParamsPath = PARAMS,
     stats: StatsPath = STATS / "mask.json",
 ) -> None:
@@ -116,6 +124,7 @@ def mask(
 
     params, runtime = start(params_path)
     stage.run(
+        executor=make_executor(executor, params, ray_workers),
         archives_path=archives,
         out_dir=out,
         params=params.mask,
@@ -128,6 +137,8 @@ def mask(
 def pseudo_label(
     masks: Annotated[Path, typer.Option(help="Folder of the mask shards.")] = MASKS,
     out: Annotated[Path, typer.Option(help="Folder of the label shards.")] = LABELS,
+    executor: ExecutorName = "local",
+    ray_workers: RayWorkers = None,
     params_path: ParamsPath = PARAMS,
     stats: StatsPath = STATS / "pseudo_label.json",
 ) -> None:
@@ -137,6 +148,7 @@ def pseudo_label(
 
     params, runtime = start(params_path)
     stage.run(
+        executor=make_executor(executor, params, ray_workers),
         mask_dir=masks,
         out_dir=out,
         categories=load_category_set(params.categories, background=params.background),
@@ -196,6 +208,8 @@ def evaluate(
     corruption: Annotated[
         str | None, typer.Option(help="Disturb the images: NAME:LEVEL, level 1 to 5.")
     ] = None,
+    executor: ExecutorName = "local",
+    ray_workers: RayWorkers = None,
     params_path: ParamsPath = PARAMS,
     stats: Annotated[Path | None, typer.Option(help="Where the counts are written.")] = None,
 ) -> None:
@@ -204,6 +218,7 @@ def evaluate(
 
     params, runtime = start(params_path)
     stage.run(
+        executor=make_executor(executor, params, ray_workers),
         bench_name=bench,
         bench=find_bench(
             params.benches, bench, params_path=params_path, root=root, corruption=corruption

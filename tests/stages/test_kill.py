@@ -1,0 +1,101 @@
+"""Batch stages that are killed at any moment, again and again: nothing is lost, no byte differs."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from tiny_workspace import STAGES, Workspace, content, write_workspace
+
+from pipeline.data.shards import MANIFEST
+from pipeline.stages import evaluate
+
+KILLS = 12
+IMAGES = 60
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of ten predictions, as those of the other stages of this world."""
+    monkeypatch.setattr(evaluate, "SHARD_SIZE", 10)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_clip: tuple[Path, Path]) -> Workspace:
+    root = tmp_path_factory.mktemp("kill") / "world"
+    return write_workspace(root, tiny_clip, index=IMAGES, bench=IMAGES)
+
+
+def start(workspace: Workspace, stage: str, out: Path) -> int:
+    """Process id of a fork that runs the stage, and ends with 0 if that went well."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        workspace.run(stage, out)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def wait(process: int) -> int:
+    """The exit code of a fork; minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def remove_temporaries(folder: Path) -> None:
+    """What a killed run was writing lies beside its place, until a later run finds it old."""
+    for path in list(folder.rglob(".*.tmp")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_any_moment(workspace: Workspace, tmp_path: Path, stage: str) -> None:
+    begun = time.monotonic()
+    assert wait(start(workspace, stage, tmp_path / "calm")) == 0
+    duration = time.monotonic() - begun
+    rng = random.Random(f"kill {stage}")
+    killed = 0
+    for _ in range(KILLS):
+        process = start(workspace, stage, tmp_path / "killed")
+        time.sleep(rng.uniform(0, 1.2 * duration))
+        os.kill(process, signal.SIGKILL)
+        killed += wait(process) == -signal.SIGKILL
+    assert wait(start(workspace, stage, tmp_path / "killed")) == 0
+    assert killed > 0
+    remove_temporaries(tmp_path / "killed")
+    assert content(tmp_path / "killed/made") == content(tmp_path / "calm/made")
+    assert not list((tmp_path / "killed").glob(".*"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_finished_shards_are_kept_and_damaged_ones_are_made_again(
+    workspace: Workspace, tmp_path: Path, stage: str
+) -> None:
+    """A kill late in the run leaves shards with their rows; one is then cut, one edited."""
+    whole = workspace.run(stage, tmp_path / "calm")
+    process = start(workspace, stage, tmp_path / "killed")
+    parent = tmp_path / "killed" / ("made" if stage == "evaluate" else "")
+    while len(rows := sorted(parent.glob(".*.part/*.row.json"))) < 3:
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)
+        time.sleep(0.001)
+    os.kill(process, signal.SIGSTOP)
+    shards = [row.with_name(row.name.removesuffix(".row.json")) for row in rows]
+    shards[0].write_bytes(shards[0].read_bytes()[:-100])
+    edited = bytearray(shards[-1].read_bytes())
+    edited[len(edited) // 2] ^= 1
+    shards[-1].write_bytes(edited)
+    os.kill(process, signal.SIGKILL)
+    assert wait(process) == -signal.SIGKILL
+    assert not (parent / "made" / MANIFEST).exists()
+    made = workspace.run(stage, tmp_path / "killed")
+    assert content(made) == content(whole)

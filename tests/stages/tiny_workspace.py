@@ -1,0 +1,175 @@
+"""All batch stages on a small world with tiny random networks, as functions of folders."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import encoded_image, noise_image
+from tiny_checkpoint import CATEGORIES, write_checkpoint
+
+from pipeline.data.benchmarks.voc import VocWriter
+from pipeline.data.sources import list_images
+from pipeline.data.tables import ArchiveRow, write_archives
+from pipeline.models.selfmask import SelfMask, SelfMaskConfig, save_selfmask
+from pipeline.params import (
+    EmbedParams,
+    EncoderParams,
+    EvaluateParams,
+    MaskParams,
+    PseudoLabelParams,
+    SourceParams,
+    VocBench,
+)
+from pipeline.runtime import Runtime
+from pipeline.shard_run import Executor
+from pipeline.stages import embed, evaluate, mask, pseudo_label
+
+STAGES = ("embed", "mask", "pseudo_label", "evaluate")
+SELFMASK = SelfMaskConfig(
+    dim=16, depth=1, num_heads=2, num_queries=3, decoder_layers=1, mlp_ratio=2, grid=4
+)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Images, archives, masks, a checkpoint and a benchmark.
+
+    Attributes:
+        root: folder of all that the stages read.
+        encoder: the tiny CLIP.
+        images: folder of the index dataset.
+    """
+
+    root: Path
+    encoder: EncoderParams
+
+    @property
+    def images(self) -> Path:
+        return self.root / "images"
+
+    def run(self, stage: str, out: Path, *, executor: Executor | None = None) -> Path:
+        """Run a stage below a folder `out`, which has its cache, too; returns its output."""
+        runtime = Runtime(
+            device=torch.device("cpu"), amp_dtype=None, seed=0, cache_dir=out / "cache"
+        )
+        step: Callable[..., None] = getattr(self, f"_{stage}")
+        step(out / "made", runtime, out / "stats.json", executor)
+        return out / "made"
+
+    def _embed(self, out: Path, runtime: Runtime, stats: Path, executor: Executor | None) -> None:
+        embed.run(
+            name="pool",
+            source=SourceParams(root=self.images),
+            out_dir=out,
+            params=EmbedParams(encoder=self.encoder, batch_size=4, shard_size=10, workers=1),
+            runtime=runtime,
+            stats_path=stats,
+            executor=executor,
+        )
+
+    def _mask(self, out: Path, runtime: Runtime, stats: Path, executor: Executor | None) -> None:
+        mask.run(
+            archives_path=self.root / "archives.parquet",
+            out_dir=out,
+            params=MaskParams(
+                weights=self.root / "selfmask.safetensors", batch_size=2, shard_size=10, workers=1
+            ),
+            runtime=runtime,
+            stats_path=stats,
+            executor=executor,
+        )
+
+    def _pseudo_label(
+        self, out: Path, runtime: Runtime, stats: Path, executor: Executor | None
+    ) -> None:
+        pseudo_label.run(
+            mask_dir=self.root / "masks/made",
+            out_dir=out,
+            categories=CATEGORIES,
+            params=PseudoLabelParams(
+                encoder=self.encoder, templates="name", batch_size=2, shard_size=10, workers=1
+            ),
+            runtime=runtime,
+            stats_path=stats,
+            executor=executor,
+        )
+
+    def _evaluate(
+        self, out: Path, runtime: Runtime, stats: Path, executor: Executor | None
+    ) -> None:
+        evaluate.run(
+            bench_name="tiny",
+            bench=VocBench(format="voc", root=self.root / "voc", categories=CATEGORIES),
+            checkpoint_dir=self.root / "zutis",
+            out_dir=out / "reports",
+            predictions_dir=out / "predictions",
+            params=EvaluateParams(overlays=1, batch_size=2),
+            baseline=PseudoLabelParams(encoder=self.encoder, templates="name"),
+            background=["background"],
+            runtime=runtime,
+            stats_path=stats,
+            executor=executor,
+        )
+
+
+def write_workspace(
+    root: Path, tiny_clip: tuple[Path, Path], *, index: int, bench: int
+) -> Workspace:
+    """Write `index` images, each in one of three archives, and a benchmark of `bench` images."""
+    model, weights = map(str, tiny_clip)
+    workspace = Workspace(root, EncoderParams(model=model, pretrained=weights))
+    workspace.images.mkdir(parents=True)
+    for number in range(index):
+        # Every seventh one is a copy of an earlier one, often in another shard.
+        source = number - 6 * (number % 7 == 6)
+        image = noise_image(source, 24 + 8 * (source % 3), 24)
+        (workspace.images / f"{number:03d}.png").write_bytes(encoded_image(image))
+    write_archives(root / "archives.parquet", _archives(workspace))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_selfmask(SelfMask(SELFMASK), root / "selfmask.safetensors")
+    write_checkpoint(root / "zutis", tiny_clip)
+    writer = VocWriter(root / "voc")
+    for number in range(bench):
+        semantic = np.zeros((32, 40), np.uint8)
+        semantic[8:20, 8:30] = 1 + number % len(CATEGORIES)
+        data = encoded_image(noise_image(number, 40, 32), "JPEG")
+        writer.add(f"im{number:03d}", data, semantic, (semantic > 0).astype(np.uint8))
+    writer.write_split("val", [f"im{number:03d}" for number in range(bench)])
+    workspace.run("mask", root / "masks")
+    return workspace
+
+
+def _archives(workspace: Workspace) -> list[ArchiveRow]:
+    refs = list_images("pool", SourceParams(root=workspace.images))
+    return [
+        ArchiveRow(
+            category=CATEGORIES[number % 3],
+            label_id=1 + number % 3,
+            rank=1 + number // 3,
+            key=ref.key,
+            similarity=0.5,
+            source="pool",
+            path=ref.path,
+            member=None,
+            offset=None,
+            width=24,
+            height=24,
+            sha256=hashlib.sha256(Path(ref.path).read_bytes()).hexdigest(),
+        )
+        for number, ref in enumerate(refs)
+    ]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
