@@ -18,9 +18,35 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 
+SCHEME = "://"
 KEY_DIGITS = 16
 ABANDONED_SECONDS = 3600
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+Location = Any  # a `Path`, or a `UPath` with a URL, which is used in the same way
+
+
+def as_location(text: str | os.PathLike[str]) -> Location:
+    """A path, or a URL as an object that is used like one.
+
+    Raises:
+        ValueError: neither, or a URL of which the package that reads it is not installed.
+    """
+    if not isinstance(text, str | os.PathLike):
+        raise ValueError("Input should be a path or a URL")
+    if SCHEME not in str(text):
+        return Path(text)
+    try:
+        from upath import UPath
+
+        location = UPath(text)
+        location.fs  # noqa: B018 the package of this scheme is imported here
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"URLs need further packages: pip install 'zutis-pipeline[remote]' ({error})"
+        ) from None
+    return location
 
 
 @contextmanager

@@ -12,13 +12,25 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    Strict,
+    ValidationError,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from pipeline.errors import PipelineError
+from pipeline.files import as_location
 
 RelaxedPath = Annotated[Path, Strict(False)]
+# A path or a URL, see `pipeline.files.as_location`.
+RelaxedLocation = Annotated[Any, BeforeValidator(as_location), PlainSerializer(str)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -58,11 +70,11 @@ class SourceParams(Section):
 
     `folder`: a tree of image files below `root`. `webdataset`: tars below `root` that match
     `pattern` (braces allowed). `parquet`: files below `root` that match `pattern`, with a column of
-    image bytes.
+    image bytes. `root` may be a URL that fsspec knows: s3://bucket/folder, gs://bucket/folder.
     """
 
     format: Literal["folder", "webdataset", "parquet"] = "folder"
-    root: RelaxedPath
+    root: RelaxedLocation
     pattern: str = ""
 
 

@@ -75,7 +75,7 @@ class RayExecutor:
             for task in tasks
         ]
         made = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            _Worker,
+            _Worker,  # type: ignore[arg-type]
             fn_constructor_kwargs={
                 "recipe": recipe,
                 "device": self._device,

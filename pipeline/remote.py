@@ -1,0 +1,123 @@
+"""Inputs and outputs that lie elsewhere: any URL that fsspec knows, such as s3:// and gs://.
+
+Stages work on local files. An input is brought to the cache first, and only what has changed since
+the last time; an output is made here, then sent: its manifest last, so that a reader sees a whole
+folder or none.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline.data.shards import MANIFEST
+from pipeline.errors import PipelineError
+from pipeline.files import Location, atomic_path, digest, read_json, write_json
+
+NOTE = ".fetched.json"
+COPY_BYTES = 1 << 20
+
+
+def fetch(location: Location, cache_dir: Path) -> Path:
+    """A local copy of a file or of a folder with all that is below it.
+
+    Args:
+        location: a path, which is returned as it is, or a URL.
+        cache_dir: where copies are kept; a file is brought again if its size, time or checksum at
+            the other end has changed.
+
+    Raises:
+        PipelineError: there is nothing at the URL.
+    """
+    if isinstance(location, Path):
+        return location
+    copy = _local(location, cache_dir)
+    if location.is_file():
+        _fetch_files({copy.name: location}, copy.parent)
+        return copy
+    files = {path.relative_to(location).as_posix(): path for path in _files_below(location)}
+    if not files:
+        raise PipelineError(f"{location}: no such file or folder; run the stage that writes it")
+    _fetch_files(files, copy)
+    return copy
+
+
+@contextmanager
+def publishing(location: Location, cache_dir: Path) -> Iterator[Path]:
+    """A local place for an output, which goes to its URL once the block succeeds.
+
+    Args:
+        location: a path, which is yielded as it is, or a URL of a file or folder.
+        cache_dir: where the output is made.
+    """
+    if isinstance(location, Path):
+        yield location
+        return
+    made = _local(location, cache_dir)
+    yield made
+    if made.is_file():
+        _copy(made, location)
+    else:
+        _send_folder(made, location)
+
+
+def _local(location: Any, cache_dir: Path) -> Path:
+    return cache_dir / "remote" / digest(str(location))[:32] / location.name
+
+
+def _fetch_files(files: dict[str, Any], folder: Path) -> None:
+    """Bring files by their names below `folder`, and remove what else is there."""
+    note_path = folder / NOTE
+    note = read_json(note_path) if note_path.is_file() else {}
+    marks = {name: _mark(path) for name, path in files.items()}
+    stale = [
+        name for name in files if note.get(name) != marks[name] or not (folder / name).exists()
+    ]
+    for name in tqdm(stale, desc="fetch", unit="file", leave=False):
+        with atomic_path(folder / name) as temporary, files[name].open("rb") as source:
+            with temporary.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+        note[name] = marks[name]
+        write_json(note_path, note)
+    for path in folder.rglob("*"):
+        if (
+            path.is_file()
+            and path != note_path
+            and path.relative_to(folder).as_posix() not in files
+        ):
+            path.unlink()
+
+
+def _send_folder(folder: Path, location: Any) -> None:
+    """Send the files of a folder, the manifest last, and remove all others there."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    (location / MANIFEST).unlink(missing_ok=True)
+    others = [name for name in names if name != MANIFEST]
+    for name in tqdm(others, desc="send", unit="file", leave=False):
+        _copy(folder / name, location / name)
+    for path in list(_files_below(location)):
+        if path.relative_to(location).as_posix() not in names:
+            path.unlink()
+    if MANIFEST in names:
+        _copy(folder / MANIFEST, location / MANIFEST)
+
+
+def _copy(source: Location, target: Location) -> None:
+    with source.open("rb") as read, target.open("wb") as written:
+        shutil.copyfileobj(read, written, COPY_BYTES)
+
+
+def _files_below(location: Any) -> Iterator[Any]:
+    return (path for path in location.rglob("*") if path.is_file())
+
+
+def _mark(path: Any) -> str:
+    """What tells versions of a file apart without reading it."""
+    info = path.stat()
+    tag = getattr(info, "info", {}).get("ETag", "")
+    return f"{info.st_size} {info.st_mtime} {tag}"
