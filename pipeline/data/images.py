@@ -111,6 +111,12 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
+def one_line(error: object) -> str:
+    """What an exception says, on one line of printable text, cut where it gets long."""
+    line = " ".join(str(error).split())[:MAX_REASON]
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
 def shrink_short_side(image: Image.Image, side: int) -> Image.Image:
     """Resize so that the short side is at most `side` pixels; smaller images are left alone."""
     short = min(image.size)
@@ -310,5 +316,4 @@ def _reason(error: Exception) -> str:
     text = re.sub(r"<[^>]*>", "", str(error)).strip()
     if "truncated" in text.lower():
         return "truncated"
-    line = " ".join(text.split())
-    return f"damaged: {line[:MAX_REASON] or type(error).__name__}"
+    return f"damaged: {one_line(text) or type(error).__name__}"

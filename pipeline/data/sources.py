@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset.shardlists import expand_urls
 
-from pipeline.data.images import MAX_FILE_BYTES, MAX_REASON, ImageError, open_regular, read_file
+from pipeline.data.images import MAX_FILE_BYTES, ImageError, one_line, open_regular, read_file
 from pipeline.data.shards import TAR_BLOCK, tar_members
 from pipeline.errors import PipelineError
 
@@ -164,7 +164,7 @@ def read_image(location: ImageLocation) -> bytes:
     except FileNotFoundError:
         raise ImageError("file is missing") from None
     except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror or error}") from None
+        raise ImageError(f"cannot be read: {error.strerror or one_line(error)}") from None
 
 
 # Listers yield (path relative to the root, member, offset, size).
@@ -267,11 +267,7 @@ def _tar_reason(path: Path, error: Exception) -> str:
         with path.open("rb") as file:
             if file.read(2) == b"\x1f\x8b":
                 return "compressed tars cannot be read by offset; unpack it"
-    return _one_line(error)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 def _list_parquet(name: str, source: SourceSpec, report: Report | None) -> Iterator[Found]:
@@ -288,7 +284,7 @@ def _list_parquet(name: str, source: SourceSpec, report: Report | None) -> Itera
         except PipelineError:
             raise
         except Exception as error:  # damaged metadata makes Arrow raise any exception
-            _broken(path, _one_line(error), report)
+            _broken(path, one_line(error) or type(error).__name__, report)
             continue
         for row in range(num_rows):
             yield relative, str(row), None, None
@@ -384,6 +380,8 @@ def _read_tar_member(path: Path, offset: int) -> bytes:
 def _read_parquet_row(path: Path, member: str) -> bytes:
     try:
         row = int(member)
+        if row < 0:
+            raise ImageError(f"row {row} is none")
         with _parquet_lock:
             group, start = _row_group_of(path, row)
             column = _row_group_column(path, path.stat().st_mtime_ns, group)
@@ -391,7 +389,7 @@ def _read_parquet_row(path: Path, member: str) -> bytes:
     except (ImageError, OSError):
         raise
     except Exception as error:  # damaged pages make Arrow raise any exception
-        raise ImageError(f"cannot be read: {_one_line(error)}") from None
+        raise ImageError(f"cannot be read: {one_line(error) or type(error).__name__}") from None
     data = value["bytes"] if isinstance(value, dict) else value
     if data is None:
         raise ImageError("no image bytes in the row")

@@ -42,6 +42,17 @@ def within(seconds: float, function: Callable[[], Result]) -> Result:
     return result
 
 
+def check_reason(error: Exception) -> None:
+    """A reason is fit for a table: one short line."""
+    assert 0 < len(str(error)) <= 140
+    assert str(error).isprintable()
+
+
+def check_names(error: Exception, path: Path) -> None:
+    """A message says which file it is about."""
+    assert str(path) in str(error)
+
+
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     """An image as a file's content."""
     buffer = io.BytesIO()

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hostile import (
+    check_reason,
     cuts,
     encoded,
     flips,
@@ -60,10 +61,8 @@ def outcome(data: bytes) -> Image.Image | str:
     try:
         image = load_image(data, max_pixels=1_000_000)
     except ImageError as error:
-        reason = str(error)
-        assert 0 < len(reason) <= 120
-        assert reason.isprintable()
-        return reason
+        check_reason(error)
+        return str(error)
     with Image.open(io.BytesIO(data)) as header:
         assert image.size in (header.size, header.size[::-1])
     assert image.mode == "RGB"
@@ -95,7 +94,7 @@ def test_flipped_bits_of_our_own_files_are_refused_or_read() -> None:
             try:
                 assert decode(data).ndim <= 3
             except ImageError as error:
-                assert str(error).isprintable()
+                check_reason(error)
 
 
 def text_bomb(kind: bytes, head: bytes, *, count: int, size: int) -> Callable[[], bytes]:
