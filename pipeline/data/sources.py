@@ -190,27 +190,33 @@ def _walk(root: Path) -> Iterator[Path]:
     Raises:
         PipelineError: something cannot be listed, or links lead to one folder in too many ways.
     """
-    ways: Counter[Path] = Counter()
+    ways: Counter[tuple[int, int]] = Counter()
     entry: Path | None = root
     try:
-        levels = {root.resolve(): _visible(root)}  # of the folder at hand and those above it
+        levels = {_identity(root): _visible(root)}  # of the folder at hand and those above it
         while levels:
-            real = next(reversed(levels))
-            entry = next(levels[real], None)
+            folder = next(reversed(levels))
+            entry = next(levels[folder], None)
             if entry is None:
-                del levels[real]
+                del levels[folder]
             elif entry.is_dir():
-                real = entry.resolve()
-                if real in levels:
+                folder = _identity(entry)
+                if folder in levels:
                     continue
-                ways[real] += 1
-                if ways[real] > MAX_WAYS:
-                    raise PipelineError(f"{real}: links lead here in over {MAX_WAYS} ways")
-                levels[real] = _visible(entry)
+                ways[folder] += 1
+                if ways[folder] > MAX_WAYS:
+                    raise PipelineError(f"{entry}: links lead here in over {MAX_WAYS} ways")
+                levels[folder] = _visible(entry)
             elif entry.is_file():
                 yield entry
     except OSError as error:
         raise PipelineError(f"{entry}: cannot be listed: {error.strerror}") from None
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """The same for all paths of a folder."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _visible(folder: Path) -> Iterator[Path]:

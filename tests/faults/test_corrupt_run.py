@@ -247,10 +247,9 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.chdir(folder)
         monkeypatch.setenv("PIPELINE_CACHE", str(folder / "cache"))
         monkeypatch.setattr(sys, "argv", ["pipeline", *args])
-        try:
+        with pytest.raises(SystemExit) as stop:
             main()
-        except SystemExit as stop:
-            assert stop.code in (0, None)
+        assert stop.value.code in (0, None)
 
     return run
 
