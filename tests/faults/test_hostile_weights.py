@@ -59,7 +59,7 @@ LOADERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".bin", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("loader", LOADERS)
 def test_code_is_refused_and_not_run(
