@@ -1,4 +1,4 @@
-"""Weights files with code in them, given to everything that reads weights."""
+"""Weights files with code in them, given to everything that reads weights; forged imports."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from hostile import write_payload
 
 from pipeline.errors import PipelineError
+from pipeline.importers import archives
 from pipeline.importers.embeddings import read_clip_retrieval, read_pickle
 from pipeline.models.acquire import add
 from pipeline.models.clip import load_clip
@@ -109,3 +110,20 @@ def test_a_forged_header_of_numpy_is_named(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(PipelineError, match=r"img_emb_0\.npy: "):
             read_clip_retrieval(tmp_path)
+
+
+def test_archives_nested_beyond_all_measure_are_named(tmp_path: Path) -> None:
+    (tmp_path / "archives.json").write_text("[" * 100_000)
+    with pytest.raises(PipelineError, match=r"archives\.json: nested too deeply"):
+        archives.run(
+            json_path=tmp_path / "archives.json",
+            out_path=tmp_path / "archives.parquet",
+            categories=["cat"],
+            sources={},
+            k=1,
+            overlap="all",
+            prefixes=[],
+            max_pixels=100,
+            workers=0,
+            stats_path=tmp_path / "stats.json",
+        )
