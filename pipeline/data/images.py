@@ -6,16 +6,30 @@ Letters: H, W height and width in pixels.
 from __future__ import annotations
 
 import io
+import os
 import re
+import stat
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.data.labels import IGNORE_INDEX, LABEL_TYPE, MAX_CATEGORIES, LabelMap
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_ELONGATION = 200
+# Enough for 100 million pixels of any format, uncompressed.
+MAX_FILE_BYTES = 1 << 30
+# A JPEG decoder goes over all pixels once a scan, and a scan of nothing takes a few bytes. Encoders
+# write up to some 20.
+MAX_SCANS = 100
+START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
+JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)
+TILE_WIDTH_TAG, TILE_LENGTH_TAG = 322, 323
+MAX_REASON = 100
 ORIENTATION_TAG = 0x0112
 # EXIF orientation -> the operation that puts the image upright.
 UPRIGHT = {
@@ -53,9 +67,9 @@ def load_image(
 
     Raises:
         ImageError: with the reason: "empty file", "not an image", "truncated", "damaged: ...",
-            "too large: WxH", "too elongated: WxH", "cannot be read: ...".
+            "too large: ...", "too elongated: WxH", "cannot be read: ...".
     """
-    content = _read(data) if isinstance(data, Path) else data
+    content = read_file(data) if isinstance(data, Path) else data
     image = _open(content, max_pixels)
     try:
         image.load()
@@ -64,6 +78,43 @@ def load_image(
     except Exception as error:  # decoders answer hostile bytes with any exception
         raise ImageError(_reason(error)) from None
     return rgb.transpose(UPRIGHT[orientation]) if upright and orientation in UPRIGHT else rgb
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file, as many as it has when it is opened.
+
+    Raises:
+        ImageError: it is missing, cannot be read, larger than `MAX_FILE_BYTES`, or not a regular
+            file: a pipe or a device might never end.
+    """
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_FILE_BYTES:
+                raise ImageError(f"too large: {size} bytes")
+            return file.read(size)
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror}") from None
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading; never waits for a pipe's other end.
+
+    Raises:
+        ImageError: it is a pipe or a device.
+        OSError: it cannot be opened.
+    """
+    file = cast(BinaryIO, open(path, "rb", opener=_open_at_once))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ImageError("cannot be read: not a regular file")
+    return file
+
+
+def one_line(error: object) -> str:
+    """What an exception says, on one line of printable text, cut where it gets long."""
+    line = " ".join(str(error).split())[:MAX_REASON]
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def shrink_short_side(image: Image.Image, side: int) -> Image.Image:
@@ -124,7 +175,7 @@ def decode_png(data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             return np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # as in `load_image`
         raise ImageError(_reason(error)) from None
 
 
@@ -172,11 +223,8 @@ def decode_label(data: bytes) -> LabelMap:
     return label
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror}") from None
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _open(content: bytes, max_pixels: int) -> Image.Image:
@@ -201,7 +249,34 @@ def _open(content: bytes, max_pixels: int) -> Image.Image:
     # Scaling the short side of such a strip to a network's input would take gigabytes.
     if max(image.size) > MAX_ELONGATION * min(image.size):
         raise ImageError(f"too elongated: {width}x{height}")
+    _check_cost(image, content, max_pixels)
     return image
+
+
+def _check_cost(image: Image.Image, content: bytes, max_pixels: int) -> None:
+    """Refuse a file that takes far more memory or time than its size announces."""
+    if isinstance(image, TiffImageFile):
+        tile = [image.tag_v2.get(tag, 1) for tag in (TILE_WIDTH_TAG, TILE_LENGTH_TAG)]
+        if not all(isinstance(length, int) for length in tile):
+            raise ImageError("damaged: size of tiles")
+        if tile[0] * tile[1] > max_pixels:
+            raise ImageError(f"too large: tiles of {tile[0]}x{tile[1]}")
+    elif isinstance(image, JpegImageFile) and content.count(b"\xff\xda") > MAX_SCANS:
+        scans = _num_scans(content)
+        if scans > MAX_SCANS:
+            raise ImageError(f"too large: {scans} scans")
+
+
+def _num_scans(content: bytes) -> int:
+    """Number of scans of a JPEG, those of embedded thumbnails not counted."""
+    scans, position = 0, 2
+    while marker := JPEG_MARKER.search(content, position):
+        kind = content[marker.end() - 1]
+        if kind == END_OF_IMAGE:
+            break
+        scans += kind == START_OF_SCAN
+        position = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+    return scans
 
 
 def _orientation(image: Image.Image) -> int:
@@ -241,4 +316,4 @@ def _reason(error: Exception) -> str:
     text = re.sub(r"<[^>]*>", "", str(error)).strip()
     if "truncated" in text.lower():
         return "truncated"
-    return f"damaged: {text or type(error).__name__}"
+    return f"damaged: {one_line(text) or type(error).__name__}"

@@ -7,8 +7,10 @@ Parquet files with a column of image bytes.
 from __future__ import annotations
 
 import hashlib
+import stat
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,13 +21,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset.shardlists import expand_urls
 
-from pipeline.data.images import ImageError
+from pipeline.data.images import MAX_FILE_BYTES, ImageError, one_line, open_regular, read_file
 from pipeline.data.shards import TAR_BLOCK, tar_members
 from pipeline.errors import PipelineError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "img", "image_bytes", "content")
 KEY_DIGITS = 20
+# A folder of links to folders of links ... has more paths than anyone can list.
+MAX_WAYS = 1000
+# More rows than this, and than the file has bytes, are no images.
+ROWS_OF_ANY_FILE = 1_000_000
 
 Report = Callable[[str, str], None]
 
@@ -150,14 +156,15 @@ def read_image(location: ImageLocation) -> bytes:
     path = Path(location.path)
     try:
         if location.member is None:
-            return path.read_bytes()
+            path.stat()  # says that a file is missing
+            return read_file(path)
         if location.offset is not None:
             return _read_tar_member(path, location.offset)
-        return _read_parquet_row(path, int(location.member))
+        return _read_parquet_row(path, location.member)
     except FileNotFoundError:
         raise ImageError("file is missing") from None
     except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror or error}") from None
+        raise ImageError(f"cannot be read: {error.strerror or one_line(error)}") from None
 
 
 # Listers yield (path relative to the root, member, offset, size).
@@ -170,29 +177,51 @@ def _list_folder(name: str, source: SourceSpec, _report: Report | None) -> Itera
             f"index.{name}.pattern: {source.pattern!r} has no meaning for format folder; remove it"
         )
     root = Path(source.root)
-    for path in _walk(root, ancestors=()):
+    for path in _walk(root):
         if path.suffix.lower() in EXTENSIONS:
             relative = path.relative_to(root).as_posix()
             check_utf8(relative, path)
             yield relative, None, None, None
 
 
-def _walk(folder: Path, ancestors: tuple[Path, ...]) -> Iterator[Path]:
-    """Files below a folder in the order of their names, without hidden ones."""
-    real = folder.resolve()
-    if real in ancestors:
-        return
+def _walk(root: Path) -> Iterator[Path]:
+    """Files below a folder in the order of their names, without hidden ones.
+
+    Raises:
+        PipelineError: something cannot be listed, or links lead to one folder in too many ways.
+    """
+    ways: Counter[tuple[int, int]] = Counter()
+    entry: Path | None = root
     try:
-        entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+        levels = {_identity(root): _visible(root)}  # of the folder at hand and those above it
+        while levels:
+            folder = next(reversed(levels))
+            entry = next(levels[folder], None)
+            if entry is None:
+                del levels[folder]
+            elif entry.is_dir():
+                folder = _identity(entry)
+                if folder in levels:
+                    continue
+                ways[folder] += 1
+                if ways[folder] > MAX_WAYS:
+                    raise PipelineError(f"{entry}: links lead here in over {MAX_WAYS} ways")
+                levels[folder] = _visible(entry)
+            elif entry.is_file():
+                yield entry
     except OSError as error:
-        raise PipelineError(f"{folder}: cannot be listed: {error.strerror}") from None
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk(entry, (*ancestors, real))
-        elif entry.is_file():
-            yield entry
+        raise PipelineError(f"{entry}: cannot be listed: {error.strerror}") from None
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """The same for all paths of a folder."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    return iter(sorted(entries, key=lambda entry: entry.name))
 
 
 def check_utf8(text: str, path: Path) -> None:
@@ -212,8 +241,13 @@ def _list_tars(name: str, source: SourceSpec, report: Report | None) -> Iterator
     for path in _matching_files(name, source, ".tar"):
         relative = path.relative_to(root).as_posix()
         seen: set[str] = set()
+        end = 0
         try:
+            _check_regular(path)
             for member, offset, size in tar_members(path):
+                if size < 0 or offset < end:
+                    raise tarfile.ReadError(f"member {member} overlaps another one")
+                end = offset + size
                 base_name = member.rpartition("/")[2]
                 if base_name.startswith(".") or not base_name.lower().endswith(EXTENSIONS):
                     continue
@@ -222,14 +256,24 @@ def _list_tars(name: str, source: SourceSpec, report: Report | None) -> Iterator
                     raise tarfile.ReadError(f"member {member} is there twice")
                 seen.add(member)
                 yield relative, member, offset, size
-        except (tarfile.TarError, OSError) as error:
+        except PipelineError:
+            raise
+        except Exception as error:  # hostile headers make tarfile raise any exception
             _broken(path, _tar_reason(path, error), report)
 
 
+def _check_regular(path: Path) -> None:
+    """Raise OSError for what is no file: a folder, a pipe that might never end, a dangling link."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a regular file")
+
+
 def _tar_reason(path: Path, error: Exception) -> str:
-    with path.open("rb") as file:
-        is_gzip = file.read(2) == b"\x1f\x8b"
-    return "compressed tars cannot be read by offset; unpack it" if is_gzip else str(error)
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(2) == b"\x1f\x8b":
+                return "compressed tars cannot be read by offset; unpack it"
+    return one_line(error) or type(error).__name__
 
 
 def _list_parquet(name: str, source: SourceSpec, report: Report | None) -> Iterator[Found]:
@@ -237,11 +281,16 @@ def _list_parquet(name: str, source: SourceSpec, report: Report | None) -> Itera
     for path in _matching_files(name, source, ".parquet"):
         relative = path.relative_to(root).as_posix()
         try:
+            _check_regular(path)
             with pq.ParquetFile(path) as file:
                 num_rows = file.metadata.num_rows
                 image_column(file.schema_arrow, path)
-        except (pa.ArrowException, OSError) as error:
-            _broken(path, str(error), report)
+            if num_rows > max(ROWS_OF_ANY_FILE, path.stat().st_size):
+                raise OSError(f"{num_rows} rows in {path.stat().st_size} bytes")
+        except PipelineError:
+            raise
+        except Exception as error:  # damaged metadata makes Arrow raise any exception
+            _broken(path, one_line(error) or type(error).__name__, report)
             continue
         for row in range(num_rows):
             yield relative, str(row), None, None
@@ -320,26 +369,33 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 def _read_tar_member(path: Path, offset: int) -> bytes:
     """Data at `offset`; its size stands in the header block just before it."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(max(0, offset - TAR_BLOCK))
         try:
             header = tarfile.TarInfo.frombuf(file.read(TAR_BLOCK), "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             raise ImageError("the tar has changed since it was listed") from None
+        if not 0 <= header.size <= MAX_FILE_BYTES:
+            raise ImageError(f"too large: {header.size} bytes")
         data = file.read(header.size)
     if len(data) != header.size:
         raise ImageError("truncated")
     return data
 
 
-def _read_parquet_row(path: Path, row: int) -> bytes:
-    with _parquet_lock:
-        try:
+def _read_parquet_row(path: Path, member: str) -> bytes:
+    try:
+        row = int(member)
+        if row < 0:
+            raise ImageError(f"row {row} is none")
+        with _parquet_lock:
             group, start = _row_group_of(path, row)
             column = _row_group_column(path, path.stat().st_mtime_ns, group)
-        except pa.ArrowException as error:
-            raise ImageError(f"cannot be read: {error}") from None
-    value = column[row - start].as_py()
+        value = column[row - start].as_py()
+    except (ImageError, OSError):
+        raise
+    except Exception as error:  # damaged pages make Arrow raise any exception
+        raise ImageError(f"cannot be read: {one_line(error) or type(error).__name__}") from None
     data = value["bytes"] if isinstance(value, dict) else value
     if data is None:
         raise ImageError("no image bytes in the row")
@@ -353,6 +409,7 @@ _parquet_lock = threading.Lock()
 
 def _row_group_of(path: Path, row: int) -> tuple[int, int]:
     """The row group that holds a row, and its first row."""
+    _check_regular(path)
     start = 0
     for group, size in enumerate(_row_group_sizes(path, path.stat().st_mtime_ns)):
         if row < start + size:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -26,6 +27,9 @@ EMBEDDING = "embedding"
 FLOAT16 = np.dtype("<f2")
 # What a reader holds of each column of a file; without a bound it would be a whole row group.
 READ_BYTES = 2**20
+# What Arrow raises for a damaged file; a name in it that is no text gives the last one.
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+MAX_DIM, MAX_DIGITS = 2**20, 9
 
 EMBEDDING_FIELDS = [
     pa.field("key", pa.string(), nullable=False),
@@ -173,6 +177,8 @@ def read_archives(path: Path) -> list[ArchiveRow]:
                 f"{path}: column {field.name!r} is of type {found}, not {field.type}; "
                 "run `pipeline retrieve` again"
             )
+        if not field.nullable and table[field.name].null_count:
+            raise PipelineError(f"{path}: column {field.name!r} has empty cells")
     return [ArchiveRow(**row) for row in table.to_pylist()]
 
 
@@ -210,12 +216,14 @@ def shard_encoder(path: Path) -> tuple[str, int]:
     """
     try:
         schema = pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise PipelineError(f"{path}: not a readable Parquet file: {error}") from None
     metadata = schema.metadata or {}
     if ENCODER not in metadata or not metadata.get(DIM, b"").isdigit():
         raise PipelineError(f"{path}: not a shard of embeddings: its metadata names no encoder")
-    encoder, dim = metadata[ENCODER].decode(), int(metadata[DIM])
+    encoder, dim = metadata[ENCODER].decode(errors="replace"), int(metadata[DIM][:MAX_DIGITS])
+    if not 0 < dim <= MAX_DIM:
+        raise PipelineError(f"{path}: not a shard of embeddings: their length is {dim}")
     for field in embedding_schema(dim, encoder):
         allowed = [field.type, *([pa.list_(pa.float16(), dim)] if field.name == EMBEDDING else [])]
         if field.name not in schema.names or schema.field(field.name).type not in allowed:
@@ -239,22 +247,36 @@ def iter_embedding_rows(
         block_rows: rows of a block; the last ones of a file or row group may be fewer.
 
     Raises:
-        PipelineError: a file is damaged; the message names it.
+        PipelineError: a file is damaged, or an image of status "ok" has no embedding; the message
+            names the file.
     """
     for path in shards:
         try:
             with pq.ParquetFile(
                 path, page_checksum_verification=True, buffer_size=READ_BYTES
             ) as file:
-                yield from file.iter_batches(block_rows, columns=columns)
-        except (pa.ArrowException, OSError) as error:
+                for rows in file.iter_batches(block_rows, columns=columns):
+                    _check_embedded(path, rows)
+                    yield rows
+        except UNREADABLE as error:
             raise PipelineError(f"{path}: not a readable Parquet file: {error}") from None
+
+
+def _check_embedded(path: Path, rows: pa.RecordBatch) -> None:
+    """Refuse an image without an embedding that claims to have one."""
+    if {"status", EMBEDDING} <= set(rows.schema.names) and rows[EMBEDDING].null_count:
+        is_ok = pc.equal(rows["status"], STATUS_OK)
+        if pc.any(pc.and_(is_ok, pc.is_null(rows[EMBEDDING]))).as_py():
+            raise PipelineError(
+                f"{path}: an image of status {STATUS_OK} has no embedding; "
+                "run `pipeline embed` again"
+            )
 
 
 def _read(path: Path, columns: list[str] | None) -> pa.Table:
     try:
         table = pq.ParquetFile(path, page_checksum_verification=True).read(columns=columns)
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise PipelineError(f"{path}: not a readable Parquet file: {error}") from None
     missing = [name for name in columns or () if name not in table.column_names]
     if missing:

@@ -87,7 +87,10 @@ def run(
 
 def _read_lists(path: Path, categories: Sequence[str]) -> list[list[str]]:
     """The file's lists of paths, in the order of the categories."""
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except RecursionError:
+        raise PipelineError(f"{path}: nested too deeply to be a list of archives") from None
     if not isinstance(content, dict):
         raise PipelineError(
             f"{path}: expected an object of category -> list of paths, found "

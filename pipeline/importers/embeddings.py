@@ -214,7 +214,7 @@ def _part_number(stem: str) -> tuple[int, str]:
 def _read_part(path: Path) -> NDArray[np.floating]:
     try:
         part = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # its header is parsed as Python, which raises any exception
         raise PipelineError(f"{path}: not a plain NumPy array: {error}") from None
     if not isinstance(part, np.ndarray) or part.ndim != 2 or part.dtype.kind != "f":
         found = f"{part.dtype} {part.shape}" if isinstance(part, np.ndarray) else "an archive"

@@ -43,8 +43,8 @@ def load_state(path: Path) -> dict[str, Tensor]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a weights file of any layout; nothing is unpickled but tensors.
 
-    Accepts .safetensors, .pt, .pth, .bin and OpenAI's TorchScript archives; unwraps `state_dict`
-    and the prefix `module.`.
+    Accepts .safetensors, .pt, .pth, .bin and OpenAI's TorchScript archives, if they have no code
+    that runs when they are loaded; unwraps `state_dict` and the prefix `module.`.
 
     Raises:
         PipelineError: missing, unreadable, or not a dict of tensors.
@@ -64,6 +64,7 @@ def _read_pickled(path: Path) -> Any:
     """Content of a PyTorch file (tensors and containers only) or a TorchScript archive."""
     with reading_weights(path):
         if _is_torchscript(path):
+            _check_inert(path)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 return torch.jit.load(path, map_location="cpu").state_dict()
@@ -75,6 +76,22 @@ def _is_torchscript(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any("/code/" in name for name in archive.namelist())
+
+
+def _check_inert(path: Path) -> None:
+    """Refuse a TorchScript archive with code of its own to load it, which may write any file.
+
+    The names and contents are asked of the reader that `torch.jit.load` uses: another one could be
+    shown another archive.
+
+    Raises:
+        pickle.UnpicklingError: it has such code, or is of the oldest form, whose code has any name.
+    """
+    archive = torch._C.PyTorchFileReader(str(path))
+    for name in archive.get_all_records():
+        is_code = name.startswith("code/") and not name.endswith(".debug_pkl")
+        if name == "model.json" or (is_code and b"__setstate__" in archive.get_record(name)):
+            raise pickle.UnpicklingError(f"{name} would run")
 
 
 @contextmanager
