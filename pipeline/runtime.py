@@ -6,7 +6,7 @@ import os
 import random
 import time
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.errors import PipelineError
-from pipeline.files import check_writable, write_json
+from pipeline.files import check_writable, claim, write_json
 
 CACHE_VARIABLE = "PIPELINE_CACHE"
 LISTED_SKIPS = 1000
@@ -82,13 +82,19 @@ class StageRun:
 
     On a clean exit it writes `stats_path` (JSON: stage, items, skipped, seconds,
     items_per_second, counts, skipped_items) and prints one summary line; on an exception it
-    writes nothing.
+    writes nothing. Until then no other process can start a run with the same `stats_path`, which
+    is to say the same stage in the same workspace.
+
+    Raises:
+        PipelineError: another run is at work with the same `stats_path`.
     """
 
     def __init__(
         self, stage: str, *, stats_path: Path, total: int | None = None, unit: str = "image"
     ) -> None:
         check_writable(stats_path)
+        self._claims = ExitStack()
+        self._claims.enter_context(claim(stats_path))
         self.stage = stage
         self.items = 0
         self.skipped: list[dict[str, str]] = []
@@ -130,9 +136,13 @@ class StageRun:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.close()
-        if kind is not None:
-            return
+        with self._claims:
+            self._bar.close()
+            if kind is None:
+                self._finish()
+
+    def _finish(self) -> None:
+        """Write the stats and print the summary line."""
         seconds = time.monotonic() - self._start
         rate = self.items / seconds if seconds > 0 else 0.0
         write_json(

@@ -11,6 +11,7 @@ import typer
 
 from pipeline import __version__
 from pipeline.cli.ablate import ablate_app
+from pipeline.cli.cache import cache_app
 from pipeline.cli.demo import demo_app
 from pipeline.cli.imports import import_app
 from pipeline.cli.stages import stages_app
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.add_typer(stages_app)
 app.add_typer(ablate_app)
 app.add_typer(weights_app, name="weights", no_args_is_help=True)
+app.add_typer(cache_app, name="cache", no_args_is_help=True)
 app.add_typer(import_app, name="import", no_args_is_help=True)
 app.add_typer(demo_app, name="demo", no_args_is_help=True)
 
