@@ -17,6 +17,8 @@ from pipeline.errors import PipelineError
 
 NOW = time.time()
 KILOBYTE = bytes(1000)
+ROUNDS = 30
+PATIENCE_S = 120
 
 # Holds one folder of the cache open until its standard input ends.
 HOLDER = """
@@ -26,6 +28,21 @@ from pipeline.data.cache import BlobCache
 with BlobCache(Path(sys.argv[1]), {"model": sys.argv[2]}):
     print("open", flush=True)
     sys.stdin.read()
+"""
+
+# Opens a cache again and again, and fails if something that it has just written is gone.
+WRITER = """
+import sys
+import time
+from pathlib import Path
+from pipeline.data.cache import BlobCache
+for _ in range(int(sys.argv[2])):
+    with BlobCache(Path(sys.argv[1]), {"model": "tiny"}, flush_every=1) as cache:
+        for key in "ab":
+            cache.put(key, b"value")
+        assert cache.get("a") == cache.get("b") == b"value"
+        assert len(list(cache.dir.glob("*.parquet"))) == 2
+    time.sleep(0.02)
 """
 
 
@@ -221,6 +238,18 @@ def test_what_another_process_has_open_is_kept(tmp_path: Path) -> None:
         assert [v.reason for v in verdicts if not v.is_removed] == ["in use by a running stage"]
         holder.kill()
     assert removed(gc(tmp_path, unused_days=0)) == [used]
+
+
+def test_a_cache_that_is_open_loses_nothing_to_gc_at_the_same_time(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "embed"), str(ROUNDS)]
+    give_up = time.monotonic() + PATIENCE_S
+    num_removed = 0
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as writer:
+        while writer.poll() is None and time.monotonic() < give_up:
+            num_removed += len(removed(gc(tmp_path, unused_days=0)))
+        assert writer.stderr is not None
+        assert (writer.returncode, writer.stderr.read()) == (0, "")
+    assert num_removed > 0
 
 
 def test_several_may_use_a_folder_and_the_last_one_protects_it(tmp_path: Path) -> None:
