@@ -21,7 +21,7 @@ from benchmarks.inputs import (
     unit_rows,
     zutis_network,
 )
-from pipeline.bench_predictor import NetworkPredictor, image_loader, predict_bench
+from pipeline.bench_predictor import NetworkPredictor, PredictionMaker, queries_of
 from pipeline.data.benchmarks import Benchmark, open_bench
 from pipeline.data.benchmarks.voc import VocWriter
 from pipeline.data.images import load_image
@@ -31,8 +31,9 @@ from pipeline.models.zutis import Zutis, ZutisOutput
 from pipeline.predictor import PredictionSettings, Segmenter, to_tensor
 from pipeline.runtime import Runtime, StageRun
 from pipeline.scoring.board import ScoreBoard
-from pipeline.scoring.predictions import PredictionStore, write_predictions
+from pipeline.scoring.predictions import SHARD_SIZE, PredictionStore
 from pipeline.scoring.task import ScoringTask
+from pipeline.shard_run import LocalExecutor, run_shards, slices
 
 CATEGORIES = [f"category {number}" for number in range(1, 21)]
 METRICS = ["semantic", "instance"]
@@ -87,11 +88,28 @@ def _segmenter(runtime: Runtime, *, quick: bool) -> tuple[Segmenter, Zutis, Tens
 def _evaluate(folder: Path, segmenter: Segmenter, benchmark: Benchmark) -> Evaluated:
     """Predict to disk, then score from there, as the stage does."""
     predictor = NetworkPredictor(segmenter, baseline=None, checkpoint_dir=folder)
-    load = image_loader(None, bench_name="voc", seed=0)
+
+    def recipe(runtime: Runtime) -> PredictionMaker:
+        return PredictionMaker(
+            lambda runtime: predictor,
+            CATEGORIES,
+            1,
+            None,
+            "voc",
+            runtime,  # noqa: ARG005
+        )
+
     with StageRun("evaluate", stats_path=folder / "stats.json") as stage:
-        predictions = predict_bench(benchmark, predictor, load, batch_size=1, stage=stage)
-        write_predictions(
-            predictions, folder / "predictions", num_categories=len(CATEGORIES), settings={}
+        run_shards(
+            folder / "predictions",
+            slices(queries_of(benchmark), SHARD_SIZE),
+            key="0",
+            recipe=recipe,
+            maker=recipe(cpu_runtime(folder)),
+            executor=LocalExecutor(),
+            stage=stage,
+            settings={},
+            remedy="",
         )
     store = PredictionStore(folder / "predictions")
     board = ScoreBoard(ScoringTask(CATEGORIES), metrics=METRICS, groups={})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 from PIL import Image
 
-from pipeline.data.benchmarks import Benchmark, Example
+from pipeline.data.benchmarks import Benchmark
 from pipeline.data.corruptions import CORRUPTIONS, corrupt
 from pipeline.data.images import ImageError, load_image
 from pipeline.errors import PipelineError
@@ -21,13 +21,54 @@ from pipeline.metrics.rle import RleObject, encode_crop
 from pipeline.params import CorruptionParams, PseudoLabelParams
 from pipeline.predictor import Prediction, PredictionSettings, Segmenter
 from pipeline.protocol import denseclip_protocol, network_protocol
-from pipeline.runtime import Runtime, StageRun
-from pipeline.scoring.predictions import StoredPrediction
+from pipeline.runtime import Runtime, Tally
+from pipeline.scoring.predictions import StoredPrediction, write_predictions
 
 SEED_DIGITS = 8  # hexadecimal: 32 bits
 
 Item = TypeVar("Item")
-ImageLoader = Callable[[Example], Image.Image]
+
+
+class BenchImage(Protocol):
+    """An image of a benchmark: an `Example` or a `Query`."""
+
+    @property
+    def image_id(self) -> str: ...
+    @property
+    def image_path(self) -> Path: ...
+
+
+ImageLoader = Callable[[BenchImage], Image.Image]
+
+
+@dataclass(frozen=True)
+class Query:
+    """An image of a benchmark, without its masks.
+
+    Attributes:
+        number: its place in the benchmark.
+        image_id: its name.
+        image_path: its file.
+        vocabulary: the names that it asks for, where they are not the benchmark's.
+    """
+
+    number: int
+    image_id: str
+    image_path: Path
+    vocabulary: tuple[str, ...] | None
+
+
+def queries_of(benchmark: Benchmark) -> list[Query]:
+    """What a predictor needs to know of a benchmark."""
+    return [
+        Query(
+            number,
+            example.image_id,
+            example.image_path,
+            None if example.vocabulary is None else tuple(example.vocabulary),
+        )
+        for number, example in enumerate(benchmark)
+    ]
 
 
 class BenchPredictor(Protocol):
@@ -157,7 +198,7 @@ def load_predictor(
 
 
 def image_loader(corruption: CorruptionParams | None, *, bench_name: str, seed: int) -> ImageLoader:
-    """Function that reads the image of an example, and corrupts it in every order alike.
+    """Function that reads an image of the benchmark, and corrupts it in every order alike.
 
     Raises:
         PipelineError: an unknown corruption.
@@ -171,52 +212,65 @@ def image_loader(corruption: CorruptionParams | None, *, bench_name: str, seed: 
             f"{', '.join(CORRUPTIONS)}"
         )
 
-    def load(example: Example) -> Image.Image:
-        image_seed = int(digest([seed, example.image_id])[:SEED_DIGITS], 16)
-        return corrupt(_load_stored(example), name=name, level=level, seed=image_seed)
+    def load(image: BenchImage) -> Image.Image:
+        image_seed = int(digest([seed, image.image_id])[:SEED_DIGITS], 16)
+        return corrupt(_load_stored(image), name=name, level=level, seed=image_seed)
 
     return load
 
 
-def _load_stored(example: Example) -> Image.Image:
+def _load_stored(image: BenchImage) -> Image.Image:
     """The image as it is stored: masks were drawn without regard to EXIF rotation."""
-    return load_image(example.image_path, upright=False)
+    return load_image(image.image_path, upright=False)
 
 
-def predict_bench(
-    benchmark: Benchmark,
-    predictor: BenchPredictor,
-    load: ImageLoader,
-    *,
-    batch_size: int,
-    stage: StageRun,
-) -> Iterator[tuple[int, StoredPrediction]]:
-    """Yield predictions with their number in the benchmark; a batch shares one vocabulary.
+class PredictionMaker:
+    """Makes shards of predictions.
 
     Args:
-        benchmark: its examples.
-        predictor: loaded with all names that they ask for.
-        load: see `image_loader`.
+        open_predictor: loads the predictor, given the runtime, with all names that are asked for.
+        categories: of the benchmark, asked for where an image has no names of its own.
         batch_size: images that are predicted together.
-        stage: counts them, and those that cannot be read and are left out.
-
-    Raises:
-        PipelineError: no image can be read.
+        corruption: see `image_loader`, like the next one.
+        bench_name: likewise.
+        runtime: device, precision, and seed of corruptions.
     """
-    loaded = _load_examples(benchmark, load, stage)
-    for names, group in groupby(loaded, key=lambda item: item[1].vocabulary):
-        chosen = predictor.select(names or benchmark.categories)
-        for batch in batches(group, batch_size):
-            numbers, examples, images = zip(*batch, strict=True)
-            predictions = chosen.predict([example.image_id for example in examples], images)
-            yield from zip(numbers, predictions, strict=True)
-            stage.advance(len(batch))
-    if not stage.items:
-        first = stage.skipped[0]
-        raise PipelineError(
-            f"none of the {len(benchmark)} images can be read; the first one, {first['item']}: "
-            f"{first['reason']}"
+
+    def __init__(
+        self,
+        open_predictor: Callable[..., BenchPredictor],
+        categories: Sequence[str],
+        batch_size: int,
+        corruption: CorruptionParams | None,
+        bench_name: str,
+        runtime: Runtime,
+    ) -> None:
+        self._load = image_loader(corruption, bench_name=bench_name, seed=runtime.seed)
+        self.predictor = open_predictor(runtime=runtime)
+        self._categories = categories
+        self._batch_size = batch_size
+
+    def make(self, items: Sequence[Query], path: Path, tally: Tally) -> int:
+        """Write the predictions of some images; one that cannot be read has none."""
+        return write_predictions(
+            path, self.predict(items, tally), num_categories=len(self._categories)
         )
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+    def predict(
+        self, queries: Iterable[Query], tally: Tally
+    ) -> Iterator[tuple[int, StoredPrediction]]:
+        """Yield predictions with the numbers of their images; a batch shares one vocabulary."""
+        loaded = _load_images(queries, self._load, tally)
+        for names, group in groupby(loaded, key=lambda pair: pair[0].vocabulary):
+            chosen = self.predictor.select(names or self._categories)
+            for batch in batches(group, self._batch_size):
+                asked, images = zip(*batch, strict=True)
+                predictions = chosen.predict([query.image_id for query in asked], images)
+                yield from zip((query.number for query in asked), predictions, strict=True)
+                tally.advance(len(batch))
 
 
 def batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
@@ -225,12 +279,12 @@ def batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _load_examples(
-    benchmark: Benchmark, load: ImageLoader, stage: StageRun
-) -> Iterator[tuple[int, Example, Image.Image]]:
-    """Examples with number and image; one that cannot be read is skipped and counted."""
-    for number, example in enumerate(benchmark):
+def _load_images(
+    queries: Iterable[Query], load: ImageLoader, tally: Tally
+) -> Iterator[tuple[Query, Image.Image]]:
+    """Queries with their images; one that cannot be read is skipped and counted."""
+    for query in queries:
         try:
-            yield number, example, load(example)
+            yield query, load(query)
         except ImageError as error:
-            stage.skip(str(example.image_path), str(error))
+            tally.skip(str(query.image_path), str(error))

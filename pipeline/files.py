@@ -6,6 +6,7 @@ And locks of the kernel, which end with the process that holds them, however it 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -25,6 +26,7 @@ try:
 except ImportError:  # Windows: nothing is locked there
     fcntl = None  # type: ignore[assignment]
 
+KEY_DIGITS = 16
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -59,13 +61,49 @@ def replace_dir(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             temporary.chmod(0o777 & ~_umask())
-            retired = temporary.with_suffix(".old")
-            if path.is_dir():
-                path.replace(retired)
-            temporary.replace(path)
-            shutil.rmtree(retired, ignore_errors=True)
+            _swap_in(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def resumable_dir(path: Path, key: str) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, swapped in once the block succeeds.
+
+    After an exception or a kill the folder stays, if there is anything in it, and the next call
+    with the same key finds it as it was; those of other keys are removed.
+
+    Args:
+        path: the folder that is made.
+        key: digest of all that its content depends on.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{key[:KEY_DIGITS]}.part")
+    with _parents_of(path):
+        for retired in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
+            if path.exists():
+                shutil.rmtree(retired)
+            else:  # killed between two moves
+                retired.replace(path)
+        for other in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            if other != temporary:
+                shutil.rmtree(other)
+        temporary.mkdir(exist_ok=True)
+        try:
+            yield temporary
+            _swap_in(temporary, path)
+        finally:
+            with suppress(OSError):  # not empty, or moved
+                temporary.rmdir()
+
+
+def _swap_in(temporary: Path, path: Path) -> None:
+    """Put a folder in the place of another one, which is removed."""
+    retired = temporary.with_suffix(".old")
+    if path.is_dir():
+        path.replace(retired)
+    temporary.replace(path)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 @contextmanager

@@ -30,6 +30,10 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for the threads; what they have not begun is not done."""
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 

@@ -67,13 +67,17 @@ class SourceParams(Section):
 
 
 class EmbedParams(Section):
-    """Stage 1: image embeddings of the index dataset."""
+    """Stage 1: image embeddings of the index dataset.
+
+    The stage fails if more than `max_error_rate` of the images, and more than ten, cannot be read.
+    """
 
     encoder: EncoderParams = EncoderParams(model="ViT-L-14-336-quickgelu")
     batch_size: Count = 64
     shard_size: Count = 10_000
     workers: Workers = 2
     max_pixels: Count = 100_000_000
+    max_error_rate: Probability = 0.01
 
 
 class RetrieveParams(Section):
@@ -103,6 +107,7 @@ class MaskParams(Section):
     k of `clusters` and lets the clusters vote. `refine` snaps masks to edges by the bilateral
     solver, which the published code stops after 25 `solver_iterations`, unconverged; below 1,
     `solver_scale` solves at that fraction of height and width, which is faster and less exact.
+    `max_error_rate` is as in `embed`.
     """
 
     source: Literal["selfmask", "spectral"] = "selfmask"
@@ -119,6 +124,7 @@ class MaskParams(Section):
     workers: Workers = 2
     shard_size: Count = 500
     max_pixels: Count = 100_000_000
+    max_error_rate: Probability = 0.01
 
 
 class PseudoLabelParams(Section):
@@ -234,6 +240,7 @@ class EvaluateParams(Section):
     whole_patches: bool = False
     batch_size: Count = 1
     overlays: Annotated[int, Field(ge=0)] = 24
+    max_error_rate: Probability = 0.01
 
 
 class CorruptionParams(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,9 @@ from pipeline.files import check_writable, claim, write_json
 
 CACHE_VARIABLE = "PIPELINE_CACHE"
 LISTED_SKIPS = 1000
+# So many errors never fail a stage by their rate, which says nothing about a handful of images.
+FORGIVEN_ERRORS = 10
+SHOWN_OFFENDERS, SHOWN_REASONS = 3, 8
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,52 @@ def default_cache_dir() -> Path:
     return Path(base) / "zutis-pipeline"
 
 
-class StageRun:
+class Tally:
+    """What became of some items.
+
+    Args:
+        whole: the tally that these items belong to, which is told at once.
+
+    Attributes:
+        items: number of items that are finished.
+        skipped: `item` and `reason` of each one that was left out.
+        counts: further counts by name.
+    """
+
+    def __init__(self, whole: Tally | None = None) -> None:
+        self.items = 0
+        self.skipped: list[dict[str, str]] = []
+        self.counts: Counter[str] = Counter()
+        self._whole = whole
+
+    def advance(self, count: int = 1) -> None:
+        """Count `count` finished items."""
+        self.items += count
+        if self._whole is not None:
+            self._whole.advance(count)
+
+    def skip(self, item: str, reason: str) -> None:
+        """Count and list one item that was left out."""
+        self.skipped.append({"item": item, "reason": reason})
+        if self._whole is not None:
+            self._whole.skip(item, reason)
+
+    def count(self, name: str, count: int = 1) -> None:
+        """Add to a named count."""
+        self.counts[name] += count
+        if self._whole is not None:
+            self._whole.count(name, count)
+
+    def add(self, other: Tally) -> None:
+        """Take in the items of another tally."""
+        self.advance(other.items)
+        for entry in other.skipped:
+            self.skip(entry["item"], entry["reason"])
+        for name, count in other.counts.items():
+            self.count(name, count)
+
+
+class StageRun(Tally):
     """Progress bar, counts and the closing line of one run of a stage.
 
     On a clean exit it writes `stats_path` (JSON: stage, items, skipped, seconds,
@@ -85,22 +133,36 @@ class StageRun:
     writes nothing. Until then no other process can start a run with the same `stats_path`, which
     is to say the same stage in the same workspace.
 
+    Args:
+        stage: its name.
+        stats_path: the file of counts.
+        total: number of items, if known.
+        unit: what an item is called.
+        max_error_rate: share of `total` that may be skipped; the item that exceeds it, and
+            `FORGIVEN_ERRORS`, raises PipelineError. None: any share.
+
     Raises:
         PipelineError: another run is at work with the same `stats_path`.
     """
 
     def __init__(
-        self, stage: str, *, stats_path: Path, total: int | None = None, unit: str = "image"
+        self,
+        stage: str,
+        *,
+        stats_path: Path,
+        total: int | None = None,
+        unit: str = "image",
+        max_error_rate: float | None = None,
     ) -> None:
+        super().__init__()
         check_writable(stats_path)
         self._claims = ExitStack()
         self._claims.enter_context(claim(stats_path))
         self.stage = stage
-        self.items = 0
-        self.skipped: list[dict[str, str]] = []
-        self.counts: Counter[str] = Counter()
         self._stats_path = stats_path
+        self._total = total
         self._unit = unit
+        self._max_error_rate = max_error_rate
         self._bar = tqdm(total=total, desc=stage, unit=unit, dynamic_ncols=True, mininterval=0.5)
         self._start = time.monotonic()
 
@@ -109,22 +171,43 @@ class StageRun:
 
     def total(self, count: int) -> None:
         """Set the expected number of items."""
+        self._total = count
         self._bar.total = count
         self._bar.refresh()
 
     def advance(self, count: int = 1) -> None:
         """Count `count` finished items."""
-        self.items += count
+        super().advance(count)
         self._bar.update(count)
 
     def skip(self, item: str, reason: str) -> None:
-        """Count and list one item that was left out."""
-        self.skipped.append({"item": item, "reason": reason})
-        self._bar.update(1)
+        """Count and list one item that was left out.
 
-    def count(self, name: str, count: int = 1) -> None:
-        """Add to a named count of the stats file."""
-        self.counts[name] += count
+        Raises:
+            PipelineError: there are too many of them.
+        """
+        super().skip(item, reason)
+        self._bar.update(1)
+        if self._max_error_rate is None or self._total is None:
+            return
+        if len(self.skipped) > max(FORGIVEN_ERRORS, self._max_error_rate * self._total):
+            raise PipelineError(self._complaint(self._max_error_rate, self._total))
+
+    def _complaint(self, max_error_rate: float, total: int) -> str:
+        """That too many items were skipped: the reasons, most frequent first, with examples."""
+        examples: dict[str, list[str]] = defaultdict(list)
+        for entry in self.skipped:
+            examples[entry["reason"]].append(entry["item"])
+        worst = sorted(examples.items(), key=lambda pair: -len(pair[1]))
+        lines = [
+            f"  {len(items)} {reason}: {', '.join(items[:SHOWN_OFFENDERS])}"
+            for reason, items in worst[:SHOWN_REASONS]
+        ]
+        return (
+            f"{self.stage}: {len(self.skipped)} of {total} {self._unit}s cannot be used, more than "
+            f"{self.stage}.max_error_rate: {max_error_rate:g} allows; mend them, take them out, or "
+            "raise it:\n" + "\n".join(lines)
+        )
 
     def postfix(self, text: str) -> None:
         """Show a short text behind the bar."""

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pipeline.files import digest, open_locked, write_bytes, write_json
 
 CHUNK_NAME = re.compile(r"[0-9a-f]{32}\.parquet")
-MAX_PENDING_BYTES = 64 << 20
+CHUNK_ENTRIES, CHUNK_BYTES = 256, 64 << 20  # many small chunks would be slow to open
 NUM_OPEN_CHUNKS = 8
 IN_USE = "in_use.lock"
 
@@ -43,14 +43,10 @@ class BlobCache:
     Args:
         root: folder that holds one folder a settings digest; made at the first flush.
         settings: all that the results depend on besides the key; must be representable in JSON.
-        flush_every: number of puts after which a chunk is written.
     """
 
-    def __init__(self, root: Path, settings: dict[str, Any], *, flush_every: int = 256) -> None:
-        if flush_every < 1:
-            raise ValueError(f"flush_every must be at least 1, got {flush_every}")
+    def __init__(self, root: Path, settings: dict[str, Any]) -> None:
         self.settings = settings
-        self.flush_every = flush_every
         self.dir = Path(root) / digest(settings)[:32]
         self._use = _UseMark(self.dir)
         self._use.take()
@@ -92,7 +88,15 @@ class BlobCache:
         """Store `value` under `key`; it is on disk after the next flush."""
         self._pending_bytes += len(value)
         self._pending[key] = value
-        if len(self._pending) >= self.flush_every or self._pending_bytes >= MAX_PENDING_BYTES:
+
+    def settle(self) -> None:
+        """Flush if many entries are pending.
+
+        Called between two batches, so that the results of one stay together: a run that is killed
+        and continues then forms the very batches of one that was never interrupted, and gives its
+        bytes.
+        """
+        if len(self._pending) >= CHUNK_ENTRIES or self._pending_bytes >= CHUNK_BYTES:
             self.flush()
 
     def flush(self) -> None:

@@ -1,7 +1,7 @@
 """WebDataset shards of samples: written whole, described by a manifest, read in order or by index.
 
 A sample is a dict: `__key__` and one entry of bytes per member (`jpg`, `mask.png`, `json`, ...). A
-folder of shards holds `00000.tar`, `00001.tar`, ... and, written last, `manifest.json`: for each
+folder of shards holds `00000.tar`, `00001.tar`, ... and, written last, `_manifest.json`: for each
 shard its name, samples, bytes and SHA-256, their total, and the settings of the stage.
 """
 
@@ -11,7 +11,8 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from webdataset.writer import TarWriter
 from pipeline.errors import PipelineError
 from pipeline.files import file_sha256, read_json, replace_dir, write_json
 
-MANIFEST = "manifest.json"
+MANIFEST = "_manifest.json"  # readers of Parquet folders pass over names with an underscore
 KEY = re.compile(r"[0-9A-Za-z_-]+")
 TAR_BLOCK = 512
 MAX_OPEN = 128
+AGAIN = "run the stage that writes it again"
 
 Sample = dict[str, Any]
 
@@ -76,26 +78,48 @@ def write_shards(
     """
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1, got {shard_size}")
-    reserved = {"shards", "samples"} & set(settings or {})
-    if reserved:
-        raise ValueError(f"settings may not be named {', '.join(sorted(reserved))}")
     shards: list[dict[str, Any]] = []
     seen: set[str] = set()
     remaining = iter(samples)
     with replace_dir(out_dir) as temporary_dir:
         while first := list(islice(remaining, 1)):
-            path = temporary_dir / f"{len(shards):05d}.tar"
-            count = _write_tar(path, chain(first, islice(remaining, shard_size - 1)), seen)
-            shards.append(
-                {
-                    "name": path.name,
-                    "samples": count,
-                    "bytes": path.stat().st_size,
-                    "sha256": file_sha256(path),
-                }
-            )
-        manifest = {"shards": shards, "samples": len(seen), **(settings or {})}
-        write_json(temporary_dir / MANIFEST, manifest)
+            path = temporary_dir / shard_name(len(shards))
+            count = write_tar(path, chain(first, islice(remaining, shard_size - 1)), seen)
+            shards.append(shard_entry(path, count))
+        return write_manifest(temporary_dir, shards, settings)
+
+
+def shard_name(number: int, suffix: str = ".tar") -> str:
+    """File name of a shard."""
+    return f"{number:05d}{suffix}"
+
+
+def shard_entry(path: Path, samples: int) -> dict[str, Any]:
+    """What the manifest says of a shard: name, samples, bytes, SHA-256."""
+    return {
+        "name": path.name,
+        "samples": samples,
+        "bytes": path.stat().st_size,
+        "sha256": file_sha256(path),
+    }
+
+
+def write_manifest(
+    shard_dir: Path,
+    entries: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write and return the manifest of a folder of shards, which makes it complete.
+
+    Raises:
+        ValueError: a setting has the name of a manifest entry.
+    """
+    reserved = {"shards", "samples"} & set(settings or {})
+    if reserved:
+        raise ValueError(f"settings may not be named {', '.join(sorted(reserved))}")
+    samples = sum(entry["samples"] for entry in entries)
+    manifest = {"shards": list(entries), "samples": samples, **(settings or {})}
+    write_json(shard_dir / MANIFEST, manifest)
     return manifest
 
 
@@ -142,7 +166,7 @@ class SampleStore:
 
     Attributes:
         keys: sample keys, in order.
-        manifest: content of manifest.json.
+        manifest: content of _manifest.json.
     """
 
     def __init__(self, shard_dir: Path, members: frozenset[str]) -> None:
@@ -152,12 +176,13 @@ class SampleStore:
         self._locations: list[tuple[Path, dict[str, tuple[int, int]]]] = []
         for entry in self.manifest["shards"]:
             path = shard_dir / entry["name"]
-            _check_shard(path, entry)
+            check_shard(path, entry)
             for key, spans in _index_tar(path).items():
                 members = members or frozenset(spans)
                 _check_members(path, key, members - spans.keys())
                 self.keys.append(key)
                 self._locations.append((path, spans))
+        _check_unique(shard_dir, self.keys)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -197,9 +222,18 @@ class SampleStore:
             return os.pread(file.fileno(), size, offset)
 
 
-def _write_tar(path: Path, samples: Iterable[Mapping[str, Any]], seen: set[str]) -> int:
-    """Write one shard and return its number of samples; `seen` collects the keys."""
+def write_tar(
+    path: Path, samples: Iterable[Mapping[str, Any]], seen: set[str] | None = None
+) -> int:
+    """Write one shard to its final place and return its number of samples.
+
+    Args:
+        path: the file; it is not written atomically.
+        samples: see `write_shards`, which also has what it raises.
+        seen: keys of earlier shards, to which those of this one are added.
+    """
     count = 0
+    seen = set() if seen is None else seen
     with path.open("wb") as file:
         with TarWriter(file, user="", group="", encoder=False, mtime=0) as writer:
             for sample in samples:
@@ -233,20 +267,30 @@ def _is_shard_entry(entry: Any) -> bool:
     )
 
 
-def _check_shard(path: Path, entry: Mapping[str, Any]) -> None:
-    again = "run the stage that writes it again"
+def check_shard(path: Path, entry: Mapping[str, Any]) -> None:
+    """Compare a shard with its entry in the manifest.
+
+    Raises:
+        PipelineError: it is missing, cut off, or has other content.
+    """
     if not path.is_file():
-        raise PipelineError(f"{path}: listed in {MANIFEST}, but missing; {again}")
+        raise PipelineError(f"{path}: listed in {MANIFEST}, but missing; {AGAIN}")
     size = path.stat().st_size
     if size != entry["bytes"]:
-        raise PipelineError(f"{path}: {size} bytes, {MANIFEST} says {entry['bytes']}; {again}")
+        raise PipelineError(f"{path}: {size} bytes, {MANIFEST} says {entry['bytes']}; {AGAIN}")
     if file_sha256(path) != entry["sha256"]:
-        raise PipelineError(f"{path}: content differs from the SHA-256 in {MANIFEST}; {again}")
+        raise PipelineError(f"{path}: content differs from the SHA-256 in {MANIFEST}; {AGAIN}")
 
 
 def _check_members(path: Path, key: str, missing: frozenset[str]) -> None:
     if missing:
         raise PipelineError(f"{path}: sample {key} lacks {', '.join(sorted(missing))}")
+
+
+def _check_unique(shard_dir: Path, keys: Sequence[str]) -> None:
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise PipelineError(f"{shard_dir}: sample {twice[0]} is there twice; {AGAIN}")
 
 
 def _index_tar(path: Path) -> dict[str, dict[str, tuple[int, int]]]:

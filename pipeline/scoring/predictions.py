@@ -12,7 +12,7 @@ An image that cannot be read has no sample.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ import numpy as np
 
 from pipeline.data.images import decode_label, encode_label
 from pipeline.data.labels import LabelMap
-from pipeline.data.shards import Sample, open_samples, write_shards
+from pipeline.data.shards import Sample, open_samples, write_tar
 from pipeline.errors import PipelineError
 from pipeline.metrics.rle import RleObject
 
-SHARD_SIZE = 1000
+SHARD_SIZE = 100  # what a killed evaluation loses at most
 KEY_DIGITS = 8
 LABEL, BASELINE, INSTANCES = "label.png", "baseline.png", "instances.json"
 
@@ -48,22 +48,21 @@ class StoredPrediction:
 
 
 def write_predictions(
-    predictions: Iterable[tuple[int, StoredPrediction]],
-    out_dir: Path,
-    *,
-    num_categories: int,
-    settings: Mapping[str, Any],
-) -> None:
+    path: Path, predictions: Iterable[tuple[int, StoredPrediction]], *, num_categories: int
+) -> int:
     """Write predictions as they come; the same ones give the same bytes.
 
     Args:
+        path: the shard.
         predictions: with their number in the benchmark, which increases.
-        out_dir: folder of shards, replaced as a whole at the end.
         num_categories: K, the largest label id.
-        settings: how they were made, for the manifest.
+
+    Returns:
+        How many there were.
     """
-    samples = (_to_sample(number, item, num_categories) for number, item in predictions)
-    write_shards(samples, out_dir, shard_size=SHARD_SIZE, settings=settings)
+    return write_tar(
+        path, (_to_sample(number, item, num_categories) for number, item in predictions)
+    )
 
 
 class PredictionStore:

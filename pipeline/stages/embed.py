@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,12 @@ from pipeline.data.tables import (
     write_table,
 )
 from pipeline.errors import PipelineError
-from pipeline.files import replace_dir
+from pipeline.files import digest
 from pipeline.models.clip import ClipEncoder, load_clip
 from pipeline.parallel import Workers
 from pipeline.params import EmbedParams, SourceParams
-from pipeline.runtime import Runtime, StageRun
+from pipeline.runtime import Runtime, StageRun, Tally
+from pipeline.shard_run import Executor, LocalExecutor, run_shards, slices
 
 CACHE_VERSION = 1
 CACHED_SIZE = struct.Struct("<II")
@@ -50,6 +52,7 @@ def run(
     params: EmbedParams,
     runtime: Runtime,
     stats_path: Path,
+    executor: Executor | None = None,
 ) -> None:
     """Embed all images of a source.
 
@@ -65,49 +68,81 @@ def run(
         params: encoder, batch and shard sizes, workers (0: decode in the main thread).
         runtime: device and cache folder.
         stats_path: JSON file of the counts.
+        executor: where shards are made; here by default.
 
     Raises:
-        PipelineError: no image is there, or none can be read; the encoder cannot be loaded.
+        PipelineError: no image is there, none or too few can be read, or the encoder cannot be
+            loaded.
     """
     refs = list(list_images(name, source))
-    encoder = load_clip(
-        params.encoder.model,
-        params.encoder.pretrained,
-        runtime.device,
-        cache_dir=runtime.cache_dir,
-    )
-    settings = {
-        "version": CACHE_VERSION,
-        "encoder": encoder.fingerprint(),
-        "precision": str(runtime.amp_dtype),
-    }
-    chunk_size = params.batch_size * -(-MIN_CHUNK[runtime.device.type] // params.batch_size)
-    with (
-        StageRun("embed", stats_path=stats_path, total=len(refs)) as stage_run,
-        BlobCache(runtime.cache_dir / "embed", settings, flush_every=chunk_size + 1) as cache,
-        replace_dir(out_dir) as shard_dir,
-        Workers(params.workers) as workers,
-    ):
-        load = _Loader(cache, preprocess=encoder.preprocess, max_pixels=params.max_pixels)
-        embedder = _Embedder(encoder, cache, batch_size=params.batch_size, runtime=runtime)
-        writer = _ShardWriter(
-            shard_dir,
-            schema=embedding_schema(
-                encoder.embed_dim, encoder_name(params.encoder.model, params.encoder.pretrained)
-            ),
-            shard_size=params.shard_size,
+    recipe = partial(EmbedMaker, params)
+    maker = recipe(runtime)
+    with StageRun(
+        "embed", stats_path=stats_path, total=len(refs), max_error_rate=params.max_error_rate
+    ) as stage:
+        run_shards(
+            out_dir,
+            slices(refs, params.shard_size),
+            key=digest([maker.settings, params.shard_size, [asdict(ref) for ref in refs]]),
+            recipe=recipe,
+            maker=maker,
+            executor=executor or LocalExecutor(),
+            stage=stage,
+            settings={"embed": maker.settings},
+            remedy=f"They lie below {source.root}: index.{name}.root",
+            suffix=".parquet",
         )
-        for start in range(0, len(refs), chunk_size):
-            chunk = refs[start : start + chunk_size]
-            loaded = workers.map(load, chunk, ahead=2 * params.batch_size)
-            writer.add(chunk, embedder(_counted(stage_run, chunk, loaded)))
-        writer.close()
-        if stage_run.items == 0:
-            first = stage_run.skipped[0]
-            raise PipelineError(
-                f"index.{name}: none of the {len(refs)} images below {source.root} can be read; "
-                f"the first is {first['item']}: {first['reason']}"
-            )
+
+
+class EmbedMaker:
+    """Makes shards of embeddings from images.
+
+    Args:
+        params: section `embed`.
+        runtime: device and cache folder.
+
+    Attributes:
+        settings: all that an embedding depends on besides its image; representable in JSON.
+    """
+
+    def __init__(self, params: EmbedParams, runtime: Runtime) -> None:
+        encoder = load_clip(
+            params.encoder.model,
+            params.encoder.pretrained,
+            runtime.device,
+            cache_dir=runtime.cache_dir,
+        )
+        self.settings = {
+            "version": CACHE_VERSION,
+            "encoder": encoder.fingerprint(),
+            "precision": str(runtime.amp_dtype),
+        }
+        batch_size = params.batch_size
+        self._chunk_size = batch_size * -(-MIN_CHUNK[runtime.device.type] // batch_size)
+        self._ahead = 2 * batch_size
+        self._schema = embedding_schema(
+            encoder.embed_dim, encoder_name(params.encoder.model, params.encoder.pretrained)
+        )
+        self._cache = BlobCache(runtime.cache_dir / "embed", self.settings)
+        self._workers = Workers(params.workers)
+        self._load = _Loader(
+            self._cache, preprocess=encoder.preprocess, max_pixels=params.max_pixels
+        )
+        self._embed = _Embedder(encoder, self._cache, batch_size=batch_size, runtime=runtime)
+
+    def make(self, items: Sequence[ImageRef], path: Path, tally: Tally) -> int:
+        """Write one row for each image."""
+        records = []
+        for refs in slices(items, self._chunk_size):
+            loaded = self._workers.map(self._load, refs, ahead=self._ahead)
+            images = self._embed(_counted(tally, refs, loaded))
+            records += [_record(ref, image) for ref, image in zip(refs, images, strict=True)]
+        write_table(path, pa.Table.from_pylist(records, schema=self._schema))
+        return len(records)
+
+    def close(self) -> None:
+        """Let go of threads; the cache has been written chunk by chunk."""
+        self._workers.close()
 
 
 @dataclass(slots=True)
@@ -232,36 +267,6 @@ class _Embedder:
         self._cache.flush()
 
 
-class _ShardWriter:
-    """Collects rows and writes a Parquet file whenever `shard_size` of them are there."""
-
-    def __init__(self, shard_dir: Path, *, schema: pa.Schema, shard_size: int) -> None:
-        self._shard_dir = shard_dir
-        self._schema = schema
-        self._shard_size = shard_size
-        self._rows: list[tuple[ImageRef, _Image]] = []
-        self._num_shards = 0
-
-    def add(self, refs: Iterable[ImageRef], images: Iterable[_Image]) -> None:
-        """Append one row an image."""
-        self._rows.extend(zip(refs, images, strict=True))
-        while len(self._rows) >= self._shard_size:
-            self._write(self._rows[: self._shard_size])
-            self._rows = self._rows[self._shard_size :]
-
-    def close(self) -> None:
-        """Write the rows that are left."""
-        if self._rows:
-            self._write(self._rows)
-            self._rows = []
-
-    def _write(self, rows: list[tuple[ImageRef, _Image]]) -> None:
-        records = [_record(ref, image) for ref, image in rows]
-        table = pa.Table.from_pylist(records, schema=self._schema)
-        write_table(self._shard_dir / f"{self._num_shards:05d}.parquet", table)
-        self._num_shards += 1
-
-
 def _record(ref: ImageRef, image: _Image) -> dict[str, object]:
     return {
         "key": ref.key,
@@ -279,14 +284,12 @@ def _record(ref: ImageRef, image: _Image) -> dict[str, object]:
     }
 
 
-def _counted(
-    stage_run: StageRun, refs: Iterable[ImageRef], images: Iterable[_Image]
-) -> Iterator[_Image]:
+def _counted(tally: Tally, refs: Iterable[ImageRef], images: Iterable[_Image]) -> Iterator[_Image]:
     """Pass images on and count what becomes of each."""
     for ref, image in zip(refs, images, strict=True):
         if image.error:
-            stage_run.skip(image_name(ref), image.error)
+            tally.skip(image_name(ref), image.error)
         else:
-            stage_run.advance()
-            stage_run.count("cached", int(image.embedding is not None))
+            tally.advance()
+            tally.count("cached", int(image.embedding is not None))
         yield image

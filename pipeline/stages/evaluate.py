@@ -9,17 +9,23 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.bench_predictor import image_loader, load_predictor, predict_bench
+from pipeline.bench_predictor import (
+    PredictionMaker,
+    image_loader,
+    load_predictor,
+    queries_of,
+)
 from pipeline.data.benchmarks import Benchmark, open_bench
 from pipeline.data.categories import load_category_set
 from pipeline.errors import PipelineError
-from pipeline.files import atomic_path, write_json
+from pipeline.files import atomic_path, digest, write_json
 from pipeline.models.zoo import resolve_weights
 from pipeline.params import BenchParams, EvaluateParams, PseudoLabelParams
 from pipeline.predictor import PredictionSettings, read_checkpoint_config
@@ -27,8 +33,9 @@ from pipeline.protocol import bench_protocol, protocol_lines
 from pipeline.runtime import Runtime, StageRun
 from pipeline.scoring.board import ScoreBoard, percent
 from pipeline.scoring.pictures import write_pictures
-from pipeline.scoring.predictions import PredictionStore, write_predictions
+from pipeline.scoring.predictions import SHARD_SIZE, PredictionStore
 from pipeline.scoring.task import ScoringTask
+from pipeline.shard_run import Executor, LocalExecutor, run_shards, slices
 
 LABEL_MAP_METRICS = {"semantic", "size"}
 LISTED_NAMES = 8
@@ -48,6 +55,7 @@ def run(
     stats_path: Path,
     open_vocabulary: bool = False,
     result_name: str | None = None,
+    executor: Executor | None = None,
 ) -> None:
     """Write predictions, `metrics/NAME.json`, `plots/NAME_per_class.csv` and `overlays/NAME/`.
 
@@ -68,10 +76,11 @@ def run(
         stats_path: counts of this run, JSON.
         open_vocabulary: score categories that the checkpoint was not trained with.
         result_name: NAME in the paths above; None for `bench_name`.
+        executor: where predictions are made; here by default.
 
     Raises:
         PipelineError: a benchmark that lacks a part, a checkpoint that cannot be used, category
-            lists that differ, or no readable image.
+            lists that differ, or images of which none or too few can be read.
     """
     name = result_name or bench_name
     task = _scoring_task(bench_name, bench, background)
@@ -84,24 +93,31 @@ def run(
         **bench.layout(),
     )
     metrics = _metrics(bench_name, bench, with_objects=checkpoint_dir is not None)
-    settings = _bench_settings(params, bench, metrics)
-    load = image_loader(bench.corruption, bench_name=bench_name, seed=runtime.seed)
     names = _asked_names(benchmark)
     if checkpoint_dir is not None:
         checkpoint_dir = resolve_weights(checkpoint_dir, runtime.cache_dir)
         if not open_vocabulary and names == benchmark.categories:
             _check_categories(bench_name, bench, names, checkpoint_dir)
-    predictor = load_predictor(
-        checkpoint_dir,
-        names,
-        settings=settings,
-        has_baseline=not LABEL_MAP_METRICS.isdisjoint(metrics),
-        baseline=baseline,
-        background=background,
-        runtime=runtime,
+    settings = _bench_settings(params, bench, metrics)
+    recipe = partial(
+        PredictionMaker,
+        partial(
+            load_predictor,
+            checkpoint_dir,
+            names,
+            settings=settings,
+            has_baseline=not LABEL_MAP_METRICS.isdisjoint(metrics),
+            baseline=baseline,
+            background=background,
+        ),
+        benchmark.categories,
+        params.batch_size,
+        bench.corruption,
+        bench_name,
     )
+    maker = recipe(runtime)
     protocol = protocol_lines(
-        predictor.protocol
+        maker.predictor.protocol
         | bench_protocol(
             bench,
             categories=task.categories,
@@ -111,12 +127,24 @@ def run(
             runtime=runtime,
         )
     )
-    with StageRun("evaluate", stats_path=stats_path, total=len(benchmark)) as stage:
-        write_predictions(
-            predict_bench(benchmark, predictor, load, batch_size=params.batch_size, stage=stage),
+    manifest_settings = {"categories": list(task.categories), "protocol": protocol}
+    queries = queries_of(benchmark)
+    with StageRun(
+        "evaluate",
+        stats_path=stats_path,
+        total=len(benchmark),
+        max_error_rate=params.max_error_rate,
+    ) as stage:
+        run_shards(
             predictions_dir,
-            num_categories=task.num_categories,
-            settings={"categories": list(task.categories), "protocol": protocol},
+            slices(queries, SHARD_SIZE),
+            key=digest([manifest_settings, params.batch_size, names, [str(q) for q in queries]]),
+            recipe=recipe,
+            maker=maker,
+            executor=executor or LocalExecutor(),
+            stage=stage,
+            settings=manifest_settings,
+            remedy=f"They lie below {bench.root}: benches.{bench_name}.root",
         )
         store = PredictionStore(predictions_dir)
         board = _score(benchmark, store, ScoreBoard(task, metrics=metrics, groups=benchmark.groups))
@@ -125,7 +153,7 @@ def run(
             benchmark,
             store,
             image_miou=board.image_miou,
-            load=load,
+            load=image_loader(bench.corruption, bench_name=bench_name, seed=runtime.seed),
             count=params.overlays,
         )
         _write_per_class(out_dir / "plots" / f"{name}_per_class.csv", task, board)

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,11 +33,11 @@ from pipeline.data.images import (
     load_image,
     shrink_short_side,
 )
-from pipeline.data.shards import write_shards
+from pipeline.data.shards import write_tar
 from pipeline.data.sources import image_name, read_image
 from pipeline.data.tables import ArchiveRow, read_archives
 from pipeline.errors import PipelineError
-from pipeline.files import file_sha256
+from pipeline.files import digest, file_sha256
 from pipeline.models.bilateral import MAX_STEPS, bilateral_solve
 from pipeline.models.clip import ClipEncoder, load_clip
 from pipeline.models.dino import DINO_MODELS, DinoEncoder, load_dino
@@ -46,7 +46,8 @@ from pipeline.models.spectral import spectral_mask
 from pipeline.models.zoo import resolve_weights
 from pipeline.parallel import Workers
 from pipeline.params import EncoderParams, MaskParams
-from pipeline.runtime import Runtime, StageRun
+from pipeline.runtime import Runtime, StageRun, Tally
+from pipeline.shard_run import Executor, LocalExecutor, run_shards, slices
 
 # Raise it when masks change though their settings do not: it keeps old ones out of the cache.
 MASK_VERSION = 1
@@ -97,6 +98,7 @@ def run(
     params: MaskParams,
     runtime: Runtime,
     stats_path: Path,
+    executor: Executor | None = None,
 ) -> dict[str, Any]:
     """Write one sample for each archive image: `jpg`, `mask.png` (0 and 255) and `json`.
 
@@ -106,40 +108,36 @@ def run(
 
     Args:
         archives_path: table of stage 2.
-        out_dir: folder of shards, written whole.
+        out_dir: folder of shards, replaced as a whole.
         params: section `mask`.
         runtime: device, seed and cache folder.
         stats_path: JSON of counts.
+        executor: where shards are made; here by default.
 
     Returns:
         The manifest of the shards.
 
     Raises:
-        PipelineError: no archives or weights, or not one image could be read.
+        PipelineError: no archives or weights, or none or too few of the images can be read.
     """
     rows = read_archives(archives_path)
     if not rows:
         raise PipelineError(f"{archives_path}: no images; run `pipeline retrieve` again")
-    masker = make_masker(params, runtime)
-    settings = {
-        "version": MASK_VERSION,
-        **masker.settings,
-        "refine": params.refine,
-        "solver_iterations": params.solver_iterations,
-        "solver_scale": params.solver_scale,
-        "short_side": params.short_side,
-    }
-    with (
-        StageRun("mask", stats_path=stats_path, total=len(rows)) as stage_run,
-        BlobCache(runtime.cache_dir / "masks", settings) as cache,
-        Workers(params.workers) as workers,
-    ):
-        maker = _MaskMaker(masker, cache, workers, params=params, stage_run=stage_run)
-        return write_shards(
-            _samples(rows, maker, workers=workers, params=params, stage_run=stage_run),
+    recipe = partial(MaskMaker, params)
+    maker = recipe(runtime)
+    with StageRun(
+        "mask", stats_path=stats_path, total=len(rows), max_error_rate=params.max_error_rate
+    ) as stage:
+        return run_shards(
             out_dir,
-            shard_size=params.shard_size,
-            settings={"mask": settings},
+            slices(rows, params.shard_size),
+            key=digest([maker.settings, params.shard_size, [astuple(row) for row in rows]]),
+            recipe=recipe,
+            maker=maker,
+            executor=executor or LocalExecutor(),
+            stage=stage,
+            settings={"mask": maker.settings},
+            remedy="If the images have moved or changed, run `pipeline embed` again",
         )
 
 
@@ -212,35 +210,87 @@ def _load_patch_encoder(params: EncoderParams, runtime: Runtime) -> ClipEncoder 
     return load(params.model, params.pretrained, runtime.device, cache_dir=runtime.cache_dir)
 
 
-def _samples(
-    rows: Sequence[ArchiveRow],
-    maker: _MaskMaker,
-    *,
-    workers: Workers,
-    params: MaskParams,
-    stage_run: StageRun,
-) -> Iterator[dict[str, Any]]:
-    """Yield the sample of every readable row, in order, a few batches in memory at a time."""
-    chunk_size = BATCHES_IN_MEMORY * params.batch_size
-    read = partial(_read_photo, params=params)
-    photos = _readable(rows, workers.map(read, rows, ahead=chunk_size), stage_run)
-    while chunk := list(islice(photos, chunk_size)):
-        masks = maker([photo for photo in chunk if photo.row.label_id != NEGATIVE_LABEL_ID])
-        for photo in chunk:
-            if photo.row.label_id == NEGATIVE_LABEL_ID:
-                mask_png = encode_png(np.zeros(photo.image.size[::-1], dtype=bool))
-                stage_run.count("negatives")
-            else:
-                mask_png = masks[photo.row.sha256]
-                stage_run.count("empty_masks", int(not decode_png(mask_png).any()))
-            yield _sample(photo, mask_png)
-            stage_run.advance()
-    if stage_run.items == 0:
-        example = stage_run.skipped[0]
-        raise PipelineError(
-            f"none of the {len(rows)} archive images could be read; the first, {example['item']}: "
-            f"{example['reason']}. If the images have moved or changed, run `pipeline embed` again"
-        )
+class MaskMaker:
+    """Makes shards of images and masks: the masks from the cache by the image's hash, or new.
+
+    Args:
+        params: section `mask`.
+        runtime: device, seed and cache folder.
+
+    Attributes:
+        settings: all that a mask depends on besides its image; representable in JSON.
+    """
+
+    def __init__(self, params: MaskParams, runtime: Runtime) -> None:
+        self._params = params
+        self._masker = make_masker(params, runtime)
+        self.settings = {
+            "version": MASK_VERSION,
+            **self._masker.settings,
+            "refine": params.refine,
+            "solver_iterations": params.solver_iterations,
+            "solver_scale": params.solver_scale,
+            "short_side": params.short_side,
+        }
+        self._cache = BlobCache(runtime.cache_dir / "masks", self.settings)
+        self._workers = Workers(params.workers)
+
+    def make(self, items: Sequence[ArchiveRow], path: Path, tally: Tally) -> int:
+        """Write the sample of every readable row, a few batches in memory at a time."""
+        return write_tar(path, self._samples(items, tally))
+
+    def close(self) -> None:
+        """Let go of threads and put what is pending into the cache."""
+        self._workers.close()
+        self._cache.flush()
+
+    def _samples(self, rows: Sequence[ArchiveRow], tally: Tally) -> Iterator[dict[str, Any]]:
+        chunk_size = BATCHES_IN_MEMORY * self._params.batch_size
+        read = partial(_read_photo, params=self._params)
+        photos = _readable(rows, self._workers.map(read, rows, ahead=chunk_size), tally)
+        while chunk := list(islice(photos, chunk_size)):
+            masks = self._masks(
+                [photo for photo in chunk if photo.row.label_id != NEGATIVE_LABEL_ID], tally
+            )
+            for photo in chunk:
+                if photo.row.label_id == NEGATIVE_LABEL_ID:
+                    mask_png = encode_png(np.zeros(photo.image.size[::-1], dtype=bool))
+                    tally.count("negatives")
+                else:
+                    mask_png = masks[photo.row.sha256]
+                    tally.count("empty_masks", int(not decode_png(mask_png).any()))
+                yield _sample(photo, mask_png)
+                tally.advance()
+
+    def _masks(self, photos: Sequence[Photo], tally: Tally) -> dict[str, bytes]:
+        """PNG files of the masks of some images, by hash."""
+        images = {photo.row.sha256: photo.image for photo in photos}
+        known = {key: mask for key in images if (mask := self._cache.get(key)) is not None}
+        unknown = {key: image for key, image in images.items() if key not in known}
+        tally.count("masked", len(unknown))
+        tally.count("cached", len(photos) - len(unknown))
+        # While the network sees a batch, the workers refine the masks of the one before.
+        files = {}
+        for batch in _equal_size_batches(unknown, self._params.batch_size):
+            coarse = coarse_masks([unknown[key] for key in batch], masker=self._masker)
+            for key, mask in zip(batch, coarse, strict=True):
+                files[key] = self._workers.submit(self._file, (unknown[key], mask))
+        new = {key: file.result() for key, file in files.items()}
+        for key, mask_png in new.items():
+            self._cache.put(key, mask_png)
+        self._cache.settle()
+        return known | new
+
+    def _file(self, pair: tuple[Image.Image, NDArray[np.bool_]]) -> bytes:
+        image, mask = pair
+        if self._params.refine:
+            mask = refine_mask(
+                image,
+                mask,
+                solver_iterations=self._params.solver_iterations,
+                solver_scale=self._params.solver_scale,
+            )
+        return encode_png(mask)
 
 
 def _read_photo(row: ArchiveRow, params: MaskParams) -> Photo | ImageError:
@@ -258,62 +308,14 @@ def _read_photo(row: ArchiveRow, params: MaskParams) -> Photo | ImageError:
 
 
 def _readable(
-    rows: Sequence[ArchiveRow], photos: Iterable[Photo | ImageError], stage_run: StageRun
+    rows: Sequence[ArchiveRow], photos: Iterable[Photo | ImageError], tally: Tally
 ) -> Iterator[Photo]:
     """The photos; what could not be read is counted and left out."""
     for row, photo in zip(rows, photos, strict=True):
         if isinstance(photo, Photo):
             yield photo
         else:
-            stage_run.skip(image_name(row), str(photo))
-
-
-class _MaskMaker:
-    """Mask files of images by their hash: from the cache, or new."""
-
-    def __init__(
-        self,
-        masker: Masker,
-        cache: BlobCache,
-        workers: Workers,
-        *,
-        params: MaskParams,
-        stage_run: StageRun,
-    ) -> None:
-        self._masker = masker
-        self._cache = cache
-        self._workers = workers
-        self._params = params
-        self._stage_run = stage_run
-
-    def __call__(self, photos: Sequence[Photo]) -> dict[str, bytes]:
-        """PNG files of the masks of some images."""
-        images = {photo.row.sha256: photo.image for photo in photos}
-        masks = {key: known for key in images if (known := self._cache.get(key)) is not None}
-        unknown = {key: image for key, image in images.items() if key not in masks}
-        self._stage_run.count("masked", len(unknown))
-        self._stage_run.count("cached", len(photos) - len(unknown))
-        # While the network sees a batch, the workers refine the masks of the one before.
-        files = {}
-        for batch in _equal_size_batches(unknown, self._params.batch_size):
-            coarse = coarse_masks([unknown[key] for key in batch], masker=self._masker)
-            for key, mask in zip(batch, coarse, strict=True):
-                files[key] = self._workers.submit(self._file, (unknown[key], mask))
-        for key, file in files.items():
-            masks[key] = file.result()
-            self._cache.put(key, masks[key])
-        return masks
-
-    def _file(self, pair: tuple[Image.Image, NDArray[np.bool_]]) -> bytes:
-        image, mask = pair
-        if self._params.refine:
-            mask = refine_mask(
-                image,
-                mask,
-                solver_iterations=self._params.solver_iterations,
-                solver_scale=self._params.solver_scale,
-            )
-        return encode_png(mask)
+            tally.skip(image_name(row), str(photo))
 
 
 def _equal_size_batches(images: dict[str, Image.Image], batch_size: int) -> Iterator[list[str]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,20 +17,19 @@ from torch import Tensor
 from pipeline.data.cache import BlobCache
 from pipeline.data.images import encode_label, encode_png, load_image
 from pipeline.data.labels import BACKGROUND, encode_confidence
-from pipeline.data.shards import SampleStore, open_samples, write_shards
+from pipeline.data.shards import SampleStore, open_samples, write_tar
 from pipeline.denseclip import build_denseclip
 from pipeline.errors import PipelineError
+from pipeline.files import digest
 from pipeline.models.clip import load_clip
-from pipeline.models.denseclip import DenseClip
 from pipeline.parallel import Workers
 from pipeline.params import PseudoLabelParams
-from pipeline.runtime import Runtime, StageRun
+from pipeline.runtime import Runtime, StageRun, Tally
+from pipeline.shard_run import Executor, LocalExecutor, run_shards, slices
 
 MASK_MEMBERS = ("jpg", "mask.png", "json")
 BATCHES_AHEAD = 8
 LENGTH_BYTES = 4
-
-Item = TypeVar("Item")
 
 
 def run(
@@ -41,6 +41,7 @@ def run(
     params: PseudoLabelParams,
     runtime: Runtime,
     stats_path: Path,
+    executor: Executor | None = None,
 ) -> None:
     """Write label shards: the samples of `mask_dir` plus `label.png` and `confidence.png`.
 
@@ -54,6 +55,7 @@ def run(
         params: section `pseudo_label` of params.yaml.
         runtime: device, precision and cache.
         stats_path: counts of this run, JSON.
+        executor: where shards are made; here by default.
 
     Raises:
         PipelineError: no samples; a damaged shard; masks made for another category list; an
@@ -62,66 +64,100 @@ def run(
     store = open_samples(mask_dir, members=MASK_MEMBERS)
     if len(store) == 0:
         raise PipelineError(f"{mask_dir}: no samples; run the mask stage again")
-    encoder = load_clip(
-        params.encoder.model,
-        params.encoder.pretrained,
-        runtime.device,
-        cache_dir=runtime.cache_dir,
-    )
-    model = build_denseclip(encoder, categories=categories, background=background, params=params)
-    protocol = {
-        "background": list(background),
-        "categories": list(categories),
-        **params.recipe(),
-        "weights": encoder.fingerprint(),
-        "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
-    }
-    with (
-        StageRun("pseudo_label", stats_path=stats_path, total=len(store)) as stage,
-        BlobCache(runtime.cache_dir / "pseudo_label", protocol) as cache,
-        Workers(params.workers) as workers,
-    ):
-        labels = _Labeller(
-            model, cache, workers, len(categories), runtime=runtime, batch_size=params.batch_size
-        )
-        write_shards(
-            _labelled_samples(store, categories, labels, stage),
+    for index in range(len(store)):
+        _check_category(store, index, categories)
+    recipe = partial(LabelMaker, store, categories, background, params)
+    maker = recipe(runtime)
+    with StageRun("pseudo_label", stats_path=stats_path, total=len(store)) as stage:
+        run_shards(
             out_dir,
-            shard_size=params.shard_size,
-            settings={"encoder": params.encoder.model_dump(), "denseclip": protocol},
+            slices(range(len(store)), params.shard_size),
+            key=digest([maker.protocol, params.shard_size, store.manifest]),
+            recipe=recipe,
+            maker=maker,
+            executor=executor or LocalExecutor(),
+            stage=stage,
+            settings={"encoder": params.encoder.model_dump(), "denseclip": maker.protocol},
+            remedy="Run the mask stage again",
         )
 
 
-class _Labeller:
-    """Label and confidence PNGs of images, from the cache or from DenseCLIP."""
+class LabelMaker:
+    """Makes label shards from samples with masks: labels from the cache or by DenseCLIP.
+
+    Args:
+        store: the samples.
+        categories: names by label id; index 0 holds label id 1.
+        background: names whose embeddings are averaged for label id 0.
+        params: section `pseudo_label`.
+        runtime: device, precision and cache.
+
+    Attributes:
+        protocol: all that labels depend on besides their image; representable in JSON.
+    """
 
     def __init__(
         self,
-        model: DenseClip,
-        cache: BlobCache,
-        workers: Workers,
-        num_categories: int,
-        *,
+        store: SampleStore,
+        categories: Sequence[str],
+        background: Sequence[str],
+        params: PseudoLabelParams,
         runtime: Runtime,
-        batch_size: int,
     ) -> None:
-        self.batch_size = batch_size
-        self._model = model
-        self._cache = cache
-        self._workers = workers
-        self._num_categories = num_categories
+        encoder = load_clip(
+            params.encoder.model,
+            params.encoder.pretrained,
+            runtime.device,
+            cache_dir=runtime.cache_dir,
+        )
+        self.protocol = {
+            "background": list(background),
+            "categories": list(categories),
+            **params.recipe(),
+            "weights": encoder.fingerprint(),
+            "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
+        }
+        self._store = store
+        self._model = build_denseclip(
+            encoder, categories=categories, background=background, params=params
+        )
+        self._num_categories = len(categories)
+        self._batch_size = params.batch_size
         self._runtime = runtime
+        self._cache = BlobCache(runtime.cache_dir / "pseudo_label", self.protocol)
+        self._workers = Workers(params.workers)
 
-    def __call__(self, jpegs: Sequence[bytes]) -> tuple[list[tuple[bytes, bytes]], int]:
-        """(label, confidence) of each image, and how many of them were in the cache."""
+    def make(self, items: Sequence[int], path: Path, tally: Tally) -> int:
+        """Write the samples of these numbers, with their labels."""
+        return write_tar(path, self._samples(items, tally))
+
+    def close(self) -> None:
+        """Let go of threads and put what is pending into the cache."""
+        self._workers.close()
+        self._cache.flush()
+
+    def _samples(self, numbers: Sequence[int], tally: Tally) -> Iterator[dict[str, Any]]:
+        for part in slices(numbers, BATCHES_AHEAD * self._batch_size):
+            samples = [self._store[number] for number in part]
+            blobs = self._blobs([sample["jpg"] for sample in samples], tally)
+            for sample, blob in zip(samples, blobs, strict=True):
+                label, confidence = _unpack(blob)
+                yield {**sample, "label.png": label, "confidence.png": confidence}
+                tally.advance()
+
+    def _blobs(self, jpegs: Sequence[bytes], tally: Tally) -> list[bytes]:
+        """Label and confidence of each image, packed."""
         keys = [sha256(jpeg).hexdigest() for jpeg in jpegs]
-        blobs = {key: blob for key in keys if (blob := self._cache.get(key)) is not None}
-        missing = {key: jpeg for key, jpeg in zip(keys, jpegs, strict=True) if key not in blobs}
-        for key, blob in self._compute(missing).items():
+        known = {key: blob for key in keys if (blob := self._cache.get(key)) is not None}
+        tally.count("cached", sum(key in known for key in keys))
+        new = self._compute(
+            {key: jpeg for key, jpeg in zip(keys, jpegs, strict=True) if key not in known}
+        )
+        for key, blob in new.items():
             self._cache.put(key, blob)
-            blobs[key] = blob
-        num_cached = sum(key not in missing for key in keys)
-        return [_unpack(blobs[key]) for key in keys], num_cached
+        self._cache.settle()
+        blobs = known | new
+        return [blobs[key] for key in keys]
 
     def _compute(self, jpegs: dict[str, bytes]) -> dict[str, bytes]:
         by_size: dict[tuple[int, int], list[tuple[str, Image.Image]]] = defaultdict(list)
@@ -131,7 +167,7 @@ class _Labeller:
         # While the network sees a batch, the workers encode the labels of the one before.
         blobs = {}
         for group in by_size.values():
-            for batch in _batches(group, self.batch_size):
+            for batch in slices(group, self._batch_size):
                 pixels = torch.stack([_to_tensor(image) for _, image in batch])
                 with self._runtime.autocast():
                     labels, confidence = self._model.label(pixels.to(self._runtime.device))
@@ -147,20 +183,6 @@ class _Labeller:
         )
 
 
-def _labelled_samples(
-    store: SampleStore, categories: Sequence[str], labels: _Labeller, stage: StageRun
-) -> Iterator[dict[str, Any]]:
-    for indices in _batches(range(len(store)), BATCHES_AHEAD * labels.batch_size):
-        for index in indices:
-            _check_category(store, index, categories)
-        samples = [store[index] for index in indices]
-        pngs, num_cached = labels([sample["jpg"] for sample in samples])
-        stage.count("cached", num_cached)
-        for sample, (label, confidence) in zip(samples, pngs, strict=True):
-            yield {**sample, "label.png": label, "confidence.png": confidence}
-            stage.advance()
-
-
 def _check_category(store: SampleStore, index: int, categories: Sequence[str]) -> None:
     """Refuse a mask that was made for another category list."""
     fields = store.json(index)
@@ -172,11 +194,6 @@ def _check_category(store: SampleStore, index: int, categories: Sequence[str]) -
             f"categories: the masks were made for another list: sample {store.keys[index]} is "
             f"{name!r} with label id {label_id}; run retrieve and mask again"
         )
-
-
-def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

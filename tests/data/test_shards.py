@@ -38,7 +38,7 @@ def shard_dir(tmp_path: Path) -> Path:
 
 
 def test_manifest(shard_dir: Path) -> None:
-    manifest = json.loads((shard_dir / "manifest.json").read_text())
+    manifest = json.loads((shard_dir / "_manifest.json").read_text())
     assert manifest == read_manifest(shard_dir)
     assert [(entry["name"], entry["samples"]) for entry in manifest["shards"]] == [
         ("00000.tar", 3),
@@ -48,7 +48,7 @@ def test_manifest(shard_dir: Path) -> None:
     assert manifest["samples"] == NUM_SAMPLES
     assert manifest["source"] == "x"
     assert sorted(path.name for path in shard_dir.iterdir()) == [
-        "00000.tar", "00001.tar", "00002.tar", "manifest.json",
+        "00000.tar", "00001.tar", "00002.tar", "_manifest.json",
     ]  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def test_failure_while_writing_keeps_what_was_there(shard_dir: Path) -> None:
 
 def test_fewer_samples_leave_no_stale_shard(shard_dir: Path) -> None:
     write_shards(samples(2), shard_dir, shard_size=SHARD_SIZE)
-    assert sorted(path.name for path in shard_dir.iterdir()) == ["00000.tar", "manifest.json"]
+    assert sorted(path.name for path in shard_dir.iterdir()) == ["00000.tar", "_manifest.json"]
 
 
 @pytest.mark.parametrize("key", ["../../etc/x", "a.b", "a/b", "", "a b", "ü", "a\n"])
@@ -159,10 +159,10 @@ def test_other_mistakes_of_the_writer(tmp_path: Path) -> None:
 
 
 def test_unfinished_folder(shard_dir: Path) -> None:
-    (shard_dir / "manifest.json").write_text("[]")
+    (shard_dir / "_manifest.json").write_text("[]")
     with pytest.raises(PipelineError, match=r"manifest\.json: not a manifest"):
         open_samples(shard_dir)
-    (shard_dir / "manifest.json").unlink()
+    (shard_dir / "_manifest.json").unlink()
     with pytest.raises(PipelineError, match=r"manifest\.json: no such file"):
         open_samples(shard_dir)
 
@@ -184,8 +184,8 @@ def damage(path: Path, how: str) -> None:
     ("how", "message"),
     [
         ("missing", "missing"),
-        ("cut in a member", "1500 bytes, manifest.json says"),
-        ("cut between members", "bytes, manifest.json says"),
+        ("cut in a member", "1500 bytes, _manifest.json says"),
+        ("cut between members", "bytes, _manifest.json says"),
         ("changed", "SHA-256"),
     ],
 )
@@ -203,7 +203,7 @@ def test_cut_shard_with_a_matching_manifest_is_named(shard_dir: Path) -> None:
     manifest = read_manifest(shard_dir)
     manifest["shards"][0]["bytes"] = path.stat().st_size
     manifest["shards"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (shard_dir / "manifest.json").write_text(json.dumps(manifest))
+    (shard_dir / "_manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(PipelineError, match=r"00000\.tar: not a whole tar: cut off"):
         open_samples(shard_dir)
 
@@ -220,6 +220,6 @@ def test_sample_without_a_required_member_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("entry", ["x", {"name": "00000.tar"}, {"nam": 1}])
 def test_a_manifest_with_foreign_entries_is_named(shard_dir: Path, entry: object) -> None:
-    (shard_dir / "manifest.json").write_text(json.dumps({"shards": [entry], "samples": 1}))
+    (shard_dir / "_manifest.json").write_text(json.dumps({"shards": [entry], "samples": 1}))
     with pytest.raises(PipelineError, match=r"manifest\.json: not a manifest of shards"):
         open_samples(shard_dir)

@@ -153,8 +153,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def temporary(folder: Path) -> list[Path]:
-    """Files and folders that have not got their names yet."""
-    return list(folder.rglob(".*"))
+    """What has not got its name yet, but for the folder of shards that are finished."""
+    return [path for path in folder.rglob(".*") if path.suffix != ".part"]
 
 
 def earlier_output(folder: Path) -> dict[str, bytes]:
@@ -182,6 +182,7 @@ def test_a_full_disk_keeps_the_earlier_output(
     disk.make_space()
     assert workspace.run(*command, "--out", str(out), cache=cache) == ""
     assert files(out) == files(workspace.root / usual)
+    assert list(out.parent.glob(".*")) == []
 
 
 @pytest.mark.parametrize("left", [0, PAGE])
@@ -204,6 +205,7 @@ def test_a_full_cache_keeps_what_it_had(
     disk.make_space()
     assert workspace.run(*command, "--out", str(out), cache=cache) == ""
     assert files(out) == files(workspace.root / usual)
+    assert list(out.parent.glob(".*")) == []
 
 
 def test_gc_makes_space_on_a_full_disk(workspace: Workspace, disk: SmallDisk) -> None:

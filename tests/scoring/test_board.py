@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.benchmarks import InstanceTarget
+from pipeline.data.shards import shard_entry, shard_name, write_manifest
 from pipeline.errors import PipelineError
 from pipeline.metrics.rle import RleObject, encode_mask
 from pipeline.scoring.board import ScoreBoard
@@ -233,8 +234,11 @@ def test_scores_from_disk_are_those_from_memory(tmp_path: Path) -> None:
     metrics, groups = ("semantic", "instance", "size"), {"few": {"im1", "im4"}}
     in_memory = score(pairs, metrics=metrics, groups=groups)
     numbered = enumerate(prediction for _, prediction in pairs)
-    write_predictions(numbered, tmp_path / "out", num_categories=2, settings={})
-    store = PredictionStore(tmp_path / "out")
+    path = tmp_path / shard_name(0)
+    write_manifest(
+        tmp_path, [shard_entry(path, write_predictions(path, numbered, num_categories=2))]
+    )
+    store = PredictionStore(tmp_path)
     streamed = score(store.pair([example for example, _ in pairs]), metrics=metrics, groups=groups)
     np.testing.assert_equal(streamed, in_memory)
     assert len(in_memory) > 20

@@ -10,7 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.shards import read_manifest, read_shards
+from pipeline.data.shards import (
+    read_manifest,
+    read_shards,
+    shard_entry,
+    shard_name,
+    write_manifest,
+)
 from pipeline.errors import PipelineError
 from pipeline.metrics.rle import RleObject, encode_mask
 from pipeline.scoring.predictions import PredictionStore, StoredPrediction, write_predictions
@@ -30,7 +36,10 @@ class Named:
 
 
 def write(folder: Path, items: Iterable[tuple[int, StoredPrediction]], num: int = 2) -> None:
-    write_predictions(items, folder, num_categories=num, settings={"protocol": ["step: 7"]})
+    folder.mkdir()
+    path = folder / shard_name(0)
+    count = write_predictions(path, items, num_categories=num)
+    write_manifest(folder, [shard_entry(path, count)], {"protocol": ["step: 7"]})
 
 
 def test_predictions_come_back(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def run(
             runtime=replace(runtime, cache_dir=tmp_path / cache),
             stats_path=tmp_path / "stats.json",
         )
-        tables = [pq.read_table(path) for path in sorted((tmp_path / out).iterdir())]
+        tables = [pq.read_table(path) for path in sorted((tmp_path / out).glob("*.parquet"))]
         return pa.concat_tables(tables), json.loads((tmp_path / "stats.json").read_text())
 
     return run_embed
@@ -84,6 +84,7 @@ def test_rows_of_a_folder(
     assert [path.name for path in sorted((tmp_path / "embeddings/pool").iterdir())] == [
         "00000.parquet",
         "00001.parquet",
+        "_manifest.json",
     ]
     assert (stats["items"], stats["skipped"], stats["counts"]) == (8, 0, {"cached": 0})
 
@@ -125,7 +126,7 @@ def test_nothing_readable_is_an_error_that_leaves_nothing(
     root.mkdir()
     for number in range(3):
         (root / f"{number}.jpg").write_bytes(content)
-    with pytest.raises(PipelineError, match=r"index\.pool: none of the 3 images .*0\.jpg"):
+    with pytest.raises(PipelineError, match=r"none of the 3 images .*0\.jpg: .*index\.pool\.root"):
         run(SourceParams(root=root))
     assert not (tmp_path / "stats.json").exists()
     assert not (tmp_path / "embeddings").exists()

@@ -1,0 +1,150 @@
+"""Shards on a Ray cluster: Ray Data with one actor for each GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import PipelineError
+from pipeline.files import write_bytes
+from pipeline.runtime import CACHE_VARIABLE, Tally, make_runtime
+from pipeline.shard_run import Recipe, ShardMaker, Task
+
+INSTALL = "--executor ray needs Ray: pip install 'zutis-pipeline[ray]'"
+ADDRESS_VARIABLE = "RAY_ADDRESS"
+
+
+class RayExecutor:
+    """Sends shards to the actors of a Ray cluster and writes what they send back.
+
+    The cluster is the one of $RAY_ADDRESS, else one on this machine that ends with the process. Its
+    nodes need this package and see the inputs under the same paths: on a shared file system, or as
+    URLs. Shards of an actor that is lost are made again by another one.
+
+    Args:
+        device: as in params.yaml; an actor takes a GPU unless it is "cpu" or there is none.
+        seed: of the run.
+        workers: number of actors; None: one for each GPU, without GPUs one for each core.
+    """
+
+    def __init__(self, *, device: str, seed: int, workers: int | None = None) -> None:
+        try:
+            import ray.data  # noqa: F401
+        except ImportError:
+            raise PipelineError(INSTALL) from None
+        self._device = device
+        self._seed = seed
+        self._workers = workers
+
+    def run(
+        self, tasks: Sequence[Task], *, recipe: Recipe, maker: ShardMaker, tally: Tally
+    ) -> Iterator[tuple[Task, int, Tally]]:
+        """See `pipeline.shard_run.Executor`; shards come in the order in which they are done."""
+        del maker
+        if not tasks:
+            return
+        by_number = {task.number: task for task in tasks}
+        for row in self._rows(tasks, recipe):
+            if row["error"]:
+                raise PipelineError(row["error"])
+            part = _read_tally(row["tally"])
+            tally.add(part)
+            task = by_number[row["number"]]
+            write_bytes(task.path, row["data"])
+            yield task, row["samples"], part
+
+    def _rows(self, tasks: Sequence[Task], recipe: Recipe) -> Iterator[dict[str, Any]]:
+        import ray
+
+        _connect()
+        resources = ray.cluster_resources()
+        gpus = 0 if self._device == "cpu" else int(resources.get("GPU", 0))
+        workers = self._workers or gpus or max(1, int(resources.get("CPU", 1)))
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        items = [
+            {"number": task.number, "items": pickle.dumps(task.items), "name": task.path.name}
+            for task in tasks
+        ]
+        made = ray.data.from_items(items, override_num_blocks=len(items)).map(
+            _Worker,
+            fn_constructor_kwargs={
+                "recipe": recipe,
+                "device": self._device,
+                "seed": self._seed,
+                "threads": torch.get_num_threads(),
+                "folder": str(Path.cwd()),
+            },
+            concurrency=min(workers, len(tasks)),
+            num_gpus=1 if gpus else 0,
+        )
+        yield from made.iter_rows()
+
+
+class _Worker:
+    """An actor: loads at its first shard, on its own device.
+
+    Items travel pickled, as all that Ray sends: whoever may join the cluster is trusted.
+    """
+
+    def __init__(
+        self, *, recipe: Recipe, device: str, seed: int, threads: int, folder: str
+    ) -> None:
+        self._recipe = recipe
+        self._device = device
+        self._seed = seed
+        self._maker: ShardMaker | None = None
+        torch.set_num_threads(threads)  # sums in the order in which the driver would take them
+        if Path(folder).is_dir():
+            os.chdir(folder)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Make the shard of a row."""
+        tally, data, samples, error = Tally(), b"", 0, ""
+        try:
+            if self._maker is None:
+                self._maker = self._recipe(make_runtime(device=self._device, seed=self._seed))
+            with tempfile.TemporaryDirectory() as scratch:
+                path = Path(scratch) / row["name"]
+                samples = self._maker.make(pickle.loads(row["items"]), path, tally)
+                data = path.read_bytes()
+        except (PipelineError, OSError) as problem:
+            error = str(problem)
+        return {
+            "number": row["number"],
+            "samples": samples,
+            "data": data,
+            "tally": _tally_text(tally),
+            "error": error,
+        }
+
+
+def _connect() -> None:
+    """Join the cluster of $RAY_ADDRESS, or start one here."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    environment = {name: os.environ[name] for name in (CACHE_VARIABLE,) if name in os.environ}
+    options = {"runtime_env": {"env_vars": environment}, "log_to_driver": False}
+    if ADDRESS_VARIABLE in os.environ:
+        ray.init(**options)
+    else:
+        ray.init(address="local", include_dashboard=False, **options)
+
+
+def _tally_text(tally: Tally) -> str:
+    return json.dumps([tally.items, tally.skipped, dict(tally.counts)])
+
+
+def _read_tally(text: str) -> Tally:
+    tally = Tally()
+    tally.items, tally.skipped, counts = json.loads(text)
+    tally.counts.update(counts)
+    return tally
