@@ -37,9 +37,10 @@ import time
 from pathlib import Path
 from pipeline.data.cache import BlobCache
 for _ in range(int(sys.argv[2])):
-    with BlobCache(Path(sys.argv[1]), {"model": "tiny"}, flush_every=1) as cache:
+    with BlobCache(Path(sys.argv[1]), {"model": "tiny"}) as cache:
         for key in "ab":
             cache.put(key, b"value")
+            cache.flush()
         assert cache.get("a") == cache.get("b") == b"value"
         assert len(list(cache.dir.glob("*.parquet"))) == 2
     time.sleep(0.02)
@@ -48,9 +49,11 @@ for _ in range(int(sys.argv[2])):
 
 def fill(root: Path, kind: str, model: str, *, days_ago: float = 0.0, count: int = 1) -> Path:
     """A settings folder with entries, last used so many days ago."""
-    with BlobCache(root / kind, {"model": model}, flush_every=2) as cache:
+    with BlobCache(root / kind, {"model": model}) as cache:
         for number in range(count):
             cache.put(f"{number}", KILOBYTE)
+            if number % 2 == 1:
+                cache.flush()
     age(cache.dir, days_ago)
     return cache.dir
 
