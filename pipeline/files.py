@@ -1,4 +1,7 @@
-"""Atomic files and folders: a reader sees the old content or the new one, never a half."""
+"""Atomic files and folders: a reader sees the old content or the new one, never a half.
+
+And locks of the kernel, which end with the process that holds them, however it ends.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,11 +22,15 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None  # type: ignore[assignment]
+
 SCHEME = "://"
 KEY_DIGITS = 16
 ABANDONED_SECONDS = 3600
-OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Location = Any  # a `Path`, or a `UPath` with a URL, which is used in the same way
 
@@ -134,6 +142,55 @@ def _swap_in(temporary: Path, path: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
+@contextmanager
+def claim(path: Path) -> Iterator[None]:
+    """Keep other processes of this machine from claiming `path`, a file or folder, in the block.
+
+    The lock file lies in the folder of temporary files, named after the path, and goes at the end.
+    Where it cannot be made, the block runs without.
+
+    Raises:
+        PipelineError: another run has claimed it; the message names both.
+    """
+    name = f"zutis-pipeline-{digest(str(Path(path).resolve()))[:32]}.lock"
+    lock_path = Path(tempfile.gettempdir()) / name
+    descriptor = _lock_claim(path, lock_path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            if _lies_at(descriptor, lock_path):
+                lock_path.unlink()
+            os.close(descriptor)
+
+
+def open_locked(path: Path, *, shared: bool = False) -> int | None:
+    """Open `path`, made if need be, and lock it; closing the descriptor ends the lock.
+
+    Several processes may hold a shared lock, and taking one waits for the end of an exclusive one.
+    An exclusive lock is taken at once or not at all: None if another process holds one.
+
+    Raises:
+        OSError: the file cannot be opened or made, or its file system has no locks.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), str(path))
+    access = os.O_RDONLY if shared else os.O_RDWR
+    while True:
+        descriptor = os.open(path, access | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _lies_at(descriptor, path):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder has removed the file: the lock is of no use
+
+
 def check_writable(path: Path) -> None:
     """Raise now the OSError that writing `path` would raise after hours of work."""
     path = Path(path).absolute()
@@ -206,6 +263,38 @@ def _named_after(path: Path) -> Iterator[None]:
         if nameless or f".{path.name}." in str(error.filename):
             error.filename, error.filename2 = str(path), None
         raise
+
+
+def _lock_claim(path: Path, lock_path: Path) -> int | None:
+    """Lock the file of a claim and write into it whose it is; None where it cannot be made."""
+    try:
+        descriptor = open_locked(lock_path)
+    except OSError:
+        return None
+    if descriptor is None:
+        raise PipelineError(
+            f"{path}: another run is writing it ({_owner(lock_path)}); wait until it has ended, "
+            "or stop it"
+        )
+    with suppress(OSError):  # a full disk takes the lock, but not who holds it
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return descriptor
+
+
+def _owner(lock_path: Path) -> str:
+    """Who holds a claim, in words; its holder may just be about to write it, or to remove it."""
+    with suppress(OSError):
+        return lock_path.read_text(encoding="utf-8") or "process unknown"
+    return "process unknown"
+
+
+def _lies_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one that `path` leads to."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _finite(value: Any) -> Any:

@@ -6,7 +6,7 @@ import os
 import random
 import time
 from collections import Counter, defaultdict
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.errors import PipelineError
-from pipeline.files import check_writable, write_json
+from pipeline.files import check_writable, claim, write_json
 
 CACHE_VARIABLE = "PIPELINE_CACHE"
 LISTED_SKIPS = 1000
@@ -130,7 +130,8 @@ class StageRun(Tally):
 
     On a clean exit it writes `stats_path` (JSON: stage, items, skipped, seconds,
     items_per_second, counts, skipped_items) and prints one summary line; on an exception it
-    writes nothing.
+    writes nothing. Until then no other process can start a run with the same `stats_path`, which
+    is to say the same stage in the same workspace.
 
     Args:
         stage: its name.
@@ -139,6 +140,9 @@ class StageRun(Tally):
         unit: what an item is called.
         max_error_rate: share of `total` that may be skipped; the item that exceeds it, and
             `FORGIVEN_ERRORS`, raises PipelineError. None: any share.
+
+    Raises:
+        PipelineError: another run is at work with the same `stats_path`.
     """
 
     def __init__(
@@ -152,6 +156,8 @@ class StageRun(Tally):
     ) -> None:
         super().__init__()
         check_writable(stats_path)
+        self._claims = ExitStack()
+        self._claims.enter_context(claim(stats_path))
         self.stage = stage
         self._stats_path = stats_path
         self._total = total
@@ -213,9 +219,13 @@ class StageRun(Tally):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.close()
-        if kind is not None:
-            return
+        with self._claims:
+            self._bar.close()
+            if kind is None:
+                self._finish()
+
+    def _finish(self) -> None:
+        """Write the stats and print the summary line."""
         seconds = time.monotonic() - self._start
         rate = self.items / seconds if seconds > 0 else 0.0
         write_json(

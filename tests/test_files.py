@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import stat
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.files import (
     atomic_path,
     check_writable,
+    claim,
     digest,
     file_sha256,
     read_json,
@@ -23,6 +28,18 @@ from pipeline.files import (
     write_bytes,
     write_json,
 )
+
+# Holds the claim of a path until it is killed.
+HOLDER = """
+import sys
+from pathlib import Path
+from pipeline.files import claim
+with claim(Path(sys.argv[1])):
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+needs_locks = pytest.mark.skipif(os.name == "nt", reason="needs POSIX locks")
 
 
 class Interruption(Exception):
@@ -208,3 +225,86 @@ def test_what_cannot_be_written_is_known_beforehand(tmp_path: Path) -> None:
         check_writable(tmp_path / "file" / "out.json")
     with pytest.raises(IsADirectoryError):
         check_writable(tmp_path)
+
+
+@pytest.fixture
+def lock_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of temporary files, here one of our own."""
+    folder = tmp_path / "locks"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return folder
+
+
+@needs_locks
+def test_a_claim_keeps_another_process_out_until_it_is_killed(
+    tmp_path: Path, lock_dir: Path
+) -> None:
+    path = tmp_path / "out" / "masks"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "claimed\n"
+        with pytest.raises(PipelineError) as caught, claim(path):
+            pytest.fail("two claims at once")
+        holder.kill()
+    assert str(caught.value) == (
+        f"{path}: another run is writing it (process {holder.pid} on {socket.gethostname()}); "
+        "wait until it has ended, or stop it"
+    )
+    assert len(names(lock_dir)) == 1  # the killed process could not tidy up
+    with claim(path):
+        pass
+    assert names(lock_dir) == []
+    assert names(tmp_path) == ["locks"]
+
+
+@needs_locks
+def test_a_claim_ends_with_its_block_however_that_ends(tmp_path: Path, lock_dir: Path) -> None:
+    for error in (Interruption, KeyboardInterrupt, PipelineError):
+        with pytest.raises(error), claim(tmp_path / "out"):
+            raise error
+        assert names(lock_dir) == []
+    with claim(tmp_path / "out"):
+        assert len(names(lock_dir)) == 1
+
+
+@needs_locks
+@pytest.mark.usefixtures("lock_dir")
+def test_a_claim_is_of_one_path_by_all_its_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path)
+    with claim(tmp_path / "real" / "out"):
+        for same in ("real/out", "link/out", "real/../real/out"):
+            with pytest.raises(PipelineError, match=f"^{same}: another run"), claim(Path(same)):
+                pytest.fail("two claims at once")
+        with claim(tmp_path / "real" / "other"), claim(tmp_path / "real"):
+            pass
+
+
+@needs_locks
+def test_a_claim_outlives_what_is_claimed(tmp_path: Path, lock_dir: Path) -> None:
+    """DVC removes the outputs of a stage."""
+    path = tmp_path / "stats.json"
+    path.write_text("{}")
+    with claim(path):
+        path.unlink()
+        with pytest.raises(PipelineError, match="another run"), claim(path):
+            pytest.fail("two claims at once")
+    assert names(lock_dir) == []
+
+
+def test_without_a_place_for_its_lock_a_claim_lets_all_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with claim(tmp_path / "out"), claim(tmp_path / "out"):
+        assert names(tmp_path) == []

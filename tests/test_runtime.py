@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from pathlib import Path
@@ -81,6 +82,34 @@ def test_a_failed_run_writes_nothing(
         fail()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX locks")
+def test_two_runs_of_a_stage_in_a_workspace_are_one_too_many(tmp_path: Path) -> None:
+    stats_path = tmp_path / "embed.json"
+    with StageRun("embed", stats_path=stats_path):
+        with pytest.raises(PipelineError, match=f"^{stats_path}: another run is writing it"):
+            StageRun("embed", stats_path=stats_path)
+        with StageRun("mask", stats_path=tmp_path / "mask.json"):
+            pass
+    assert read_json(stats_path)["stage"] == "embed"
+
+
+@pytest.mark.parametrize("error", [PipelineError, KeyboardInterrupt, OSError])
+def test_after_a_failed_run_the_next_one_starts(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), StageRun("embed", stats_path=tmp_path / "embed.json"):
+        raise error
+    with StageRun("embed", stats_path=tmp_path / "embed.json"):
+        pass
+
+
+def test_after_counts_that_could_not_be_written_the_next_run_starts(tmp_path: Path) -> None:
+    stats_path = tmp_path / "embed.json"
+    with pytest.raises(IsADirectoryError), StageRun("embed", stats_path=stats_path):
+        stats_path.mkdir()
+    stats_path.rmdir()
+    with StageRun("embed", stats_path=stats_path):
+        pass
 
 
 def test_the_same_seed_gives_the_same_draws() -> None:

@@ -11,12 +11,12 @@ import typer
 
 from pipeline import __version__
 from pipeline.cli.ablate import ablate_app
+from pipeline.cli.cache import cache_app
 from pipeline.cli.demo import demo_app
 from pipeline.cli.imports import import_app
 from pipeline.cli.stages import stages_app
 from pipeline.cli.weights import weights_app
 from pipeline.errors import PipelineError
-from pipeline.files import OUT_OF_SPACE
 
 app = typer.Typer(
     name="pipeline",
@@ -30,11 +30,18 @@ app = typer.Typer(
 app.add_typer(stages_app)
 app.add_typer(ablate_app)
 app.add_typer(weights_app, name="weights", no_args_is_help=True)
+app.add_typer(cache_app, name="cache", no_args_is_help=True)
 app.add_typer(import_app, name="import", no_args_is_help=True)
 app.add_typer(demo_app, name="demo", no_args_is_help=True)
 
 BAD_PATH = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 BAD_PATH_CODES = (errno.EROFS, errno.ENAMETOOLONG)
+# Problem and remedy.
+NO_SPACE = {
+    errno.ENOSPC: ("no space left on the disk", "free some"),
+    errno.EDQUOT: ("no space left in the disk quota", "free some"),
+    errno.EFBIG: ("a file is larger than the disk or `ulimit -f` allows", "have that changed"),
+}
 INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
 
@@ -56,9 +63,10 @@ def main() -> None:
 def _explain(error: OSError) -> str:
     """One line for a failed file operation; re-raises what is not about the user's disk."""
     where = f" ({error.filename})" if error.filename else ""
-    if error.errno in OUT_OF_SPACE:
+    if error.errno in NO_SPACE:
+        problem, remedy = NO_SPACE[error.errno]
         return (
-            f"error: no space left on the disk{where}: free some and run the same command again; "
+            f"error: {problem}{where}: {remedy} and run the same command again; "
             "nothing half-written was kept and finished work is reused"
         )
     if isinstance(error, BAD_PATH) or error.errno in BAD_PATH_CODES:

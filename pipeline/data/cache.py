@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,11 +20,12 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.files import digest, write_bytes, write_json
+from pipeline.files import digest, open_locked, write_bytes, write_json
 
 CHUNK_NAME = re.compile(r"[0-9a-f]{32}\.parquet")
 CHUNK_ENTRIES, CHUNK_BYTES = 256, 64 << 20  # many small chunks would be slow to open
 NUM_OPEN_CHUNKS = 8
+IN_USE = "in_use.lock"
 
 
 class BlobCache:
@@ -31,7 +34,8 @@ class BlobCache:
     A chunk lies at `<root>/<digest of settings>/<digest of its bytes>.parquet`, columns `key` and
     `value`. It appears whole or not at all, so a killed run loses at most the entries since the
     last flush, and several processes may write to one cache at once. A chunk whose bytes no longer
-    agree with its name is removed; its entries then count as missing.
+    agree with its name is removed; its entries then count as missing. While a cache is open its
+    folder is marked as in use, so that `pipeline cache gc` leaves it alone.
 
     Only keys are held in memory, with the values of the few chunks read last: read keys in about
     the order in which they were put.
@@ -44,6 +48,8 @@ class BlobCache:
     def __init__(self, root: Path, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.dir = Path(root) / digest(settings)[:32]
+        self._use = _UseMark(self.dir)
+        self._use.take()
         self._pending: dict[str, bytes] = {}
         self._pending_bytes = 0
         self._chunks: OrderedDict[str, dict[str, bytes]] = OrderedDict()
@@ -59,7 +65,10 @@ class BlobCache:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.flush()
+        try:
+            self.flush()
+        finally:
+            self._use.release()
 
     def __len__(self) -> int:
         return len(self._chunk_of.keys() | self._pending.keys())
@@ -98,6 +107,7 @@ class BlobCache:
         name = f"{_bytes_digest(data)}.parquet"
         if not (self.dir / "settings.json").exists():
             write_json(self.dir / "settings.json", self.settings)
+        self._use.take()
         write_bytes(self.dir / name, data)
         self._chunk_of.update(dict.fromkeys(self._pending, name))
         self._pending = {}
@@ -145,6 +155,33 @@ class BlobCache:
         """Remove a damaged chunk; its keys may still be found in other chunks."""
         (self.dir / name).unlink(missing_ok=True)
         self._scan()
+
+
+class _UseMark:
+    """A shared lock on `in_use.lock` of a folder, whose time tells when the folder was last used.
+
+    A folder that is not there, cannot be written or has no locks is used without.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / IN_USE
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Lock, unless it is locked already."""
+        if self._descriptor is None:
+            with suppress(OSError):
+                self._descriptor = open_locked(self._path, shared=True)
+                os.utime(self._path)
+
+    def release(self) -> None:
+        """Unlock; it can be taken again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        self.release()
 
 
 def _bytes_digest(data: bytes) -> str:
