@@ -82,20 +82,36 @@ class StageRun:
 
     On a clean exit it writes `stats_path` (JSON: stage, items, skipped, seconds,
     items_per_second, counts, skipped_items) and prints one summary line; on an exception it
-    writes nothing.
+    writes nothing. A `silent` one counts and does nothing else: for the processes beside the main
+    one.
     """
 
     def __init__(
-        self, stage: str, *, stats_path: Path, total: int | None = None, unit: str = "image"
+        self,
+        stage: str,
+        *,
+        stats_path: Path,
+        total: int | None = None,
+        unit: str = "image",
+        silent: bool = False,
     ) -> None:
-        check_writable(stats_path)
+        if not silent:
+            check_writable(stats_path)
         self.stage = stage
         self.items = 0
         self.skipped: list[dict[str, str]] = []
         self.counts: Counter[str] = Counter()
         self._stats_path = stats_path
         self._unit = unit
-        self._bar = tqdm(total=total, desc=stage, unit=unit, dynamic_ncols=True, mininterval=0.5)
+        self._silent = silent
+        self._bar = tqdm(
+            total=total,
+            desc=stage,
+            unit=unit,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=silent,
+        )
         self._start = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -104,6 +120,11 @@ class StageRun:
     def total(self, count: int) -> None:
         """Set the expected number of items."""
         self._bar.total = count
+        self._bar.refresh()
+
+    def start_at(self, count: int) -> None:
+        """Show `count` items as finished by an earlier run; this one does not count them."""
+        self._bar.initial = self._bar.n = count
         self._bar.refresh()
 
     def advance(self, count: int = 1) -> None:
@@ -131,7 +152,7 @@ class StageRun:
         trace: TracebackType | None,
     ) -> None:
         self._bar.close()
-        if kind is not None:
+        if kind is not None or self._silent:
             return
         seconds = time.monotonic() - self._start
         rate = self.items / seconds if seconds > 0 else 0.0
