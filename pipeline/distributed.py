@@ -60,7 +60,7 @@ class Group:
 
     def barrier(self) -> None:
         """Wait until every process is here."""
-        self.agree(0)
+        self.all_reduce(torch.zeros(1, device=self.device)).tolist()
 
 
 @contextmanager
@@ -86,7 +86,9 @@ def process_group(device: torch.device) -> Iterator[Group]:
         raise PipelineError(
             f"RANK and WORLD_SIZE ({size}) are set, but {error}; start the processes with torchrun"
         ) from None
-    yield Group(device, dist.get_rank(), size)
+    group = Group(device, dist.get_rank(), size)
+    yield group
+    group.barrier()  # the main process is still writing, and may keep the others' meeting point
     dist.destroy_process_group()
 
 

@@ -25,9 +25,6 @@ from tiny_training import (
 
 from pipeline.params import EncoderParams, TrainParams
 
-ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 120
-
 
 @pytest.fixture
 def encoder(tiny_clip: tuple[Path, Path]) -> EncoderParams:
