@@ -123,7 +123,8 @@ class StageRun:
         self._bar.refresh()
 
     def start_at(self, count: int) -> None:
-        """Show `count` items as finished by an earlier run; this one does not count them."""
+        """Show `count` items as finished by an earlier run; they are no items of this one."""
+        self.count(f"resumed_at_{self._unit}", count)
         self._bar.initial = self._bar.n = count
         self._bar.refresh()
 

@@ -127,12 +127,11 @@ def run(
         )
         with _open_live(live_dir) if group.is_main else nullcontext() as live:
             log = _LossLog(live, stage, group, batch_size=params.batch_size)
-            start = _resume(state_path, model, optimizer, log) if resume else 0
+            start = _resume(state_path, model, optimizer, log, group) if resume else 0
             _check_common_start(start, group, state_path)
-            stage.start_at(start)
             if start and group.is_main:
                 print(f"train: resumed at step {start} of {params.iterations}", flush=True)
-                stage.count("resumed_at_step", start)
+                stage.start_at(start)
                 save_checkpoint(out_dir, model, {**config, "step": start})
             steps = _steps(dataset, start=start, params=params, runtime=runtime, group=group)
             for step, batches in enumerate(steps, start=start + 1):
@@ -255,12 +254,15 @@ def _state_path(
     return runtime.cache_dir / "train" / digest(settings)[:32] / STATE_NAME
 
 
-def _resume(path: Path, model: Zutis, optimizer: torch.optim.Optimizer, log: _LossLog) -> int:
+def _resume(
+    path: Path, model: Zutis, optimizer: torch.optim.Optimizer, log: _LossLog, group: Group
+) -> int:
     """Continue from the state at `path`, if there is one; return the finished iterations."""
     try:
         state = read_state(path)
     except PipelineError as error:
-        print(f"train: {error}; training starts anew", flush=True)
+        if group.is_main:
+            print(f"train: {error}; training starts anew", flush=True)
         return 0
     if state is None:
         return 0

@@ -52,7 +52,7 @@ def test_no_file_is_no_state(tmp_path: Path) -> None:
     assert read_state(tmp_path / "last.safetensors") is None
 
 
-def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "last.safetensors"
     model, optimizer = training()
     advance(model, optimizer, 1)

@@ -98,7 +98,7 @@ def test_a_run_cut_off_at_its_very_end_only_writes_what_is_left(
     assert states(root) == []
     stats = json.loads((root / "stats.json").read_text())
     assert stats["items"] == 0
-    assert stats["counts"]["resumed_at_step"] == 3
+    assert stats["counts"]["resumed_at_iteration"] == 3
 
 
 def test_never_starts_anew(
