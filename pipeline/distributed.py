@@ -81,7 +81,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
     if on_gpu:
         _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        _meet("nccl" if on_gpu else "gloo")
     except ValueError as error:
         raise PipelineError(
             f"RANK and WORLD_SIZE ({size}) are set, but {error}; start the processes with torchrun"
@@ -90,6 +90,20 @@ def process_group(device: torch.device) -> Iterator[Group]:
     yield group
     group.barrier()  # the main process is still writing, and may keep the others' meeting point
     dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Exchange addresses through the launcher's store.
+
+    torchrun restarts processes with the store of the dead ones, where their addresses still lie
+    (github.com/pytorch/pytorch/issues/135712), so every attempt gets keys of its own. Only on one
+    node, where one torchrun counts: over several, the counts differ.
+    """
+    store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 def _take_gpu(number: int) -> None:

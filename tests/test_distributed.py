@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable
 from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from pipeline.distributed import Group, process_group
 from pipeline.errors import PipelineError
@@ -20,18 +22,26 @@ CPU = torch.device("cpu")
 Task = Callable[[Group], Any]
 
 
-def on_two_processes(task: Task) -> list[Any]:
-    """What `task` returns for each rank, on two processes joined by Gloo."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def on_two_processes(task: Task, *, late: float = 0, **environment: str) -> list[Any]:
+    """What `task` returns for each rank, on two processes joined by Gloo, the second one `late`."""
+    environment = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        **environment,
+    }
     context = multiprocessing.get_context("fork")
     results: SimpleQueue[tuple[int, Any]] = context.SimpleQueue()
 
     def work(rank: int) -> None:
-        os.environ.update(
-            RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+        os.environ.update(environment, RANK=str(rank))
+        time.sleep(late * rank)
         with process_group(CPU) as group:
             results.put((group.rank, task(group)))
 
@@ -62,6 +72,21 @@ def test_gradients_are_summed_where_there_are_any() -> None:
 
     expected = [[[3.0, 3.0], [3.0, 3.0]], None, 1.0]
     assert on_two_processes(task) == [expected, expected]
+
+
+def test_restarted_processes_do_not_call_the_dead_ones() -> None:
+    """torchrun keeps its store over a restart, with the addresses of the first attempt in it."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torchrun = {
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    for attempt in ("0", "1"):
+        ranks = on_two_processes(
+            lambda group: group.rank, late=1, TORCHELASTIC_RESTART_COUNT=attempt, **torchrun
+        )
+        assert ranks == [0, 1]
 
 
 def test_processes_know_whether_they_agree() -> None:
