@@ -57,7 +57,7 @@ def remove_outputs(root: Path) -> None:
 def test_killed_at_any_time_and_started_again_gives_the_same_bytes(
     labels_dir: Path, encoder: EncoderParams, tmp_path: Path
 ) -> None:
-    params = small_params(encoder, iterations=80, log_every=2, checkpoint_every=3)
+    params = small_params(encoder, iterations=50, log_every=2, checkpoint_every=5)
     undisturbed = outputs(run(labels_dir, tmp_path / "undisturbed", params))
     rng = random.Random(0)
     root = tmp_path / "killed"
@@ -75,7 +75,7 @@ def test_killed_at_any_time_and_started_again_gives_the_same_bytes(
     stdout, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, stderr
     assert "train: resumed at step " in stdout
-    assert " of 80\n" in stdout
+    assert " of 50\n" in stdout
     finished = outputs(root)
     assert {name: finished[name] for name in undisturbed} == undisturbed
     assert not (root / "cache/train").exists()
