@@ -190,6 +190,9 @@ class TrainParams(Section):
     `mask_loss_reduction` `sum` adds up pairs and layers, as published; `mean` averages them.
     `matching` says where proposals and objects are compared before they are matched: at all
     `pixels`, as published, or, faster, at 64 x 64 random `points` or on the grid of the `tokens`.
+
+    `batch_size` is that of an update of the weights, over all processes. `accumulate` takes it in
+    so many parts, one after the other, which needs less memory and changes nothing but rounding.
     """
 
     encoder: EncoderParams = EncoderParams()
@@ -199,6 +202,7 @@ class TrainParams(Section):
     templates: Literal["prompts85", "name"] = "name"
     iterations: Count = 20_000
     batch_size: Count = 8
+    accumulate: Count = 1
     crop_size: Count = 384
     scale_range: Annotated[
         list[Positive], Field(min_length=2, max_length=2), AfterValidator(_ascending)

@@ -75,22 +75,15 @@ def _fetch_files(files: dict[str, Any], folder: Path) -> None:
     note_path = folder / NOTE
     note = read_json(note_path) if note_path.is_file() else {}
     marks = {name: _mark(path) for name, path in files.items()}
-    stale = [
-        name for name in files if note.get(name) != marks[name] or not (folder / name).exists()
-    ]
-    for name in tqdm(stale, desc="fetch", unit="file", leave=False):
-        with atomic_path(folder / name) as temporary, files[name].open("rb") as source:
-            with temporary.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
+    kept = {n for n in files if note.get(n) == marks[n] and (folder / n).is_file()}
+    for path in list(folder.rglob("*")):
+        if path.is_file() and path.relative_to(folder).as_posix() not in (*kept, NOTE):
+            path.unlink()
+    for name in tqdm([n for n in files if n not in kept], desc="fetch", unit="file", leave=False):
+        with atomic_path(folder / name) as temporary:
+            _copy(files[name], temporary)
         note[name] = marks[name]
         write_json(note_path, note)
-    for path in folder.rglob("*"):
-        if (
-            path.is_file()
-            and path != note_path
-            and path.relative_to(folder).as_posix() not in files
-        ):
-            path.unlink()
 
 
 def _send_folder(folder: Path, location: Any) -> None:

@@ -140,6 +140,7 @@ class StageRun(Tally):
         unit: what an item is called.
         max_error_rate: share of `total` that may be skipped; the item that exceeds it, and
             `FORGIVEN_ERRORS`, raises PipelineError. None: any share.
+        silent: count and do nothing else, claim nothing: for the processes beside the main one.
 
     Raises:
         PipelineError: another run is at work with the same `stats_path`.
@@ -153,17 +154,27 @@ class StageRun(Tally):
         total: int | None = None,
         unit: str = "image",
         max_error_rate: float | None = None,
+        silent: bool = False,
     ) -> None:
         super().__init__()
-        check_writable(stats_path)
         self._claims = ExitStack()
-        self._claims.enter_context(claim(stats_path))
+        if not silent:
+            check_writable(stats_path)
+            self._claims.enter_context(claim(stats_path))
         self.stage = stage
         self._stats_path = stats_path
         self._total = total
         self._unit = unit
         self._max_error_rate = max_error_rate
-        self._bar = tqdm(total=total, desc=stage, unit=unit, dynamic_ncols=True, mininterval=0.5)
+        self._silent = silent
+        self._bar = tqdm(
+            total=total,
+            desc=stage,
+            unit=unit,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=silent,
+        )
         self._start = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -173,6 +184,12 @@ class StageRun(Tally):
         """Set the expected number of items."""
         self._total = count
         self._bar.total = count
+        self._bar.refresh()
+
+    def start_at(self, count: int) -> None:
+        """Show `count` items as finished by an earlier run; they are no items of this one."""
+        self.count(f"resumed_at_{self._unit}", count)
+        self._bar.initial = self._bar.n = count
         self._bar.refresh()
 
     def advance(self, count: int = 1) -> None:
@@ -221,7 +238,7 @@ class StageRun(Tally):
     ) -> None:
         with self._claims:
             self._bar.close()
-            if kind is None:
+            if kind is None and not self._silent:
                 self._finish()
 
     def _finish(self) -> None:

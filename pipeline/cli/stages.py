@@ -33,6 +33,7 @@ from pipeline.files import read_json
 from pipeline.presets import bench_text, list_benches
 
 Model = Literal["zutis", "denseclip"]
+Resume = Literal["auto", "never"]
 
 stages_app = typer.Typer()
 
@@ -164,24 +165,35 @@ def train(
     labels: Annotated[Path, typer.Option(help="Folder of the label shards.")] = LABELS,
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
     live: Annotated[Path, typer.Option(help="Folder of the loss curves (DVCLive).")] = LIVE,
+    resume: Annotated[
+        Resume,
+        typer.Option(help="`auto`: continue a run of the same settings that was cut off."),
+    ] = "auto",
     params_path: ParamsPath = PARAMS,
     stats: StatsPath = STATS / "train.json",
 ) -> None:
-    """Stage 5: train ZUTIS on the pseudo-labels: semantic and instance masks by one network."""
+    """Stage 5: train ZUTIS on the pseudo-labels: semantic and instance masks by one network.
+
+    Under torchrun, its processes share every batch.
+    """
     from pipeline.data.categories import load_category_set
+    from pipeline.distributed import process_group
     from pipeline.stages import train as stage
 
     params, runtime = start(params_path)
-    stage.run(
-        labels_dir=labels,
-        out_dir=out,
-        live_dir=live,
-        categories=load_category_set(params.categories, background=params.background),
-        background=params.background,
-        params=params.train,
-        runtime=runtime,
-        stats_path=stats,
-    )
+    with process_group(runtime.device) as group:
+        stage.run(
+            labels_dir=labels,
+            out_dir=out,
+            live_dir=live,
+            categories=load_category_set(params.categories, background=params.background),
+            background=params.background,
+            params=params.train,
+            runtime=runtime,
+            stats_path=stats,
+            resume=resume == "auto",
+            group=group,
+        )
 
 
 @stages_app.command()

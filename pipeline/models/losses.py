@@ -1,5 +1,8 @@
 """Training losses of ZUTIS: cross-entropy of labels, dice and binary cross-entropy of masks.
 
+Both are sums divided by a number. The parts of a batch that is too large for one pass, or shared by
+several processes, add up to the loss of the whole if each takes the whole's number as `divisor`.
+
 Everything is computed in float32, inside autocast too. Letters: B batch, L decoder layers,
 Q queries, N instances, M matched pairs, K categories, C text space, H W pixels, h w token grid.
 """
@@ -29,6 +32,7 @@ def semantic_loss(
     *,
     logit_scale: float = 1.0,
     ignore_index: int = -1,
+    divisor: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of upsampled token-text similarities (ZUTIS paper, section 3.2).
 
@@ -42,6 +46,8 @@ def semantic_loss(
         logit_scale: Factor on the similarities; 1 is the published value, in equation 4 as in the
             code. CLIP was trained with its learned temperature, a factor near 100.
         ignore_index: Label of the pixels left out.
+        divisor: Scalar, pixels that count in the whole of which this is a part, at least 1; by
+            default those of `semantic_masks`.
 
     Returns:
         Scalar mean over all pixels of the batch that count; 0 if there is none.
@@ -54,7 +60,14 @@ def semantic_loss(
     with torch.autocast(patch_tokens.device.type, enabled=False):
         similarity = patch_tokens.float() @ text_embeddings.float().T * logit_scale
         total = _sum_by_parts(cross_entropy, similarity.permute(0, 3, 1, 2), semantic_masks, size=1)
-        return total / (semantic_masks != ignore_index).sum().clamp(min=1)
+        if divisor is None:
+            divisor = num_counted(semantic_masks, ignore_index=ignore_index).clamp(min=1)
+        return total / divisor
+
+
+def num_counted(semantic_masks: Tensor, *, ignore_index: int = -1) -> Tensor:
+    """How many pixels of (B, H, W) count in `semantic_loss`: a scalar, int64, on their device."""
+    return (semantic_masks != ignore_index).sum()
 
 
 def mask_loss(
@@ -65,6 +78,8 @@ def mask_loss(
     bce_weight: float = 1.0,
     reduction: MaskReduction = "sum",
     matching: MatchingSamples = "pixels",
+    divisor: Tensor | None = None,
+    generators: Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Dice and binary cross-entropy of matched proposals, at every decoder layer (section 3.3).
 
@@ -82,6 +97,9 @@ def mask_loss(
             does not. "mean": over all pairs of all layers. The paper does not say.
         matching: Where the costs of the matching are taken, see `mask_costs`; the losses of the
             matched pairs are always taken at every pixel.
+        divisor: Scalar, images ("sum") or pairs ("mean", at least 1) of the whole of which this is
+            a part; by default those of this batch.
+        generators: B generators on the CPU for what `mask_costs` draws; by default torch's own.
 
     Returns:
         Scalar, 0 (with zero gradients) if no image has an object.
@@ -93,13 +111,21 @@ def mask_loss(
     if len(mask_probs) != len(instance_masks):
         raise ValueError(f"{len(mask_probs)} images but {len(instance_masks)} sets of masks")
     weights = {"dice_weight": dice_weight, "bce_weight": bce_weight}
-    occupied = _occupied(instance_masks)
+    # The device is asked once.
+    occupied = torch.nonzero(_occupied(instance_masks))[:, 0].tolist()
     # All costs are queued before the first match waits for the device.
     costs = [
-        mask_costs(mask_probs[i], instance_masks[i], samples=matching, **weights) for i in occupied
+        mask_costs(
+            mask_probs[i],
+            instance_masks[i],
+            samples=matching,
+            generator=generators[i] if generators else None,
+            **weights,
+        )
+        for i in occupied
     ]
     total = mask_probs.float().sum() * 0
-    num_pairs = 0
+    matched_pairs = 0
     pair_losses = partial(_pair_losses, dice_weight=dice_weight, bce_weight=bce_weight)
     for i, cost in zip(occupied, costs, strict=True):
         instances, queries = match(cost)
@@ -108,14 +134,28 @@ def mask_loss(
         targets = instance_masks[i][instances.flatten()].to(matched.device)
         with torch.autocast(matched.device.type, enabled=False):
             total = total + _sum_by_parts(pair_losses, matched.float(), targets, size=MAPS_AT_ONCE)
-        num_pairs += len(targets)
-    return total / (len(mask_probs) if reduction == "sum" else max(1, num_pairs))
+        matched_pairs += len(targets)
+    if divisor is not None:
+        return total / divisor
+    return total / (len(mask_probs) if reduction == "sum" else max(1, matched_pairs))
 
 
-def _occupied(instance_masks: Sequence[Tensor]) -> list[int]:
-    """The images that have an object; the device is asked once."""
-    occupied = torch.stack([masks.any() for masks in instance_masks])
-    return torch.nonzero(occupied)[:, 0].tolist()
+def num_pairs(instance_masks: Sequence[Tensor], *, num_layers: int, num_queries: int) -> Tensor:
+    """How many pairs `mask_loss` matches: a scalar, int64, on the masks' device.
+
+    Args:
+        instance_masks: B boolean tensors (N, H, W), as for `mask_loss`.
+        num_layers: Decoder layers L.
+        num_queries: Queries Q.
+    """
+    occupied = _occupied(instance_masks)
+    pairs = [num_layers * min(len(masks), num_queries) for masks in instance_masks]
+    return (occupied * torch.tensor(pairs).to(occupied.device, non_blocking=True)).sum()
+
+
+def _occupied(instance_masks: Sequence[Tensor]) -> Tensor:
+    """Whether each image has an object: (B,) boolean."""
+    return torch.stack([masks.any() for masks in instance_masks])
 
 
 def _pair_losses(

@@ -52,6 +52,7 @@ def mask_costs(
     dice_weight: float = 1.0,
     bce_weight: float = 1.0,
     samples: MatchingSamples = "pixels",
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Cost of giving each instance of an image to each query: dice and binary cross-entropy.
 
@@ -64,8 +65,9 @@ def mask_costs(
         bce_weight: Weight of the binary cross-entropy part.
         samples: Where proposals and masks are compared. "pixels", as published: at every pixel,
             proposals upsampled as probabilities. The others are faster and may match otherwise:
-            "points": at the crossings of 64 rows and 64 columns, drawn anew by torch's generator;
+            "points": at the crossings of 64 rows and 64 columns, drawn anew each time;
             "tokens": on the token grid, with the share of each mask in a token.
+        generator: On the CPU, for what "points" draws; by default torch's own.
 
     Returns:
         (L, N, Q) costs, float32.
@@ -80,7 +82,10 @@ def mask_costs(
         for cells, pixels in zip(grid, masks.shape[-2:], strict=True)
     )
     if samples == "points":
-        chosen = [torch.randperm(n)[:POINTS_PER_SIDE].to(device) for n in masks.shape[-2:]]
+        chosen = [
+            torch.randperm(n, generator=generator)[:POINTS_PER_SIDE].to(device)
+            for n in masks.shape[-2:]
+        ]
         rows, columns = rows.at(chosen[0]), columns.at(chosen[1])
         masks = masks[:, chosen[0]][:, :, chosen[1]]
     with torch.autocast(device.type, enabled=False):

@@ -116,14 +116,16 @@ def reading_weights(path: Path) -> Iterator[None]:
         ) from None
 
 
-def save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file.
+def save_tensors(
+    state: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, with texts in its header.
 
     Raises:
         OSError: the write failed; safetensors itself would hide that in an error of its own.
     """
     try:
-        save_file(dict(state), path)
+        save_file(dict(state), path, metadata=dict(metadata) if metadata else None)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         if code is None:

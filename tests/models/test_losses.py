@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.models.losses import mask_loss, semantic_loss
+from pipeline.models.losses import MaskReduction, mask_loss, num_counted, num_pairs, semantic_loss
 from pipeline.models.matching import mask_costs, match
 
 
@@ -121,3 +121,57 @@ def test_the_mean_over_no_pair_is_zero() -> None:
         torch.rand(1, 2, 3, 4, 4), [torch.zeros(0, 8, 8, dtype=torch.bool)], reduction="mean"
     )
     assert loss.item() == 0
+
+
+def test_parts_of_a_batch_add_up_to_its_semantic_loss() -> None:
+    """The parts have different numbers of void pixels, so that a mean of means would be wrong."""
+    tokens, text = torch.randn(3, 4, 4, 8, requires_grad=True), torch.randn(5, 8)
+    labels = torch.randint(0, 5, (3, 9, 9))
+    labels[0, :7], labels[1] = -1, -1
+    whole = semantic_loss(tokens, text, labels)
+    [expected] = torch.autograd.grad(whole, tokens)
+    divisor = num_counted(labels)
+    assert divisor == 2 * 9 + 81
+    parts = [
+        semantic_loss(tokens[part], text, labels[part], divisor=divisor)
+        for part in (slice(0, 1), slice(1, 2), slice(2, 3))
+    ]
+    total = torch.stack(parts).sum()
+    torch.testing.assert_close(total, whole)
+    torch.testing.assert_close(torch.autograd.grad(total, tokens)[0], expected)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_parts_of_a_batch_add_up_to_its_mask_loss(reduction: MaskReduction) -> None:
+    """One image has more objects than there are queries, one none, one an empty mask alone."""
+    probs = torch.rand(4, 2, 3, 4, 4, requires_grad=True)
+    masks = [torch.rand(count, 8, 8) > 0.5 for count in (5, 0, 1, 2)]
+    masks[2][:] = False
+    whole = mask_loss(probs, masks, reduction=reduction)
+    [expected] = torch.autograd.grad(whole, probs)
+    pairs = num_pairs(masks, num_layers=2, num_queries=3)
+    assert pairs == 2 * (3 + 2)
+    divisor = pairs if reduction == "mean" else torch.tensor(4)
+    parts = [
+        mask_loss(probs[part], masks[part], reduction=reduction, divisor=divisor)
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    total = torch.stack(parts).sum()
+    torch.testing.assert_close(total, whole)
+    torch.testing.assert_close(torch.autograd.grad(total, probs)[0], expected)
+
+
+def test_random_points_are_those_of_each_images_generator() -> None:
+    probs = torch.rand(2, 1, 5, 16, 16)
+    masks = [torch.rand(3, 100, 100) > 0.5 for _ in range(2)]
+
+    def loss(seeds: list[int], images: slice = slice(None)) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return mask_loss(probs[images], masks[images], matching="points", generators=generators)
+
+    torch.manual_seed(1)
+    first = loss([3, 4])
+    torch.manual_seed(2)
+    assert torch.equal(loss([3, 4]), first)
+    alone = [loss([3], slice(0, 1)), loss([4], slice(1, 2))]
+    torch.testing.assert_close(torch.stack(alone).mean(), first)

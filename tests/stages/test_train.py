@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_training import CATEGORIES, curve, run, small_params, write_labels
 
-from pipeline.data.images import encode_jpeg, encode_label, encode_png
-from pipeline.data.shards import write_shards
 from pipeline.errors import PipelineError
 from pipeline.models.build import build_zutis
 from pipeline.models.clip import load_clip
 from pipeline.models.weights import load_state, load_strict
-from pipeline.params import EncoderParams, TrainParams
+from pipeline.params import EncoderParams
 from pipeline.predictor import Segmenter
 from pipeline.runtime import Runtime
-from pipeline.stages import train
-
-CATEGORIES = ["cat", "dog"]
 
 
 @pytest.fixture
@@ -33,71 +28,12 @@ def encoder(tiny_clip: tuple[Path, Path]) -> EncoderParams:
 
 @pytest.fixture(scope="module")
 def labels_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Label shards: four squares a category, each category with its colour, and one negative."""
-    folder = tmp_path_factory.mktemp("labels") / "labels"
-    write_shards(_shard_samples(), folder, shard_size=4)
-    return folder
-
-
-def _shard_samples() -> Iterator[dict[str, Any]]:
-    colours = {0: (120, 120, 120), 1: (250, 30, 30), 2: (30, 30, 250)}
-    for number, label_id in enumerate((1, 1, 1, 1, 2, 2, 2, 2, 0)):
-        mask = np.zeros((40, 36), dtype=bool)
-        if label_id:
-            mask[2 + number : 26, 4 : 20 + number] = True
-        pixels = np.full((40, 36, 3), 120, dtype=np.uint8)
-        pixels[mask] = colours[label_id]
-        yield {
-            "__key__": f"{number:04d}_{label_id}",
-            "jpg": encode_jpeg(Image.fromarray(pixels)),
-            "mask.png": encode_png(mask),
-            "label.png": encode_label(np.zeros(mask.shape, dtype=int), 2),
-            "confidence.png": encode_png(np.zeros(mask.shape, dtype=np.uint8)),
-            "json": {"category": ["background", *CATEGORIES][label_id], "label_id": label_id},
-        }
+    return write_labels(tmp_path_factory.mktemp("labels") / "labels")
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def small_params(encoder: EncoderParams, **changes: Any) -> TrainParams:
-    settings: dict[str, Any] = {
-        "encoder": encoder,
-        "iterations": 3,
-        "batch_size": 2,
-        "crop_size": 32,
-        "scale_range": [0.7, 1.2],
-        "max_paste": 3,
-        "negative_canvas": 0.5,
-        "num_queries": 5,
-        "decoder_layers": 2,
-        "num_heads": 4,
-        "feedforward_dim": 32,
-        "workers": 0,
-        "log_every": 2,
-        "learning_rate": 1e-3,
-        "encoder_learning_rate": 1e-3,
-    }
-    return TrainParams(**{**settings, **changes})
-
-
-def run(labels_dir: Path, root: Path, params: TrainParams, **changes: Any) -> Path:
-    settings: dict[str, Any] = {
-        "categories": CATEGORIES,
-        "background": ["background", "grass"],
-        "runtime": Runtime(torch.device("cpu"), None, seed=5, cache_dir=root / "cache"),
-    }
-    train.run(
-        labels_dir=labels_dir,
-        out_dir=root / "zutis",
-        live_dir=root / "live",
-        stats_path=root / "stats.json",
-        params=params,
-        **{**settings, **changes},
-    )
-    return root
 
 
 def git(*arguments: str) -> str:
@@ -106,11 +42,6 @@ def git(*arguments: str) -> str:
         ["git", *identity, *arguments], check=True, capture_output=True, text=True
     )
     return done.stdout.strip()
-
-
-def curve(root: Path, name: str) -> list[tuple[int, float]]:
-    rows = (root / "live/plots/metrics/train" / f"{name}.tsv").read_text().splitlines()[1:]
-    return [(int(step), float(value)) for step, value in (row.split("\t") for row in rows)]
 
 
 def test_writes_checkpoint_curves_and_stats(

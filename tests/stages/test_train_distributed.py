@@ -1,0 +1,131 @@
+"""Processes that share every batch train what one process trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tiny_training import (
+    PATIENCE_S,
+    curve,
+    run,
+    small_params,
+    start_training,
+    states,
+    version,
+    wait_until,
+    write_labels,
+)
+
+from pipeline.distributed import Group
+from pipeline.errors import PipelineError
+from pipeline.models.weights import load_state
+from pipeline.params import EncoderParams
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def encoder(tiny_clip: tuple[Path, Path]) -> EncoderParams:
+    model, weights = tiny_clip
+    return EncoderParams(model=str(model), pretrained=str(weights))
+
+
+@pytest.fixture(scope="module")
+def labels_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_labels(tmp_path_factory.mktemp("labels") / "labels")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def weights(root: Path) -> torch.Tensor:
+    """All trained weights in one row."""
+    state = load_state(root / "zutis/model.safetensors")
+    return torch.cat([state[name].flatten() for name in sorted(state)])
+
+
+def assert_same_training(root: Path, other: Path, start: Path) -> None:
+    """The curves agree, and so do the weights, measured by what training has moved."""
+    for name in ("loss", "semantic", "mask", "learning_rate"):
+        steps, values = zip(*curve(root, name), strict=True)
+        other_steps, other_values = zip(*curve(other, name), strict=True)
+        assert steps == other_steps
+        assert values == pytest.approx(other_values, rel=1e-4), name
+    moved = weights(other) - weights(start)
+    assert (weights(root) - weights(other)).norm() < 0.02 * moved.norm()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("matching", ["pixels", "points"])
+def test_accumulated_gradients_train_as_one_batch(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path, reduction: str, matching: str
+) -> None:
+    roots = [
+        run(
+            labels_dir,
+            tmp_path / str(number),
+            small_params(
+                encoder,
+                batch_size=4,
+                accumulate=accumulate,
+                iterations=iterations,
+                mask_loss_reduction=reduction,
+                matching=matching,
+            ),
+        )
+        for number, (accumulate, iterations) in enumerate([(2, 4), (4, 4), (1, 4), (1, 1)])
+    ]
+    for root in roots[:2]:
+        assert_same_training(root, roots[2], roots[3])
+
+
+def test_two_processes_train_as_one_and_survive_the_death_of_one(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    settings = {"batch_size": 4, "mask_loss_reduction": "mean", "workers": 1}
+    params = small_params(encoder, iterations=16, log_every=3, checkpoint_every=4, **settings)
+    one = run(labels_dir, tmp_path / "one", params)
+    first = run(labels_dir, tmp_path / "first", small_params(encoder, iterations=1, **settings))
+    root = tmp_path / "two"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher += ["--max-restarts", "1"]
+    params = params.model_copy(update={"accumulate": 2})
+
+    process = start_training(labels_dir, root, params, launcher=launcher)
+    wait_until(lambda: version(root) != [], process)
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) == 2
+    ranks[-1].kill()
+    stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, stderr
+    assert stdout.count("train: resumed at step ") == 1
+    assert stdout.count("train: 1") == 1
+    assert_same_training(root, one, first)
+    assert states(root) == []
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "size", "message"),
+    [
+        (3, 1, r"train\.batch_size: 8 .* train\.accumulate 3; choose a multiple of 3"),
+        (1, 3, r"train\.batch_size: 8 .* train\.accumulate 1 x 3 processes.* multiple of 3"),
+        (4, 4, r"train\.batch_size: 8 .* train\.accumulate 4 x 4 processes.* multiple of 16"),
+    ],
+)
+def test_a_batch_that_cannot_be_dealt_out_evenly_is_refused(
+    labels_dir: Path,
+    encoder: EncoderParams,
+    tmp_path: Path,
+    accumulate: int,
+    size: int,
+    message: str,
+) -> None:
+    params = small_params(encoder, batch_size=8, accumulate=accumulate)
+    with pytest.raises(PipelineError, match=message):
+        run(labels_dir, tmp_path, params, group=Group(CPU, rank=0, size=size))
+    assert list(tmp_path.iterdir()) == []

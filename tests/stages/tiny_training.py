@@ -1,0 +1,156 @@
+"""A training of a tiny ZUTIS on drawn squares: label shards, params, runs and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.data.images import encode_jpeg, encode_label, encode_png
+from pipeline.data.shards import write_shards
+from pipeline.params import EncoderParams, TrainParams, read_params
+from pipeline.runtime import Runtime
+from pipeline.stages import train
+
+CATEGORIES = ["cat", "dog"]
+BACKGROUND = ["background", "grass"]
+SEED = 5
+PATIENCE_S = 240
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_labels(folder: Path, *, shard_size: int = 4) -> Path:
+    """Label shards: four squares a category, each category with its colour, and one negative."""
+    write_shards(_shard_samples(), folder, shard_size=shard_size)
+    return folder
+
+
+def _shard_samples() -> Iterator[dict[str, Any]]:
+    colours = {0: (120, 120, 120), 1: (250, 30, 30), 2: (30, 30, 250)}
+    for number, label_id in enumerate((1, 1, 1, 1, 2, 2, 2, 2, 0)):
+        mask = np.zeros((40, 36), dtype=bool)
+        if label_id:
+            mask[2 + number : 26, 4 : 20 + number] = True
+        pixels = np.full((40, 36, 3), 120, dtype=np.uint8)
+        pixels[mask] = colours[label_id]
+        yield {
+            "__key__": f"{number:04d}_{label_id}",
+            "jpg": encode_jpeg(Image.fromarray(pixels)),
+            "mask.png": encode_png(mask),
+            "label.png": encode_label(np.zeros(mask.shape, dtype=int), 2),
+            "confidence.png": encode_png(np.zeros(mask.shape, dtype=np.uint8)),
+            "json": {"category": ["background", *CATEGORIES][label_id], "label_id": label_id},
+        }
+
+
+def small_params(encoder: EncoderParams, **changes: Any) -> TrainParams:
+    settings: dict[str, Any] = {
+        "encoder": encoder,
+        "iterations": 3,
+        "batch_size": 2,
+        "crop_size": 32,
+        "scale_range": [0.7, 1.2],
+        "max_paste": 3,
+        "negative_canvas": 0.5,
+        "num_queries": 5,
+        "decoder_layers": 2,
+        "num_heads": 4,
+        "feedforward_dim": 32,
+        "workers": 0,
+        "log_every": 2,
+        "learning_rate": 1e-3,
+        "encoder_learning_rate": 1e-3,
+    }
+    return TrainParams(**{**settings, **changes})
+
+
+def run(labels_dir: Path, root: Path, params: TrainParams, **changes: Any) -> Path:
+    settings: dict[str, Any] = {
+        "out_dir": root / "zutis",
+        "live_dir": root / "live",
+        "stats_path": root / "stats.json",
+        "categories": CATEGORIES,
+        "background": BACKGROUND,
+        "runtime": Runtime(torch.device("cpu"), None, seed=SEED, cache_dir=root / "cache"),
+    }
+    train.run(labels_dir=labels_dir, params=params, **{**settings, **changes})
+    return root
+
+
+def curve(root: Path, name: str) -> list[tuple[int, float]]:
+    rows = (root / "live/plots/metrics/train" / f"{name}.tsv").read_text().splitlines()[1:]
+    return [(int(step), float(value)) for step, value in (row.split("\t") for row in rows)]
+
+
+def outputs(root: Path) -> dict[str, bytes]:
+    """Files of checkpoint and curves by name."""
+    folders = (root / "zutis", root / "live")
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(files)}
+
+
+def start_training(
+    labels_dir: Path, root: Path, params: TrainParams, *, launcher: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """`python [launcher] -m pipeline train` into `root`, as a process of its own."""
+    settings = {
+        "seed": SEED,
+        "device": "cpu",
+        "categories": CATEGORIES,
+        "background": BACKGROUND,
+        "index": {"unused": {"root": "unused"}},
+        "train": params.model_dump(mode="json"),
+    }
+    root.mkdir(exist_ok=True)
+    params_path = root / "params.yaml"
+    params_path.write_text(json.dumps(settings))
+    assert read_params(params_path).train == params
+    options = {
+        "--labels": labels_dir,
+        "--out": root / "zutis",
+        "--live": root / "live",
+        "--stats": root / "stats.json",
+        "--params": params_path,
+    }
+    words = [str(word) for option in options.items() for word in option]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "pipeline", "train", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PIPELINE_CACHE": str(root / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def states(root: Path) -> list[Path]:
+    return list(root.glob("cache/train/*/last.safetensors"))
+
+
+def version(root: Path) -> list[int]:
+    """What changes when a state is written."""
+    return [path.stat().st_ino for path in states(root)]
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
