@@ -65,6 +65,10 @@ class BlobCache:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Flush, and let go of the folder."""
         try:
             self.flush()
         finally:

@@ -141,8 +141,9 @@ class EmbedMaker:
         return len(records)
 
     def close(self) -> None:
-        """Let go of threads; the cache has been written chunk by chunk."""
+        """Let go of threads and cache."""
         self._workers.close()
+        self._cache.close()
 
 
 @dataclass(slots=True)

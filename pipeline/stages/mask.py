@@ -240,9 +240,9 @@ class MaskMaker:
         return write_tar(path, self._samples(items, tally))
 
     def close(self) -> None:
-        """Let go of threads and put what is pending into the cache."""
+        """Let go of threads and cache."""
         self._workers.close()
-        self._cache.flush()
+        self._cache.close()
 
     def _samples(self, rows: Sequence[ArchiveRow], tally: Tally) -> Iterator[dict[str, Any]]:
         chunk_size = BATCHES_IN_MEMORY * self._params.batch_size

@@ -132,9 +132,9 @@ class LabelMaker:
         return write_tar(path, self._samples(items, tally))
 
     def close(self) -> None:
-        """Let go of threads and put what is pending into the cache."""
+        """Let go of threads and cache."""
         self._workers.close()
-        self._cache.flush()
+        self._cache.close()
 
     def _samples(self, numbers: Sequence[int], tally: Tally) -> Iterator[dict[str, Any]]:
         for part in slices(numbers, BATCHES_AHEAD * self._batch_size):

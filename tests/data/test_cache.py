@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.cache import BlobCache
+from pipeline.data.cache import CHUNK_BYTES, CHUNK_ENTRIES, BlobCache
 
 SETTINGS = {"model": "tiny", "threshold": 0.5}
 
@@ -42,13 +43,18 @@ def test_opening_a_cache_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_flushes_every_so_many_puts_so_a_killed_run_loses_little(tmp_path: Path) -> None:
-    cache = BlobCache(tmp_path, SETTINGS, flush_every=4)
-    for index in range(10):
-        cache.put(f"k{index}", bytes([index]))
-    survivor = BlobCache(tmp_path, SETTINGS)  # the first is never closed
-    found = [survivor.get(f"k{index}") for index in range(10)]
-    assert found == [bytes([index]) for index in range(8)] + [None, None]
+@pytest.mark.parametrize(("count", "size"), [(CHUNK_ENTRIES, 1), (3, CHUNK_BYTES // 3 + 1)])
+def test_settling_writes_many_entries_or_large_ones(tmp_path: Path, count: int, size: int) -> None:
+    cache = BlobCache(tmp_path, SETTINGS)
+    for index in range(count - 1):
+        cache.put(f"k{index}", bytes(size))
+    cache.settle()
+    assert len(BlobCache(tmp_path, SETTINGS)) == 0  # a killed run would lose these
+    cache.put("last", bytes(size))
+    cache.settle()
+    assert len(BlobCache(tmp_path, SETTINGS)) == count
+    [chunk] = chunk_paths(cache)
+    assert len(pq.read_table(chunk)) == count
 
 
 def test_entries_are_flushed_when_the_work_fails(tmp_path: Path) -> None:
@@ -72,8 +78,9 @@ def test_the_last_value_put_wins_while_pending(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text"])
 def test_a_damaged_chunk_is_removed_and_the_others_stay(tmp_path: Path, damage: str) -> None:
-    with BlobCache(tmp_path, SETTINGS, flush_every=1) as cache:
+    with BlobCache(tmp_path, SETTINGS) as cache:
         cache.put("a", b"A" * 1000)
+        cache.flush()
         cache.put("b", b"B" * 1000)
     for path in chunk_paths(cache):
         data = path.read_bytes()
@@ -138,14 +145,10 @@ def test_half_written_files_of_a_killed_writer_are_ignored(tmp_path: Path) -> No
 
 
 def test_more_chunks_than_are_held_open(tmp_path: Path) -> None:
-    with BlobCache(tmp_path, SETTINGS, flush_every=1) as cache:
+    with BlobCache(tmp_path, SETTINGS) as cache:
         for index in range(20):
             cache.put(str(index), bytes([index]))
+            cache.flush()
     reopened = BlobCache(tmp_path, SETTINGS)
     for _ in range(2):
         assert all(reopened.get(str(index)) == bytes([index]) for index in range(20))
-
-
-def test_flush_every_must_be_positive(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="flush_every must be at least 1, got 0"):
-        BlobCache(tmp_path, SETTINGS, flush_every=0)
