@@ -35,12 +35,19 @@ OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Location = Any  # a `Path`, or a `UPath` with a URL, which is used in the same way
 
 
-def as_location(text: str | os.PathLike[str]) -> Location:
+def is_url(location: Any) -> bool:
+    """Whether a location is a `UPath` with a URL."""
+    return hasattr(location, "fs")
+
+
+def as_location(text: Any) -> Location:
     """A path, or a URL as an object that is used like one.
 
     Raises:
         ValueError: neither, or a URL of which the package that reads it is not installed.
     """
+    if is_url(text):
+        return text
     if not isinstance(text, str | os.PathLike):
         raise ValueError("Input should be a path or a URL")
     if SCHEME not in str(text):

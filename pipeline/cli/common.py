@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from pipeline.errors import PipelineError
+from pipeline.files import as_location
 from pipeline.params import Params, read_params
 
 if TYPE_CHECKING:  # importing torch takes seconds that `--help` and mistakes need not wait for
@@ -16,6 +17,12 @@ if TYPE_CHECKING:  # importing torch takes seconds that `--help` and mistakes ne
 
 ParamsPath = Annotated[Path, typer.Option("--params", help="Params file.")]
 StatsPath = Annotated[Path, typer.Option("--stats", help="Where the counts are written (JSON).")]
+
+
+def location(text: str) -> Any:
+    """An option for a path or a URL."""
+    return typer.Option(parser=as_location, metavar="<path|url>", help=text)
+
 
 ExecutorName = Annotated[
     Literal["local", "ray"],

@@ -24,6 +24,7 @@ from pipeline.cli.common import (
     ParamsPath,
     RayWorkers,
     StatsPath,
+    location,
     lookup,
     make_executor,
     names,
@@ -64,80 +65,86 @@ def init(
 @stages_app.command()
 def embed(
     source: Annotated[str, typer.Option(help="Name of a source under `index:` in the params.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the Parquet shards.")] = None,
+    out: Annotated[Any, location("Folder of the Parquet shards.")] = None,
     executor: ExecutorName = "local",
     ray_workers: RayWorkers = None,
     params_path: ParamsPath = PARAMS,
     stats: Annotated[Path | None, typer.Option(help="Where the counts are written.")] = None,
 ) -> None:
     """Stage 1: embed the images of one source with CLIP, into Parquet shards."""
+    from pipeline.remote import publishing
     from pipeline.stages import embed as stage
 
     params, runtime = start(params_path)
-    stage.run(
-        executor=make_executor(executor, params, ray_workers),
-        name=source,
-        source=lookup(params.index, source, section="index", params_path=params_path),
-        out_dir=out or EMBEDDINGS / source,
-        params=params.embed,
-        runtime=runtime,
-        stats_path=stats or STATS / f"embed-{source}.json",
-    )
+    with publishing(out or EMBEDDINGS / source, runtime.cache_dir) as out_dir:
+        stage.run(
+            name=source,
+            source=lookup(params.index, source, section="index", params_path=params_path),
+            out_dir=out_dir,
+            params=params.embed,
+            runtime=runtime,
+            stats_path=stats or STATS / f"embed-{source}.json",
+            executor=make_executor(executor, params, ray_workers),
+        )
 
 
 @stages_app.command()
 def retrieve(
-    embeddings: Annotated[Path, typer.Option(help="Folder of the embeddings.")] = EMBEDDINGS,
-    out: Annotated[Path, typer.Option(help="Parquet file of the archives.")] = ARCHIVES,
+    embeddings: Annotated[Any, location("Folder of the embeddings.")] = EMBEDDINGS,
+    out: Annotated[Any, location("Parquet file of the archives.")] = ARCHIVES,
     params_path: ParamsPath = PARAMS,
     stats: StatsPath = STATS / "retrieve.json",
 ) -> None:
     """Stage 2: retrieve the top-k images of every category: its archive."""
     from pipeline.data.categories import load_category_set
+    from pipeline.remote import fetch, publishing
     from pipeline.stages import retrieve as stage
 
     params, runtime = start(params_path)
-    stage.run(
-        embeddings_dir=embeddings,
-        sources=list(params.index),
-        out_path=out,
-        categories=load_category_set(params.categories, background=params.background),
-        background=params.background,
-        k=params.k,
-        params=params.retrieve,
-        encoder=params.embed.encoder,
-        runtime=runtime,
-        stats_path=stats,
-    )
+    with publishing(out, runtime.cache_dir) as out_path:
+        stage.run(
+            embeddings_dir=fetch(embeddings, runtime.cache_dir),
+            sources=list(params.index),
+            out_path=out_path,
+            categories=load_category_set(params.categories, background=params.background),
+            background=params.background,
+            k=params.k,
+            params=params.retrieve,
+            encoder=params.embed.encoder,
+            runtime=runtime,
+            stats_path=stats,
+        )
 
 
 @stages_app.command()
 def mask(
-    archives: Annotated[Path, typer.Option(help="Parquet file of the archives.")] = ARCHIVES,
-    out: Annotated[Path, typer.Option(help="Folder of the mask shards.")] = MASKS,
+    archives: Annotated[Any, location("Parquet file of the archives.")] = ARCHIVES,
+    out: Annotated[Any, location("Folder of the mask shards.")] = MASKS,
     executor: ExecutorName = "local",
     ray_workers: RayWorkers = None,
     params_path: ParamsPath = PARAMS,
     stats: StatsPath = STATS / "mask.json",
 ) -> None:
     """Stage 3: make a pseudo-mask for every archive image, into WebDataset shards."""
+    from pipeline.remote import fetch, publishing
     from pipeline.stages import mask as stage
 
     params, runtime = start(params_path)
-    stage.run(
-        executor=make_executor(executor, params, ray_workers),
-        archives_path=archives,
-        out_dir=out,
-        params=params.mask,
-        runtime=runtime,
-        stats_path=stats,
-    )
+    with publishing(out, runtime.cache_dir) as out_dir:
+        stage.run(
+            archives_path=fetch(archives, runtime.cache_dir),
+            out_dir=out_dir,
+            params=params.mask,
+            runtime=runtime,
+            stats_path=stats,
+            executor=make_executor(executor, params, ray_workers),
+        )
 
 
 @stages_app.command(name="pseudo_label")
 def pseudo_label(
-    masks: Annotated[Path, typer.Option(help="Folder of the mask shards.")] = MASKS,
-    out: Annotated[Path, typer.Option(help="Folder of the label shards.")] = LABELS,
+    masks: Annotated[Any, location("Folder of the mask shards.")] = MASKS,
+    out: Annotated[Any, location("Folder of the label shards.")] = LABELS,
     executor: ExecutorName = "local",
     ray_workers: RayWorkers = None,
     params_path: ParamsPath = PARAMS,
@@ -145,24 +152,26 @@ def pseudo_label(
 ) -> None:
     """Stage 4: label every pixel of the archive images with DenseCLIP, training-free."""
     from pipeline.data.categories import load_category_set
+    from pipeline.remote import fetch, publishing
     from pipeline.stages import pseudo_label as stage
 
     params, runtime = start(params_path)
-    stage.run(
-        executor=make_executor(executor, params, ray_workers),
-        mask_dir=masks,
-        out_dir=out,
-        categories=load_category_set(params.categories, background=params.background),
-        background=params.background,
-        params=params.pseudo_label,
-        runtime=runtime,
-        stats_path=stats,
-    )
+    with publishing(out, runtime.cache_dir) as out_dir:
+        stage.run(
+            mask_dir=fetch(masks, runtime.cache_dir),
+            out_dir=out_dir,
+            categories=load_category_set(params.categories, background=params.background),
+            background=params.background,
+            params=params.pseudo_label,
+            runtime=runtime,
+            stats_path=stats,
+            executor=make_executor(executor, params, ray_workers),
+        )
 
 
 @stages_app.command()
 def train(
-    labels: Annotated[Path, typer.Option(help="Folder of the label shards.")] = LABELS,
+    labels: Annotated[Any, location("Folder of the label shards.")] = LABELS,
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
     live: Annotated[Path, typer.Option(help="Folder of the loss curves (DVCLive).")] = LIVE,
     resume: Annotated[
@@ -178,12 +187,13 @@ def train(
     """
     from pipeline.data.categories import load_category_set
     from pipeline.distributed import process_group
+    from pipeline.remote import fetch
     from pipeline.stages import train as stage
 
     params, runtime = start(params_path)
     with process_group(runtime.device) as group:
         stage.run(
-            labels_dir=labels,
+            labels_dir=fetch(labels, runtime.cache_dir),
             out_dir=out,
             live_dir=live,
             categories=load_category_set(params.categories, background=params.background),
@@ -230,7 +240,6 @@ def evaluate(
 
     params, runtime = start(params_path)
     stage.run(
-        executor=make_executor(executor, params, ray_workers),
         bench_name=bench,
         bench=find_bench(
             params.benches, bench, params_path=params_path, root=root, corruption=corruption
@@ -246,6 +255,7 @@ def evaluate(
         or out / "stats" / f"evaluate-{result_name(bench, model, corruption)}.json",
         open_vocabulary=open_vocabulary,
         result_name=result_name(bench, model, corruption),
+        executor=make_executor(executor, params, ray_workers),
     )
 
 

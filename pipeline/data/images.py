@@ -18,6 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.data.labels import IGNORE_INDEX, LABEL_TYPE, MAX_CATEGORIES, LabelMap
+from pipeline.files import Location, is_url
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_ELONGATION = 200
@@ -80,7 +81,7 @@ def load_image(
     return rgb.transpose(UPRIGHT[orientation]) if upright and orientation in UPRIGHT else rgb
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Location) -> bytes:
     """The bytes of an image file, as many as it has when it is opened.
 
     Raises:
@@ -88,13 +89,31 @@ def read_file(path: Path) -> bytes:
             file: a pipe or a device might never end.
     """
     try:
+        if is_url(path):
+            return read_range(path, 0, _checked_size(path.stat().st_size))
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_FILE_BYTES:
-                raise ImageError(f"too large: {size} bytes")
-            return file.read(size)
+            return file.read(_checked_size(os.fstat(file.fileno()).st_size))
     except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror}") from None
+        raise ImageError(f"cannot be read: {error.strerror or one_line(error)}") from None
+
+
+def read_range(path: Location, start: int, end: int) -> bytes:
+    """The bytes of a file from `start` up to `end`, or as many as there are.
+
+    Raises:
+        ImageError: as `open_regular`, like OSError.
+    """
+    if is_url(path):  # one request
+        return path.fs.cat_file(path.path, start=start, end=end)
+    with open_regular(path) as file:
+        file.seek(start)
+        return file.read(end - start)
+
+
+def _checked_size(size: int) -> int:
+    if size > MAX_FILE_BYTES:
+        raise ImageError(f"too large: {size} bytes")
+    return size
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -20,7 +20,7 @@ from typing import Any
 from webdataset.writer import TarWriter
 
 from pipeline.errors import PipelineError
-from pipeline.files import file_sha256, read_json, replace_dir, write_json
+from pipeline.files import Location, file_sha256, read_json, replace_dir, write_json
 
 MANIFEST = "_manifest.json"  # readers of Parquet folders pass over names with an underscore
 KEY = re.compile(r"[0-9A-Za-z_-]+")
@@ -31,7 +31,7 @@ AGAIN = "run the stage that writes it again"
 Sample = dict[str, Any]
 
 
-def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
+def tar_members(path: Location) -> Iterator[tuple[str, int, int]]:
     """Yield (name, offset of the data, size) of each regular file of an uncompressed tar.
 
     A tar that was cut off is an error even where the cut falls between two members, which
@@ -41,7 +41,7 @@ def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
         tarfile.ReadError: the file is cut off or is not a tar; earlier members were yielded.
     """
     file_size = path.stat().st_size
-    with tarfile.open(path, "r:") as tar:
+    with path.open("rb") as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
         for member in tar:
             if member.offset_data + member.size > file_size:
                 raise tarfile.ReadError(f"cut off inside member {member.name}")

@@ -21,9 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset.shardlists import expand_urls
 
-from pipeline.data.images import MAX_FILE_BYTES, ImageError, one_line, open_regular, read_file
+from pipeline.data.images import MAX_FILE_BYTES, ImageError, one_line, read_file, read_range
 from pipeline.data.shards import TAR_BLOCK, tar_members
 from pipeline.errors import PipelineError
+from pipeline.files import Location, as_location, is_url
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "img", "image_bytes", "content")
@@ -42,7 +43,7 @@ class SourceSpec(Protocol):
     @property
     def format(self) -> str: ...
     @property
-    def root(self) -> Path: ...
+    def root(self) -> Location: ...
     @property
     def pattern(self) -> str: ...
 
@@ -111,7 +112,7 @@ def list_images(
         PipelineError: the root is missing, a file named by the pattern is missing, a tar or Parquet
             file is broken, or there is no image.
     """
-    root = Path(source.root)
+    root = as_location(source.root)
     if not root.is_dir():
         raise PipelineError(f"index.{name}.root: {root}: no such folder")
     listers = {"folder": _list_folder, "webdataset": _list_tars, "parquet": _list_parquet}
@@ -153,7 +154,7 @@ def read_image(location: ImageLocation) -> bytes:
     Raises:
         ImageError: the file is gone or cannot be read, or no longer holds the image there.
     """
-    path = Path(location.path)
+    path = as_location(location.path)
     try:
         if location.member is None:
             path.stat()  # says that a file is missing
@@ -176,8 +177,8 @@ def _list_folder(name: str, source: SourceSpec, _report: Report | None) -> Itera
         raise PipelineError(
             f"index.{name}.pattern: {source.pattern!r} has no meaning for format folder; remove it"
         )
-    root = Path(source.root)
-    for path in _walk(root):
+    root = as_location(source.root)
+    for path in _objects_below(root) if is_url(root) else _walk(root):
         if path.suffix.lower() in EXTENSIONS:
             relative = path.relative_to(root).as_posix()
             check_utf8(relative, path)
@@ -213,6 +214,12 @@ def _walk(root: Path) -> Iterator[Path]:
         raise PipelineError(f"{entry}: cannot be listed: {error.strerror}") from None
 
 
+def _objects_below(root: Location) -> Iterator[Location]:
+    """The same for a URL, where there are no links."""
+    paths = [path for path in root.rglob("*") if path.is_file() and not _is_hidden(path, root)]
+    yield from sorted(paths, key=lambda path: path.relative_to(root).parts)
+
+
 def _identity(folder: Path) -> tuple[int, int]:
     """The same for all paths of a folder."""
     status = folder.stat()
@@ -237,7 +244,7 @@ def check_utf8(text: str, path: Path) -> None:
 
 
 def _list_tars(name: str, source: SourceSpec, report: Report | None) -> Iterator[Found]:
-    root = Path(source.root)
+    root = as_location(source.root)
     for path in _matching_files(name, source, ".tar"):
         relative = path.relative_to(root).as_posix()
         seen: set[str] = set()
@@ -277,12 +284,12 @@ def _tar_reason(path: Path, error: Exception) -> str:
 
 
 def _list_parquet(name: str, source: SourceSpec, report: Report | None) -> Iterator[Found]:
-    root = Path(source.root)
+    root = as_location(source.root)
     for path in _matching_files(name, source, ".parquet"):
         relative = path.relative_to(root).as_posix()
         try:
             _check_regular(path)
-            with pq.ParquetFile(path) as file:
+            with _open_parquet(path) as file:
                 num_rows = file.metadata.num_rows
                 image_column(file.schema_arrow, path)
             if num_rows > max(ROWS_OF_ANY_FILE, path.stat().st_size):
@@ -304,7 +311,7 @@ def _broken(path: Path, reason: str, report: Report | None) -> None:
 
 def _matching_files(name: str, source: SourceSpec, suffix: str) -> list[Path]:
     """The files that a pattern names, each once, in the order of their names."""
-    root = Path(source.root)
+    root = as_location(source.root)
     found: set[Path] = set()
     for pattern in _expand(name, source.pattern or f"**/*{suffix}"):
         if any(letter in pattern for letter in "*?["):
@@ -369,15 +376,14 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 def _read_tar_member(path: Path, offset: int) -> bytes:
     """Data at `offset`; its size stands in the header block just before it."""
-    with open_regular(path) as file:
-        file.seek(max(0, offset - TAR_BLOCK))
-        try:
-            header = tarfile.TarInfo.frombuf(file.read(TAR_BLOCK), "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            raise ImageError("the tar has changed since it was listed") from None
-        if not 0 <= header.size <= MAX_FILE_BYTES:
-            raise ImageError(f"too large: {header.size} bytes")
-        data = file.read(header.size)
+    block = read_range(path, max(0, offset - TAR_BLOCK), offset)
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        raise ImageError("the tar has changed since it was listed") from None
+    if not 0 <= header.size <= MAX_FILE_BYTES:
+        raise ImageError(f"too large: {header.size} bytes")
+    data = read_range(path, offset, offset + header.size)
     if len(data) != header.size:
         raise ImageError("truncated")
     return data
@@ -418,15 +424,19 @@ def _row_group_of(path: Path, row: int) -> tuple[int, int]:
     raise ImageError(f"the file has {start} rows, row {row} was asked for")
 
 
+def _open_parquet(path: Location) -> pq.ParquetFile:
+    return pq.ParquetFile(path.open("rb") if is_url(path) else path)
+
+
 @lru_cache(maxsize=64)
 def _row_group_sizes(path: Path, _mtime_ns: int) -> list[int]:
-    with pq.ParquetFile(path) as file:
+    with _open_parquet(path) as file:
         metadata = file.metadata
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
 @lru_cache(maxsize=2)
 def _row_group_column(path: Path, _mtime_ns: int, group: int) -> pa.ChunkedArray:
-    with pq.ParquetFile(path) as file:
+    with _open_parquet(path) as file:
         column = image_column(file.schema_arrow, path)
         return file.read_row_group(group, columns=[column])[column]

@@ -88,7 +88,7 @@ class World:
             runtime=self.runtime(f"cache of {out}"),
             stats_path=self.root / f"{out}.json",
         )
-        shards = sorted((self.root / out / "pool").iterdir())
+        shards = sorted((self.root / out / "pool").glob("*.parquet"))
         return pa.concat_tables([pq.read_table(path) for path in shards]).to_pylist()
 
     def retrieve(self, embeddings: str) -> None:
