@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.data.shards import MANIFEST, read_manifest
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path
 
@@ -193,6 +194,7 @@ def list_embedding_shards(source_dirs: Sequence[Path]) -> list[Path]:
         shards = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
         if not shards:
             raise PipelineError(f"{folder}: no embedding shards; run `pipeline embed` first")
+        _check_listing(folder, shards)
         paths += shards
     if not paths:
         raise PipelineError("index: no source is named; run `pipeline embed` first")
@@ -205,6 +207,20 @@ def list_embedding_shards(source_dirs: Sequence[Path]) -> list[Path]:
                 f"(dim {first[1]}); run `pipeline embed` again for all sources"
             )
     return paths
+
+
+def _check_listing(folder: Path, shards: Sequence[Path]) -> None:
+    """Compare a folder with its manifest; what is inside of a shard has checksums of its own."""
+    if not (folder / MANIFEST).exists():  # imported, or of an earlier version
+        return
+    entries = {entry["name"]: entry["bytes"] for entry in read_manifest(folder)["shards"]}
+    found = {path.name: path.stat().st_size for path in shards}
+    for name in sorted(entries.keys() | found.keys()):
+        if entries.get(name) != found.get(name):
+            raise PipelineError(
+                f"{folder / name}: {found.get(name, 'no')} bytes, {MANIFEST} says "
+                f"{entries.get(name, 'none')}; run `pipeline embed` again"
+            )
 
 
 def shard_encoder(path: Path) -> tuple[str, int]:

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from pipeline.data.sources import list_images
+from pipeline.data.tables import list_embedding_shards
 from pipeline.errors import PipelineError
 from pipeline.models.clip import load_clip
 from pipeline.params import EmbedParams, EncoderParams, SourceParams
@@ -300,3 +301,24 @@ def test_broken_tar_stops_the_stage_with_its_name(run: Callable, tmp_path: Path)
     (root / "0.tar").write_bytes(b"")
     with pytest.raises(PipelineError, match=r"0\.tar: broken"):
         run(SourceParams(root=root, format="webdataset"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "swapped", "strange"])
+def test_retrieve_finds_shards_that_are_not_those_of_the_manifest(
+    run: Callable, make_image_folder: Callable, tmp_path: Path, damage: str
+) -> None:
+    run(SourceParams(root=make_image_folder(count=8)))
+    first, second = sorted((tmp_path / "embeddings/pool").glob("*.parquet"))
+    assert list_embedding_shards([first.parent]) == [first, second]
+    if damage == "missing":
+        first.unlink()
+    elif damage == "cut":
+        first.write_bytes(first.read_bytes()[:-1])
+    elif damage == "swapped":
+        first.rename(tmp_path / "aside")
+        second.rename(first)
+        (tmp_path / "aside").rename(second)
+    else:
+        shutil.copy(first, first.with_name("00002.parquet"))
+    with pytest.raises(PipelineError, match=r"0000.\.parquet: .* bytes, _manifest\.json says"):
+        list_embedding_shards([first.parent])

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_workspace import Workspace, content, write_workspace
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.data.sources import list_images, read_image
 from pipeline.errors import PipelineError
 from pipeline.files import as_location
@@ -78,15 +77,11 @@ def run(workspace: Workspace, root: str, *arguments: str) -> None:
         selfmask=workspace.root / "selfmask.safetensors",
     )
     (workspace.root / "params.yaml").write_text(params)
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *arguments],
-        cwd=workspace.root,
-        env={**os.environ, "PIPELINE_CACHE": str(workspace.root / "cache"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace.root)
+        patch.setenv("PIPELINE_CACHE", str(workspace.root / "cache"))
+        done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output + repr(done.exception)
 
 
 def test_stages_from_store_to_store(workspace: Workspace, store: str, tmp_path: Path) -> None:
