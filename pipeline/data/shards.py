@@ -31,6 +31,17 @@ AGAIN = "run the stage that writes it again"
 Sample = dict[str, Any]
 
 
+class _TarHeader(tarfile.TarInfo):
+    """A header whose size leads onwards; `tarfile` itself goes round in circles on others."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> _TarHeader:
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0:
+            raise tarfile.ReadError(f"member {header.name} has a negative size")
+        return header
+
+
 def tar_members(path: Location) -> Iterator[tuple[str, int, int]]:
     """Yield (name, offset of the data, size) of each regular file of an uncompressed tar.
 
@@ -41,7 +52,10 @@ def tar_members(path: Location) -> Iterator[tuple[str, int, int]]:
         tarfile.ReadError: the file is cut off or is not a tar; earlier members were yielded.
     """
     file_size = path.stat().st_size
-    with path.open("rb") as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
+    with (
+        path.open("rb") as opened,
+        tarfile.open(fileobj=opened, mode="r:", tarinfo=_TarHeader) as tar,
+    ):
         for member in tar:
             if member.offset_data + member.size > file_size:
                 raise tarfile.ReadError(f"cut off inside member {member.name}")

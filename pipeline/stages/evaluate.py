@@ -82,16 +82,8 @@ def run(
         PipelineError: a benchmark that lacks a part, a checkpoint that cannot be used, category
             lists that differ, or images of which none or too few can be read.
     """
-    name = result_name or bench_name
     task = _scoring_task(bench_name, bench, background)
-    benchmark = open_bench(
-        format=bench.format,
-        root=bench.root,
-        split=bench.split,
-        categories=list(task.categories),
-        groups=bench.groups,
-        **bench.layout(),
-    )
+    benchmark = _open(bench, task)
     metrics = _metrics(bench_name, bench, with_objects=checkpoint_dir is not None)
     names = _asked_names(benchmark)
     if checkpoint_dir is not None:
@@ -99,17 +91,18 @@ def run(
         if not open_vocabulary and names == benchmark.categories:
             _check_categories(bench_name, bench, names, checkpoint_dir)
     settings = _bench_settings(params, bench, metrics)
+    open_predictor = partial(
+        load_predictor,
+        checkpoint_dir,
+        names,
+        settings=settings,
+        has_baseline=not LABEL_MAP_METRICS.isdisjoint(metrics),
+        baseline=baseline,
+        background=background,
+    )
     recipe = partial(
         PredictionMaker,
-        partial(
-            load_predictor,
-            checkpoint_dir,
-            names,
-            settings=settings,
-            has_baseline=not LABEL_MAP_METRICS.isdisjoint(metrics),
-            baseline=baseline,
-            background=background,
-        ),
+        open_predictor,
         benchmark.categories,
         params.batch_size,
         bench.corruption,
@@ -127,27 +120,28 @@ def run(
             runtime=runtime,
         )
     )
-    manifest_settings = {"categories": list(task.categories), "protocol": protocol}
-    queries = queries_of(benchmark)
     with StageRun(
         "evaluate",
         stats_path=stats_path,
         total=len(benchmark),
         max_error_rate=params.max_error_rate,
     ) as stage:
+        queries = queries_of(benchmark)
+        described = {"categories": list(task.categories), "protocol": protocol}
         run_shards(
             predictions_dir,
             slices(queries, SHARD_SIZE),
-            key=digest([manifest_settings, params.batch_size, names, [str(q) for q in queries]]),
+            key=digest([described, params.batch_size, names, [str(query) for query in queries]]),
             recipe=recipe,
             maker=maker,
             executor=executor or LocalExecutor(),
             stage=stage,
-            settings=manifest_settings,
+            settings=described,
             remedy=f"They lie below {bench.root}: benches.{bench_name}.root",
         )
         store = PredictionStore(predictions_dir)
         board = _score(benchmark, store, ScoreBoard(task, metrics=metrics, groups=benchmark.groups))
+        name = result_name or bench_name
         write_pictures(
             out_dir / "overlays" / name,
             benchmark,
@@ -159,6 +153,17 @@ def run(
         _write_per_class(out_dir / "plots" / f"{name}_per_class.csv", task, board)
         scores = board.compute() | {"protocol": protocol}
         write_json(out_dir / "metrics" / f"{name}.json", scores)
+
+
+def _open(bench: BenchParams, task: ScoringTask) -> Benchmark:
+    return open_bench(
+        format=bench.format,
+        root=bench.root,
+        split=bench.split,
+        categories=list(task.categories),
+        groups=bench.groups,
+        **bench.layout(),
+    )
 
 
 def _score(benchmark: Benchmark, store: PredictionStore, board: ScoreBoard) -> ScoreBoard:
