@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
-from pipeline.runtime import StageRun, make_runtime, seed_generators
+from pipeline.runtime import FORGIVEN_ERRORS, StageRun, make_runtime, seed_generators
 
 
 def test_a_finished_run_writes_its_counts_and_one_line(
@@ -179,3 +181,37 @@ def test_counts_that_cannot_be_written_are_known_before_the_work(tmp_path: Path)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(NotADirectoryError):
         StageRun("embed", stats_path=tmp_path / "file" / "stats.json")
+
+
+def test_too_many_errors_fail_a_run_with_the_worst_offenders(tmp_path: Path) -> None:
+    def spoil(count: int, **limits: Any) -> None:
+        with StageRun("mask", stats_path=tmp_path / "stats.json", total=400, **limits) as stage:
+            for number in range(count):
+                stage.skip(f"{number}.jpg", "truncated" if number % 4 else "not an image")
+            stage.advance(400 - count)
+
+    spoil(400)
+    (tmp_path / "stats.json").unlink()
+    spoil(20, max_error_rate=0.05)  # exactly the share that may be
+    (tmp_path / "stats.json").unlink()
+    with pytest.raises(PipelineError) as caught:
+        spoil(40, max_error_rate=0.05)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith(
+        "mask: 21 of 400 images cannot be used, more than mask.max_error_rate"
+    )
+    assert lines[1:] == [
+        "  15 truncated: 1.jpg, 2.jpg, 3.jpg",
+        "  6 not an image: 0.jpg, 4.jpg, 8.jpg",
+    ]
+    assert not (tmp_path / "stats.json").exists()
+
+
+def test_a_handful_of_errors_is_no_rate(tmp_path: Path) -> None:
+    for count, fails in ((FORGIVEN_ERRORS, False), (FORGIVEN_ERRORS + 1, True)):
+        with (
+            pytest.raises(PipelineError) if fails else nullcontext(),
+            StageRun("mask", stats_path=tmp_path / "s.json", total=20, max_error_rate=0.0) as stage,
+        ):
+            for number in range(count):
+                stage.skip(f"{number}.jpg", "truncated")
