@@ -128,20 +128,28 @@ class _Worker:
 
 
 def _connect() -> None:
-    """Join the cluster of $RAY_ADDRESS, or start one here."""
+    """Join the cluster of $RAY_ADDRESS, or start one here.
+
+    Raises:
+        PipelineError: there is no cluster at that address.
+    """
     import ray
 
     if ray.is_initialized():
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
-    ray.init(
-        address=None if ADDRESS_VARIABLE in os.environ else "local",
-        include_dashboard=None if ADDRESS_VARIABLE in os.environ else False,
-        runtime_env={"env_vars": forwarded},
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    address = os.environ.get(ADDRESS_VARIABLE)
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=None if address else False,
+            runtime_env={"env_vars": forwarded},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except ConnectionError as error:
+        raise PipelineError(f"{ADDRESS_VARIABLE}={address}: no Ray cluster: {error}") from None
 
 
 def _tally_text(tally: Tally) -> str:
