@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,16 @@ def as_location(text: Any) -> Location:
             f"URLs need further packages: pip install 'zutis-pipeline[remote]' ({error})"
         ) from None
     return location
+
+
+def file_versions(paths: Iterable[str]) -> Iterator[tuple[int, int] | None]:
+    """Size and time of each file, once, to tell changed ones; None for URLs and where there is none."""
+    for path in dict.fromkeys(paths):
+        try:
+            status = None if SCHEME in path else Path(path).stat()
+        except OSError:
+            status = None
+        yield (status.st_size, status.st_mtime_ns) if status else None
 
 
 @contextmanager

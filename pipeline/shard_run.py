@@ -7,8 +7,9 @@ made again by another one.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -105,7 +106,7 @@ def run_shards(
     Args:
         out_dir: the folder, replaced as a whole at the end.
         plan: items of each shard, in order.
-        key: digest of the plan and of all settings that the shards depend on.
+        key: as from `plan_key`.
         recipe: see `Executor.run`.
         maker: likewise; it is closed at the end.
         executor: where the shards are made.
@@ -145,6 +146,19 @@ def run_shards(
 def slices(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     """Cut items into parts of `size`, the last one perhaps smaller: the plan of a stage."""
     return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def plan_key(settings: Any, items: Iterable[Any]) -> str:
+    """Digest of the plan and the settings of a stage, in no more memory than one item takes.
+
+    Args:
+        settings: all that the shards depend on besides their items; representable in JSON.
+        items: of all shards, and versions of the files they lead to, each known by its `repr`.
+    """
+    hasher = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for item in items:
+        hasher.update(repr(item).encode("utf-8", "surrogatepass"))
+    return hasher.hexdigest()
 
 
 def _finish(

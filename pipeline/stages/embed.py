@@ -9,8 +9,9 @@ import hashlib
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,12 @@ from torch import Tensor
 
 from pipeline.data.cache import BlobCache
 from pipeline.data.images import ImageError, load_image
-from pipeline.data.sources import ImageRef, image_name, list_images, read_image
+from pipeline.data.sources import (
+    ImageRef,
+    image_name,
+    list_images,
+    read_image,
+)
 from pipeline.data.tables import (
     STATUS_OK,
     STATUS_SKIPPED,
@@ -30,12 +36,12 @@ from pipeline.data.tables import (
     write_table,
 )
 from pipeline.errors import PipelineError
-from pipeline.files import digest
+from pipeline.files import file_versions
 from pipeline.models.clip import ClipEncoder, load_clip
 from pipeline.parallel import Workers
 from pipeline.params import EmbedParams, SourceParams
 from pipeline.runtime import Runtime, StageRun, Tally
-from pipeline.shard_run import Executor, LocalExecutor, run_shards, slices
+from pipeline.shard_run import Executor, LocalExecutor, plan_key, run_shards, slices
 
 CACHE_VERSION = 1
 CACHED_SIZE = struct.Struct("<II")
@@ -83,7 +89,10 @@ def run(
         run_shards(
             out_dir,
             slices(refs, params.shard_size),
-            key=digest([maker.settings, params.shard_size, [asdict(ref) for ref in refs]]),
+            key=plan_key(
+                [maker.settings, params.shard_size],
+                chain(refs, file_versions(ref.path for ref in refs)),
+            ),
             recipe=recipe,
             maker=maker,
             executor=executor or LocalExecutor(),

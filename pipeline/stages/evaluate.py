@@ -25,7 +25,7 @@ from pipeline.bench_predictor import (
 from pipeline.data.benchmarks import Benchmark, open_bench
 from pipeline.data.categories import load_category_set
 from pipeline.errors import PipelineError
-from pipeline.files import atomic_path, digest, write_json
+from pipeline.files import atomic_path, file_versions, write_json
 from pipeline.models.zoo import resolve_weights
 from pipeline.params import BenchParams, EvaluateParams, PseudoLabelParams
 from pipeline.predictor import PredictionSettings, read_checkpoint_config
@@ -35,7 +35,7 @@ from pipeline.scoring.board import ScoreBoard, percent
 from pipeline.scoring.pictures import write_pictures
 from pipeline.scoring.predictions import SHARD_SIZE, PredictionStore
 from pipeline.scoring.task import ScoringTask
-from pipeline.shard_run import Executor, LocalExecutor, run_shards, slices
+from pipeline.shard_run import Executor, LocalExecutor, plan_key, run_shards, slices
 
 LABEL_MAP_METRICS = {"semantic", "size"}
 LISTED_NAMES = 8
@@ -131,7 +131,10 @@ def run(
         run_shards(
             predictions_dir,
             slices(queries, SHARD_SIZE),
-            key=digest([described, params.batch_size, names, [str(query) for query in queries]]),
+            key=plan_key(
+                [described, params.batch_size, names],
+                chain(queries, file_versions(str(query.image_path) for query in queries)),
+            ),
             recipe=recipe,
             maker=maker,
             executor=executor or LocalExecutor(),

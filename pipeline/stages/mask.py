@@ -10,9 +10,9 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from pipeline.data.shards import write_tar
 from pipeline.data.sources import image_name, read_image
 from pipeline.data.tables import ArchiveRow, read_archives
 from pipeline.errors import PipelineError
-from pipeline.files import digest, file_sha256
+from pipeline.files import file_sha256, file_versions
 from pipeline.models.bilateral import MAX_STEPS, bilateral_solve
 from pipeline.models.clip import ClipEncoder, load_clip
 from pipeline.models.dino import DINO_MODELS, DinoEncoder, load_dino
@@ -47,7 +47,7 @@ from pipeline.models.zoo import resolve_weights
 from pipeline.parallel import Workers
 from pipeline.params import EncoderParams, MaskParams
 from pipeline.runtime import Runtime, StageRun, Tally
-from pipeline.shard_run import Executor, LocalExecutor, run_shards, slices
+from pipeline.shard_run import Executor, LocalExecutor, plan_key, run_shards, slices
 
 # Raise it when masks change though their settings do not: it keeps old ones out of the cache.
 MASK_VERSION = 1
@@ -131,7 +131,10 @@ def run(
         return run_shards(
             out_dir,
             slices(rows, params.shard_size),
-            key=digest([maker.settings, params.shard_size, [astuple(row) for row in rows]]),
+            key=plan_key(
+                [maker.settings, params.shard_size],
+                chain(rows, file_versions(row.path for row in rows)),
+            ),
             recipe=recipe,
             maker=maker,
             executor=executor or LocalExecutor(),

@@ -20,12 +20,11 @@ from pipeline.data.labels import BACKGROUND, encode_confidence
 from pipeline.data.shards import SampleStore, open_samples, write_tar
 from pipeline.denseclip import build_denseclip
 from pipeline.errors import PipelineError
-from pipeline.files import digest
 from pipeline.models.clip import load_clip
 from pipeline.parallel import Workers
 from pipeline.params import PseudoLabelParams
 from pipeline.runtime import Runtime, StageRun, Tally
-from pipeline.shard_run import Executor, LocalExecutor, run_shards, slices
+from pipeline.shard_run import Executor, LocalExecutor, plan_key, run_shards, slices
 
 MASK_MEMBERS = ("jpg", "mask.png", "json")
 BATCHES_AHEAD = 8
@@ -72,7 +71,7 @@ def run(
         run_shards(
             out_dir,
             slices(range(len(store)), params.shard_size),
-            key=digest([maker.protocol, params.shard_size, store.manifest]),
+            key=plan_key([maker.protocol, params.shard_size, store.manifest], ()),
             recipe=recipe,
             maker=maker,
             executor=executor or LocalExecutor(),

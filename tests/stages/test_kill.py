@@ -77,18 +77,24 @@ def test_killed_at_any_moment(workspace: Workspace, tmp_path: Path, stage: str) 
     assert not list((tmp_path / "killed").glob(".*"))
 
 
+def stopped_late(workspace: Workspace, stage: str, out: Path) -> tuple[int, list[Path]]:
+    """A fork that stands still, and the rows of the shards that it has finished."""
+    process = start(workspace, stage, out)
+    while len(rows := sorted(out.rglob("*.row.json"))) < 3:
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)
+        time.sleep(0.001)
+    os.kill(process, signal.SIGSTOP)
+    return process, rows
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_finished_shards_are_kept_and_damaged_ones_are_made_again(
     workspace: Workspace, tmp_path: Path, stage: str
 ) -> None:
     """A kill late in the run leaves shards with their rows; one is then cut, one edited."""
     whole = workspace.run(stage, tmp_path / "calm")
-    process = start(workspace, stage, tmp_path / "killed")
     parent = tmp_path / "killed" / ("made" if stage == "evaluate" else "")
-    while len(rows := sorted(parent.glob(".*.part/*.row.json"))) < 3:
-        assert os.waitpid(process, os.WNOHANG) == (0, 0)
-        time.sleep(0.001)
-    os.kill(process, signal.SIGSTOP)
+    process, rows = stopped_late(workspace, stage, tmp_path / "killed")
     shards = [row.with_name(row.name.removesuffix(".row.json")) for row in rows]
     shards[0].write_bytes(shards[0].read_bytes()[:-100])
     edited = bytearray(shards[-1].read_bytes())
@@ -99,3 +105,16 @@ def test_finished_shards_are_kept_and_damaged_ones_are_made_again(
     assert not (parent / "made" / MANIFEST).exists()
     made = workspace.run(stage, tmp_path / "killed")
     assert content(made) == content(whole)
+
+
+def test_shards_of_images_that_have_changed_since_are_not_kept(
+    tiny_clip: tuple[Path, Path], tmp_path: Path
+) -> None:
+    workspace = write_workspace(tmp_path / "world", tiny_clip, index=IMAGES, bench=1)
+    process, _ = stopped_late(workspace, "embed", tmp_path / "killed")
+    os.kill(process, signal.SIGKILL)
+    wait(process)
+    first, second, *_ = sorted(workspace.images.iterdir())
+    first.write_bytes(second.read_bytes())
+    made = workspace.run("embed", tmp_path / "killed")
+    assert content(made) == content(workspace.run("embed", tmp_path / "calm"))
