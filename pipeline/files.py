@@ -65,7 +65,7 @@ def as_location(text: Any) -> Location:
 
 
 def file_versions(paths: Iterable[str]) -> Iterator[tuple[int, int] | None]:
-    """Size and time of each file, once, to tell changed ones; None for URLs and where there is none."""
+    """Size and time of each file, once, to tell changed ones; None for URLs and no file."""
     for path in dict.fromkeys(paths):
         try:
             status = None if SCHEME in path else Path(path).stat()
