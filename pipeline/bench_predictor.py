@@ -247,6 +247,7 @@ class PredictionMaker:
     ) -> None:
         self._load = image_loader(corruption, bench_name=bench_name, seed=runtime.seed)
         self.predictor = open_predictor(runtime=runtime)
+        self.settings = self.predictor.protocol
         self._categories = categories
         self._batch_size = batch_size
 

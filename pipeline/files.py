@@ -6,11 +6,11 @@ And locks of the kernel, which end with the process that holds them, however it 
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -28,6 +28,7 @@ except ImportError:  # Windows: nothing is locked there
     fcntl = None  # type: ignore[assignment]
 
 SCHEME = "://"
+URL_AS_PATH = re.compile(r"[a-z][a-z0-9+.-]+:/")
 KEY_DIGITS = 16
 ABANDONED_SECONDS = 3600
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -57,11 +58,19 @@ def as_location(text: Any) -> Location:
 
         location = UPath(text)
         location.fs  # noqa: B018 the package of this scheme is imported here
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
         raise ValueError(
             f"URLs need further packages: pip install 'zutis-pipeline[remote]' ({error})"
         ) from None
+    except ValueError as error:
+        raise ValueError(f"{text}: not a URL that fsspec knows ({error})") from None
     return location
+
+
+def refuse_url(path: Path) -> None:
+    """Raise PipelineError for what was a URL before it was made a path."""
+    if URL_AS_PATH.match(str(path)):
+        raise PipelineError(f"{path}: this must be a path; a URL cannot be used here")
 
 
 def file_versions(paths: Iterable[str]) -> Iterator[tuple[int, int] | None]:
@@ -99,7 +108,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 @contextmanager
 def replace_dir(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`, swapped in once the block succeeds."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link to a folder elsewhere stays one
     with _parents_of(path):
         _remove_abandoned(path)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
@@ -122,15 +131,15 @@ def resumable_dir(path: Path, key: str) -> Iterator[Path]:
         path: the folder that is made.
         key: digest of all that its content depends on.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     temporary = path.with_name(f".{path.name}.{key[:KEY_DIGITS]}.part")
     with _parents_of(path):
-        for retired in path.parent.glob(f".{glob.escape(path.name)}.*.old"):
+        for retired in _left_beside(path, f"[0-9a-f]{{{KEY_DIGITS}}}\\.old"):
             if path.exists():
                 shutil.rmtree(retired)
             else:  # killed between two moves
                 retired.replace(path)
-        for other in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        for other in _left_beside(path, f"[0-9a-f]{{{KEY_DIGITS}}}\\.part"):
             if other != temporary:
                 shutil.rmtree(other)
         temporary.mkdir(exist_ok=True)
@@ -144,10 +153,16 @@ def resumable_dir(path: Path, key: str) -> Iterator[Path]:
 
 def _remove_abandoned(path: Path) -> None:
     """Remove what killed runs have left beside `path`; a fresh folder may be another run's."""
-    for folder in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for folder in _left_beside(path, r"\w{8}\.(tmp|old)"):
         with suppress(FileNotFoundError):
-            if folder.is_dir() and time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
+            if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
                 shutil.rmtree(folder)
+
+
+def _left_beside(path: Path, pattern: str) -> list[Path]:
+    """The temporary folders of exactly this name, of which the end matches a pattern."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.{pattern}")
+    return [left for left in path.parent.iterdir() if name.fullmatch(left.name) and left.is_dir()]
 
 
 def _swap_in(temporary: Path, path: Path) -> None:
@@ -157,6 +172,20 @@ def _swap_in(temporary: Path, path: Path) -> None:
         path.replace(retired)
     temporary.replace(path)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+_CLAIMS: set[int] = set()
+
+
+def _leave_claims() -> None:
+    """In a forked process, which would hold its parent's locks beyond the parent's end."""
+    for descriptor in _CLAIMS:
+        os.close(descriptor)
+    _CLAIMS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_claims)
 
 
 @contextmanager
@@ -172,10 +201,15 @@ def claim(path: Path) -> Iterator[None]:
     name = f"zutis-pipeline-{digest(str(Path(path).resolve()))[:32]}.lock"
     lock_path = Path(tempfile.gettempdir()) / name
     descriptor = _lock_claim(path, lock_path)
+    if descriptor is None:
+        yield
+        return
+    _CLAIMS.add(descriptor)
     try:
         yield
     finally:
-        if descriptor is not None:
+        if descriptor in _CLAIMS:  # a fork has none
+            _CLAIMS.remove(descriptor)
             if _lies_at(descriptor, lock_path):
                 lock_path.unlink()
             os.close(descriptor)
@@ -209,7 +243,12 @@ def open_locked(path: Path, *, shared: bool = False) -> int | None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise now the OSError that writing `path` would raise after hours of work."""
+    """Raise now the OSError that writing `path` would raise after hours of work.
+
+    Raises:
+        PipelineError: it is a URL.
+    """
+    refuse_url(path)
     path = Path(path).absolute()
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

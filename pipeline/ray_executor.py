@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.shard_run import Recipe, ShardMaker, Task
 
 INSTALL = "--executor ray needs Ray: pip install 'zutis-pipeline[ray]'"
 ADDRESS_VARIABLE = "RAY_ADDRESS"
+KNOCK_S = 10
 FORWARDED = (CACHE_VARIABLE,)  # to the workers
 
 
@@ -49,13 +51,18 @@ class RayExecutor:
         self, tasks: Sequence[Task], *, recipe: Recipe, maker: ShardMaker, tally: Tally
     ) -> Iterator[tuple[Task, int, Tally]]:
         """See `pipeline.shard_run.Executor`; shards come in the order in which they are done."""
-        del maker
         if not tasks:
             return
+        settings = json.dumps(maker.settings, sort_keys=True, default=str)
         by_number = {task.number: task for task in tasks}
         for row in self._rows(tasks, recipe):
             if row["error"]:
                 raise PipelineError(row["error"])
+            if row["settings"] != settings:
+                raise PipelineError(
+                    f"a worker computes otherwise than this process: {row['settings']} there, "
+                    f"{settings} here; start where the devices are the same, or set device: cpu"
+                )
             part = _read_tally(row["tally"])
             tally.add(part)
             task = by_number[row["number"]]
@@ -66,6 +73,7 @@ class RayExecutor:
         import ray
 
         _connect()
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         resources = ray.cluster_resources()
         gpus = 0 if self._device == "cpu" else int(resources.get("GPU", 0))
         workers = self._workers or gpus or max(1, int(resources.get("CPU", 1)))
@@ -108,10 +116,11 @@ class _Worker:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Make the shard of a row."""
-        tally, data, samples, error = Tally(), b"", 0, ""
+        tally, data, samples, error, settings = Tally(), b"", 0, "", ""
         try:
             if self._maker is None:
                 self._maker = self._recipe(make_runtime(device=self._device, seed=self._seed))
+            settings = json.dumps(self._maker.settings, sort_keys=True, default=str)
             with tempfile.TemporaryDirectory() as scratch:
                 path = Path(scratch) / row["name"]
                 samples = self._maker.make(pickle.loads(row["items"]), path, tally)
@@ -124,6 +133,7 @@ class _Worker:
             "data": data,
             "tally": _tally_text(tally),
             "error": error,
+            "settings": settings,
         }
 
 
@@ -141,6 +151,7 @@ def _connect() -> None:
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     address = os.environ.get(ADDRESS_VARIABLE)
     try:
+        _knock(address)
         ray.init(
             address=address or "local",
             include_dashboard=None if address else False,
@@ -148,8 +159,15 @@ def _connect() -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except ConnectionError as error:
+    except OSError as error:
         raise PipelineError(f"{ADDRESS_VARIABLE}={address}: no Ray cluster: {error}") from None
+
+
+def _knock(address: str | None) -> None:
+    """Raise OSError soon where nobody listens; Ray itself tries for two minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 
 
 def _tally_text(tally: Tally) -> str:

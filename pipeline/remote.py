@@ -11,16 +11,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.data.shards import MANIFEST
+from pipeline.data.shards import MANIFEST, check_replaceable
 from pipeline.errors import PipelineError
 from pipeline.files import Location, atomic_path, digest, read_json, write_json
 
 NOTE = ".fetched.json"
 COPY_BYTES = 1 << 20
+VERSION_FIELDS = ("size", "ETag", "etag", "md5Hash", "LastModified", "mtime", "updated")
 
 
 def fetch(location: Location, cache_dir: Path) -> Path:
@@ -36,7 +36,7 @@ def fetch(location: Location, cache_dir: Path) -> Path:
     """
     if isinstance(location, Path):
         return location
-    copy = _local(location, cache_dir)
+    copy = _local(location, cache_dir, "fetched")
     if location.is_file():
         _fetch_files({copy.name: location}, copy.parent)
         return copy
@@ -58,7 +58,8 @@ def publishing(location: Location, cache_dir: Path) -> Iterator[Path]:
     if isinstance(location, Path):
         yield location
         return
-    made = _local(location, cache_dir)
+    _check_target(location)
+    made = _local(location, cache_dir, "made")
     yield made
     if made.is_file():
         _copy(made, location)
@@ -66,11 +67,30 @@ def publishing(location: Location, cache_dir: Path) -> Iterator[Path]:
         _send_folder(made, location)
 
 
-def _local(location: Any, cache_dir: Path) -> Path:
-    return cache_dir / "remote" / digest(str(location))[:32] / location.name
+def _local(location: Location, cache_dir: Path, purpose: str) -> Path:
+    """A place for what lies at a URL; what is made never touches what others read."""
+    folder = cache_dir / "remote" / digest(str(location))[:32]
+    if not (folder / "settings.json").exists():
+        write_json(folder / "settings.json", {"url": str(location)})
+    return folder / purpose / location.name
 
 
-def _fetch_files(files: dict[str, Any], folder: Path) -> None:
+def _check_target(location: Location) -> None:
+    """Find out now whether an output can be sent, and whether it would replace something else."""
+    if location.is_dir():
+        names = [path.relative_to(location).as_posix() for path in _files_below(location)]
+        check_replaceable(location, names)
+    probe = location.parent / f".{location.name}.probe"
+    _make_parent(probe)
+    probe.write_bytes(b"")
+    probe.unlink()
+
+
+def _make_parent(location: Location) -> None:
+    location.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _fetch_files(files: dict[str, Location], folder: Path) -> None:
     """Bring files by their names below `folder`, and remove what else is there."""
     note_path = folder / NOTE
     note = read_json(note_path) if note_path.is_file() else {}
@@ -86,7 +106,7 @@ def _fetch_files(files: dict[str, Any], folder: Path) -> None:
         write_json(note_path, note)
 
 
-def _send_folder(folder: Path, location: Any) -> None:
+def _send_folder(folder: Path, location: Location) -> None:
     """Send the files of a folder, the manifest last, and remove all others there."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     (location / MANIFEST).unlink(missing_ok=True)
@@ -101,16 +121,16 @@ def _send_folder(folder: Path, location: Any) -> None:
 
 
 def _copy(source: Location, target: Location) -> None:
+    _make_parent(target)
     with source.open("rb") as read, target.open("wb") as written:
         shutil.copyfileobj(read, written, COPY_BYTES)
 
 
-def _files_below(location: Any) -> Iterator[Any]:
+def _files_below(location: Location) -> Iterator[Location]:
     return (path for path in location.rglob("*") if path.is_file())
 
 
-def _mark(path: Any) -> str:
-    """What tells versions of a file apart without reading it."""
-    info = path.stat()
-    tag = getattr(info, "info", {}).get("ETag", "")
-    return f"{info.st_size} {info.st_mtime} {tag}"
+def _mark(path: Location) -> str:
+    """What tells versions of a file apart without reading it: its size, its time, its checksum."""
+    info = path.fs.info(path.path)
+    return " ".join(str(info.get(name)) for name in VERSION_FIELDS)

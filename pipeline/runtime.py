@@ -221,9 +221,9 @@ class StageRun(Tally):
             for reason, items in worst[:SHOWN_REASONS]
         ]
         return (
-            f"{self.stage}: {len(self.skipped)} of {total} {self._unit}s cannot be used, more than "
-            f"{self.stage}.max_error_rate: {max_error_rate:g} allows; mend them, take them out, or "
-            "raise it:\n" + "\n".join(lines)
+            f"{self.stage}: {len(self.skipped)} of {total} {self._unit}s so far cannot be used, "
+            f"more than {self.stage}.max_error_rate: {max_error_rate:g} allows; mend them, take "
+            "them out, or raise it:\n" + "\n".join(lines)
         )
 
     def postfix(self, text: str) -> None:

@@ -14,16 +14,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.data.shards import check_shard, shard_entry, shard_name, write_manifest
+from pipeline.data.shards import (
+    check_replaceable,
+    check_shard,
+    shard_entry,
+    shard_name,
+    write_manifest,
+)
 from pipeline.errors import PipelineError
-from pipeline.files import atomic_path, resumable_dir, write_json
+from pipeline.files import atomic_path, claim, refuse_url, resumable_dir, write_json
 from pipeline.runtime import Runtime, StageRun, Tally
 
 ROW_SUFFIX = ".row.json"
 
 
 class ShardMaker(Protocol):
-    """What a stage does; it has loaded what it needs."""
+    """What a stage does; it has loaded what it needs.
+
+    Attributes:
+        settings: all that its shards depend on besides their items; representable in JSON.
+    """
+
+    settings: dict[str, Any]
 
     def make(self, items: Sequence[Any], path: Path, tally: Tally) -> int:
         """Write the shard of some items to `path`; returns its number of samples."""
@@ -99,9 +111,8 @@ def run_shards(
     """Make a folder of shards with its manifest; returns the manifest.
 
     Finished shards lie beside `out_dir` until all are there, each with a row of its own: name,
-    samples, bytes and SHA-256. One counts as finished only if it agrees with its row. Those of
-    which an item was skipped are made anew: it may have been mended since. A shard without samples
-    is left out; the others keep their numbers.
+    samples, bytes, SHA-256, and what became of its items. One counts as finished only if it agrees
+    with its row. A shard without samples is left out; the others keep their numbers.
 
     Args:
         out_dir: the folder, replaced as a whole at the end.
@@ -116,14 +127,19 @@ def run_shards(
         suffix: of the shards' names.
 
     Raises:
-        PipelineError: not one item could be used, or more of them were skipped than may be.
+        PipelineError: not one item could be used, or more of them were skipped than may be;
+            `out_dir` holds something else, or another run is at work on it.
     """
-    with resumable_dir(out_dir, key) as folder:
+    refuse_url(out_dir)
+    _check_ours(out_dir)
+    with claim(out_dir), resumable_dir(out_dir, key) as folder:
         tasks = [
             Task(number, items, folder / shard_name(number, suffix))
             for number, items in enumerate(plan)
         ]
         rows = {task.number: row for task in tasks if (row := _finished_row(task.path))}
+        if rows:
+            print(f"{stage.stage}: {len(rows)} of {len(tasks)} shards were finished", flush=True)
         for row in rows.values():
             stage.add(_read_tally(row))
         open_tasks = [task for task in tasks if task.number not in rows]
@@ -134,10 +150,8 @@ def run_shards(
                 rows[task.number] = _row(task.path, samples, part)
                 write_json(_row_path(task.path), rows[task.number])
             if stage.items == 0:
+                _keep_only(folder, [])
                 raise _nothing_usable(stage, remedy)
-        except Exception:
-            _keep_only(folder, [row["shard"]["name"] for row in rows.values() if _is_clean(row)])
-            raise
         finally:
             maker.close()
         return _finish(folder, [rows[number] for number in sorted(rows)], stage, settings)
@@ -159,6 +173,13 @@ def plan_key(settings: Any, items: Iterable[Any]) -> str:
     for item in items:
         hasher.update(repr(item).encode("utf-8", "surrogatepass"))
     return hasher.hexdigest()
+
+
+def _check_ours(out_dir: Path) -> None:
+    """Refuse to replace a folder of something else."""
+    if out_dir.is_dir():
+        names = [path.name for path in out_dir.iterdir() if not path.name.startswith(".")]
+        check_replaceable(out_dir, names)
 
 
 def _finish(
@@ -199,22 +220,18 @@ def _row_path(path: Path) -> Path:
 
 
 def _finished_row(path: Path) -> dict[str, Any] | None:
-    """The row of a shard that is finished, whole and without skipped items; else none."""
+    """The row of a shard that is finished and whole; else none."""
     try:
         row = json.loads(_row_path(path).read_text(encoding="utf-8"))
         check_shard(path, row["shard"])
     except (OSError, ValueError, KeyError, TypeError, PipelineError):
         return None
-    return row if _is_clean(row) else None
-
-
-def _is_clean(row: Mapping[str, Any]) -> bool:
-    return not row["skipped"]
+    return row
 
 
 def _read_tally(row: Mapping[str, Any]) -> Tally:
     tally = Tally()
-    tally.items = row["items"]
+    tally.items, tally.skipped = row["items"], row["skipped"]
     tally.counts.update(row["counts"])
     return tally
 

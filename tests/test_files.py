@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from pipeline.files import (
     file_sha256,
     read_json,
     replace_dir,
+    resumable_dir,
     write_bytes,
     write_json,
 )
@@ -308,3 +312,90 @@ def test_without_a_place_for_its_lock_a_claim_lets_all_in(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with claim(tmp_path / "out"), claim(tmp_path / "out"):
         assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("ending", ["part", "old"])
+def test_what_belongs_to_a_longer_name_is_left_alone(tmp_path: Path, ending: str) -> None:
+    other = tmp_path / f".pool.en.{'0' * 16}.{ending}"
+    other.mkdir()
+    (other / "hours").write_text("of work")
+    (tmp_path / "pool").mkdir()
+    with resumable_dir(tmp_path / "pool", "1" * 64) as folder:
+        (folder / "new").write_text("x")
+    assert (other / "hours").exists()
+    assert [path.name for path in (tmp_path / "pool").iterdir()] == ["new"]
+
+
+def test_an_interrupted_folder_is_continued_by_its_key_only(tmp_path: Path) -> None:
+    def stop(key: str) -> list[str]:
+        with resumable_dir(tmp_path / "out", key) as folder:
+            found = [path.name for path in folder.iterdir()]
+            (folder / key[0]).write_text("x")
+            if len(found) < 1:
+                raise RuntimeError(str(found))
+        return found
+
+    for key in ("a" * 64, "b" * 64):
+        with pytest.raises(RuntimeError):
+            stop(key)
+    assert stop("b" * 64) == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_kill_between_the_moves_of_a_folder_loses_nothing(tmp_path: Path, swapped: bool) -> None:
+    retired = tmp_path / f".out.{'a' * 16}.old"
+    retired.mkdir()
+    (retired / "old").write_text("x")
+    if swapped:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/newer").write_text("x")
+    with pytest.raises(RuntimeError), resumable_dir(tmp_path / "out", "b" * 64):
+        raise RuntimeError
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["newer" if swapped else "old"]
+    assert not retired.exists()
+
+
+@pytest.mark.parametrize("writer", [replace_dir, partial(resumable_dir, key="a" * 64)])
+def test_a_link_to_a_folder_elsewhere_stays_one(tmp_path: Path, writer: Callable) -> None:
+    (tmp_path / "disk/real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk/real")
+    for number in range(2):
+        with writer(tmp_path / "out") as folder:
+            (folder / str(number)).write_text("x")
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "disk/real").iterdir()] == ["1"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
+
+
+def test_a_url_that_was_made_a_path_is_refused() -> None:
+    for text in ("s3://bucket/x", "gs://bucket/x"):
+        with pytest.raises(PipelineError, match="must be a path"):
+            check_writable(Path(text))
+
+
+def test_a_fork_does_not_hold_its_parents_claims(tmp_path: Path) -> None:
+    """Orphans of a killed run, such as workers of a data loader, are in nobody's way."""
+    read, write = os.pipe()
+    parent = os.fork()
+    if not parent:
+        with claim(tmp_path / "out"):
+            child = os.fork()
+            if not child:
+                time.sleep(30)
+                os._exit(0)
+            os.write(write, child.to_bytes(4, "big"))
+            time.sleep(30)
+        os._exit(0)
+    orphan = int.from_bytes(os.read(read, 4), "big")
+    try:
+        with pytest.raises(PipelineError), claim(tmp_path / "out"):
+            pass
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
+        with claim(tmp_path / "out"):
+            pass
+    finally:
+        os.kill(orphan, signal.SIGKILL)
+        os.close(read)
+        os.close(write)

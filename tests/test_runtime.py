@@ -198,7 +198,7 @@ def test_too_many_errors_fail_a_run_with_the_worst_offenders(tmp_path: Path) -> 
         spoil(40, max_error_rate=0.05)
     lines = str(caught.value).splitlines()
     assert lines[0].startswith(
-        "mask: 21 of 400 images cannot be used, more than mask.max_error_rate"
+        "mask: 21 of 400 images so far cannot be used, more than mask.max_error_rate"
     )
     assert lines[1:] == [
         "  15 truncated: 1.jpg, 2.jpg, 3.jpg",

@@ -42,6 +42,8 @@ NO_SPACE = {
     errno.EDQUOT: ("no space left in the disk quota", "free some"),
     errno.EFBIG: ("a file is larger than the disk or `ulimit -f` allows", "have that changed"),
 }
+# Packages whose errors are those of an object store or of the way there.
+STORES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 INTERRUPTED = 130  # what Typer makes of Ctrl-C
 
 
@@ -58,6 +60,10 @@ def main() -> None:
         raise
     except OSError as error:
         sys.exit(_explain(error))
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in STORES:
+            raise
+        sys.exit(f"error: {error}: look at the URL, the network and the credentials")
 
 
 def _explain(error: OSError) -> str:

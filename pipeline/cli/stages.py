@@ -65,7 +65,7 @@ def init(
 @stages_app.command()
 def embed(
     source: Annotated[str, typer.Option(help="Name of a source under `index:` in the params.")],
-    out: Annotated[Any, location("Folder of the Parquet shards.")] = None,
+    out: Annotated[Any, location("Folder of the Parquet shards, replaced as a whole.")] = None,
     executor: ExecutorName = "local",
     ray_workers: RayWorkers = None,
     params_path: ParamsPath = PARAMS,
@@ -119,7 +119,7 @@ def retrieve(
 @stages_app.command()
 def mask(
     archives: Annotated[Any, location("Parquet file of the archives.")] = ARCHIVES,
-    out: Annotated[Any, location("Folder of the mask shards.")] = MASKS,
+    out: Annotated[Any, location("Folder of the mask shards, replaced as a whole.")] = MASKS,
     executor: ExecutorName = "local",
     ray_workers: RayWorkers = None,
     params_path: ParamsPath = PARAMS,
@@ -144,7 +144,7 @@ def mask(
 @stages_app.command(name="pseudo_label")
 def pseudo_label(
     masks: Annotated[Any, location("Folder of the mask shards.")] = MASKS,
-    out: Annotated[Any, location("Folder of the label shards.")] = LABELS,
+    out: Annotated[Any, location("Folder of the label shards, replaced as a whole.")] = LABELS,
     executor: ExecutorName = "local",
     ray_workers: RayWorkers = None,
     params_path: ParamsPath = PARAMS,

@@ -211,7 +211,7 @@ def list_embedding_shards(source_dirs: Sequence[Path]) -> list[Path]:
 
 def _check_listing(folder: Path, shards: Sequence[Path]) -> None:
     """Compare a folder with its manifest; what is inside of a shard has checksums of its own."""
-    if not (folder / MANIFEST).exists():  # imported, or of an earlier version
+    if not (folder / MANIFEST).exists():  # of an earlier version
         return
     entries = {entry["name"]: entry["bytes"] for entry in read_manifest(folder)["shards"]}
     found = {path.name: path.stat().st_size for path in shards}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from pipeline.data.shards import shard_entry, shard_name, write_manifest
 from pipeline.data.sources import ImageRef, SourceSpec, image_name
 from pipeline.data.tables import (
     STATUS_OK,
@@ -304,11 +306,12 @@ def _fault(embedding: NDArray[np.float16]) -> str | None:
 def _write_shards(
     shard_dir: Path, records: Iterator[dict[str, object]], *, schema: pa.Schema, shard_size: int
 ) -> None:
-    number = 0
+    entries: list[dict[str, Any]] = []
     while rows := list(islice(records, shard_size)):
-        table = pa.Table.from_pylist(rows, schema=schema)
-        write_table(shard_dir / f"{number:05d}.parquet", table)
-        number += 1
+        path = shard_dir / shard_name(len(entries), ".parquet")
+        write_table(path, pa.Table.from_pylist(rows, schema=schema))
+        entries.append(shard_entry(path, len(rows)))
+    write_manifest(shard_dir, entries)
 
 
 READERS: dict[str, Callable[[Path], NamedEmbeddings]] = {

@@ -71,12 +71,12 @@ def run(
         run_shards(
             out_dir,
             slices(range(len(store)), params.shard_size),
-            key=plan_key([maker.protocol, params.shard_size, store.manifest], ()),
+            key=plan_key([maker.settings, params.shard_size, store.manifest], ()),
             recipe=recipe,
             maker=maker,
             executor=executor or LocalExecutor(),
             stage=stage,
-            settings={"encoder": params.encoder.model_dump(), "denseclip": maker.protocol},
+            settings={"encoder": params.encoder.model_dump(), "denseclip": maker.settings},
             remedy="Run the mask stage again",
         )
 
@@ -92,7 +92,7 @@ class LabelMaker:
         runtime: device, precision and cache.
 
     Attributes:
-        protocol: all that labels depend on besides their image; representable in JSON.
+        settings: all that labels depend on besides their image; representable in JSON.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class LabelMaker:
             runtime.device,
             cache_dir=runtime.cache_dir,
         )
-        self.protocol = {
+        self.settings = {
             "background": list(background),
             "categories": list(categories),
             **params.recipe(),
@@ -123,7 +123,7 @@ class LabelMaker:
         self._num_categories = len(categories)
         self._batch_size = params.batch_size
         self._runtime = runtime
-        self._cache = BlobCache(runtime.cache_dir / "pseudo_label", self.protocol)
+        self._cache = BlobCache(runtime.cache_dir / "pseudo_label", self.settings)
         self._workers = Workers(params.workers)
 
     def make(self, items: Sequence[int], path: Path, tally: Tally) -> int:

@@ -23,7 +23,7 @@ from pipeline.data.shards import read_manifest
 from pipeline.data.training_set import Archives, Batch, Composition, TrainingSet, collate
 from pipeline.distributed import Group
 from pipeline.errors import PipelineError
-from pipeline.files import check_writable, digest
+from pipeline.files import check_writable, digest, refuse_url
 from pipeline.models.build import WEIGHTS_NAME, build_zutis, save_checkpoint
 from pipeline.models.clip import ClipEncoder, label_embeddings, load_clip
 from pipeline.models.losses import mask_loss, num_counted, num_pairs, semantic_loss
@@ -308,6 +308,7 @@ def _make_optimizer(model: Zutis, params: TrainParams) -> torch.optim.Optimizer:
 
 def _open_live(live_dir: Path) -> Live:
     """A logger that writes below `live_dir` only: no experiment, no dvc.yaml, no report."""
+    refuse_url(live_dir)
     try:
         return Live(str(live_dir), save_dvc_exp=False, dvcyaml=None, report=None)
     except SCMError as error:

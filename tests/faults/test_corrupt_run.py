@@ -31,7 +31,7 @@ from hostile import (
 )
 
 from pipeline.cli import main
-from pipeline.data.shards import read_shards
+from pipeline.data.shards import MANIFEST, read_shards
 from pipeline.data.tables import read_archives
 from pipeline.models.selfmask import SelfMask, SelfMaskConfig, save_selfmask
 from pipeline.params import EmbedParams, EncoderParams, MaskParams, RetrieveParams, SourceParams
@@ -213,6 +213,7 @@ def test_embeddings_that_are_not_finite_are_never_retrieved(world: World) -> Non
     place = table.schema.get_field_index("embedding")
     field = table.schema.field("embedding")
     pq.write_table(table.set_column(place, field, pa.array(cells, field.type)), path)
+    (path.parent / MANIFEST).unlink()
     world.retrieve("embeddings")
     keys = {table["key"][row].as_py() for row in spoilt}
     assert {entry["item"] for entry in world.stats("retrieve")["skipped_items"]} == keys

@@ -109,19 +109,6 @@ def test_the_same_predictions_give_the_same_bytes(tmp_path: Path) -> None:
     assert first == second
 
 
-def test_predictions_that_fail_midway_leave_the_old_ones(tmp_path: Path) -> None:
-    write(tmp_path / "out", [(0, BARE)])
-
-    def failing() -> Iterable[tuple[int, StoredPrediction]]:
-        yield 0, FULL
-        raise PipelineError("stopped")
-
-    with pytest.raises(PipelineError, match="stopped"):
-        write(tmp_path / "out", failing())
-    assert PredictionStore(tmp_path / "out").get(0, "b") is not None
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     write(tmp_path / "out", [(0, FULL)])
     path = tmp_path / "out/00000.tar"

@@ -21,7 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline.cli.imports import import_app
-from pipeline.data.shards import read_shards
+from pipeline.data.shards import MANIFEST, read_shards
 from pipeline.data.sources import sample_key
 from pipeline.data.tables import ArchiveRow, encoder_name, read_archives, shard_encoder
 from pipeline.errors import PipelineError
@@ -107,7 +107,7 @@ def import_embeddings(
             stats_path=tmp_path / "stats.json",
             **(arguments | changes),
         )
-        shards = sorted((tmp_path / "embeddings" / "pool").iterdir())
+        shards = sorted((tmp_path / "embeddings" / "pool").glob("*.parquet"))
         rows = [row for path in shards for row in pq.read_table(path).to_pylist()]
         return rows, json.loads((tmp_path / "stats.json").read_text())
 
@@ -175,9 +175,9 @@ def test_a_pickle_of_the_published_form_gives_what_embedding_gives(
         runtime=runtime,
         stats_path=tmp_path / "embed.json",
     )
-    ours = sorted((tmp_path / "embedded").iterdir())
-    theirs = sorted((tmp_path / "embeddings" / "pool").iterdir())
-    assert [path.name for path in ours] == [path.name for path in theirs]
+    *ours, manifest = sorted((tmp_path / "embedded").iterdir())
+    *theirs, _ = sorted((tmp_path / "embeddings" / "pool").iterdir())
+    assert [*(path.name for path in theirs), MANIFEST] == [*(p.name for p in ours), manifest.name]
     assert [pq.read_schema(path) for path in ours] == [pq.read_schema(path) for path in theirs]
     assert shard_encoder(ours[0]) == shard_encoder(theirs[0])
     expected = [row for path in ours for row in pq.read_table(path).to_pylist()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from tiny_workspace import STAGES, Workspace, content, write_workspace
 
 from pipeline.data.shards import MANIFEST
+from pipeline.errors import PipelineError
 from pipeline.stages import evaluate
 
 KILLS = 12
@@ -118,3 +120,33 @@ def test_shards_of_images_that_have_changed_since_are_not_kept(
     first.write_bytes(second.read_bytes())
     made = workspace.run("embed", tmp_path / "killed")
     assert content(made) == content(workspace.run("embed", tmp_path / "calm"))
+
+
+def test_a_folder_of_something_else_is_not_replaced(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "run/made").mkdir(parents=True)
+    (tmp_path / "run/made/thesis.tex").write_text("years of work")
+    with pytest.raises(PipelineError, match=r"holds other things too, such as thesis\.tex"):
+        workspace.run("mask", tmp_path / "run")
+    assert (tmp_path / "run/made/thesis.tex").exists()
+    (tmp_path / "run/made/thesis.tex").unlink()
+    workspace.run("mask", tmp_path / "run")
+    workspace.run("mask", tmp_path / "run")
+
+
+def test_finished_shards_are_kept_with_their_skipped_images(
+    tiny_clip: tuple[Path, Path], tmp_path: Path
+) -> None:
+    workspace = write_workspace(tmp_path / "world", tiny_clip, index=IMAGES, bench=1)
+    for path in sorted(workspace.images.iterdir())[::7]:
+        path.write_bytes(b"garbage")
+    process, rows = stopped_late(workspace, "embed", tmp_path / "killed")
+    kept = [row.with_name(row.name.removesuffix(".row.json")) for row in rows]
+    numbers = [path.stat().st_ino for path in kept]
+    os.kill(process, signal.SIGKILL)
+    wait(process)
+    made = workspace.run("embed", tmp_path / "killed")
+    assert [(made / path.name).stat().st_ino for path in kept] == numbers
+    assert content(made) == content(workspace.run("embed", tmp_path / "calm"))
+    stats = [json.loads((tmp_path / n / "stats.json").read_text()) for n in ("killed", "calm")]
+    for name in ("items", "skipped", "skipped_items"):
+        assert stats[0][name] == stats[1][name]

@@ -175,3 +175,40 @@ def test_a_failed_stage_sends_nothing(store: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         fail()
     assert not list(target.rglob("*"))
+
+
+def test_what_is_made_does_not_touch_what_was_fetched(store: str, tmp_path: Path) -> None:
+    """A failed send leaves the next reader with what is at the URL."""
+    target = as_location(f"{store}/archives.parquet")
+    target.write_bytes(b"first")
+    copy = fetch(target, tmp_path)
+    with publishing(target, tmp_path) as made:
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.write_bytes(b"never sent")
+        assert copy.read_bytes() == b"first"
+        made.unlink()
+        made.write_bytes(b"other")
+    assert fetch(target, tmp_path).read_bytes() == b"other"
+
+
+def test_other_things_at_a_url_are_not_replaced(store: str, tmp_path: Path) -> None:
+    (as_location(f"{store}/run/embeddings/pool") / "00000.parquet").write_bytes(b"x")
+    with (
+        pytest.raises(PipelineError, match="holds other things too, such as embeddings/pool"),
+        publishing(as_location(f"{store}/run"), tmp_path),
+    ):
+        pass
+    assert (as_location(f"{store}/run/embeddings/pool") / "00000.parquet").is_file()
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path: Path) -> None:
+    target = as_location(f"file://{tmp_path}/new/masks")
+    with publishing(target, tmp_path / "cache") as made:
+        made.mkdir(parents=True)
+        (made / "00000.tar").write_bytes(b"x")
+    assert (tmp_path / "new/masks/00000.tar").read_bytes() == b"x"
+
+
+def test_unknown_schemes_and_missing_packages_are_told_apart() -> None:
+    with pytest.raises(ValueError, match=r"foo://b/x: not a URL that fsspec knows"):
+        as_location("foo://b/x")

@@ -126,7 +126,12 @@ def start_training(
     words = [str(word) for option in options.items() for word in option]
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "pipeline", "train", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PIPELINE_CACHE": str(root / "cache")},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PIPELINE_CACHE": str(root / "cache"),
+            "OMP_NUM_THREADS": "1",  # as in the tests' own process: threads change the rounding
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
