@@ -24,6 +24,10 @@ BLUR_REACH = 6
 LUMA = np.array([0.299, 0.587, 0.114])
 YIQ_OF_RGB = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 RGB_OF_YIQ = np.linalg.inv(YIQ_OF_RGB)
+# A turn by t of the hue, in RGB: the first of these, plus cos t times the second, sin t the third.
+HUE_LUMA = RGB_OF_YIQ[:, :1] @ YIQ_OF_RGB[:1]
+HUE_COSINE = RGB_OF_YIQ[:, 1:] @ YIQ_OF_RGB[1:]
+HUE_SINE = RGB_OF_YIQ[:, 2:] @ YIQ_OF_RGB[1:2] - RGB_OF_YIQ[:, 1:2] @ YIQ_OF_RGB[2:]
 
 
 class Box(NamedTuple):
@@ -128,7 +132,6 @@ class ColourChange:
     blur_sigma: float = 0.0
 
 
-UNCHANGED = ColourChange()
 # Large images are reduced by whole factors to about this side before their mean is taken.
 MEAN_SIDE = 48.0
 NO_COLOUR = np.zeros(3, dtype=np.uint8)
@@ -213,17 +216,20 @@ def view_image(image: Image.Image, view: View, change: ColourChange, box: Box) -
     reach = BLUR_REACH if change.blur_sigma else 0
     needed = box.grown(reach).within(view.crop)
     shown = needed.within(view.whole)
-    pixels = _resize(image, view, shown)
+    resized = _resize(image, view, shown)
     if needed == shown and not change.jitter:
-        return _change_colours(pixels, change, NO_COLOUR)[box.seen_from(shown).slices]
+        return np.asarray(_change_colours(resized, change, NO_COLOUR))[box.seen_from(shown).slices]
     fill = _mean_colour(image, view, view.whole)
     mean = _mean_of_crop(image, view, fill) if change.jitter else NO_COLOUR
     near = needed.within(view.whole.grown(reach))
-    changed = _change_colours(pad_box(pixels, near.seen_from(shown), fill), change, mean)
+    if near != shown:
+        padded = pad_box(np.asarray(resized), near.seen_from(shown), fill)
+        resized = Image.fromarray(padded)
+    changed = np.asarray(_change_colours(resized, change, mean))
     if box.within(near) == box:
         return changed[box.seen_from(near).slices]
-    padding = _change_colours(fill[None, None], change, mean)
-    return pad_box(changed, box.seen_from(near), padding)
+    padding = _change_colours(Image.fromarray(fill[None, None]), change, mean)
+    return pad_box(changed, box.seen_from(near), np.asarray(padding))
 
 
 def view_mask(mask: np.ndarray, view: View, box: Box) -> np.ndarray:
@@ -269,14 +275,14 @@ def _draw_jitter(rng: random.Random) -> tuple[tuple[str, float], ...]:
     return tuple((step, rng.uniform(*strengths[step])) for step in steps)
 
 
-def _resize(image: Image.Image, view: View, box: Box) -> np.ndarray:
-    """The pixels (h, w, 3), uint8, of a box within the image of a view."""
+def _resize(image: Image.Image, view: View, box: Box) -> Image.Image:
+    """A box within the image of a view."""
     resized = image.resize(
         box.shape[::-1], Image.Resampling.BILINEAR, _source_box(image, view, box)
     )
     if view.mirrored:
         resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(resized)
+    return resized
 
 
 def _source_box(image: Image.Image, view: View, box: Box) -> tuple[float, float, float, float]:
@@ -310,18 +316,15 @@ def _mean_of_crop(image: Image.Image, view: View, fill: np.ndarray) -> np.ndarra
     return share * _mean_colour(image, view, seen) + (1.0 - share) * fill
 
 
-def _change_colours(pixels: np.ndarray, change: ColourChange, mean: np.ndarray) -> np.ndarray:
-    """Pixels (h, w, 3), uint8, changed; `mean` is the mean colour (3,) of the crop they are of."""
-    if change == UNCHANGED:
-        return pixels
-    image = Image.fromarray(pixels)
+def _change_colours(image: Image.Image, change: ColourChange, mean: np.ndarray) -> Image.Image:
+    """An RGB image changed; `mean` is the mean colour (3,) of the crop that it is part of."""
     if change.jitter:
         image = image.convert("RGB", _colour_map(change.jitter, mean))
     if change.greyscale:
         image = image.convert("L")
     if change.blur_sigma:
         image = image.filter(ImageFilter.GaussianBlur(change.blur_sigma))
-    return np.asarray(image.convert("RGB") if change.greyscale else image)
+    return image.convert("RGB") if change.greyscale else image
 
 
 def _nearest(length: int, new_length: int) -> np.ndarray:
@@ -351,6 +354,5 @@ def _colour_map(jitter: tuple[tuple[str, float], ...], mean: np.ndarray) -> tupl
 
 
 def _turn_hue(turn: float) -> np.ndarray:
-    cosine, sine = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
-    rotation = np.array([[1.0, 0.0, 0.0], [0.0, cosine, -sine], [0.0, sine, cosine]])
-    return RGB_OF_YIQ @ rotation @ YIQ_OF_RGB
+    angle = 2 * math.pi * turn
+    return HUE_LUMA + math.cos(angle) * HUE_COSINE + math.sin(angle) * HUE_SINE
