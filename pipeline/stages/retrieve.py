@@ -206,9 +206,10 @@ class _Candidates:
 
     def choose(self, approximate: Floats) -> Rows:
         """The rows of a block, of these scores (N,), that may be among the best."""
-        contenders = np.concatenate([self._best, approximate])
-        contenders.partition(len(approximate))
-        self._best = contenders[len(approximate) :].copy()
+        better = approximate[approximate > self._best[0]]
+        contenders = np.concatenate([self._best, better])
+        contenders.partition(len(better))
+        self._best = contenders[len(better) :].copy()
         # Both the score that sets the bar and the one that is held against it may be off.
         self._floor = self._best[0] - 2 * MARGIN
         return np.flatnonzero(approximate >= self._floor)
