@@ -108,7 +108,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 @contextmanager
 def replace_dir(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`, swapped in once the block succeeds."""
-    path = Path(path).resolve()  # a link to a folder elsewhere stays one
+    path = _behind_link(path)
     with _parents_of(path):
         _remove_abandoned(path)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
@@ -131,7 +131,7 @@ def resumable_dir(path: Path, key: str) -> Iterator[Path]:
         path: the folder that is made.
         key: digest of all that its content depends on.
     """
-    path = Path(path).resolve()
+    path = _behind_link(path)
     temporary = path.with_name(f".{path.name}.{key[:KEY_DIGITS]}.part")
     with _parents_of(path):
         for retired in _left_beside(path, f"[0-9a-f]{{{KEY_DIGITS}}}\\.old"):
@@ -149,6 +149,11 @@ def resumable_dir(path: Path, key: str) -> Iterator[Path]:
         finally:
             with suppress(OSError):  # not empty, or moved
                 temporary.rmdir()
+
+
+def _behind_link(path: Path) -> Path:
+    """Where a folder is to be put so that a link to it stays a link."""
+    return Path(path).resolve() if Path(path).is_symlink() else Path(path)
 
 
 def _remove_abandoned(path: Path) -> None:

@@ -51,6 +51,8 @@ def test_two_workers_make_the_bytes_of_a_local_run(
 class Counter:
     """Writes how many items it was given; dies once at the item `deadly`, and reports `bad`."""
 
+    settings: dict[str, Any] = {}  # noqa: RUF012
+
     def __init__(self, scratch: str, runtime: Runtime) -> None:
         del runtime
         self._scratch = scratch
