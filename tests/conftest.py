@@ -14,6 +14,7 @@ from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import save_file
 
+from pipeline.params import EncoderParams
 from pipeline.runtime import Runtime
 
 TINY_CLIP_CONFIG = {
@@ -93,3 +94,10 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         torch.manual_seed(0)
         save_file(CLIP(**TINY_CLIP_CONFIG).state_dict(), weights_path)
     return model_path, weights_path
+
+
+@pytest.fixture
+def encoder(tiny_clip: tuple[Path, Path]) -> EncoderParams:
+    """The tiny CLIP as params name it."""
+    model, weights = map(str, tiny_clip)
+    return EncoderParams(model=model, pretrained=weights)

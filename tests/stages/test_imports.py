@@ -37,12 +37,6 @@ CATEGORIES = ["cat", "dog"]
 
 
 @pytest.fixture
-def encoder(tiny_clip: tuple[Path, Path]) -> EncoderParams:
-    model, weights = (str(path) for path in tiny_clip)
-    return EncoderParams(model=model, pretrained=weights)
-
-
-@pytest.fixture
 def params(encoder: EncoderParams) -> EmbedParams:
     return EmbedParams(encoder=encoder, batch_size=4, shard_size=5, workers=2)
 

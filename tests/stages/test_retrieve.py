@@ -34,12 +34,6 @@ BACKGROUND = ["background", "house"]
 
 
 @pytest.fixture
-def encoder(tiny_clip: tuple[Path, Path]) -> EncoderParams:
-    model, weights = (str(path) for path in tiny_clip)
-    return EncoderParams(model=model, pretrained=weights)
-
-
-@pytest.fixture
 def texts(encoder: EncoderParams) -> np.ndarray:
     """(K, C) text embeddings of CATEGORIES."""
     clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))

@@ -27,12 +27,6 @@ from pipeline.params import EncoderParams
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def encoder(tiny_clip: tuple[Path, Path]) -> EncoderParams:
-    model, weights = tiny_clip
-    return EncoderParams(model=str(model), pretrained=str(weights))
-
-
 @pytest.fixture(scope="module")
 def labels_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_labels(tmp_path_factory.mktemp("labels") / "labels")
