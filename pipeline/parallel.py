@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+END: Any = object()
 
 
 class Workers:
@@ -62,3 +64,13 @@ class Workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+def read_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield items, while a thread makes the next one."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, iterator, END)
+        while (item := coming.result()) is not END:
+            coming = reader.submit(next, iterator, END)
+            yield item

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline.parallel import Workers
+from pipeline.parallel import Workers, read_ahead
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -52,4 +52,44 @@ def test_threads_end_with_the_block() -> None:
     before = threading.active_count()
     with Workers(3) as workers:
         list(workers.map(abs, range(9), ahead=9))
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_reading_ahead_yields_all_in_order(count: int) -> None:
+    assert list(read_ahead(range(count))) == list(range(count))
+
+
+def test_reading_ahead_makes_one_item_while_another_is_used() -> None:
+    making_second, using_first = threading.Event(), threading.Event()
+
+    def items():
+        yield "first"
+        making_second.set()
+        assert using_first.wait(10)
+        yield "second"
+
+    for item in read_ahead(items()):
+        assert making_second.wait(10)
+        using_first.set()
+        assert item in ("first", "second")
+
+
+def test_an_error_of_the_reader_comes_after_the_items_before_it() -> None:
+    def items():
+        yield 1
+        raise OSError("gone")
+
+    seen = []
+    with pytest.raises(OSError, match="gone"):
+        for item in read_ahead(items()):
+            seen.append(item)
+    assert seen == [1]
+
+
+def test_whoever_stops_reading_leaves_no_thread() -> None:
+    before = threading.active_count()
+    reader = read_ahead(range(9))
+    next(reader)
+    reader.close()
     assert threading.active_count() == before

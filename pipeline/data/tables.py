@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
 from pipeline.data.shards import MANIFEST, read_manifest
@@ -116,15 +117,20 @@ def embedding_bytes(embedding: NDArray[np.floating]) -> bytes:
 
 
 def embedding_matrix(column: pa.Array | pa.ChunkedArray) -> NDArray[np.float16]:
-    """Embeddings (N, C) float16 of a column `embedding` without nulls; read-only, not copied."""
+    """Embeddings (N, C) float16 of a column `embedding` without nulls; not copied, so not to be
+    written to.
+    """
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     if pa.types.is_fixed_size_list(column.type):
-        values = column.flatten().to_numpy(zero_copy_only=False)
-        return values.reshape(-1, column.type.list_size)
-    width = column.type.byte_width
-    content = memoryview(column.buffers()[1])[width * column.offset :][: width * len(column)]
-    return np.frombuffer(content, FLOAT16).reshape(-1, width // FLOAT16.itemsize)
+        dim, halves = column.type.list_size, column.flatten()
+    else:
+        dim = column.type.byte_width // FLOAT16.itemsize
+        data = column.buffers()[1]
+        halves = pa.Array.from_buffers(
+            pa.float16(), dim * len(column), [None, data], offset=dim * column.offset
+        )
+    return torch.from_dlpack(halves).view(-1, dim).numpy()
 
 
 def write_table(path: Path, table: pa.Table) -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 QUICK_GELU_FACTOR = 1.702
 
@@ -74,7 +76,23 @@ class QuickGelu(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map values of any shape."""
-        return F.silu(QUICK_GELU_FACTOR * inputs) / QUICK_GELU_FACTOR
+        return _ScaledSilu.apply(inputs)
+
+
+class _ScaledSilu(torch.autograd.Function):
+    """silu(a x) / a, whose derivative is silu's at a x: backward need not scale anything."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor) -> Tensor:
+        scaled = QUICK_GELU_FACTOR * inputs
+        ctx.save_for_backward(scaled)
+        return F.silu(scaled).div_(QUICK_GELU_FACTOR)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        (scaled,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(upstream, scaled)
 
 
 def with_lean_parts(network: nn.Module) -> nn.Module:

@@ -59,7 +59,8 @@ def semantic_loss(
 
     with torch.autocast(patch_tokens.device.type, enabled=False):
         similarity = patch_tokens.float() @ text_embeddings.float().T * logit_scale
-        total = _sum_by_parts(cross_entropy, similarity.permute(0, 3, 1, 2), semantic_masks, size=1)
+        maps = similarity.permute(0, 3, 1, 2).contiguous()
+        total = _sum_by_parts(cross_entropy, maps, semantic_masks, size=1)
         if divisor is None:
             divisor = num_counted(semantic_masks, ignore_index=ignore_index).clamp(min=1)
         return total / divisor

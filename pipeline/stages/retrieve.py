@@ -29,12 +29,14 @@ from pipeline.data.tables import (
 )
 from pipeline.errors import PipelineError
 from pipeline.models.clip import load_clip, text_embeddings
+from pipeline.parallel import read_ahead
 from pipeline.params import EncoderParams, RetrieveParams
 from pipeline.runtime import Runtime, StageRun
 
 # A matrix product sums float32 in an order of its own: similarities are off by less than this.
 MARGIN = 1e-5
-ROWS_IN_CACHE = 1024  # so many embeddings stay in the processor's cache from one step to the next
+ROWS_IN_CACHE = 256  # so many embeddings stay in the processor's cache from one step to the next
+WIDE_ROWS_IN_CACHE = 64  # likewise, as float64
 READ_ROWS = 8192
 SPARE_CANDIDATES = 64
 RECALL_SAMPLE = 3
@@ -182,9 +184,8 @@ def _positions(lists: Sequence[Ranking]) -> Rows:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Embedded images: keys, positions (N,) among all rows, embeddings (N, C) float16."""
+    """Embedded images: positions (N,) among all rows, embeddings (N, C) float16."""
 
-    keys: pa.Array
     positions: Rows
     embeddings: NDArray[np.float16]
 
@@ -261,16 +262,16 @@ class _Scan:
 
 def _similarities(texts: Floats, embeddings: NDArray[np.float16]) -> Floats:
     """Inner products (K, N), each off by less than MARGIN."""
-    vectors = torch.from_numpy(texts)
+    vectors = torch.from_numpy(texts).T
     products = torch.empty(len(texts), len(embeddings))
     for rows in _slices(len(embeddings)):
-        products[:, rows] = vectors @ torch.tensor(embeddings[rows]).float().T
+        products[:, rows] = (torch.from_numpy(embeddings[rows]).float() @ vectors).T
     return products.numpy()
 
 
-def _slices(count: int) -> Iterator[slice]:
-    for start in range(0, count, ROWS_IN_CACHE):
-        yield slice(start, start + ROWS_IN_CACHE)
+def _slices(count: int, size: int = ROWS_IN_CACHE) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, start + size)
 
 
 def inner_products(embeddings: np.ndarray, text: np.ndarray) -> np.ndarray:
@@ -279,10 +280,13 @@ def inner_products(embeddings: np.ndarray, text: np.ndarray) -> np.ndarray:
     Summed in float64 row by row, so that equal embeddings have equal similarities wherever they
     stand; a matrix product does not promise that.
     """
-    # Torch widens halves several times as fast as NumPy.
-    products = torch.from_numpy(embeddings).float().double().numpy()
-    products *= text.astype(np.float64)
-    return products.sum(axis=1).astype(np.float32)
+    products = np.empty(len(embeddings), np.float32)
+    vector = text.astype(np.float64)
+    for rows in _slices(len(embeddings), WIDE_ROWS_IN_CACHE):
+        # Torch widens halves several times as fast as NumPy.
+        wide = torch.from_numpy(embeddings[rows]).float().double().numpy()
+        products[rows] = np.einsum("nc,c->n", wide, vector)
+    return products
 
 
 def _greatest(similarities: Floats, embeddings: NDArray[np.float16], texts: Floats) -> Floats:
@@ -406,7 +410,8 @@ def _blocks(shards: list[Path], block_rows: int, skip: Skip) -> Iterator[_Block]
     """Yield the embedded images of all shards, at most `block_rows` at a time."""
     position = 0
     columns = ["key", "status", "embedding"]
-    for rows in iter_embedding_rows(shards, columns=columns, block_rows=block_rows):
+    read = iter_embedding_rows(shards, columns=columns, block_rows=block_rows)
+    for rows in read_ahead(read):
         block = _block(rows, position, skip)
         if len(block.positions):
             yield block
@@ -428,13 +433,13 @@ def _block(rows: pa.RecordBatch, position: int, skip: Skip) -> _Block:
         largest[part] = (embeddings[part].view(np.uint16) & MAGNITUDE).max(axis=1)
     is_finite, is_zero = largest < INFINITE, largest == 0
     if is_finite.all() and not is_zero.any():
-        return _Block(keys, positions, embeddings)
+        return _Block(positions, embeddings)
     for key in keys.filter(pa.array(~is_finite)).to_pylist():
         skip(key, "embedding is not finite")
     for key in keys.filter(pa.array(is_zero)).to_pylist():
         skip(key, "embedding is zero")
     has_direction = is_finite & ~is_zero
-    return _Block(keys, positions[has_direction], embeddings[has_direction])
+    return _Block(positions[has_direction], embeddings[has_direction])
 
 
 def _count_overlaps(stage_run: StageRun, lists: list[Ranking], archives: list[Ranking]) -> None:
