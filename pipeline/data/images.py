@@ -280,10 +280,20 @@ def _check_cost(image: Image.Image, content: bytes, max_pixels: int) -> None:
             raise ImageError("damaged: size of tiles")
         if tile[0] * tile[1] > max_pixels:
             raise ImageError(f"too large: tiles of {tile[0]}x{tile[1]}")
-    elif isinstance(image, JpegImageFile) and content.count(b"\xff\xda") > MAX_SCANS:
+    elif isinstance(image, JpegImageFile) and _most_scans(content) > MAX_SCANS:
         scans = _num_scans(content)
         if scans > MAX_SCANS:
             raise ImageError(f"too large: {scans} scans")
+
+
+def _most_scans(content: bytes) -> int:
+    """No fewer than the scans of a JPEG, seen many times faster than by `bytes.count`."""
+    marker = int.from_bytes(bytes([0xFF, START_OF_SCAN]), "little")
+    pairs = (
+        np.frombuffer(content, "<u2", count=(len(content) - start) // 2, offset=start)
+        for start in (0, 1)
+    )
+    return sum(np.count_nonzero(part == marker) for part in pairs)
 
 
 def _num_scans(content: bytes) -> int:

@@ -219,7 +219,8 @@ def view_image(image: Image.Image, view: View, change: ColourChange, box: Box) -
     resized = _resize(image, view, shown)
     if needed == shown and not change.jitter:
         return np.asarray(_change_colours(resized, change, NO_COLOUR))[box.seen_from(shown).slices]
-    fill = _mean_colour(image, view, view.whole)
+    is_padded = view.visible != view.crop
+    fill = _mean_colour(image, view, view.whole) if is_padded else NO_COLOUR
     mean = _mean_of_crop(image, view, fill) if change.jitter else NO_COLOUR
     near = needed.within(view.whole.grown(reach))
     if near != shown:
@@ -304,12 +305,14 @@ def _mean_colour(image: Image.Image, view: View, box: Box) -> np.ndarray:
     """Mean colour (3,), uint8, of a box of a view."""
     region = _source_box(image, view, box)
     pixel = image.resize((1, 1), Image.Resampling.BOX, region, reducing_gap=MEAN_SIDE)
-    return np.asarray(pixel)[0, 0]
+    return np.array(pixel.getpixel((0, 0)), dtype=np.uint8)
 
 
 def _mean_of_crop(image: Image.Image, view: View, fill: np.ndarray) -> np.ndarray:
-    """Mean colour (3,) of the crop of a view, with its padding."""
+    """Mean colour (3,) of the crop of a view, with its padding of the colour `fill`."""
     seen = view.visible
+    if seen == view.crop:
+        return _mean_colour(image, view, seen)
     if seen == view.whole:
         return fill
     share = seen.area / view.crop.area
