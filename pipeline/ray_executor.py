@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pickle
 import socket
@@ -22,6 +23,7 @@ from pipeline.shard_run import Recipe, ShardMaker, Task
 INSTALL = "--executor ray needs Ray: pip install 'zutis-pipeline[ray]'"
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 KNOCK_S = 10
+TASKS_PER_WORKER = 4  # so that none waits long for the last one
 FORWARDED = (CACHE_VARIABLE,)  # to the workers
 
 
@@ -63,7 +65,7 @@ class RayExecutor:
                     f"a worker computes otherwise than this process: {row['settings']} there, "
                     f"{settings} here; start where the devices are the same, or set device: cpu"
                 )
-            part = _read_tally(row["tally"])
+            part = Tally.from_dict(json.loads(row["tally"]))
             tally.add(part)
             task = by_number[row["number"]]
             write_bytes(task.path, row["data"])
@@ -72,11 +74,8 @@ class RayExecutor:
     def _rows(self, tasks: Sequence[Task], recipe: Recipe) -> Iterator[dict[str, Any]]:
         import ray
 
-        _connect()
+        gpus, workers = self._actors()
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        resources = ray.cluster_resources()
-        gpus = 0 if self._device == "cpu" else int(resources.get("GPU", 0))
-        workers = self._workers or gpus or max(1, int(resources.get("CPU", 1)))
         ray.data.DataContext.get_current().enable_progress_bars = False
         items = [
             {"number": task.number, "items": pickle.dumps(task.items), "name": task.path.name}
@@ -95,6 +94,20 @@ class RayExecutor:
             num_gpus=1 if gpus else 0,
         )
         yield from made.iter_rows()
+
+    def task_size(self, count: int) -> int:
+        """See `pipeline.shard_run.Executor`."""
+        _, workers = self._actors()
+        return max(1, math.ceil(count / (TASKS_PER_WORKER * workers)))
+
+    def _actors(self) -> tuple[int, int]:
+        """Number of GPUs that are used, and of actors."""
+        import ray
+
+        _connect()
+        resources = ray.cluster_resources()
+        gpus = 0 if self._device == "cpu" else int(resources.get("GPU", 0))
+        return gpus, self._workers or gpus or max(1, int(resources.get("CPU", 1)))
 
 
 class _Worker:
@@ -131,7 +144,7 @@ class _Worker:
             "number": row["number"],
             "samples": samples,
             "data": data,
-            "tally": _tally_text(tally),
+            "tally": json.dumps(tally.as_dict()),
             "error": error,
             "settings": settings,
         }
@@ -168,14 +181,3 @@ def _knock(address: str | None) -> None:
     host, _, port = (address or "").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
-
-
-def _tally_text(tally: Tally) -> str:
-    return json.dumps([tally.items, tally.skipped, dict(tally.counts)])
-
-
-def _read_tally(text: str) -> Tally:
-    tally = Tally()
-    tally.items, tally.skipped, counts = json.loads(text)
-    tally.counts.update(counts)
-    return tally

@@ -6,11 +6,12 @@ import os
 import random
 import time
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -123,6 +124,18 @@ class Tally:
             self.skip(entry["item"], entry["reason"])
         for name, count in other.counts.items():
             self.count(name, count)
+
+    def as_dict(self) -> dict[str, Any]:
+        """`items`, `skipped` and `counts`, as JSON has them."""
+        return {"items": self.items, "skipped": self.skipped, "counts": dict(self.counts)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Tally:
+        """The tally of which `as_dict` is among the entries of `content`."""
+        tally = Tally()
+        tally.items, tally.skipped = content["items"], content["skipped"]
+        tally.counts.update(content["counts"])
+        return tally
 
 
 class StageRun(Tally):

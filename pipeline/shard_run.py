@@ -80,6 +80,9 @@ class Executor(Protocol):
             A task whose file is there, its number of samples, and what became of its items.
         """
 
+    def task_size(self, count: int) -> int:
+        """How many of `count` items to give to a task, where one task for all would do least."""
+
 
 class LocalExecutor:
     """Makes one shard after the other in this process."""
@@ -93,6 +96,9 @@ class LocalExecutor:
             with atomic_path(task.path) as temporary:
                 samples = maker.make(task.items, temporary, part)
             yield task, samples, part
+
+    def task_size(self, count: int) -> int:
+        return max(1, count)
 
 
 def run_shards(
@@ -141,7 +147,7 @@ def run_shards(
         if rows:
             print(f"{stage.stage}: {len(rows)} of {len(tasks)} shards were finished", flush=True)
         for row in rows.values():
-            stage.add(_read_tally(row))
+            stage.add(Tally.from_dict(row))
         open_tasks = [task for task in tasks if task.number not in rows]
         try:
             for task, samples, part in executor.run(
@@ -207,12 +213,7 @@ def _keep_only(folder: Path, names: Sequence[str]) -> None:
 
 
 def _row(path: Path, samples: int, tally: Tally) -> dict[str, Any]:
-    return {
-        "shard": shard_entry(path, samples),
-        "items": tally.items,
-        "skipped": tally.skipped,
-        "counts": dict(tally.counts),
-    }
+    return {"shard": shard_entry(path, samples), **tally.as_dict()}
 
 
 def _row_path(path: Path) -> Path:
@@ -227,13 +228,6 @@ def _finished_row(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, PipelineError):
         return None
     return row
-
-
-def _read_tally(row: Mapping[str, Any]) -> Tally:
-    tally = Tally()
-    tally.items, tally.skipped = row["items"], row["skipped"]
-    tally.counts.update(row["counts"])
-    return tally
 
 
 def _nothing_usable(stage: StageRun, remedy: str) -> PipelineError:

@@ -80,11 +80,10 @@ def test_an_error_of_the_reader_comes_after_the_items_before_it() -> None:
         yield 1
         raise OSError("gone")
 
-    seen = []
+    reader = read_ahead(items())
+    assert next(reader) == 1
     with pytest.raises(OSError, match="gone"):
-        for item in read_ahead(items()):
-            seen.append(item)
-    assert seen == [1]
+        next(reader)
 
 
 def test_whoever_stops_reading_leaves_no_thread() -> None:

@@ -92,6 +92,8 @@ def embed(
 def retrieve(
     embeddings: Annotated[Any, location("Folder of the embeddings.")] = EMBEDDINGS,
     out: Annotated[Any, location("Parquet file of the archives.")] = ARCHIVES,
+    executor: ExecutorName = "local",
+    ray_workers: RayWorkers = None,
     params_path: ParamsPath = PARAMS,
     stats: StatsPath = STATS / "retrieve.json",
 ) -> None:
@@ -113,6 +115,7 @@ def retrieve(
             encoder=params.embed.encoder,
             runtime=runtime,
             stats_path=stats,
+            executor=make_executor(executor, params, ray_workers),
         )
 
 

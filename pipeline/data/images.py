@@ -293,7 +293,7 @@ def _most_scans(content: bytes) -> int:
         np.frombuffer(content, "<u2", count=(len(content) - start) // 2, offset=start)
         for start in (0, 1)
     )
-    return sum(np.count_nonzero(part == marker) for part in pairs)
+    return sum(int(np.count_nonzero(part == marker)) for part in pairs)
 
 
 def _num_scans(content: bytes) -> int:

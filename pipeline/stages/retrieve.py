@@ -13,14 +13,12 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from numpy.typing import NDArray
 
 from pipeline.data.ann import EmbeddingIndex, Skip, cached_index
 from pipeline.data.prompts import templates
 from pipeline.data.tables import (
     STATUS_OK,
-    embedding_matrix,
     encoder_name,
     iter_embedding_rows,
     list_embedding_shards,
@@ -29,24 +27,24 @@ from pipeline.data.tables import (
 )
 from pipeline.errors import PipelineError
 from pipeline.models.clip import load_clip, text_embeddings
-from pipeline.parallel import read_ahead
 from pipeline.params import EncoderParams, RetrieveParams
 from pipeline.runtime import Runtime, StageRun
+from pipeline.search import (
+    Candidates,
+    Floats,
+    Query,
+    Rows,
+    inner_products,
+    iter_blocks,
+    search,
+)
+from pipeline.shard_run import Executor, LocalExecutor
 
-# A matrix product sums float32 in an order of its own: similarities are off by less than this.
-MARGIN = 1e-5
-ROWS_IN_CACHE = 256  # so many embeddings stay in the processor's cache from one step to the next
-WIDE_ROWS_IN_CACHE = 64  # likewise, as float64
 READ_ROWS = 8192
 SPARE_CANDIDATES = 64
 RECALL_SAMPLE = 3
 NEGATIVES = "background"
 IMAGE_COLUMNS = ["key", "source", "path", "member", "offset", "width", "height", "sha256"]
-# Of the bits of a float16, all but the sign; the least number that is not finite.
-MAGNITUDE, INFINITE = 0x7FFF, 0x7C00
-
-Floats = NDArray[np.float32]
-Rows = NDArray[np.int64]
 
 
 def run(
@@ -61,6 +59,7 @@ def run(
     encoder: EncoderParams,
     runtime: Runtime,
     stats_path: Path,
+    executor: Executor | None = None,
 ) -> None:
     """Retrieve the archive of each category: the images of the greatest inner products.
 
@@ -84,6 +83,7 @@ def run(
             also `ivf_lists` of the index, of which `ivf_probes` were searched, `ivf_built`: 1 if it
             was not in the cache; and, for at most three categories, `recall_found` of the
             `recall_wanted` images of the exact lists.
+        executor: where shards are searched, if not through an index; here by default.
 
     Raises:
         PipelineError: fewer than k images are embedded, or by another encoder than `encoder`; a
@@ -105,13 +105,16 @@ def run(
         if params.search == "ivf":
             index = _index(shards, num_images, runtime.cache_dir / "retrieve", stage_run)
             candidates = _search(index, texts, k, params.probes, stage_run)
-            emptiest = _Candidates(0)
+            emptiest = Candidates(0)
         else:
-            scan = _Scan(texts, background_texts, k=k, num_negatives=params.num_negatives)
-            for block in _blocks(shards, params.block_rows, stage_run.skip):
-                scan.add(block)
-                stage_run.advance(len(block.positions))
-            candidates, emptiest = scan.candidates, scan.emptiest
+            found = search(
+                shards,
+                Query(texts, background_texts, k, params.num_negatives, params.block_rows),
+                executor=executor or LocalExecutor(),
+                runtime=runtime,
+                tally=stage_run,
+            )
+            candidates, emptiest = found.candidates, found.emptiest
         _check_k(k, stage_run.items, source_dirs)
         images = _Images(shards, [*candidates, emptiest])
         lists = [images.ranked(found) for found in candidates]
@@ -182,123 +185,6 @@ def _positions(lists: Sequence[Ranking]) -> Rows:
     return np.concatenate([part.positions for part in lists])
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Embedded images: positions (N,) among all rows, embeddings (N, C) float16."""
-
-    positions: Rows
-    embeddings: NDArray[np.float16]
-
-
-class _Candidates:
-    """The images that may be among the best `size`, with their scores.
-
-    `choose` goes by approximate scores, `add` takes exact ones; what has no chance any more is
-    dropped in between. In the end `positions` and `scores` hold the best `size` images, all those
-    of a score equal to the last one, and perhaps a few more.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.positions: Rows = np.empty(0, np.int64)
-        self.scores: Floats = np.empty(0, np.float32)
-        self._best: Floats = np.full(size, -np.inf, np.float32)
-        self._floor = -np.inf
-
-    def choose(self, approximate: Floats) -> Rows:
-        """The rows of a block, of these scores (N,), that may be among the best."""
-        better = approximate[approximate > self._best[0]]
-        contenders = np.concatenate([self._best, better])
-        contenders.partition(len(better))
-        self._best = contenders[len(better) :].copy()
-        # Both the score that sets the bar and the one that is held against it may be off.
-        self._floor = self._best[0] - 2 * MARGIN
-        return np.flatnonzero(approximate >= self._floor)
-
-    def add(self, positions: Rows, scores: Floats) -> None:
-        """Take images (N,) with their exact scores (N,)."""
-        scores = np.concatenate([self.scores, scores])
-        kept = scores >= self._floor
-        self.scores = scores[kept]
-        self.positions = np.concatenate([self.positions, positions])[kept]
-
-
-class _Scan:
-    """Runs over the index dataset once and keeps every category's candidates.
-
-    Args:
-        texts: (K, C) float32 unit text embeddings of the categories.
-        background_texts: (M, C), likewise, of the background's names.
-        k: length of each list.
-        num_negatives: images nearer to the background than to the categories to be kept as well.
-    """
-
-    def __init__(self, texts: Floats, background_texts: Floats, *, k: int, num_negatives: int):
-        self._texts = texts
-        self._background_texts = background_texts
-        self.candidates = [_Candidates(k) for _ in texts]
-        # At most K k of these images can be in the lists themselves.
-        self.emptiest = _Candidates(num_negatives + len(texts) * k if num_negatives else 0)
-
-    def add(self, block: _Block) -> None:
-        """Take a block of images into account."""
-        similarities = _similarities(self._texts, block.embeddings)
-        for found, text, row in zip(self.candidates, self._texts, similarities, strict=True):
-            chosen = found.choose(row)
-            if len(chosen):
-                scores = inner_products(block.embeddings[chosen], text)
-                found.add(block.positions[chosen], scores)
-        if self.emptiest.size:
-            self._add_emptiest(block, similarities)
-
-    def _add_emptiest(self, block: _Block, similarities: Floats) -> None:
-        background = _similarities(self._background_texts, block.embeddings)
-        chosen = self.emptiest.choose(background.max(axis=0) - similarities.max(axis=0))
-        embeddings = block.embeddings[chosen]
-        scores = _greatest(background[:, chosen], embeddings, self._background_texts)
-        scores -= _greatest(similarities[:, chosen], embeddings, self._texts)
-        self.emptiest.add(block.positions[chosen], scores)
-
-
-def _similarities(texts: Floats, embeddings: NDArray[np.float16]) -> Floats:
-    """Inner products (K, N), each off by less than MARGIN."""
-    vectors = torch.from_numpy(texts).T
-    products = torch.empty(len(texts), len(embeddings))
-    for rows in _slices(len(embeddings)):
-        products[:, rows] = (torch.from_numpy(embeddings[rows]).float() @ vectors).T
-    return products.numpy()
-
-
-def _slices(count: int, size: int = ROWS_IN_CACHE) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, start + size)
-
-
-def inner_products(embeddings: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """Inner products (N,) float32 of embeddings (N, C) of any float with one vector (C,).
-
-    Summed in float64 row by row, so that equal embeddings have equal similarities wherever they
-    stand; a matrix product does not promise that.
-    """
-    products = np.empty(len(embeddings), np.float32)
-    vector = text.astype(np.float64)
-    for rows in _slices(len(embeddings), WIDE_ROWS_IN_CACHE):
-        # Torch widens halves several times as fast as NumPy.
-        wide = torch.from_numpy(embeddings[rows]).float().double().numpy()
-        products[rows] = np.einsum("nc,c->n", wide, vector)
-    return products
-
-
-def _greatest(similarities: Floats, embeddings: NDArray[np.float16], texts: Floats) -> Floats:
-    """Exact similarity (N,) of each image to its nearest text, given approximate (K, N)."""
-    greatest = np.full(len(embeddings), -np.inf, np.float32)
-    floor = similarities.max(axis=0, initial=-np.inf) - 2 * MARGIN
-    for text, row in zip(texts, similarities, strict=True):
-        near = np.flatnonzero(row >= floor)
-        greatest[near] = np.maximum(greatest[near], inner_products(embeddings[near], text))
-    return greatest
-
-
 def _negatives(
     emptiest: Ranking, lists: list[Ranking], num_negatives: int, *, contested: bool
 ) -> Ranking:
@@ -321,7 +207,7 @@ def _index(
     """The index of all images with direction, of the cache or new; counts what it leaves out."""
 
     def blocks(skip: Skip) -> Iterator[tuple[Rows, NDArray[np.float16]]]:
-        for block in _blocks(shards, READ_ROWS, skip):
+        for block in iter_blocks(shards, READ_ROWS, skip):
             yield block.positions, block.embeddings
 
     index, is_new = cached_index(cache_dir, shards, num_images=num_images, blocks=blocks)
@@ -334,17 +220,17 @@ def _index(
 
 def _search(
     index: EmbeddingIndex, texts: Floats, k: int, probes: int, stage_run: StageRun
-) -> list[_Candidates]:
+) -> list[Candidates]:
     """Candidates of each category, and the recall of a few categories in the stats.
 
     They are ranked by the embeddings that the index holds, which are those of the shards.
     """
     size = min(k + SPARE_CANDIDATES, index.num_images)
 
-    def scored(some: Floats, num_lists: int) -> Iterator[_Candidates]:
+    def scored(some: Floats, num_lists: int) -> Iterator[Candidates]:
         found = index.nearest(some, size, probes=num_lists)
         for text, (positions, embeddings) in zip(some, found, strict=True):
-            candidates = _Candidates(k)
+            candidates = Candidates(k)
             candidates.add(positions, inner_products(embeddings, text))
             yield candidates
 
@@ -406,42 +292,6 @@ def _text_embeddings(
     ]
 
 
-def _blocks(shards: list[Path], block_rows: int, skip: Skip) -> Iterator[_Block]:
-    """Yield the embedded images of all shards, at most `block_rows` at a time."""
-    position = 0
-    columns = ["key", "status", "embedding"]
-    read = iter_embedding_rows(shards, columns=columns, block_rows=block_rows)
-    for rows in read_ahead(read):
-        block = _block(rows, position, skip)
-        if len(block.positions):
-            yield block
-        position += len(rows)
-
-
-def _block(rows: pa.RecordBatch, position: int, skip: Skip) -> _Block:
-    """The images of a batch that have an embedding with direction; others are skipped.
-
-    `position` is that of the first row. An embedding without direction is zero or not finite.
-    """
-    is_ok = pc.equal(rows["status"], STATUS_OK).to_numpy(zero_copy_only=False)
-    if not is_ok.all():
-        rows = rows.filter(pa.array(is_ok))
-    keys, embeddings = rows["key"], embedding_matrix(rows["embedding"])
-    positions = position + np.flatnonzero(is_ok)
-    largest = np.empty(len(embeddings), np.uint16)
-    for part in _slices(len(embeddings)):
-        largest[part] = (embeddings[part].view(np.uint16) & MAGNITUDE).max(axis=1)
-    is_finite, is_zero = largest < INFINITE, largest == 0
-    if is_finite.all() and not is_zero.any():
-        return _Block(positions, embeddings)
-    for key in keys.filter(pa.array(~is_finite)).to_pylist():
-        skip(key, "embedding is not finite")
-    for key in keys.filter(pa.array(is_zero)).to_pylist():
-        skip(key, "embedding is zero")
-    has_direction = is_finite & ~is_zero
-    return _Block(positions[has_direction], embeddings[has_direction])
-
-
 def _count_overlaps(stage_run: StageRun, lists: list[Ranking], archives: list[Ranking]) -> None:
     _, times = np.unique(_positions(lists), return_counts=True)
     stage_run.count("overlaps", int(np.count_nonzero(times > 1)))
@@ -457,12 +307,12 @@ class _Images:
         candidates: all the candidates that there are.
     """
 
-    def __init__(self, shards: list[Path], candidates: Sequence[_Candidates]) -> None:
+    def __init__(self, shards: list[Path], candidates: Sequence[Candidates]) -> None:
         self._positions = np.unique(np.concatenate([found.positions for found in candidates]))
         self._table = _rows_at(shards, self._positions)
         self._key_ranks = pc.rank(self._table["key"]).to_numpy()
 
-    def ranked(self, candidates: _Candidates) -> Ranking:
+    def ranked(self, candidates: Candidates) -> Ranking:
         """The best images: highest score first, equal scores by key."""
         key_ranks = self._key_ranks[self._rows(candidates.positions)]
         best = np.lexsort((key_ranks, -candidates.scores))[: candidates.size]

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_workspace import STAGES, Workspace, content, write_workspace
+from tiny_workspace import SHARDED, STAGES, Workspace, content, write_workspace
 
 from pipeline.data.shards import MANIFEST
 from pipeline.errors import PipelineError
@@ -89,7 +89,7 @@ def stopped_late(workspace: Workspace, stage: str, out: Path) -> tuple[int, list
     return process, rows
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SHARDED)
 def test_finished_shards_are_kept_and_damaged_ones_are_made_again(
     workspace: Workspace, tmp_path: Path, stage: str
 ) -> None:

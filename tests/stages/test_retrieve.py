@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from pipeline.data.tables import (
 from pipeline.errors import PipelineError
 from pipeline.models.clip import load_clip, text_embeddings
 from pipeline.params import EncoderParams, RetrieveParams
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, Tally
+from pipeline.shard_run import LocalExecutor, Task
 from pipeline.stages import retrieve
 from pipeline.stages.retrieve import Ranking, settle_overlaps
 
@@ -68,9 +69,19 @@ def write_shards(tmp_path: Path, encoder: EncoderParams) -> Callable[..., None]:
     return write
 
 
-@pytest.fixture
+class ShardByShard(LocalExecutor):
+    """Searches every shard by itself, the last one first, so that lists have to be merged."""
+
+    def run(self, tasks: Sequence[Task], **options: Any) -> Iterator[tuple[Task, int, Tally]]:
+        return super().run(tasks[::-1], **options)
+
+    def task_size(self, count: int) -> int:
+        return 1
+
+
+@pytest.fixture(params=[LocalExecutor(), ShardByShard()], ids=["at once", "merged"])
 def run(
-    tmp_path: Path, runtime: Runtime, encoder: EncoderParams
+    tmp_path: Path, runtime: Runtime, encoder: EncoderParams, request: pytest.FixtureRequest
 ) -> Callable[..., tuple[list[ArchiveRow], dict[str, Any]]]:
     """Function that runs the stage and returns the archives and the stats."""
 
@@ -90,6 +101,7 @@ def run(
             encoder=encoder,
             runtime=runtime,
             stats_path=tmp_path / "stats.json",
+            executor=request.param,
         )
         stats = json.loads((tmp_path / "stats.json").read_text())
         return read_archives(tmp_path / "archives.parquet"), stats
@@ -213,6 +225,16 @@ def test_embeddings_without_direction_are_skipped_and_listed(
 
 
 @pytest.mark.parametrize("block_rows", [1, 2, 65_536])
+def test_skipped_images_are_listed_in_the_order_of_the_shards(
+    run: Callable, write_shards: Callable, texts: np.ndarray
+) -> None:
+    for shard in range(3):
+        write_shards(f"a/{shard:05d}", [np.zeros(16), texts[0]], [f"zero{shard}", f"one{shard}"])
+    _, stats = run(2)
+    assert [skip["item"] for skip in stats["skipped_items"]] == ["zero0", "zero1", "zero2"]
+    assert (stats["items"], stats["skipped"]) == (3, 3)
+
+
 def test_one_image(
     run: Callable, write_shards: Callable, texts: np.ndarray, block_rows: int
 ) -> None:

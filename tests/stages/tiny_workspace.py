@@ -22,14 +22,16 @@ from pipeline.params import (
     EvaluateParams,
     MaskParams,
     PseudoLabelParams,
+    RetrieveParams,
     SourceParams,
     VocBench,
 )
 from pipeline.runtime import Runtime
 from pipeline.shard_run import Executor
-from pipeline.stages import embed, evaluate, mask, pseudo_label
+from pipeline.stages import embed, evaluate, mask, pseudo_label, retrieve
 
-STAGES = ("embed", "mask", "pseudo_label", "evaluate")
+SHARDED = ("embed", "mask", "pseudo_label", "evaluate")
+STAGES = (*SHARDED, "retrieve")
 SELFMASK = SelfMaskConfig(
     dim=16, depth=1, num_heads=2, num_queries=3, decoder_layers=1, mlp_ratio=2, grid=4
 )
@@ -67,6 +69,23 @@ class Workspace:
             source=SourceParams(root=self.images),
             out_dir=out,
             params=EmbedParams(encoder=self.encoder, batch_size=4, shard_size=10, workers=1),
+            runtime=runtime,
+            stats_path=stats,
+            executor=executor,
+        )
+
+    def _retrieve(
+        self, out: Path, runtime: Runtime, stats: Path, executor: Executor | None
+    ) -> None:
+        retrieve.run(
+            embeddings_dir=self.root / "embeddings",
+            sources=["made"],
+            out_path=out / "archives.parquet",
+            categories=CATEGORIES,
+            background=["background"],
+            k=7,
+            params=RetrieveParams(templates="name", overlap="best", num_negatives=3, block_rows=4),
+            encoder=self.encoder,
             runtime=runtime,
             stats_path=stats,
             executor=executor,
@@ -142,6 +161,7 @@ def write_workspace(
         writer.add(f"im{number:03d}", data, semantic, (semantic > 0).astype(np.uint8))
     writer.write_split("val", [f"im{number:03d}" for number in range(bench)])
     workspace.run("mask", root / "masks")
+    workspace.run("embed", root / "embeddings")
     return workspace
 
 
