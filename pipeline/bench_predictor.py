@@ -234,6 +234,11 @@ class PredictionMaker:
         corruption: see `image_loader`, like the next one.
         bench_name: likewise.
         runtime: device, precision, and seed of corruptions.
+
+    Attributes:
+        load: reads an image as the predictor sees it.
+        predictor: what predicts.
+        settings: all that a prediction depends on besides its image; representable in JSON.
     """
 
     def __init__(
@@ -245,7 +250,7 @@ class PredictionMaker:
         bench_name: str,
         runtime: Runtime,
     ) -> None:
-        self._load = image_loader(corruption, bench_name=bench_name, seed=runtime.seed)
+        self.load = image_loader(corruption, bench_name=bench_name, seed=runtime.seed)
         self.predictor = open_predictor(runtime=runtime)
         self.settings = self.predictor.protocol
         self._categories = categories
@@ -264,7 +269,7 @@ class PredictionMaker:
         self, queries: Iterable[Query], tally: Tally
     ) -> Iterator[tuple[int, StoredPrediction]]:
         """Yield predictions with the numbers of their images; a batch shares one vocabulary."""
-        loaded = _load_images(queries, self._load, tally)
+        loaded = _load_images(queries, self.load, tally)
         for names, group in groupby(loaded, key=lambda pair: pair[0].vocabulary):
             chosen = self.predictor.select(names or self._categories)
             for batch in batches(group, self._batch_size):

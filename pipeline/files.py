@@ -31,7 +31,12 @@ SCHEME = "://"
 URL_AS_PATH = re.compile(r"[a-z][a-z0-9+.-]+:/")
 KEY_DIGITS = 16
 ABANDONED_SECONDS = 3600
-OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Problem and remedy, by error number.
+OUT_OF_SPACE = {
+    errno.ENOSPC: ("no space left on the disk", "free some"),
+    errno.EDQUOT: ("no space left in the disk quota", "free some"),
+    errno.EFBIG: ("a file is larger than the disk or `ulimit -f` allows", "have that changed"),
+}
 
 Location = Any  # a `Path`, or a `UPath` with a URL, which is used in the same way
 

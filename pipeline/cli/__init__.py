@@ -17,6 +17,7 @@ from pipeline.cli.imports import import_app
 from pipeline.cli.stages import stages_app
 from pipeline.cli.weights import weights_app
 from pipeline.errors import PipelineError
+from pipeline.files import OUT_OF_SPACE
 
 app = typer.Typer(
     name="pipeline",
@@ -36,12 +37,6 @@ app.add_typer(demo_app, name="demo", no_args_is_help=True)
 
 BAD_PATH = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 BAD_PATH_CODES = (errno.EROFS, errno.ENAMETOOLONG)
-# Problem and remedy.
-NO_SPACE = {
-    errno.ENOSPC: ("no space left on the disk", "free some"),
-    errno.EDQUOT: ("no space left in the disk quota", "free some"),
-    errno.EFBIG: ("a file is larger than the disk or `ulimit -f` allows", "have that changed"),
-}
 # Packages whose errors are those of an object store or of the way there.
 STORES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 INTERRUPTED = 130  # what Typer makes of Ctrl-C
@@ -69,8 +64,8 @@ def main() -> None:
 def _explain(error: OSError) -> str:
     """One line for a failed file operation; re-raises what is not about the user's disk."""
     where = f" ({error.filename})" if error.filename else ""
-    if error.errno in NO_SPACE:
-        problem, remedy = NO_SPACE[error.errno]
+    if error.errno in OUT_OF_SPACE:
+        problem, remedy = OUT_OF_SPACE[error.errno]
         return (
             f"error: {problem}{where}: {remedy} and run the same command again; "
             "nothing half-written was kept and finished work is reused"

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from pipeline.bench_predictor import (
     PredictionMaker,
-    image_loader,
     load_predictor,
     queries_of,
 )
@@ -120,14 +119,14 @@ def run(
             runtime=runtime,
         )
     )
+    described = {"categories": list(task.categories), "protocol": protocol}
+    queries = queries_of(benchmark)
     with StageRun(
         "evaluate",
         stats_path=stats_path,
         total=len(benchmark),
         max_error_rate=params.max_error_rate,
     ) as stage:
-        queries = queries_of(benchmark)
-        described = {"categories": list(task.categories), "protocol": protocol}
         run_shards(
             predictions_dir,
             slices(queries, SHARD_SIZE),
@@ -150,12 +149,11 @@ def run(
             benchmark,
             store,
             image_miou=board.image_miou,
-            load=image_loader(bench.corruption, bench_name=bench_name, seed=runtime.seed),
+            load=maker.load,
             count=params.overlays,
         )
         _write_per_class(out_dir / "plots" / f"{name}_per_class.csv", task, board)
-        scores = board.compute() | {"protocol": protocol}
-        write_json(out_dir / "metrics" / f"{name}.json", scores)
+        write_json(out_dir / "metrics" / f"{name}.json", board.compute() | {"protocol": protocol})
 
 
 def _open(bench: BenchParams, task: ScoringTask) -> Benchmark:
