@@ -48,7 +48,7 @@ class BlobCache:
     def __init__(self, root: Path, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.dir = Path(root) / digest(settings)[:32]
-        self._use = _UseMark(self.dir)
+        self._use = UseMark(self.dir)
         self._use.take()
         self._pending: dict[str, bytes] = {}
         self._pending_bytes = 0
@@ -161,22 +161,30 @@ class BlobCache:
         self._scan()
 
 
-class _UseMark:
+class UseMark:
     """A shared lock on `in_use.lock` of a folder, whose time tells when the folder was last used.
 
-    A folder that is not there, cannot be written or has no locks is used without.
+    A folder that is not there, cannot be written or has no locks is used without. As a context,
+    it is taken at the beginning and released at the end.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / IN_USE
         self._descriptor: int | None = None
 
+    def __enter__(self) -> Self:
+        self.take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def take(self) -> None:
-        """Lock, unless it is locked already."""
-        if self._descriptor is None:
-            with suppress(OSError):
+        """Lock, unless it is locked already, and note the time."""
+        with suppress(OSError):
+            if self._descriptor is None:
                 self._descriptor = open_locked(self._path, shared=True)
-                os.utime(self._path)
+            os.utime(self._path)
 
     def release(self) -> None:
         """Unlock; it can be taken again."""

@@ -17,6 +17,7 @@ from scmrepo.exceptions import SCMError
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pipeline.data.cache import UseMark
 from pipeline.data.labels import IGNORE_INDEX
 from pipeline.data.prompts import templates
 from pipeline.data.shards import read_manifest
@@ -34,7 +35,7 @@ from pipeline.params import TrainParams
 from pipeline.runtime import Runtime, StageRun
 
 # To be raised with every change after which the same settings give other weights.
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 STATE_NAME = "last.safetensors"
 LOSSES = ("loss", "semantic", "mask")
 
@@ -125,7 +126,10 @@ def run(
         state_path = _state_path(
             labels_dir, categories, background, network, params=params, runtime=runtime
         )
-        with _open_live(live_dir) if group.is_main else nullcontext() as live:
+        with (
+            _open_live(live_dir) if group.is_main else nullcontext() as live,
+            UseMark(state_path.parent) as mark,
+        ):
             log = _LossLog(live, stage, group, batch_size=params.batch_size)
             start = _resume(state_path, model, optimizer, log, group) if resume else 0
             _check_common_start(start, group, state_path)
@@ -149,6 +153,7 @@ def run(
                     save_checkpoint(out_dir, model, {**config, "step": step})
                     # The log has just been written, so nothing of it is pending.
                     save_state(state_path, model, optimizer, step=step, extra=log.rows)
+                    mark.take()
                 stage.advance()
     if group.is_main:
         _remove_state(state_path)

@@ -23,6 +23,7 @@ from tiny_training import (
     write_labels,
 )
 
+from pipeline.data.cache_store import collect
 from pipeline.params import EncoderParams, TrainParams
 
 
@@ -73,6 +74,23 @@ def test_killed_at_any_time_and_started_again_gives_the_same_bytes(
     finished = outputs(root)
     assert {name: finished[name] for name in undisturbed} == undisturbed
     assert not (root / "cache/train").exists()
+
+
+def test_the_state_of_a_running_training_is_kept_from_gc(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    def collected() -> list[str]:
+        verdicts = collect(tmp_path / "cache", now=time.time() + 7200, unused_days=0, kind="train")
+        return [verdict.reason for verdict in verdicts if not verdict.is_removed]
+
+    params = small_params(encoder, iterations=5000, checkpoint_every=1)
+    process = start_training(labels_dir, tmp_path, params)
+    wait_until(lambda: any(tmp_path.glob("cache/train/*/in_use.lock")), process)
+    assert collected() == ["in use by a running stage"]
+    kill(process)
+    assert states(tmp_path)
+    assert collected() == []
+    assert not states(tmp_path)
 
 
 def test_a_run_cut_off_at_its_very_end_only_writes_what_is_left(
