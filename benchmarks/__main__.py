@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ REPORT = Path("reports/bench.json")
 
 
 def main() -> int:
-    """Run the benches; exit status 1 if two sides do not agree."""
+    """Run the benches; exit status 1 if two sides do not agree, or one of them fails."""
     options = _options()
     use_threads(options.threads)
     # Only now: NumPy and torch read the number of threads when they are imported.
@@ -35,8 +36,9 @@ def main() -> int:
         serve_seconds(bench, options.side, quick=options.quick)
         return 0
     machine = describe_machine(options.threads)
+    out = options.out or (None if options.quick or options.only else REPORT)
     rows: list[Row] = []
-    disagreements = 0
+    failures = 0
     for bench in select(options.only):
         print(f"{bench.name}: {bench.title}", flush=True)
         try:
@@ -50,14 +52,17 @@ def main() -> int:
             )
             print(f"  {rows[-1].check or rows[-2].check}", flush=True)
         except AssertionError as error:
-            disagreements += 1
+            failures += 1
             print(f"  NOT THE SAME RESULT: {error}", flush=True)
+        except Exception:  # the other rows took their time, too
+            failures += 1
+            traceback.print_exc()
+        if out is not None:
+            write_json(out, {"machine": machine, "rows": [asdict(row) for row in rows]})
     print(_table(rows))
-    out = options.out or (None if options.quick or options.only else REPORT)
     if out is not None:
-        write_json(out, {"machine": machine, "rows": [asdict(row) for row in rows]})
         print(f"written to {out}")
-    return int(disagreements > 0)
+    return int(failures > 0)
 
 
 def _options() -> Any:

@@ -26,6 +26,7 @@ from pipeline.data.benchmarks import Benchmark, open_bench
 from pipeline.data.benchmarks.voc import VocWriter
 from pipeline.data.images import load_image
 from pipeline.data.labels import LABEL_TYPE
+from pipeline.models.build import save_checkpoint
 from pipeline.models.postprocess import semantic_prediction
 from pipeline.models.zutis import Zutis, ZutisOutput
 from pipeline.predictor import PredictionSettings, Segmenter, to_tensor
@@ -85,27 +86,31 @@ def _segmenter(runtime: Runtime, *, quick: bool) -> tuple[Segmenter, Zutis, Tens
     return segmenter, network, text
 
 
-def _evaluate(folder: Path, segmenter: Segmenter, benchmark: Benchmark) -> Evaluated:
+def _maker(folder: Path, segmenter: Segmenter, network: Zutis) -> PredictionMaker:
+    """What predicts, for a checkpoint that is written to the folder."""
+    config = {
+        "architecture": {},
+        "encoder": {"model": "random", "pretrained": "none"},
+        "categories": CATEGORIES,
+        "background": ["background"],
+        "templates": "name",
+        "step": 0,
+    }
+    save_checkpoint(folder / "zutis", network, config)
+    predictor = NetworkPredictor(segmenter, baseline=None, checkpoint_dir=folder / "zutis")
+    runtime = cpu_runtime(folder / "cache")
+    return PredictionMaker(lambda **_: predictor, CATEGORIES, 1, None, "voc", runtime)
+
+
+def _evaluate(folder: Path, maker: PredictionMaker, benchmark: Benchmark) -> Evaluated:
     """Predict to disk, then score from there, as the stage does."""
-    predictor = NetworkPredictor(segmenter, baseline=None, checkpoint_dir=folder)
-
-    def recipe(runtime: Runtime) -> PredictionMaker:
-        return PredictionMaker(
-            lambda **_: predictor,
-            CATEGORIES,
-            1,
-            None,
-            "voc",
-            runtime,
-        )
-
     with StageRun("evaluate", stats_path=folder / "stats.json") as stage:
         run_shards(
             folder / "predictions",
             slices(queries_of(benchmark), SHARD_SIZE),
             key="0",
-            recipe=recipe,
-            maker=recipe(cpu_runtime(folder)),
+            recipe=lambda _: maker,
+            maker=maker,
             executor=LocalExecutor(),
             stage=stage,
             settings={},
@@ -127,6 +132,7 @@ def prepare_evaluation(
     benchmark = _open_voc(folder)
     runtime = make(folder / "cache")
     segmenter, network, text = _segmenter(runtime, quick=quick)
+    maker = _maker(folder, segmenter, network)
     paths = [folder / f"voc/JPEGImages/{image_id}.jpg" for image_id in image_ids]
     inputs = [
         to_tensor(load_image(path), segmenter.settings, patch_size=PATCH)[None].to(runtime.device)
@@ -139,7 +145,7 @@ def prepare_evaluation(
             return [network(image) for image in inputs]
 
     def ours() -> Evaluated:
-        return _evaluate(folder, segmenter, benchmark)
+        return _evaluate(folder, maker, benchmark)
 
     def check(outputs: list[ZutisOutput], evaluated: Evaluated) -> str:
         num_objects = 0
@@ -157,8 +163,8 @@ def prepare_evaluation(
 
 
 def _evaluate_many(folder: Path) -> Evaluated:
-    segmenter, _, _ = _segmenter(cpu_runtime(folder / "cache"), quick=True)
-    return _evaluate(folder, segmenter, _open_voc(folder))
+    segmenter, network, _ = _segmenter(cpu_runtime(folder / "cache"), quick=True)
+    return _evaluate(folder, _maker(folder, segmenter, network), _open_voc(folder))
 
 
 CURVE = Curve(
