@@ -43,12 +43,12 @@ def benchmark(*options: str) -> None:
 def test_the_table_is_written(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     benchmark(
-        *("benchmarks", "--quick", "--memory", "--budget", "0.1", "--repeats", "1"),
-        *("--only", "retrieve", "--only", "confusion", "--out", str(out)),
+        *("benchmarks", "--quick", "--budget", "0.1", "--repeats", "1"),
+        *("--only", "confusion", "--out", str(out)),
     )
     report = json.loads(out.read_text())
-    assert {row["name"] for row in report["rows"]} == {"retrieve", "retrieve_memory", "confusion"}
-    assert all(row["ratio"] > 0 for row in report["rows"])
+    assert [row["name"] for row in report["rows"]] == ["confusion"]
+    assert report["rows"][0]["ratio"] > 0
     assert report["machine"]
 
 
