@@ -86,8 +86,8 @@ def _segmenter(runtime: Runtime, *, quick: bool) -> tuple[Segmenter, Zutis, Tens
     return segmenter, network, text
 
 
-def _maker(folder: Path, segmenter: Segmenter, network: Zutis) -> PredictionMaker:
-    """What predicts, for a checkpoint that is written to the folder."""
+def _save_network(folder: Path, network: Zutis) -> None:
+    """Write the checkpoint that the maker of predictions names them by."""
     config = {
         "architecture": {},
         "encoder": {"model": "random", "pretrained": "none"},
@@ -97,6 +97,10 @@ def _maker(folder: Path, segmenter: Segmenter, network: Zutis) -> PredictionMake
         "step": 0,
     }
     save_checkpoint(folder / "zutis", network, config)
+
+
+def _maker(folder: Path, segmenter: Segmenter) -> PredictionMaker:
+    """What predicts, for the checkpoint in the folder."""
     predictor = NetworkPredictor(segmenter, baseline=None, checkpoint_dir=folder / "zutis")
     runtime = cpu_runtime(folder / "cache")
     return PredictionMaker(lambda **_: predictor, CATEGORIES, 1, None, "voc", runtime)
@@ -132,7 +136,8 @@ def prepare_evaluation(
     benchmark = _open_voc(folder)
     runtime = make(folder / "cache")
     segmenter, network, text = _segmenter(runtime, quick=quick)
-    maker = _maker(folder, segmenter, network)
+    _save_network(folder, network)
+    maker = _maker(folder, segmenter)
     paths = [folder / f"voc/JPEGImages/{image_id}.jpg" for image_id in image_ids]
     inputs = [
         to_tensor(load_image(path), segmenter.settings, patch_size=PATCH)[None].to(runtime.device)
@@ -162,9 +167,15 @@ def prepare_evaluation(
     return Pair(bare, ours, check)
 
 
+def _prepare_many(folder: Path, num_images: int, dim: int) -> None:
+    del dim
+    _write_voc(folder / "voc", (96, 128), num_images)
+    _save_network(folder, zutis_network(quick=True))
+
+
 def _evaluate_many(folder: Path) -> Evaluated:
-    segmenter, network, _ = _segmenter(cpu_runtime(folder / "cache"), quick=True)
-    return _evaluate(folder, _maker(folder, segmenter, network), _open_voc(folder))
+    segmenter, _, _ = _segmenter(cpu_runtime(folder / "cache"), quick=True)
+    return _evaluate(folder, _maker(folder, segmenter), _open_voc(folder))
 
 
 CURVE = Curve(
@@ -172,7 +183,7 @@ CURVE = Curve(
     title="evaluate: images of 128 x 96, tiny network, semantic and instance scores",
     sizes=(100, 500, 2_500),
     bytes_of_item=lambda _: 20_000,
-    prepare=lambda folder, size, _: _write_voc(folder / "voc", (96, 128), size),
+    prepare=_prepare_many,
     run=_evaluate_many,
 )
 

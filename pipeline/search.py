@@ -122,10 +122,17 @@ class PartSearch:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Embedded images: positions (N,) among all rows, embeddings (N, C) float16."""
+    """Embedded images, and those that were left out.
+
+    Attributes:
+        positions: (N,) among all rows.
+        embeddings: (N, C) float16.
+        skipped: key and reason of each image that was left out.
+    """
 
     positions: Rows
     embeddings: NDArray[np.float16]
+    skipped: list[tuple[str, str]]
 
 
 class Candidates:
@@ -145,13 +152,14 @@ class Candidates:
 
     def choose(self, approximate: Floats) -> Rows:
         """The rows of a block, of these scores (N,), that may be among the best."""
-        better = approximate[approximate > self._best[0]]
-        contenders = np.concatenate([self._best, better])
-        contenders.partition(len(better))
-        self._best = contenders[len(better) :].copy()
+        rows = np.flatnonzero(approximate >= self._floor)
+        scores = approximate[rows]
+        contenders = np.concatenate([self._best, scores])
+        contenders.partition(len(scores))
+        self._best = contenders[len(scores) :].copy()
         # Both the score that sets the bar and the one that is held against it may be off.
         self._floor = self._best[0] - 2 * MARGIN
-        return np.flatnonzero(approximate >= self._floor)
+        return rows[scores >= self._floor]
 
     def add(self, positions: Rows, scores: Floats) -> None:
         """Take images (N,) with their exact scores (N,)."""
@@ -180,6 +188,7 @@ class Scan:
         # At most K k of these images can be in the lists themselves.
         size = query.num_negatives + len(query.texts) * query.k if query.num_negatives else 0
         self.emptiest = Candidates(size)
+        self._lists = [*self.candidates, self.emptiest]
 
     def add(self, block: Block) -> None:
         """Take a block of images into account."""
@@ -202,18 +211,17 @@ class Scan:
 
     def lists(self) -> dict[str, np.ndarray]:
         """All candidates: `positions`, `scores`, and the `lengths` of the lists that they form."""
-        every = [*self.candidates, self.emptiest]
         return {
-            "positions": np.concatenate([found.positions for found in every]),
-            "scores": np.concatenate([found.scores for found in every]),
-            "lengths": np.array([len(found.positions) for found in every]),
+            "positions": np.concatenate([found.positions for found in self._lists]),
+            "scores": np.concatenate([found.scores for found in self._lists]),
+            "lengths": np.array([len(found.positions) for found in self._lists]),
         }
 
     def merge(self, lists: dict[str, np.ndarray]) -> None:
         """Take the lists of another scan of the same query into account."""
         ends = np.cumsum(lists["lengths"])[:-1]
         for found, positions, scores in zip(
-            [*self.candidates, self.emptiest],
+            self._lists,
             np.split(lists["positions"], ends),
             np.split(lists["scores"], ends),
             strict=True,
@@ -239,17 +247,21 @@ def iter_blocks(
     Raises:
         PipelineError: a shard is damaged.
     """
-    position = first_position
-    columns = ["key", "status", "embedding"]
-    read = iter_embedding_rows(shards, columns=columns, block_rows=block_rows)
-    for rows in read_ahead(read):
-        block = _block(rows, position, skip)
+    for block in read_ahead(_read_blocks(shards, block_rows, first_position)):
+        for key, reason in block.skipped:
+            skip(key, reason)
         if len(block.positions):
             yield block
+
+
+def _read_blocks(shards: Sequence[Path], block_rows: int, position: int) -> Iterator[Block]:
+    columns = ["key", "status", "embedding"]
+    for rows in iter_embedding_rows(shards, columns=columns, block_rows=block_rows):
+        yield _block(rows, position)
         position += len(rows)
 
 
-def _block(rows: pa.RecordBatch, position: int, skip: Skip) -> Block:
+def _block(rows: pa.RecordBatch, position: int) -> Block:
     """The images of a batch, the first at `position`, that have an embedding with direction."""
     is_ok = pc.equal(rows["status"], STATUS_OK).to_numpy(zero_copy_only=False)
     if not is_ok.all():
@@ -261,13 +273,17 @@ def _block(rows: pa.RecordBatch, position: int, skip: Skip) -> Block:
         largest[part] = (embeddings[part].view(np.uint16) & MAGNITUDE).max(axis=1)
     is_finite, is_zero = largest < INFINITE, largest == 0
     if is_finite.all() and not is_zero.any():
-        return Block(positions, embeddings)
-    for key in keys.filter(pa.array(~is_finite)).to_pylist():
-        skip(key, "embedding is not finite")
-    for key in keys.filter(pa.array(is_zero)).to_pylist():
-        skip(key, "embedding is zero")
+        return Block(positions, embeddings, [])
+    skipped = [
+        (key, reason)
+        for reason, is_meant in (
+            ("embedding is not finite", ~is_finite),
+            ("embedding is zero", is_zero),
+        )
+        for key in keys.filter(pa.array(is_meant)).to_pylist()
+    ]
     has_direction = is_finite & ~is_zero
-    return Block(positions[has_direction], embeddings[has_direction])
+    return Block(positions[has_direction], embeddings[has_direction], skipped)
 
 
 def _similarities(texts: Floats, embeddings: NDArray[np.float16]) -> Floats:

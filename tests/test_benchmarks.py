@@ -13,6 +13,7 @@ import pytest
 from benchmarks import evaluation, retrieval, stages
 from benchmarks.harness import Bench, Curve, timed
 from benchmarks.registry import select
+from benchmarks.table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 CURVES = [(evaluation.CURVE, 20), (retrieval.CURVE, 600), (stages.CURVE, 20)]
@@ -50,6 +51,11 @@ def test_the_table_is_written(tmp_path: Path) -> None:
     assert [row["name"] for row in report["rows"]] == ["confusion"]
     assert report["rows"][0]["ratio"] > 0
     assert report["machine"]
+
+
+def test_the_readme_shows_the_reports() -> None:
+    reports = [ROOT / "reports" / name for name in ("bench.json", "bench-again.json")]
+    assert markdown(reports) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_benchmark_of_a_gpu_runs_without_one() -> None:
