@@ -19,6 +19,7 @@ from pipeline.data.transforms import (
     View,
     bounding_box,
     pad_box,
+    shown_box,
     view_image,
     view_mask,
 )
@@ -81,6 +82,10 @@ def cut_out(
     `keep_last_row_column` see `object_box`.
     """
     seen = view.visible
+    if sample.occupied is not None:
+        seen = shown_box(sample.occupied, view, sample.instances.shape).within(seen)
+    if min(seen.shape) <= 0:
+        return None
     inside = view_mask(sample.instances, view, seen) == instance
     around = bounding_box(inside)
     if around is None:

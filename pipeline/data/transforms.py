@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -80,12 +81,14 @@ class Sample:
         semantic: (H, W) integer label ids; 0 is background, IGNORE_INDEX is void.
         instances: (H, W) integer; 1 to `num_instances` name this sample's objects, 0 is none.
         num_instances: Number of its objects.
+        occupied: A box around all of its objects; None: they may be anywhere.
     """
 
     image: Image.Image
     semantic: np.ndarray
     instances: np.ndarray
     num_instances: int = 1
+    occupied: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,8 @@ class ColourChange:
 # Large images are reduced by whole factors to about this side before their mean is taken.
 MEAN_SIDE = 48.0
 NO_COLOUR = np.zeros(3, dtype=np.uint8)
+# The masks of a sample are asked for one after the other, in two directions each.
+NEAREST_KEPT = 16
 
 
 def draw_view(
@@ -242,6 +247,15 @@ def view_mask(mask: np.ndarray, view: View, box: Box) -> np.ndarray:
     return mask.take(rows[box.top : box.bottom], axis=0).take(columns[box.left : box.right], axis=1)
 
 
+def shown_box(box: Box, view: View, shape: tuple[int, int]) -> Box:
+    """Where a view shows a box of a mask of this shape (H, W), resized as by `view_mask`."""
+    top, bottom = np.searchsorted(_nearest(shape[0], view.height), box[::2]).tolist()
+    left, right = np.searchsorted(_nearest(shape[1], view.width), box[1::2]).tolist()
+    if view.mirrored:
+        left, right = view.width - right, view.width - left
+    return Box(top, left, bottom, right)
+
+
 def bounding_box(inside: np.ndarray) -> Box | None:
     """Smallest box around the true pixels (H, W); None if there is none."""
     rows = np.flatnonzero(inside.any(axis=1))
@@ -330,7 +344,9 @@ def _change_colours(image: Image.Image, change: ColourChange, mean: np.ndarray) 
     return image.convert("RGB") if change.greyscale else image
 
 
+@lru_cache(maxsize=NEAREST_KEPT)
 def _nearest(length: int, new_length: int) -> np.ndarray:
+    """For each new pixel the nearest of `length` old ones, ascending; not to be written to."""
     centres = (np.arange(new_length) + 0.5) * (length / new_length)
     return np.minimum(centres.astype(np.intp), length - 1)
 

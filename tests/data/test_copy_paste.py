@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from pipeline.data.transforms import (
     ColourChange,
     Sample,
     View,
+    bounding_box,
     draw_colour_change,
     draw_view,
 )
@@ -165,14 +167,19 @@ def test_canvas_shows_void_and_no_instance_where_it_is_padded() -> None:
 
 @pytest.mark.parametrize("shape", [(40, 64), (64, 30), (9, 7), (1, 1)])
 @pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("is_occupied_known", [False, True])
 def test_a_cutout_is_cut_out_of_what_a_canvas_would_show(
-    shape: tuple[int, int], whole: bool
+    shape: tuple[int, int], whole: bool, is_occupied_known: bool
 ) -> None:
     rng = random.Random(0)
     ids = np.random.default_rng(3).integers(0, 4, [(length + 7) // 8 for length in shape])
     ids = ids.repeat(8, axis=0).repeat(8, axis=1)[: shape[0], : shape[1]]
     semantic = np.random.default_rng(3).choice([-1, 0, 4, 9], shape)
-    sample = Sample(photo(*shape), semantic, ids, num_instances=3)
+    occupied = None
+    if is_occupied_known:
+        ids[: shape[0] // 4], ids[:, shape[1] // 2 + 1 :] = 0, 0
+        occupied = bounding_box(ids > 0)
+    sample = Sample(photo(*shape), semantic, ids, num_instances=3, occupied=occupied)
     num_objects = 0
     for _ in range(60):
         view = draw_view(*shape, scale_range=(0.1, 2.0), crop_size=24, flip=0.5, rng=rng)
@@ -193,13 +200,16 @@ def test_a_cutout_is_cut_out_of_what_a_canvas_would_show(
     assert num_objects > 9
 
 
-def test_an_object_out_of_sight_or_void_is_nothing() -> None:
+@pytest.mark.parametrize("occupied", [None, Box(2, 2, 20, 20)])
+def test_an_object_out_of_sight_or_void_is_nothing(occupied: Box | None) -> None:
     ids = np.zeros((20, 20), dtype=np.uint8)
     ids[15:, 15:], ids[2:6, 2:9] = 1, 2
     semantic = np.where(ids == 2, -1, ids * np.int16(5))
-    sample = Sample(photo(20, 20), semantic, ids, num_instances=2)
+    sample = Sample(photo(20, 20), semantic, ids, num_instances=2, occupied=occupied)
     corner = View(20, 20, crop=Box(0, 0, 12, 12), mirrored=False)
     assert cut_out(sample, corner, ColourChange(), instance=1) is None
+    nothing_there = replace(sample, occupied=Box(15, 15, 20, 20))
+    assert cut_out(nothing_there, corner, ColourChange(), instance=1) is None
     assert cut_out(sample, as_it_is(20, 20), ColourChange(), instance=2) is None
     cut = cut_out(sample, as_it_is(20, 20), ColourChange(), instance=1)
     assert cut is not None
