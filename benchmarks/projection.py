@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks.inputs import ellipses, jpeg, photo
 from benchmarks.retrieval import CURVE as RETRIEVE
@@ -131,9 +131,15 @@ def _seconds(function: Callable[[], Any]) -> float:
 def _flops(build: Callable[[], torch.nn.Module], size: tuple[int, int]) -> float:
     """FLOPs of a forward pass, in units of 1e9."""
     network = build()
-    with FlopCounterMode(display=False) as counter:
+    # Torch counts the attention of GPUs only.
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         network(torch.rand(1, 3, *size))
     return counter.get_total_flops() / 1e9
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
 
 
 def _vision(width: int, layers: int, patch: int, side: int) -> VisionTransformer:
