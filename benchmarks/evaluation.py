@@ -87,7 +87,7 @@ def _segmenter(runtime: Runtime, *, quick: bool) -> tuple[Segmenter, Zutis, Tens
 
 
 def _save_network(folder: Path, network: Zutis) -> None:
-    """Write the checkpoint that the maker of predictions names them by."""
+    """Write the checkpoint, whose digest is part of the key of its predictions."""
     config = {
         "architecture": {},
         "encoder": {"model": "random", "pretrained": "none"},

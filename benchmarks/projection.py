@@ -29,6 +29,7 @@ from pipeline.models.build import build_zutis
 from pipeline.models.selfmask import SelfMask
 from pipeline.models.tokens import encode_patches
 
+ENCODERS = {"ViT-B/32": 512, "ViT-L/14@336": 768}  # lengths of their embeddings
 POOLS = (1_400_000, 100_000_000, 5_000_000_000)
 ARCHIVES = ((20, 500), (80, 500), (919, 500))  # names, k: VOC, COCO, ImageNet-S
 SIZE = (375, 500)
@@ -79,9 +80,11 @@ def _rate(report: Path, assumed: float) -> tuple[float, str]:
 
 
 def _retrieve_rate(report: Path) -> float:
-    """Images a second of one core, from the largest pool that was measured."""
-    rows = [r for r in json.loads(report.read_text())["rows"] if r["curve"] == RETRIEVE.name]
-    return float(max(rows, key=lambda row: row["size"])["items_per_second"])
+    """Numbers of embeddings a second of one core, from the largest pool that was measured."""
+    content = json.loads(report.read_text())
+    rows = [row for row in content["rows"] if row["curve"] == RETRIEVE.name]
+    largest = max(rows, key=lambda row: row["size"])
+    return float(content["dim"] * largest["size"] / largest["core_seconds"])
 
 
 def _costs() -> dict[str, Costs]:
@@ -202,19 +205,16 @@ def _pool_table(costs: dict[str, Costs], retrieve: float, tflops: float, origin:
         f"of {CORES} cores",
     )
     lines = [_row(head), _row(["---"] * len(head))]
-    for name in ("embed, ViT-B/32", "embed, ViT-L/14@336"):
-        cost = costs[name]
+    for encoder, dim in ENCODERS.items():
+        cost = costs[f"embed, {encoder}"]
         for images in POOLS:
             hours = images * cost.flops / (tflops * 1e3) / HOUR
-            search = images / retrieve / HOUR
+            search = images * dim / retrieve / HOUR
             cells = (
-                f"{images:,}, {name.removeprefix('embed, ')}",
+                f"{images:,}, {encoder}",
                 f"{images * cost.bytes_written / 1e9:,.0f} GB",
-                f"{images * cost.core_seconds / HOUR:,.1f}",
-                f"{hours:,.2f}",
-                f"{hours / MANY:,.3f}",
-                f"{search:,.3f}",
-                f"{search / CORES:,.4f}",
+                *map(_hours, (images * cost.core_seconds / HOUR, hours, hours / MANY)),
+                *map(_hours, (search, search / CORES)),
             )
             lines.append(_row(cells))
     return "\n".join(lines) + "\n"
@@ -236,12 +236,16 @@ def _archive_table(costs: dict[str, Costs], tflops: float, origin: str) -> str:
         cells = (
             f"{images:,} ({names} names, k = {k})",
             f"{images * (mask.bytes_written + label.bytes_written) / 1e9:,.1f} GB",
-            f"{images * (mask.core_seconds + label.core_seconds) / HOUR:,.2f}",
-            f"{images * (mask.flops + label.flops) / (tflops * 1e3) / HOUR:,.2f}",
-            f"{TRAINING_IMAGES * train.flops / (tflops * 1e3) / HOUR:,.2f}",
+            _hours(images * (mask.core_seconds + label.core_seconds) / HOUR),
+            _hours(images * (mask.flops + label.flops) / (tflops * 1e3) / HOUR),
+            _hours(TRAINING_IMAGES * train.flops / (tflops * 1e3) / HOUR),
         )
         lines.append(_row(cells))
     return "\n".join(lines)
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def _row(cells: Any) -> str:

@@ -91,22 +91,23 @@ def _row(curve: Curve, size: int, *, dim: int, threads: int) -> dict[str, Any] |
 
 
 def _measure(curve: Curve, folder: Path) -> dict[str, float]:
-    """Seconds of the stage, and MB by which it raises the memory of this process."""
+    """Seconds of the stage, of all its threads, and MB by which it raises this process's memory."""
     with (
         (folder / "log.txt").open("w") as log,
         redirect_stdout(log),
         redirect_stderr(log),
         track_peak() as peak,
     ):
-        start = time.perf_counter()
+        start, start_of_cores = time.perf_counter(), time.process_time()
         curve.run(folder)
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "memory_mb": peak[0]}
+        core_seconds = time.process_time() - start_of_cores
+    return {"seconds": seconds, "core_seconds": core_seconds, "memory_mb": peak[0]}
 
 
 def _line(row: dict[str, Any]) -> str:
     return (
-        f"  {row['size']:>10,} items  {row['seconds']:8.2f} s  "
+        f"  {row['size']:>10,} items  {row['seconds']:8.2f} s  {row['core_seconds']:8.2f} core s  "
         f"{row['items_per_second']:10,.0f} items/s  {row['memory_mb']:6.0f} MB"
     )
 

@@ -1,6 +1,6 @@
 """python -m benchmarks.table REPORT...: reports of `python -m benchmarks` as a table for reading.
 
-Times are those of a row's last run; a row counts as reached if it was in every run.
+Times are those of a row's last run; a row counts as reached if it was in every run that has it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-LEAST_EXACT = 1000  # whole numbers from here on
-MILLISECONDS = 0.5  # times below are told in them
+from benchmarks.registry import select
+
+LEAST_WHOLE = 100  # numbers from here on are shown without decimals
+MILLISECONDS = 1000  # in a second
 
 Rows = dict[str, dict[str, Any]]
 
 
 def markdown(reports: list[Path]) -> str:
-    """One line a row of the reports, the first report's order first; one column of ratios each."""
+    """A line for each row of the reports, in the order of the first; a column for each report."""
     runs: list[Rows] = [
         {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
         for path in reports
@@ -25,17 +27,16 @@ def markdown(reports: list[Path]) -> str:
     head = ["", "published", "ours", *(f"run {number}" for number in range(1, 1 + len(runs)))]
     lines = [[*head, "target", "reached"], ["---"] * (len(head) + 2)]
     names = dict.fromkeys(name for run in runs for name in run)
-    lines += [_line([run.get(name) for run in runs]) for name in names]
+    overheads = {bench.name for bench in select() if bench.overhead}
+    lines += [_line([run.get(name) for run in runs], name in overheads) for name in names]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _line(runs: list[dict[str, Any] | None]) -> list[str]:
+def _line(runs: list[dict[str, Any] | None], is_overhead: bool) -> list[str]:
     made = [run for run in runs if run is not None]
     last = made[-1]
     reached = sum(run["reached"] for run in made)
-    times = [_amount(last[side], last["unit"]) for side in ("published", "ours")]
-    # The ratio of an overhead is ours over the bare network's, and better below its target.
-    is_overhead = last["stretch"] is not None and last["stretch"] < last["target"]
+    times = _amounts((last["published"], last["ours"]), last["unit"])
     target = f"{'at most ' if is_overhead else ''}{last['target']:.4g}x"
     verdict = "yes" if reached == len(made) else f"**{reached} of {len(made)}**"
     return [last["title"], *times, *map(_ratio, runs), target, verdict]
@@ -48,10 +49,11 @@ def _ratio(run: dict[str, Any] | None) -> str:
     return f"{run['ratio']:.2f}x{spread}"
 
 
-def _amount(value: float, unit: str) -> str:
-    if unit == "s" and value < MILLISECONDS:
-        value, unit = 1000 * value, "ms"
-    return f"{value:,.0f} {unit}" if value >= LEAST_EXACT else f"{value:.3g} {unit}"
+def _amounts(values: tuple[float, ...], unit: str) -> list[str]:
+    """All in one unit: milliseconds if each takes less than a second."""
+    if unit == "s" and max(values) < 1:
+        values, unit = tuple(MILLISECONDS * value for value in values), "ms"
+    return [f"{v:,.0f} {unit}" if v >= LEAST_WHOLE else f"{v:.3g} {unit}" for v in values]
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Query:
         background_texts: (M, C), likewise, of the background's names.
         k: length of each list.
         num_negatives: images nearer to the background than to the categories to be kept as well.
-        block_rows: embeddings that are held at a time.
+        block_rows: embeddings of a block; two blocks are held, of which one is being read.
     """
 
     texts: Floats
@@ -262,7 +262,7 @@ def _read_blocks(shards: Sequence[Path], block_rows: int, position: int) -> Iter
 
 
 def _block(rows: pa.RecordBatch, position: int) -> Block:
-    """The images of a batch, the first at `position`, that have an embedding with direction."""
+    """The images of a batch, the first at `position`, by whether their embedding has direction."""
     is_ok = pc.equal(rows["status"], STATUS_OK).to_numpy(zero_copy_only=False)
     if not is_ok.all():
         rows = rows.filter(pa.array(is_ok))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,9 +54,28 @@ def test_the_table_is_written(tmp_path: Path) -> None:
     assert report["machine"]
 
 
-def test_the_readme_shows_the_reports() -> None:
-    reports = [ROOT / "reports" / name for name in ("bench.json", "bench-again.json")]
-    assert markdown(reports) in (ROOT / "README.md").read_text(encoding="utf-8")
+def row(name: str, **values: Any) -> dict[str, Any]:
+    times = {"unit": "s", "published": 12.34, "ours": 0.5, "ratio": 24.68, "target": 20.0}
+    spread = {"low": 20.0, "high": 30.0, "ratios": [20.0, 30.0]}
+    return {"name": name, "title": f"the {name}", "reached": True, **times, **spread, **values}
+
+
+def test_reports_become_one_table(tmp_path: Path) -> None:
+    memory = {"unit": "MB", "published": 8015.2, "ours": 68.57, "ratios": []}
+    first = [row("losses"), row("losses_memory", **memory), row("embed", target=1.15)]
+    second = [row("embed", reached=False, target=1.15, ours=0.25, published=0.125)]
+    paths = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path, rows in zip(paths, (first, second), strict=True):
+        path.write_text(json.dumps({"rows": rows}))
+    _, _, *lines = markdown(paths).splitlines()
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines] == [
+        ["the losses", "12.3 s", "0.5 s", "24.68x (20.00 to 30.00)", "", "20x", "yes"],
+        ["the losses_memory", "8,015 MB", "68.6 MB", "24.68x", "", "20x", "yes"],
+        [
+            *("the embed", "125 ms", "250 ms", "24.68x (20.00 to 30.00)"),
+            *("24.68x (20.00 to 30.00)", "at most 1.15x", "**1 of 2**"),
+        ],
+    ]
 
 
 def test_the_benchmark_of_a_gpu_runs_without_one() -> None:

@@ -66,7 +66,7 @@ class Batch(NamedTuple):
 
 
 class PackedMask(NamedTuple):
-    """A mask as a few hundred bytes, from which it comes ten times faster than from a PNG file.
+    """A mask as about a kilobyte, from which it comes ten times faster than from a PNG file.
 
     Attributes:
         shape: (H, W).
@@ -80,9 +80,14 @@ class PackedMask(NamedTuple):
 
     @classmethod
     def of(cls, mask: np.ndarray) -> PackedMask:
-        """Pack a boolean mask (H, W), which is not empty."""
+        """Pack a boolean mask (H, W).
+
+        Raises:
+            ValueError: the mask is empty.
+        """
         box = bounding_box(mask)
-        assert box is not None
+        if box is None:
+            raise ValueError("an empty mask has no box")
         return cls(mask.shape, box, zlib.compress(np.packbits(mask[box.slices]).tobytes(), level=1))
 
     def unpack(self) -> np.ndarray:

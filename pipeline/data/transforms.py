@@ -249,8 +249,9 @@ def view_mask(mask: np.ndarray, view: View, box: Box) -> np.ndarray:
 
 def shown_box(box: Box, view: View, shape: tuple[int, int]) -> Box:
     """Where a view shows a box of a mask of this shape (H, W), resized as by `view_mask`."""
-    top, bottom = np.searchsorted(_nearest(shape[0], view.height), box[::2]).tolist()
-    left, right = np.searchsorted(_nearest(shape[1], view.width), box[1::2]).tolist()
+    rows, columns = _nearest(shape[0], view.height), _nearest(shape[1], view.width)
+    top, bottom = np.searchsorted(rows, (box.top, box.bottom)).tolist()
+    left, right = np.searchsorted(columns, (box.left, box.right)).tolist()
     if view.mirrored:
         left, right = view.width - right, view.width - left
     return Box(top, left, bottom, right)
@@ -346,9 +347,11 @@ def _change_colours(image: Image.Image, change: ColourChange, mean: np.ndarray) 
 
 @lru_cache(maxsize=NEAREST_KEPT)
 def _nearest(length: int, new_length: int) -> np.ndarray:
-    """For each new pixel the nearest of `length` old ones, ascending; not to be written to."""
+    """For each new pixel the nearest of `length` old ones, ascending; read-only."""
     centres = (np.arange(new_length) + 0.5) * (length / new_length)
-    return np.minimum(centres.astype(np.intp), length - 1)
+    nearest = np.minimum(centres.astype(np.intp), length - 1)
+    nearest.setflags(write=False)
+    return nearest
 
 
 def _colour_map(jitter: tuple[tuple[str, float], ...], mean: np.ndarray) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ import pipeline.data.training_set
 from pipeline.data.images import encode_jpeg, encode_label, encode_png
 from pipeline.data.shards import write_shards
 from pipeline.data.training_set import Archives, Composition, TrainingSet, collate
+from pipeline.data.transforms import bounding_box
 from pipeline.errors import PipelineError
 
 CATEGORIES = ["cat", "dog", "bus"]
@@ -123,6 +124,23 @@ def test_samples_beyond_the_memory_are_read_again(
     for number in range(8):
         for array, other in zip(kept[number], read[number], strict=True):
             np.testing.assert_array_equal(array, other)
+
+
+@pytest.mark.parametrize("mask_bytes", [0, 10**6])
+@pytest.mark.parametrize("split_components", [False, True])
+def test_objects_lie_in_the_occupied_box(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask_bytes: int, split_components: bool
+) -> None:
+    monkeypatch.setattr(pipeline.data.training_set, "MASK_BYTES", mask_bytes)
+    mask = box_mask((1, 2, 9, 7), (30, 20, 6, 8), (39, 0, 1, 1))
+    source = archives(tmp_path, [shard_sample("a", 1, mask)], split_components=split_components)
+    sample = source[0]
+    assert sample.occupied == bounding_box(mask)
+    assert sample.num_instances == (2 if split_components else 1)
+    outside = sample.instances.copy()
+    outside[sample.occupied.slices] = 0
+    assert sample.instances.any()
+    assert not outside.any()
 
 
 def test_same_archive_always_or_never(tmp_path: Path) -> None:
