@@ -38,6 +38,7 @@ ASSUMED_TFLOPS = 200.0
 CORES = 16
 MANY = 64
 HOUR = 3600
+LEAST_HOURS = 1e-4  # shown
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,9 @@ def _archive_table(costs: dict[str, Costs], tflops: float, origin: str) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
+    if hours >= 10:
+        return f"{hours:,.0f}"
+    return f"{hours:.2g}" if hours >= LEAST_HOURS else f"< {LEAST_HOURS:.4f}"
 
 
 def _row(cells: Any) -> str:
