@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks.inputs import ellipses, jpeg, photo
 from benchmarks.retrieval import CURVE as RETRIEVE
+from benchmarks.table import table_row
 from pipeline.data.images import encode_png, load_image
 from pipeline.models.bilateral import bilateral_solve
 from pipeline.models.build import build_zutis
@@ -205,7 +206,7 @@ def _pool_table(costs: dict[str, Costs], retrieve: float, tflops: float, origin:
         "retrieve, hours of 1 core",
         f"of {CORES} cores",
     )
-    lines = [_row(head), _row(["---"] * len(head))]
+    lines = [table_row(head), table_row(["---"] * len(head))]
     for encoder, dim in ENCODERS.items():
         cost = costs[f"embed, {encoder}"]
         for images in POOLS:
@@ -217,7 +218,7 @@ def _pool_table(costs: dict[str, Costs], retrieve: float, tflops: float, origin:
                 *map(_hours, (images * cost.core_seconds / HOUR, hours, hours / MANY)),
                 *map(_hours, (search, search / CORES)),
             )
-            lines.append(_row(cells))
+            lines.append(table_row(cells))
     return "\n".join(lines) + "\n"
 
 
@@ -229,7 +230,7 @@ def _archive_table(costs: dict[str, Costs], tflops: float, origin: str) -> str:
         f"mask + pseudo_label, hours of 1 GPU ({origin})",
         "train, hours of 1 GPU",
     )
-    lines = [_row(head), _row(["---"] * len(head))]
+    lines = [table_row(head), table_row(["---"] * len(head))]
     mask, label = costs["mask, SelfMask"], costs["pseudo_label, ViT-B/16"]
     train = costs["train, ZUTIS ViT-B/16 at 384"]
     for names, k in ARCHIVES:
@@ -241,7 +242,7 @@ def _archive_table(costs: dict[str, Costs], tflops: float, origin: str) -> str:
             _hours(images * (mask.flops + label.flops) / (tflops * 1e3) / HOUR),
             _hours(TRAINING_IMAGES * train.flops / (tflops * 1e3) / HOUR),
         )
-        lines.append(_row(cells))
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 
@@ -249,10 +250,6 @@ def _hours(hours: float) -> str:
     if hours >= 10:
         return f"{hours:,.0f}"
     return f"{hours:.2g}" if hours >= LEAST_HOURS else f"< {LEAST_HOURS:.4f}"
-
-
-def _row(cells: Any) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def _row(curve: Curve, size: int, *, dim: int, threads: int) -> dict[str, Any] |
 
 
 def _measure(curve: Curve, folder: Path) -> dict[str, float]:
-    """Seconds of the stage, of all its threads, and MB by which it raises this process's memory."""
+    """Seconds of the stage, core seconds of its threads, and MB by which it raises the memory."""
     with (
         (folder / "log.txt").open("w") as log,
         redirect_stdout(log),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ def markdown(reports: list[Path]) -> str:
     names = dict.fromkeys(name for run in runs for name in run)
     overheads = {bench.name for bench in select() if bench.overhead}
     lines += [_line([run.get(name) for run in runs], name in overheads) for name in names]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(map(table_row, lines))
+
+
+def table_row(cells: Iterable[str]) -> str:
+    """One line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def _line(runs: list[dict[str, Any] | None], is_overhead: bool) -> list[str]:
