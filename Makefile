@@ -35,7 +35,7 @@ lint: setup
 	mypy
 
 bench: setup
-	python -m benchmarks
+	python -m speed
 
 clean:
 	rm -rf $(VENV)

@@ -14,8 +14,8 @@ from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline.params import EncoderParams
-from pipeline.runtime import Runtime
+from pipeline.engine.runtime import Runtime
+from pipeline.params.base import EncoderParams
 
 TINY_CLIP_CONFIG = {
     "embed_dim": 16,

@@ -6,7 +6,8 @@ import ast
 import re
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+from tests.paths import TESTS
+
 DOCS = TESTS.parent / "docs"
 TEST_NAME = re.compile(r"`([\w/]+\.py)::(?:\w+::)?(test_\w+)`")
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.params import Params, Section, parse_params
+from pipeline.params.base import Section
+from pipeline.params.reading import parse_params
+from pipeline.params.sections import Params
+from tests.paths import ROOT
 
-PAGE = Path(__file__).parents[1] / "docs" / "fidelity.md"
+PAGE = ROOT / "docs" / "fidelity.md"
 PARAM = re.compile(r"`(\w+)\.(\w+)(?:: ([\w.]+))?`(?: or `([\w.]+)`)?")
 SECTIONS = {
     name: field.annotation

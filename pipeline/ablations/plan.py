@@ -14,7 +14,8 @@ from pipeline.ablations.definitions import Ablation, Settings, Variant
 from pipeline.ablations.results import value_at
 from pipeline.errors import PipelineError
 from pipeline.files import digest
-from pipeline.params import Params, parse_params
+from pipeline.params.reading import parse_params
+from pipeline.params.sections import Params
 
 DIGITS = 6
 # What a variant may change without a new training run.

@@ -18,7 +18,8 @@ from pipeline.ablations.results import (
 )
 from pipeline.ablations.workspace import PARAMS, Workspace
 from pipeline.errors import PipelineError
-from pipeline.params import Params, read_params
+from pipeline.params.reading import read_params
+from pipeline.params.sections import Params
 
 METRICS = "reports/metrics/{bench}.json"
 RESULTS = "reports/ablations/{name}.json"

@@ -8,7 +8,8 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from pipeline.errors import PipelineError
-from pipeline.params import BenchParams, CorruptionParams, parse_bench
+from pipeline.params.benches import BenchParams, CorruptionParams
+from pipeline.params.reading import parse_bench
 from pipeline.presets import bench_text, list_benches
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.data.cache_store import CacheEntry, Verdict
+    from pipeline.engine.cache_store import CacheEntry, Verdict
 
 HEX = re.compile(r"[0-9a-f]{32,64}")
 SHOWN_HEX, SHOWN_NAME, SHOWN_SETTINGS = 8, 20, 60
@@ -30,8 +30,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
 ) -> None:
     """Show what is there: entries, size, last use and settings."""
-    from pipeline.data.cache_store import list_cache
-    from pipeline.runtime import default_cache_dir
+    from pipeline.engine.cache_store import list_cache
+    from pipeline.engine.runtime import default_cache_dir
 
     root = default_cache_dir()
     everything = list_cache(root)
@@ -68,8 +68,8 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
 ) -> None:
     """Remove what killed runs left, and results that were not used for long."""
-    from pipeline.data.cache_store import collect
-    from pipeline.runtime import default_cache_dir
+    from pipeline.engine.cache_store import collect
+    from pipeline.engine.runtime import default_cache_dir
 
     root = default_cache_dir()
     num_bytes = 0

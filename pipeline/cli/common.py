@@ -9,11 +9,12 @@ import typer
 
 from pipeline.errors import PipelineError
 from pipeline.files import as_location
-from pipeline.params import Params, read_params
+from pipeline.params.reading import read_params
+from pipeline.params.sections import Params
 
 if TYPE_CHECKING:  # importing torch takes seconds that `--help` and mistakes need not wait for
-    from pipeline.runtime import Runtime
-    from pipeline.shard_run import Executor
+    from pipeline.engine.runtime import Runtime
+    from pipeline.engine.shard_run import Executor
 
 ParamsPath = Annotated[Path, typer.Option("--params", help="Params file.")]
 StatsPath = Annotated[Path, typer.Option("--stats", help="Where the counts are written (JSON).")]
@@ -55,7 +56,7 @@ Entry = TypeVar("Entry")
 
 
 def start(params_path: Path) -> tuple[Params, Runtime]:
-    from pipeline.runtime import make_runtime, seed_generators
+    from pipeline.engine.runtime import make_runtime, seed_generators
 
     params = read_params(params_path)
     seed_generators(params.seed)
@@ -64,10 +65,10 @@ def start(params_path: Path) -> tuple[Params, Runtime]:
 
 def make_executor(name: Literal["local", "ray"], params: Params, workers: int | None) -> Executor:
     if name == "ray":
-        from pipeline.ray_executor import RayExecutor
+        from pipeline.engine.ray_executor import RayExecutor
 
         return RayExecutor(device=params.device, seed=params.seed, workers=workers)
-    from pipeline.shard_run import LocalExecutor
+    from pipeline.engine.shard_run import LocalExecutor
 
     return LocalExecutor()
 
@@ -84,6 +85,6 @@ def lookup(table: dict[str, Entry], name: str, *, section: str, params_path: Pat
 def names(text: str | None) -> list[str] | None:
     if text is None:
         return None
-    from pipeline.data.categories import load_category_set
+    from pipeline.vocabulary.categories import load_category_set
 
     return load_category_set([name.strip() for name in text.split(",")])

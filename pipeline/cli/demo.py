@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.common import PARAMS, PREDICTIONS, STATS, ParamsPath, lookup
-from pipeline.params import read_params
+from pipeline.params.reading import read_params
 
 DEMO_MODELS = Path("models/demo")
 
@@ -63,6 +63,6 @@ def pretrain(
 ) -> None:
     """Pre-train the tiny CLIP and the tiny SelfMask; continues where it was stopped."""
     from pipeline.demo.pretrain import pretrain as run
-    from pipeline.runtime import make_runtime
+    from pipeline.engine.runtime import make_runtime
 
     run(out, work, runtime=make_runtime(device=device, seed=seed))

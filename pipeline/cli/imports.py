@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from pipeline.cli.common import ARCHIVES, EMBEDDINGS, PARAMS, STATS, ParamsPath, StatsPath, lookup
-from pipeline.params import read_params
+from pipeline.params.reading import read_params
 
 import_app = typer.Typer(
     help="Published intermediates in place of a stage: archives, image embeddings."
@@ -41,9 +41,9 @@ def archives(
     stats: StatsPath = STATS / "retrieve.json",
 ) -> None:
     """Archives published as JSON (ZUTIS: category_to_p_images), in place of `retrieve`."""
-    from pipeline.data.categories import load_category_set
     from pipeline.importers import archives as importer
     from pipeline.importers.images import parse_prefixes
+    from pipeline.vocabulary.categories import load_category_set
 
     params = read_params(params_path)
     importer.run(

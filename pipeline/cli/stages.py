@@ -72,7 +72,7 @@ def embed(
     stats: Annotated[Path | None, typer.Option(help="Where the counts are written.")] = None,
 ) -> None:
     """Stage 1: embed the images of one source with CLIP, into Parquet shards."""
-    from pipeline.remote import publishing
+    from pipeline.engine.remote import publishing
     from pipeline.stages import embed as stage
 
     params, runtime = start(params_path)
@@ -98,9 +98,9 @@ def retrieve(
     stats: StatsPath = STATS / "retrieve.json",
 ) -> None:
     """Stage 2: retrieve the top-k images of every category: its archive."""
-    from pipeline.data.categories import load_category_set
-    from pipeline.remote import fetch, publishing
+    from pipeline.engine.remote import fetch, publishing
     from pipeline.stages import retrieve as stage
+    from pipeline.vocabulary.categories import load_category_set
 
     params, runtime = start(params_path)
     with publishing(out, runtime.cache_dir) as out_path:
@@ -129,7 +129,7 @@ def mask(
     stats: StatsPath = STATS / "mask.json",
 ) -> None:
     """Stage 3: make a pseudo-mask for every archive image, into WebDataset shards."""
-    from pipeline.remote import fetch, publishing
+    from pipeline.engine.remote import fetch, publishing
     from pipeline.stages import mask as stage
 
     params, runtime = start(params_path)
@@ -154,9 +154,9 @@ def pseudo_label(
     stats: StatsPath = STATS / "pseudo_label.json",
 ) -> None:
     """Stage 4: label every pixel of the archive images with DenseCLIP, training-free."""
-    from pipeline.data.categories import load_category_set
-    from pipeline.remote import fetch, publishing
+    from pipeline.engine.remote import fetch, publishing
     from pipeline.stages import pseudo_label as stage
+    from pipeline.vocabulary.categories import load_category_set
 
     params, runtime = start(params_path)
     with publishing(out, runtime.cache_dir) as out_dir:
@@ -188,10 +188,10 @@ def train(
 
     Under torchrun, its processes share every batch.
     """
-    from pipeline.data.categories import load_category_set
-    from pipeline.distributed import process_group
-    from pipeline.remote import fetch
+    from pipeline.engine.distributed import process_group
+    from pipeline.engine.remote import fetch
     from pipeline.stages import train as stage
+    from pipeline.vocabulary.categories import load_category_set
 
     params, runtime = start(params_path)
     with process_group(runtime.device) as group:

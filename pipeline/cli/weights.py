@@ -10,7 +10,7 @@ import typer
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
-    from pipeline.models.zoo import Published
+    from pipeline.models.weights.zoo import Published
 
 weights_app = typer.Typer(
     help="Published weights: CLIP, SelfMask, ZUTIS and DINO, by name. They are stored as "
@@ -24,8 +24,8 @@ Name = Annotated[str, typer.Argument(help="A name that `pipeline weights list` s
 @weights_app.command("list")
 def list_weights() -> None:
     """Show what there is, and what of it is in the cache."""
-    from pipeline.models.zoo import is_cached, manifest
-    from pipeline.runtime import default_cache_dir
+    from pipeline.engine.runtime import default_cache_dir
+    from pipeline.models.weights.zoo import is_cached, manifest
 
     cache_dir = default_cache_dir()
     row = "{:29} {:9} {:28} {:>11}  {:11} {}"
@@ -54,9 +54,9 @@ def fetch(
     ] = None,
 ) -> None:
     """Download, verify and convert; continues a download that was stopped."""
-    from pipeline.models import acquire
-    from pipeline.models.zoo import published
-    from pipeline.runtime import default_cache_dir
+    from pipeline.engine.runtime import default_cache_dir
+    from pipeline.models.weights import acquire
+    from pipeline.models.weights.zoo import published
 
     entry = published(name)
     path = acquire.fetch(entry, default_cache_dir(), url=url, categories=_categories(entry))
@@ -69,9 +69,9 @@ def add(
     file: Annotated[Path, typer.Argument(help="The authors' file, downloaded by hand.")],
 ) -> None:
     """Take a file that is on this computer; needs no network."""
-    from pipeline.models import acquire
-    from pipeline.models.zoo import published
-    from pipeline.runtime import default_cache_dir
+    from pipeline.engine.runtime import default_cache_dir
+    from pipeline.models.weights import acquire
+    from pipeline.models.weights.zoo import published
 
     entry = published(name)
     path = acquire.add(entry, file, default_cache_dir(), categories=_categories(entry))
@@ -81,8 +81,8 @@ def add(
 @weights_app.command()
 def check() -> None:
     """Read everything in the cache again and compare the hashes; status 1 if something changed."""
-    from pipeline.models.zoo import damage, is_cached, manifest
-    from pipeline.runtime import default_cache_dir
+    from pipeline.engine.runtime import default_cache_dir
+    from pipeline.models.weights.zoo import damage, is_cached, manifest
 
     cache_dir = default_cache_dir()
     cached = [entry for entry in manifest().values() if is_cached(entry, cache_dir)]
@@ -102,15 +102,15 @@ def check() -> None:
 
 def _categories(entry: Published) -> list[str]:
     """Names that the entry was trained with; empty if it knows none."""
-    from pipeline.data.categories import load_category_set
+    from pipeline.vocabulary.categories import load_category_set
 
     return load_category_set(entry.categories) if entry.categories else []
 
 
 def _report(entry: Published, path: Path) -> None:
     """Say where the copy is and whether its source is known to be the authors' file."""
-    from pipeline.models.acquire import is_published_file
-    from pipeline.runtime import default_cache_dir
+    from pipeline.engine.runtime import default_cache_dir
+    from pipeline.models.weights.acquire import is_published_file
 
     verdicts = {
         True: "the published file, by its SHA-256",

@@ -8,15 +8,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.data.benchmarks import Example, open_bench
-from pipeline.data.categories import load_category_set
-from pipeline.data.images import load_image
+from pipeline.benchmarks import Example, open_bench
 from pipeline.errors import PipelineError
 from pipeline.files import write_bytes
-from pipeline.params import BenchParams
-from pipeline.scoring.pictures import drawn_objects
+from pipeline.formats.images import load_image
+from pipeline.params.benches import BenchParams
+from pipeline.pictures.benchmark import drawn_objects
+from pipeline.pictures.overlays import (
+    colour_map,
+    displayed,
+    grid,
+    overlay_instances,
+    overlay_semantic,
+)
 from pipeline.scoring.predictions import PredictionStore, StoredPrediction
-from pipeline.viz import colour_map, displayed, grid, overlay_instances, overlay_semantic
+from pipeline.vocabulary.categories import load_category_set
 
 PER_GROUP = 4
 COLUMN_WIDTH = 160

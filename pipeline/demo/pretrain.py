@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pipeline.demo.pretrain_clip import PHASES, Phase, pretrain_clip
 from pipeline.demo.pretrain_selfmask import Schedule, pretrain_selfmask
+from pipeline.engine.runtime import Runtime
 from pipeline.files import read_json, write_bytes
 from pipeline.models.clip import load_clip
-from pipeline.runtime import Runtime
 
 CARD = """# The demo's two tiny networks
 

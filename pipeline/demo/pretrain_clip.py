@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from pipeline.data.prompts import PROMPTS_85
 from pipeline.demo.glyphs import KNOWN_FAMILIES, UNSEEN_FAMILY, glyph_names, load_glyphs
 from pipeline.demo.resume import checkpoint, resume
 from pipeline.demo.scene import BACKGROUNDS, OUTLINED, Scene, Style, choose_names, draw_scene
 from pipeline.files import atomic_path, write_json
 from pipeline.models.clip import ClipEncoder, load_clip, text_embeddings
-from pipeline.models.weights import save_tensors
+from pipeline.models.weights.weights import save_tensors
+from pipeline.vocabulary.prompts import PROMPTS_85
 
 CONTEXT_LENGTH = 24
 PHRASES = ("a {} background", "on a {} background", "an empty image", "nothing", "background")

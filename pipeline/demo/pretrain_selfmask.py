@@ -22,16 +22,16 @@ from pipeline.demo.glyphs import KNOWN_FAMILIES, glyph_names, load_glyphs
 from pipeline.demo.resume import checkpoint, resume
 from pipeline.demo.scene import Style, choose_names, draw_scene
 from pipeline.files import atomic_path, write_json
-from pipeline.models.bilateral import bilateral_solve
 from pipeline.models.clip import ClipEncoder
-from pipeline.models.selfmask import (
+from pipeline.models.masks.bilateral import bilateral_solve
+from pipeline.models.masks.selfmask import (
     SelfMask,
     SelfMaskConfig,
     load_selfmask,
     save_selfmask,
     selfmask_loss,
 )
-from pipeline.models.spectral import spectral_mask
+from pipeline.models.masks.spectral import spectral_mask
 
 ARCHITECTURE = SelfMaskConfig(
     dim=64,

@@ -11,19 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.data.benchmarks.voc import CLASSES, OBJECTS, VocWriter, encode_index_png
+from pipeline.benchmarks.voc import CLASSES, OBJECTS, VocWriter, encode_index_png
 from pipeline.demo.glyphs import KNOWN_FAMILIES, UNSEEN_FAMILY, glyph_names, load_glyphs
-from pipeline.demo.scene import (
-    BENCH_BACKGROUNDS,
-    OUTLINED,
-    Scene,
-    Style,
-    choose_names,
-    draw_scene,
-)
+from pipeline.demo.scene import BENCH_BACKGROUNDS, OUTLINED, Scene, Style, choose_names, draw_scene
+from pipeline.engine.progress import StageRun
 from pipeline.files import replace_dir
-from pipeline.params import WorldParams
-from pipeline.runtime import StageRun
+from pipeline.params.sections import WorldParams
 
 INDEX_STREAM, KNOWN_STREAM, UNSEEN_STREAM = 1, 2, 3
 INDEX_COUNTS = (0.10, 0.62, 0.20, 0.08)

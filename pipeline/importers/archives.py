@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.sources import ImageRef, SourceSpec, image_name
-from pipeline.data.tables import ArchiveRow, write_archives
+from pipeline.engine.progress import StageRun
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
+from pipeline.formats.sources import ImageRef, SourceSpec, image_name
+from pipeline.formats.tables import ArchiveRow, write_archives
 from pipeline.importers.images import ImageFacts, Prefixes, find_images, read_all
-from pipeline.runtime import StageRun
-from pipeline.stages.retrieve import Ranking, settle_overlaps
+from pipeline.retrieval.ranking import Ranking, settle_overlaps
 
 UNKNOWN_SIMILARITY = float("nan")
 LISTED_NAMES = 20

@@ -20,9 +20,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipeline.data.shards import shard_entry, shard_name, write_manifest
-from pipeline.data.sources import ImageRef, SourceSpec, image_name
-from pipeline.data.tables import (
+from pipeline.engine.progress import StageRun
+from pipeline.errors import PipelineError
+from pipeline.files import replace_dir
+from pipeline.formats.shards import shard_entry, shard_name, write_manifest
+from pipeline.formats.sources import ImageRef, SourceSpec, image_name
+from pipeline.formats.tables import (
     STATUS_OK,
     STATUS_SKIPPED,
     embedding_bytes,
@@ -30,12 +33,10 @@ from pipeline.data.tables import (
     encoder_name,
     write_table,
 )
-from pipeline.errors import PipelineError
-from pipeline.files import replace_dir
 from pipeline.importers.images import ImageFacts, Prefixes, find_images, read_all
 from pipeline.importers.unpickle import load_tensors, read_tensor
-from pipeline.params import EmbedParams, EncoderParams
-from pipeline.runtime import StageRun
+from pipeline.params.base import EncoderParams
+from pipeline.params.sections import EmbedParams
 
 CLIP_RETRIEVAL_PREFIX = "open_clip:"
 NAME_COLUMN = "image_path"

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.data.images import FORMATS, ORIENTATION_TAG, ImageError
-from pipeline.data.sources import ImageRef, SourceSpec, list_images, read_image
+from pipeline.engine.parallel import Workers
 from pipeline.errors import PipelineError
-from pipeline.parallel import Workers
+from pipeline.formats.images import FORMATS, ORIENTATION_TAG, ImageError
+from pipeline.formats.sources import ImageRef, SourceSpec, list_images, read_image
 
 QUARTER_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 READ_AHEAD = 256

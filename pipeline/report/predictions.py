@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.images import ImageError, load_image
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
+from pipeline.formats.images import ImageError, load_image
+from pipeline.pictures.report import fit_image, picture
 from pipeline.report.inputs import is_number, is_wanted, score
-from pipeline.report.pictures import fit_image, picture
 
 INDEX = "index.json"
 PER_KIND, IN_ALL = 3, 16

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data.images import decode_label, decode_png, load_image
-from pipeline.data.labels import decode_confidence
-from pipeline.data.shards import MANIFEST, SampleStore, open_samples
-from pipeline.data.tables import ArchiveRow
+from pipeline.formats.images import decode_label, decode_png, load_image
+from pipeline.formats.labels import decode_confidence
+from pipeline.formats.shards import MANIFEST, SampleStore, open_samples
+from pipeline.formats.tables import ArchiveRow
+from pipeline.pictures.report import enlarge_image, fit_image, fit_labels, paint_labels, picture
 from pipeline.report.inputs import integer
-from pipeline.report.pictures import enlarge_image, fit_image, fit_labels, paint_labels, picture
 
 THUMBS_PER_ARCHIVE, THUMBS_IN_ALL, MAX_ARCHIVES = 10, 200, 100
 NUM_SAMPLES, SPREAD_STEP = 12, 5

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.benchmarks import Example
+from pipeline.benchmarks import Example
 from pipeline.scoring.instance import InstanceScorer
 from pipeline.scoring.predictions import StoredPrediction
 from pipeline.scoring.semantic import SemanticPart, SemanticScorer

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.images import decode_label, encode_label
-from pipeline.data.labels import LabelMap
-from pipeline.data.shards import Sample, open_samples, write_tar
 from pipeline.errors import PipelineError
-from pipeline.metrics.rle import RleObject
+from pipeline.formats.images import decode_label, encode_label
+from pipeline.formats.labels import LabelMap
+from pipeline.formats.rle import RleObject
+from pipeline.formats.shards import Sample, open_samples, write_tar
 
 SHARD_SIZE = 100  # what a killed evaluation loses at most
 KEY_DIGITS = 8

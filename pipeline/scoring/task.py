@@ -10,9 +10,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.benchmarks import Example, InstanceTarget
-from pipeline.data.labels import BACKGROUND, IGNORE_INDEX, LABEL_TYPE, LabelMap
+from pipeline.benchmarks import Example, InstanceTarget
 from pipeline.errors import PipelineError
+from pipeline.formats.labels import BACKGROUND, IGNORE_INDEX, LABEL_TYPE, LabelMap
 from pipeline.scoring.predictions import StoredPrediction
 
 Part = TypeVar("Part")

@@ -13,25 +13,26 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.benchmarks.voc import CLASSES, OBJECTS, VocExample
-from pipeline.data.categories import load_category_set
-from pipeline.data.images import decode_label, decode_png
-from pipeline.data.labels import (
+from pipeline.benchmarks.voc import CLASSES, OBJECTS, VocExample
+from pipeline.engine.progress import StageRun
+from pipeline.engine.runtime import Runtime
+from pipeline.errors import PipelineError
+from pipeline.files import write_json
+from pipeline.formats.images import decode_label, decode_png
+from pipeline.formats.labels import (
     BACKGROUND,
     IGNORE_INDEX,
     LABEL_TYPE,
     LabelMap,
     Target,
     decode_confidence,
-    training_target,
 )
-from pipeline.data.shards import MANIFEST, SampleStore, open_samples
-from pipeline.data.tables import read_archives
-from pipeline.errors import PipelineError
-from pipeline.files import write_json
-from pipeline.metrics.semantic import ConfusionMatrix
-from pipeline.params import AuditParams, TrainParams
-from pipeline.runtime import Runtime, StageRun
+from pipeline.formats.shards import MANIFEST, SampleStore, open_samples
+from pipeline.formats.tables import read_archives
+from pipeline.params.sections import AuditParams, TrainParams
+from pipeline.scoring.confusion import ConfusionMatrix
+from pipeline.training.targets import training_target
+from pipeline.vocabulary.categories import load_category_set
 
 MEMBERS = ("mask.png", "label.png", "confidence.png", "json")
 TARGETS: tuple[Target, ...] = get_args(Target)

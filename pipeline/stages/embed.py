@@ -19,15 +19,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.data.cache import BlobCache
-from pipeline.data.images import ImageError, load_image
-from pipeline.data.sources import (
-    ImageRef,
-    image_name,
-    list_images,
-    read_image,
-)
-from pipeline.data.tables import (
+from pipeline.engine.cache import BlobCache
+from pipeline.engine.parallel import Workers
+from pipeline.engine.progress import StageRun, Tally
+from pipeline.engine.runtime import Runtime
+from pipeline.engine.shard_run import Executor, LocalExecutor, plan_key, run_shards, slices
+from pipeline.errors import PipelineError
+from pipeline.files import file_versions
+from pipeline.formats.images import ImageError, load_image
+from pipeline.formats.sources import ImageRef, image_name, list_images, read_image
+from pipeline.formats.tables import (
     STATUS_OK,
     STATUS_SKIPPED,
     embedding_bytes,
@@ -35,13 +36,8 @@ from pipeline.data.tables import (
     encoder_name,
     write_table,
 )
-from pipeline.errors import PipelineError
-from pipeline.files import file_versions
 from pipeline.models.clip import ClipEncoder, load_clip
-from pipeline.parallel import Workers
-from pipeline.params import EmbedParams, SourceParams
-from pipeline.runtime import Runtime, StageRun, Tally
-from pipeline.shard_run import Executor, LocalExecutor, plan_key, run_shards, slices
+from pipeline.params.sections import EmbedParams, SourceParams
 
 CACHE_VERSION = 1
 CACHED_SIZE = struct.Struct("<II")

@@ -16,25 +16,24 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.bench_predictor import (
-    PredictionMaker,
-    load_predictor,
-    queries_of,
-)
-from pipeline.data.benchmarks import Benchmark, open_bench
-from pipeline.data.categories import load_category_set
+from pipeline.benchmarks import Benchmark, open_bench
+from pipeline.engine.progress import StageRun
+from pipeline.engine.runtime import Runtime
+from pipeline.engine.shard_run import Executor, LocalExecutor, plan_key, run_shards, slices
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, file_versions, write_json
-from pipeline.models.zoo import resolve_weights
-from pipeline.params import BenchParams, EvaluateParams, PseudoLabelParams
-from pipeline.predictor import PredictionSettings, read_checkpoint_config
-from pipeline.protocol import bench_protocol, protocol_lines
-from pipeline.runtime import Runtime, StageRun
+from pipeline.inference.bench import PredictionMaker, load_predictor, queries_of
+from pipeline.inference.checkpoint import read_checkpoint_config
+from pipeline.inference.protocol import bench_protocol, protocol_lines
+from pipeline.methods.inputs import PredictionSettings, prediction_settings
+from pipeline.models.weights.zoo import resolve_weights
+from pipeline.params.benches import BenchParams
+from pipeline.params.sections import EvaluateParams, PseudoLabelParams
+from pipeline.pictures.benchmark import write_pictures
 from pipeline.scoring.board import ScoreBoard, percent
-from pipeline.scoring.pictures import write_pictures
 from pipeline.scoring.predictions import SHARD_SIZE, PredictionStore
 from pipeline.scoring.task import ScoringTask
-from pipeline.shard_run import Executor, LocalExecutor, plan_key, run_shards, slices
+from pipeline.vocabulary.categories import load_category_set
 
 LABEL_MAP_METRICS = {"semantic", "size"}
 LISTED_NAMES = 8
@@ -174,19 +173,6 @@ def _score(benchmark: Benchmark, store: PredictionStore, board: ScoreBoard) -> S
     ):
         board.add(example, prediction)
     return board
-
-
-def prediction_settings(params: EvaluateParams) -> PredictionSettings:
-    """The part of section `evaluate` that decides a prediction."""
-    return PredictionSettings(
-        threshold=params.threshold,
-        temperature=params.temperature,
-        suppression=params.suppression,
-        score_resolution=params.score_resolution,
-        resize_to=params.resize_to,
-        max_side=params.max_side,
-        whole_patches=params.whole_patches,
-    )
 
 
 def _scoring_task(bench_name: str, bench: BenchParams, background: Sequence[str]) -> ScoringTask:

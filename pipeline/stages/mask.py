@@ -9,22 +9,25 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from pipeline.data.cache import BlobCache
-from pipeline.data.images import (
+from pipeline.engine.cache import BlobCache
+from pipeline.engine.parallel import Workers
+from pipeline.engine.progress import StageRun, Tally
+from pipeline.engine.runtime import Runtime
+from pipeline.engine.shard_run import Executor, LocalExecutor, plan_key, run_shards, slices
+from pipeline.errors import PipelineError
+from pipeline.files import file_versions
+from pipeline.formats.images import (
     ImageError,
     decode_png,
     encode_jpeg,
@@ -33,47 +36,16 @@ from pipeline.data.images import (
     load_image,
     shrink_short_side,
 )
-from pipeline.data.shards import write_tar
-from pipeline.data.sources import image_name, read_image
-from pipeline.data.tables import ArchiveRow, read_archives
-from pipeline.errors import PipelineError
-from pipeline.files import file_sha256, file_versions
-from pipeline.models.bilateral import MAX_STEPS, bilateral_solve
-from pipeline.models.clip import ClipEncoder, load_clip
-from pipeline.models.dino import DINO_MODELS, DinoEncoder, load_dino
-from pipeline.models.selfmask import load_selfmask
-from pipeline.models.spectral import spectral_mask
-from pipeline.models.zoo import resolve_weights
-from pipeline.parallel import Workers
-from pipeline.params import EncoderParams, MaskParams
-from pipeline.runtime import Runtime, StageRun, Tally
-from pipeline.shard_run import Executor, LocalExecutor, plan_key, run_shards, slices
+from pipeline.formats.shards import write_tar
+from pipeline.formats.sources import image_name, read_image
+from pipeline.formats.tables import ArchiveRow, read_archives
+from pipeline.methods.masks import coarse_masks, make_masker, refine_mask
+from pipeline.params.sections import MaskParams
 
 # Raise it when masks change though their settings do not: it keeps old ones out of the cache.
 MASK_VERSION = 1
 NEGATIVE_LABEL_ID = 0
 BATCHES_IN_MEMORY = 4
-# Bounds on what one image may cost: attention and the affinity matrix are quadratic in its area.
-MAX_SELFMASK_TOKENS = 16_384
-MAX_SPECTRAL_POSITIONS = 6_144
-POSITIONS_PER_PATCH = 4
-
-
-@dataclass(frozen=True)
-class Masker:
-    """A way to make masks.
-
-    Attributes:
-        settings: all that its masks depend on besides the image; representable in JSON.
-        max_pixels: larger images are shrunk for it, and the masks enlarged again.
-        predict: images (B, 3, H, W) in [0, 1] -> mask probabilities (B, H, W), on the CPU.
-        threshold: a pixel belongs to the mask where its probability exceeds this.
-    """
-
-    settings: dict[str, Any]
-    max_pixels: int
-    predict: Callable[[Tensor], Tensor]
-    threshold: float
 
 
 @dataclass(frozen=True)
@@ -142,75 +114,6 @@ def run(
             settings={"mask": maker.settings},
             remedy="If the images have moved or changed, run `pipeline embed` again",
         )
-
-
-def make_masker(params: MaskParams, runtime: Runtime) -> Masker:
-    """Load the network that `params.source` asks for."""
-    if params.source == "selfmask":
-        return _selfmask_masker(params, runtime)
-    return _spectral_masker(params, runtime)
-
-
-def _selfmask_masker(params: MaskParams, runtime: Runtime) -> Masker:
-    weights = resolve_weights(params.weights, runtime.cache_dir)
-    model = load_selfmask(weights, runtime.device)
-
-    def predict(images: Tensor) -> Tensor:
-        with runtime.autocast():
-            return model.saliency(images.to(runtime.device)).cpu()
-
-    return Masker(
-        settings={
-            "source": "selfmask",
-            "weights": file_sha256(weights),
-            "architecture": asdict(model.config),
-            "threshold": params.threshold,
-            "precision": str(runtime.amp_dtype),
-        },
-        max_pixels=MAX_SELFMASK_TOKENS * model.config.patch_size**2,
-        predict=predict,
-        threshold=params.threshold,
-    )
-
-
-def _spectral_masker(params: MaskParams, runtime: Runtime) -> Masker:
-    encoder = _load_patch_encoder(params.encoder, runtime)
-    patch = encoder.patch_size
-
-    def predict(images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        with runtime.autocast():
-            features = encoder.patch_features(images.to(runtime.device), facet=params.facet)
-        masks = [
-            spectral_mask(
-                [feature_map],
-                size=(height, width),
-                padded_size=(math.ceil(height / patch) * patch, math.ceil(width / patch) * patch),
-                clusters=params.clusters,
-                seed=runtime.seed,
-            )
-            for feature_map in features.float().cpu()
-        ]
-        return torch.from_numpy(np.stack(masks)).float()
-
-    return Masker(
-        settings={
-            "source": "spectral",
-            "encoder": encoder.fingerprint(),
-            "facet": params.facet,
-            "clusters": list(params.clusters),
-            "seed": runtime.seed,
-            "precision": str(runtime.amp_dtype),
-        },
-        max_pixels=MAX_SPECTRAL_POSITIONS // POSITIONS_PER_PATCH * patch**2,
-        predict=predict,
-        threshold=0.5,
-    )
-
-
-def _load_patch_encoder(params: EncoderParams, runtime: Runtime) -> ClipEncoder | DinoEncoder:
-    load = load_dino if params.model in DINO_MODELS else load_clip
-    return load(params.model, params.pretrained, runtime.device, cache_dir=runtime.cache_dir)
 
 
 class MaskMaker:
@@ -329,44 +232,6 @@ def _equal_size_batches(images: dict[str, Image.Image], batch_size: int) -> Iter
     for keys in keys_of_size.values():
         for start in range(0, len(keys), batch_size):
             yield keys[start : start + batch_size]
-
-
-def coarse_masks(images: Sequence[Image.Image], *, masker: Masker) -> NDArray[np.bool_]:
-    """Masks (B, H, W) of B RGB images of one size (W, H), as the network has them."""
-    pixels = np.stack([np.asarray(image) for image in images])
-    height, width = pixels.shape[1:3]
-    tensors = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    shrink = math.sqrt(masker.max_pixels / (height * width))
-    if shrink < 1:
-        smaller = (max(1, int(height * shrink)), max(1, int(width * shrink)))
-        tensors = F.interpolate(tensors, smaller, mode="bilinear", antialias=True)
-    probs = masker.predict(tensors)
-    if shrink < 1:
-        probs = F.interpolate(probs[:, None], (height, width), mode="bilinear")[:, 0]
-    return (probs > masker.threshold).numpy()
-
-
-def refine_mask(
-    image: Image.Image,
-    mask: NDArray[np.bool_],
-    *,
-    solver_iterations: int = MAX_STEPS,
-    solver_scale: float = 1.0,
-) -> NDArray[np.bool_]:
-    """Snap a mask (H, W) to the edges of its RGB image by the bilateral solver.
-
-    An empty mask stays empty.
-
-    Args:
-        image: of the size of the mask.
-        mask: a coarse one.
-        solver_iterations: bound on the solver's steps.
-        solver_scale: at which fraction of the size it runs.
-    """
-    if not mask.any():
-        return mask
-    pixels = np.asarray(image)
-    return bilateral_solve(pixels, mask, max_steps=solver_iterations, scale=solver_scale) > 0.5
 
 
 def _sample(photo: Photo, mask_png: bytes) -> dict[str, Any]:

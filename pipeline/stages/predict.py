@@ -11,17 +11,18 @@ from typing import Any, TextIO
 import numpy as np
 from PIL import Image
 
-from pipeline.bench_predictor import batches
-from pipeline.data.images import ImageError, load_image
-from pipeline.data.sources import EXTENSIONS, check_utf8
+from pipeline.engine.progress import StageRun
+from pipeline.engine.runtime import Runtime
+from pipeline.engine.shard_run import batches
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, replace_dir
-from pipeline.metrics.rle import coco_annotation, encode_crop
-from pipeline.params import EvaluateParams
-from pipeline.predictor import Prediction, Segmenter
-from pipeline.runtime import Runtime, StageRun
-from pipeline.stages.evaluate import prediction_settings
-from pipeline.viz import colour_map, grid, overlay_instances, overlay_semantic
+from pipeline.formats.images import ImageError, load_image
+from pipeline.formats.rle import coco_annotation, encode_crop
+from pipeline.formats.sources import EXTENSIONS, check_utf8
+from pipeline.inference.segmenter import Prediction, Segmenter
+from pipeline.methods.inputs import prediction_settings
+from pipeline.params.sections import EvaluateParams
+from pipeline.pictures.overlays import colour_map, grid, overlay_instances, overlay_semantic
 
 OVERLAYS = "overlays"
 PREDICTIONS = "predictions.json"

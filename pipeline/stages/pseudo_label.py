@@ -14,17 +14,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.cache import BlobCache
-from pipeline.data.images import encode_label, encode_png, load_image
-from pipeline.data.labels import BACKGROUND, encode_confidence
-from pipeline.data.shards import SampleStore, open_samples, write_tar
-from pipeline.denseclip import build_denseclip
+from pipeline.engine.cache import BlobCache
+from pipeline.engine.parallel import Workers
+from pipeline.engine.progress import StageRun, Tally
+from pipeline.engine.runtime import Runtime
+from pipeline.engine.shard_run import Executor, LocalExecutor, plan_key, run_shards, slices
 from pipeline.errors import PipelineError
+from pipeline.formats.images import encode_label, encode_png, load_image
+from pipeline.formats.labels import BACKGROUND, encode_confidence
+from pipeline.formats.shards import SampleStore, open_samples, write_tar
+from pipeline.methods.dense import build_denseclip
 from pipeline.models.clip import load_clip
-from pipeline.parallel import Workers
-from pipeline.params import PseudoLabelParams
-from pipeline.runtime import Runtime, StageRun, Tally
-from pipeline.shard_run import Executor, LocalExecutor, plan_key, run_shards, slices
+from pipeline.params.sections import PseudoLabelParams
 
 MASK_MEMBERS = ("jpg", "mask.png", "json")
 BATCHES_AHEAD = 8

@@ -17,23 +17,25 @@ from typing import Any
 
 import jinja2
 
-from pipeline.data.categories import load_category_set
-from pipeline.data.labels import training_target
-from pipeline.data.tables import ArchiveRow, read_archives
+from pipeline.engine.progress import StageRun
 from pipeline.errors import PipelineError
 from pipeline.files import write_bytes
-from pipeline.params import EncoderParams, Params, read_params
+from pipeline.formats.tables import ArchiveRow, read_archives
+from pipeline.params.base import EncoderParams
+from pipeline.params.reading import read_params
+from pipeline.params.sections import Params
+from pipeline.pictures.report import category_colour
 from pipeline.report.ablations import read_ablations
 from pipeline.report.curves import read_curves
 from pipeline.report.inputs import NO_VALUE, integer
-from pipeline.report.pictures import category_colour
 from pipeline.report.predictions import read_best_and_worst, read_typical
 from pipeline.report.published import read_published
 from pipeline.report.runs import has_run, index_size, read_stages, time_of_all
 from pipeline.report.samples import TargetMaker, read_samples
 from pipeline.report.scores import bench_columns, read_audits, read_benches
 from pipeline.report.wording import AUDIT_MEASURES, GLOSSARY, GLOSSARY_OF_SCORES
-from pipeline.runtime import StageRun
+from pipeline.training.targets import training_target
+from pipeline.vocabulary.categories import load_category_set
 
 TEMPLATE_DIR = Path(__file__).resolve().parents[1] / "report"
 PACKAGES = ("torch", "open_clip_torch", "faiss-cpu", "webdataset", "dvc", "pillow", "numpy")

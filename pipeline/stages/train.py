@@ -17,22 +17,23 @@ from scmrepo.exceptions import SCMError
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline.data.cache import UseMark
-from pipeline.data.labels import IGNORE_INDEX
-from pipeline.data.prompts import templates
-from pipeline.data.shards import read_manifest
-from pipeline.data.training_set import Archives, Batch, Composition, TrainingSet, collate
-from pipeline.distributed import Group
+from pipeline.engine.cache import UseMark
+from pipeline.engine.distributed import Group
+from pipeline.engine.progress import StageRun
+from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.files import check_writable, digest, refuse_url
-from pipeline.models.build import WEIGHTS_NAME, build_zutis, save_checkpoint
+from pipeline.formats.labels import IGNORE_INDEX
+from pipeline.formats.shards import read_manifest
 from pipeline.models.clip import ClipEncoder, label_embeddings, load_clip
-from pipeline.models.losses import mask_loss, num_counted, num_pairs, semantic_loss
-from pipeline.models.schedule import param_groups, set_learning_rates
-from pipeline.models.training_state import read_state, restore, save_state
-from pipeline.models.zutis import IMAGENET_MEAN, IMAGENET_STD, Zutis
-from pipeline.params import TrainParams
-from pipeline.runtime import Runtime, StageRun
+from pipeline.models.zutis.build import WEIGHTS_NAME, build_zutis, save_checkpoint
+from pipeline.models.zutis.losses import mask_loss, num_counted, num_pairs, semantic_loss
+from pipeline.models.zutis.network import IMAGENET_MEAN, IMAGENET_STD, Zutis
+from pipeline.models.zutis.schedule import param_groups, set_learning_rates
+from pipeline.models.zutis.training_state import read_state, restore, save_state
+from pipeline.params.sections import TrainParams
+from pipeline.training.training_set import Archives, Batch, Composition, TrainingSet, collate
+from pipeline.vocabulary.prompts import templates
 
 # To be raised with every change after which the same settings give other weights.
 TRAIN_VERSION = 2

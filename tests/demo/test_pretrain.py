@@ -11,10 +11,10 @@ from pipeline.demo.glyphs import KNOWN_FAMILIES, glyph_names, load_glyphs
 from pipeline.demo.pretrain import pretrain
 from pipeline.demo.pretrain_clip import PairBatches, Phase, model_config
 from pipeline.demo.pretrain_selfmask import Schedule
+from pipeline.engine.runtime import Runtime, make_runtime
 from pipeline.errors import PipelineError
 from pipeline.models.clip import load_clip
-from pipeline.models.selfmask import load_selfmask
-from pipeline.runtime import Runtime, make_runtime
+from pipeline.models.masks.selfmask import load_selfmask
 
 PHASES = (
     Phase(24, 2, 1e-3, singles_only=True, typical_from=1.0, typical_to=1.0),

@@ -8,18 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.benchmarks import open_bench
-from pipeline.data.benchmarks.voc import read_index_png
-from pipeline.data.categories import load_category_set
+from pipeline.benchmarks import open_bench
+from pipeline.benchmarks.voc import read_index_png
 from pipeline.demo.glyphs import KNOWN_FAMILIES, UNSEEN_FAMILY, glyph_names, load_glyphs
-from pipeline.demo.scene import (
-    BENCH_BACKGROUNDS,
-    OUTLINED,
-    Scene,
-    Style,
-    choose_names,
-    draw_scene,
-)
+from pipeline.demo.scene import BENCH_BACKGROUNDS, OUTLINED, Scene, Style, choose_names, draw_scene
 from pipeline.demo.world import (
     BENCH_COUNTS,
     CATEGORY_SHARE,
@@ -29,9 +21,11 @@ from pipeline.demo.world import (
     draw_world,
 )
 from pipeline.files import read_json
-from pipeline.params import WorldParams, read_params
+from pipeline.params.reading import read_params
+from pipeline.params.sections import WorldParams
+from pipeline.vocabulary.categories import load_category_set
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = WorldParams(index_images=6, bench_images=4, size=48)
 CATEGORIES, OTHERS = glyph_names()
 

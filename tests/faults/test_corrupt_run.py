@@ -17,8 +17,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import encoded_image, noise_image
-from hostile import (
+
+from pipeline.cli import main
+from pipeline.engine.runtime import Runtime
+from pipeline.formats.shards import MANIFEST, read_shards
+from pipeline.formats.tables import read_archives
+from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, save_selfmask
+from pipeline.params.base import EncoderParams
+from pipeline.params.sections import EmbedParams, MaskParams, RetrieveParams, SourceParams
+from pipeline.stages import embed, mask, retrieve
+from tests.conftest import encoded_image, noise_image
+from tests.faults.hostile import (
     TAR_END,
     gray_tiff,
     many_scans,
@@ -29,14 +38,6 @@ from hostile import (
     wide_gif,
     wide_webp,
 )
-
-from pipeline.cli import main
-from pipeline.data.shards import MANIFEST, read_shards
-from pipeline.data.tables import read_archives
-from pipeline.models.selfmask import SelfMask, SelfMaskConfig, save_selfmask
-from pipeline.params import EmbedParams, EncoderParams, MaskParams, RetrieveParams, SourceParams
-from pipeline.runtime import Runtime
-from pipeline.stages import embed, mask, retrieve
 
 NUM_IMAGES = 200
 K = 40

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import encoded_image, noise_image
 
 from pipeline.cli import main
-from pipeline.models.selfmask import SelfMask, SelfMaskConfig, save_selfmask
+from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, save_selfmask
+from tests.conftest import encoded_image, noise_image
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = mmap.PAGESIZE  # these disks have no smaller files
 PATIENCE_S = 120
 NUM_IMAGES = 12

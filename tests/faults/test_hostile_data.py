@@ -15,8 +15,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import encoded_image, noise_image
-from hostile import (
+
+from pipeline.errors import PipelineError
+from pipeline.formats import sources
+from pipeline.formats.images import MAX_FILE_BYTES, ImageError, load_image
+from pipeline.formats.sources import ImageRef, list_images, read_image
+from pipeline.formats.tables import (
+    ARCHIVE_SCHEMA,
+    ArchiveRow,
+    embedding_bytes,
+    embedding_schema,
+    iter_embedding_rows,
+    list_embedding_shards,
+    read_archives,
+    write_archives,
+    write_table,
+)
+from tests.conftest import encoded_image, noise_image
+from tests.faults.hostile import (
     TAR_END,
     check_names,
     check_reason,
@@ -28,22 +44,6 @@ from hostile import (
     tar_number,
     within,
 )
-
-from pipeline.data import sources
-from pipeline.data.images import MAX_FILE_BYTES, ImageError, load_image
-from pipeline.data.sources import ImageRef, list_images, read_image
-from pipeline.data.tables import (
-    ARCHIVE_SCHEMA,
-    ArchiveRow,
-    embedding_bytes,
-    embedding_schema,
-    iter_embedding_rows,
-    list_embedding_shards,
-    read_archives,
-    write_archives,
-    write_table,
-)
-from pipeline.errors import PipelineError
 
 PATIENCE_S = 20
 NUM_FLIPS = 300
@@ -231,7 +231,8 @@ class TestTars:
         forged = tar_header(b"x", tar_number(-512), kind=b"Z")
         (tmp_path / "0.tar").write_bytes(GOOD + forged + TAR_END)
         code = (
-            "import sys; from pathlib import Path; from pipeline.data.shards import tar_members\n"
+            "import sys; from pathlib import Path\n"
+            "from pipeline.formats.shards import tar_members\n"
             "list(tar_members(Path(sys.argv[1])))"
         )
         done = subprocess.run(

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile import (
+from PIL import Image
+
+from pipeline.formats.images import MAX_SCANS, ImageError, decode_label, decode_png, load_image
+from tests.faults.hostile import (
     check_reason,
     cuts,
     encoded,
@@ -27,9 +30,6 @@ from hostile import (
     wide_webp,
     within,
 )
-from PIL import Image
-
-from pipeline.data.images import MAX_SCANS, ImageError, decode_label, decode_png, load_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
@@ -43,7 +43,7 @@ SIDE = 4000
 CHILD = """
 import json, resource, sys, warnings
 from pathlib import Path
-from pipeline.data.images import ImageError, load_image
+from pipeline.formats.images import ImageError, load_image
 warnings.simplefilter("ignore")
 data = Path(sys.argv[1]).read_bytes()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile import write_payload
 
 from pipeline.errors import PipelineError
 from pipeline.importers import archives
 from pipeline.importers.embeddings import read_clip_retrieval, read_pickle
-from pipeline.models.acquire import add
 from pipeline.models.clip import load_clip
-from pipeline.models.dino import load_dino
-from pipeline.models.selfmask import load_selfmask
-from pipeline.models.weights import load_state, read_weights
-from pipeline.models.zoo import manifest, published
+from pipeline.models.masks.dino import load_dino
+from pipeline.models.masks.selfmask import load_selfmask
+from pipeline.models.weights.acquire import add
+from pipeline.models.weights.weights import load_state, read_weights
+from pipeline.models.weights.zoo import manifest, published
+from tests.faults.hostile import write_payload
 
 CPU = torch.device("cpu")
 FORMS = ["pickle", "legacy", "zip", "torchscript"]

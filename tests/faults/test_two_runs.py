@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT
+
 PATIENCE_S = 120
 NUM_IMAGES = 800
 COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]

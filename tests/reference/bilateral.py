@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from pipeline.models import bilateral
-from pipeline.models.bilateral import (
+from pipeline.models.masks import bilateral
+from pipeline.models.masks.bilateral import (
     bilateral_grid,
     bilateral_solve,
     bistochastise,

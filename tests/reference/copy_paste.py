@@ -8,8 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from pipeline.data.copy_paste import Canvas, Cutout, copy_paste, object_box
-from pipeline.data.labels import IGNORE_INDEX
+from pipeline.formats.labels import IGNORE_INDEX
+from pipeline.training.copy_paste import Canvas, Cutout, copy_paste, object_box
 
 from .checks import Parts, Result, equal
 from .vectors import Vectors

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.models.losses import mask_loss, semantic_loss
-from pipeline.models.matching import mask_costs, match
+from pipeline.models.zutis.losses import mask_loss, semantic_loss
+from pipeline.models.zutis.matching import mask_costs, match
 
 from .checks import Parts, Result, close, equal, failure, none_differs
 from .vectors import Tensors, Vectors

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models.clip import ClipEncoder
-from pipeline.models.denseclip import (
+from pipeline.models.dense.denseclip import (
     DenseClip,
     dense_features,
     dense_logits,

@@ -11,8 +11,8 @@ import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import nn
 
-from pipeline.models.build import build_zutis
-from pipeline.models.selfmask import SelfMask, SelfMaskConfig
+from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig
+from pipeline.models.zutis.build import build_zutis
 
 from .checks import Parts, Result, equal, none_differs
 from .networks import HEAD_WIDTH

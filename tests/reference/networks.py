@@ -14,10 +14,10 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.models.build import build_zutis
 from pipeline.models.clip import VOCABULARY_SPECIALS, ClipEncoder, load_clip
-from pipeline.models.weights import load_strict
-from pipeline.models.zutis import Zutis
+from pipeline.models.weights.weights import load_strict
+from pipeline.models.zutis.build import build_zutis
+from pipeline.models.zutis.network import Zutis
 
 HEAD_WIDTH = 64  # of every attention head of a CLIP
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from pipeline.models.postprocess import (
+from pipeline.models.zutis.postprocess import (
     Instance,
     instance_predictions,
     semantic_logits,

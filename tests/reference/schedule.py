@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from open_clip.transformer import VisionTransformer
 
-from pipeline.models.build import FFN_HIDDEN, build_zutis
-from pipeline.models.schedule import param_groups, poly_lr, set_learning_rates
-from pipeline.models.zutis import Zutis
+from pipeline.models.zutis.build import FFN_HIDDEN, build_zutis
+from pipeline.models.zutis.network import Zutis
+from pipeline.models.zutis.schedule import param_groups, poly_lr, set_learning_rates
 
 from .checks import Parts, Result, close, equal, failure, none_differs
 from .networks import count_layers

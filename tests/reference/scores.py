@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from pipeline.metrics.semantic import ConfusionMatrix
+from pipeline.scoring.confusion import ConfusionMatrix
 
 from .checks import Parts, Result, close, equal
 from .vectors import Vectors

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.bilateral import bilateral_solve
-from pipeline.models.decoder import Memory
-from pipeline.models.selfmask import SelfMask, SelfMaskConfig
-from pipeline.models.weights import load_strict
+from pipeline.models.layers.decoder import Memory
+from pipeline.models.masks.bilateral import bilateral_solve
+from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig
+from pipeline.models.weights.weights import load_strict
 
 from .checks import TIE, Parts, Result, close, equal, first_is_clear
 from .vectors import Tensors, Vectors

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.models.spectral import (
+from pipeline.models.masks.spectral import (
     feature_affinity,
     spectral_clusters,
     spectral_embedding,

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.paths import ROOT
+
 from .__main__ import DEFAULT_FOLDER, main
 from .checks import MAX_BOUND, Result, close, equal, first_is_clear
 from .runner import FAMILIES, find_cases, run_case, run_folder
@@ -24,7 +26,6 @@ from .training import train_steps
 from .vectors import IO, RECORD, WEIGHTS, read_vectors
 
 DATA = DEFAULT_FOLDER
-ROOT = Path(__file__).parents[2]
 NAMES, UNKNOWN = find_cases(DATA)
 
 # Tensors that are given, not compared, by family; all others are outputs.

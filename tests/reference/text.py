@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.prompts import NAME_ONLY, PROMPTS_85
 from pipeline.models.clip import text_embeddings
+from pipeline.vocabulary.prompts import NAME_ONLY, PROMPTS_85
 
 from .checks import Parts, Result, close, equal
 from .networks import clip_encoder

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pipeline.models.losses import mask_loss, semantic_loss
-from pipeline.models.schedule import param_groups, set_learning_rates
-from pipeline.models.zutis import Zutis
+from pipeline.models.zutis.losses import mask_loss, semantic_loss
+from pipeline.models.zutis.network import Zutis
+from pipeline.models.zutis.schedule import param_groups, set_learning_rates
 
 from .checks import RELATIVE, TIE, Parts, Result, close, close_each
 from .networks import zutis_network

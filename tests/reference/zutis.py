@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.decoder import sine_codes
-from pipeline.models.interpolate import upsample
-from pipeline.models.postprocess import semantic_logits, semantic_prediction
-from pipeline.models.tokens import encode_patches, resize_positions, vision_tower
-from pipeline.models.zutis import Zutis
+from pipeline.models.clip.tokens import encode_patches, resize_positions, vision_tower
+from pipeline.models.layers.decoder import sine_codes
+from pipeline.models.layers.interpolate import upsample
+from pipeline.models.zutis.network import Zutis
+from pipeline.models.zutis.postprocess import semantic_logits, semantic_prediction
 
 from .checks import Parts, Result, close, equal, first_is_clear
 from .networks import zutis_network

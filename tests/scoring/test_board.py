@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.benchmarks import InstanceTarget
-from pipeline.data.shards import shard_entry, shard_name, write_manifest
+from pipeline.benchmarks import InstanceTarget
 from pipeline.errors import PipelineError
-from pipeline.metrics.rle import RleObject, encode_mask
+from pipeline.formats.rle import RleObject, encode_mask
+from pipeline.formats.shards import shard_entry, shard_name, write_manifest
 from pipeline.scoring.board import ScoreBoard
 from pipeline.scoring.predictions import PredictionStore, StoredPrediction, write_predictions
 from pipeline.scoring.task import ScoringTask

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.shards import (
+from pipeline.errors import PipelineError
+from pipeline.formats.rle import RleObject, encode_mask
+from pipeline.formats.shards import (
     read_manifest,
     read_shards,
     shard_entry,
     shard_name,
     write_manifest,
 )
-from pipeline.errors import PipelineError
-from pipeline.metrics.rle import RleObject, encode_mask
 from pipeline.scoring.predictions import PredictionStore, StoredPrediction, write_predictions
 
 LABELS = np.array([[0, 1, 2], [2, 2, 0]], np.int16)

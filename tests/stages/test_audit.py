@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.benchmarks.voc import encode_index_png
-from pipeline.data.images import encode_jpeg, encode_label, encode_png
-from pipeline.data.labels import IGNORE_INDEX, encode_confidence
-from pipeline.data.shards import write_shards
-from pipeline.data.tables import ArchiveRow, write_archives
+from pipeline.benchmarks.voc import encode_index_png
+from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
-from pipeline.params import AuditParams, TrainParams
-from pipeline.runtime import Runtime
+from pipeline.formats.images import encode_jpeg, encode_label, encode_png
+from pipeline.formats.labels import IGNORE_INDEX, encode_confidence
+from pipeline.formats.shards import write_shards
+from pipeline.formats.tables import ArchiveRow, write_archives
+from pipeline.params.sections import AuditParams, TrainParams
 from pipeline.stages import audit
 
 CATEGORIES = ["dog", "cat"]

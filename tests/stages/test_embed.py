@@ -23,12 +23,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.sources import list_images
-from pipeline.data.tables import list_embedding_shards
+from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
+from pipeline.formats.sources import list_images
+from pipeline.formats.tables import list_embedding_shards
 from pipeline.models.clip import load_clip
-from pipeline.params import EmbedParams, EncoderParams, SourceParams
-from pipeline.runtime import Runtime
+from pipeline.params.base import EncoderParams
+from pipeline.params.sections import EmbedParams, SourceParams
 from pipeline.stages import embed
 
 KILLED_IMAGES = 800
@@ -247,8 +248,8 @@ def test_a_killed_run_continues(
 CHILD = """
 import json, sys, torch
 from pathlib import Path
-from pipeline.params import EmbedParams, SourceParams
-from pipeline.runtime import Runtime
+from pipeline.params.sections import EmbedParams, SourceParams
+from pipeline.engine.runtime import Runtime
 from pipeline.stages import embed
 a = json.loads(sys.argv[1])
 torch.set_num_threads(1)

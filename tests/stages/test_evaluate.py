@@ -14,8 +14,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import encoded_image, noise_image
-from data.benchmarks.fixtures import (
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from pipeline.benchmarks.corruptions import corrupt
+from pipeline.benchmarks.voc import VocWriter
+from pipeline.cli.benches import shipped_bench
+from pipeline.engine.runtime import Runtime
+from pipeline.errors import PipelineError
+from pipeline.files import digest
+from pipeline.formats.images import load_image
+from pipeline.formats.labels import IGNORE_INDEX
+from pipeline.formats.rle import coco_annotation, encode_mask
+from pipeline.formats.shards import read_shards
+from pipeline.inference.segmenter import Prediction, Segmenter
+from pipeline.methods.dense import build_denseclip
+from pipeline.methods.inputs import PredictionSettings
+from pipeline.models.clip import load_clip
+from pipeline.params.base import EncoderParams
+from pipeline.params.benches import CocoBench, CubBench, VocBench
+from pipeline.params.sections import EvaluateParams, PseudoLabelParams
+from pipeline.scoring.confusion import ConfusionMatrix
+from pipeline.scoring.predictions import PredictionStore
+from pipeline.stages import evaluate
+from tests.benchmarks.fixtures import (
     COCA_CATEGORIES,
     CONTEXT_CATEGORIES,
     CUB_CATEGORIES,
@@ -28,35 +51,8 @@ from data.benchmarks.fixtures import (
     write_imagenet_s,
     write_voc,
 )
-from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from tiny_checkpoint import CATEGORIES, write_checkpoint
-
-from pipeline.cli.benches import shipped_bench
-from pipeline.data.benchmarks.voc import VocWriter
-from pipeline.data.corruptions import corrupt
-from pipeline.data.images import load_image
-from pipeline.data.labels import IGNORE_INDEX
-from pipeline.data.shards import read_shards
-from pipeline.denseclip import build_denseclip
-from pipeline.errors import PipelineError
-from pipeline.files import digest
-from pipeline.metrics.rle import coco_annotation, encode_mask
-from pipeline.metrics.semantic import ConfusionMatrix
-from pipeline.models.clip import load_clip
-from pipeline.params import (
-    CocoBench,
-    CubBench,
-    EncoderParams,
-    EvaluateParams,
-    PseudoLabelParams,
-    VocBench,
-)
-from pipeline.predictor import Prediction, PredictionSettings, Segmenter
-from pipeline.runtime import Runtime
-from pipeline.scoring.predictions import PredictionStore
-from pipeline.stages import evaluate
+from tests.conftest import encoded_image, noise_image
+from tests.stages.tiny_checkpoint import CATEGORIES, write_checkpoint
 
 SIZES = ((40, 56), (64, 33), (48, 48))
 PARAMS = EvaluateParams(overlays=2, batch_size=2)

@@ -21,15 +21,16 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline.cli.imports import import_app
-from pipeline.data.shards import MANIFEST, read_shards
-from pipeline.data.sources import sample_key
-from pipeline.data.tables import ArchiveRow, encoder_name, read_archives, shard_encoder
+from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
+from pipeline.formats.shards import MANIFEST, read_shards
+from pipeline.formats.sources import sample_key
+from pipeline.formats.tables import ArchiveRow, encoder_name, read_archives, shard_encoder
 from pipeline.importers import archives, embeddings
 from pipeline.importers.images import parse_prefixes
 from pipeline.models.clip import load_clip
-from pipeline.params import EmbedParams, EncoderParams, MaskParams, RetrieveParams, SourceParams
-from pipeline.runtime import Runtime
+from pipeline.params.base import EncoderParams
+from pipeline.params.sections import EmbedParams, MaskParams, RetrieveParams, SourceParams
 from pipeline.stages import embed, mask, retrieve
 
 C = 16

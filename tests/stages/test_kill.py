@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_workspace import SHARDED, STAGES, Workspace, content, write_workspace
 
-from pipeline.data.shards import MANIFEST
 from pipeline.errors import PipelineError
+from pipeline.formats.shards import MANIFEST
 from pipeline.stages import evaluate
+from tests.stages.tiny_workspace import SHARDED, STAGES, Workspace, content, write_workspace
 
 KILLS = 12
 IMAGES = 60

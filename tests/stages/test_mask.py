@@ -17,15 +17,16 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
-from pipeline.data.images import decode_png, load_image
-from pipeline.data.shards import read_shards
-from pipeline.data.sources import sample_key
-from pipeline.data.tables import ArchiveRow, write_archives
+from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
-from pipeline.models.bilateral import bilateral_solve
-from pipeline.models.selfmask import SelfMask, SelfMaskConfig, load_selfmask, save_selfmask
-from pipeline.params import EncoderParams, MaskParams
-from pipeline.runtime import Runtime
+from pipeline.formats.images import decode_png, load_image
+from pipeline.formats.shards import read_shards
+from pipeline.formats.sources import sample_key
+from pipeline.formats.tables import ArchiveRow, write_archives
+from pipeline.models.masks.bilateral import bilateral_solve
+from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, load_selfmask, save_selfmask
+from pipeline.params.base import EncoderParams
+from pipeline.params.sections import MaskParams
 from pipeline.stages import mask
 
 MEMBERS = ("jpg", "mask.png", "json")

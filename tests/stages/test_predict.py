@@ -12,18 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import encoded_image, noise_image
 from PIL import Image
 from pycocotools.coco import COCO
-from tiny_checkpoint import write_checkpoint
 
-from pipeline.data.images import ImageError
+from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
-from pipeline.params import EvaluateParams
-from pipeline.predictor import PredictionSettings, Segmenter, input_size
-from pipeline.runtime import Runtime
+from pipeline.formats.images import ImageError
+from pipeline.inference.segmenter import Segmenter
+from pipeline.methods.inputs import PredictionSettings, input_size, prediction_settings
+from pipeline.params.sections import EvaluateParams
 from pipeline.stages import predict
-from pipeline.stages.evaluate import prediction_settings
+from tests.conftest import encoded_image, noise_image
+from tests.stages.tiny_checkpoint import write_checkpoint
 
 
 @pytest.fixture(scope="module")

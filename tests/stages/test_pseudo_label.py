@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline.data.images import decode_label, decode_png, encode_jpeg, encode_png, load_image
-from pipeline.data.shards import read_manifest, read_shards, write_shards
-from pipeline.denseclip import build_denseclip
+from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
+from pipeline.formats.images import decode_label, decode_png, encode_jpeg, encode_png, load_image
+from pipeline.formats.shards import read_manifest, read_shards, write_shards
+from pipeline.methods.dense import build_denseclip
 from pipeline.models.clip import load_clip
-from pipeline.params import EncoderParams, PseudoLabelParams
-from pipeline.runtime import Runtime
+from pipeline.params.base import EncoderParams
+from pipeline.params.sections import PseudoLabelParams
 from pipeline.stages import pseudo_label
 
 CATEGORIES = ["cat", "dog"]

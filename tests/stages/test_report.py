@@ -18,13 +18,12 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline.ablations.definitions import list_ablations, read_ablation
-from pipeline.data.images import encode_jpeg, encode_label, encode_png
-from pipeline.data.shards import write_shards
-from pipeline.data.tables import ArchiveRow, read_archives, write_archives
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
-from pipeline.report.charts import line_chart, nice_ticks
-from pipeline.report.pictures import (
+from pipeline.formats.images import encode_jpeg, encode_label, encode_png
+from pipeline.formats.shards import write_shards
+from pipeline.formats.tables import ArchiveRow, read_archives, write_archives
+from pipeline.pictures.report import (
     category_colour,
     enlarge_image,
     fit_image,
@@ -32,9 +31,11 @@ from pipeline.report.pictures import (
     paint_labels,
     picture,
 )
+from pipeline.report.charts import line_chart, nice_ticks
 from pipeline.report.published import Published, read_published
 from pipeline.stages.report import run
 from pipeline.typed_yaml import read_record
+from tests.paths import ROOT
 
 CATEGORIES = ["cat", 'dog & <b>"pup"</b>', "bird"]
 EVIL = "<script>alert('x')</script>"
@@ -662,7 +663,7 @@ def test_page_stays_small_whatever_the_images(tmp_path: Path) -> None:
 
 # -- published tables and ablations ----------------------------------------------------------------
 
-PUBLISHED = Path(__file__).resolve().parents[2] / "reports/published.yaml"
+PUBLISHED = ROOT / "reports/published.yaml"
 REAL_VOC = {
     "model": "zutis",
     "encoder": "ViT-B-16-quickgelu/openai",

@@ -13,8 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.data.prompts import templates
-from pipeline.data.tables import (
+from pipeline.engine.progress import Tally
+from pipeline.engine.runtime import Runtime
+from pipeline.engine.shard_run import LocalExecutor, Task
+from pipeline.errors import PipelineError
+from pipeline.formats.tables import (
     ArchiveRow,
     embedding_bytes,
     embedding_schema,
@@ -22,13 +25,12 @@ from pipeline.data.tables import (
     read_archives,
     write_table,
 )
-from pipeline.errors import PipelineError
 from pipeline.models.clip import load_clip, text_embeddings
-from pipeline.params import EncoderParams, RetrieveParams
-from pipeline.runtime import Runtime, Tally
-from pipeline.shard_run import LocalExecutor, Task
+from pipeline.params.base import EncoderParams
+from pipeline.params.sections import RetrieveParams
+from pipeline.retrieval.ranking import Ranking, settle_overlaps
 from pipeline.stages import retrieve
-from pipeline.stages.retrieve import Ranking, settle_overlaps
+from pipeline.vocabulary.prompts import templates
 
 CATEGORIES = ["cat", "dog", "potted plant"]
 BACKGROUND = ["background", "house"]

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_training import CATEGORIES, curve, run, small_params, write_labels
 
+from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
-from pipeline.models.build import build_zutis
+from pipeline.inference.segmenter import Segmenter
 from pipeline.models.clip import load_clip
-from pipeline.models.weights import load_state, load_strict
-from pipeline.params import EncoderParams
-from pipeline.predictor import Segmenter
-from pipeline.runtime import Runtime
+from pipeline.models.weights.weights import load_state, load_strict
+from pipeline.models.zutis.build import build_zutis
+from pipeline.params.base import EncoderParams
+from tests.stages.tiny_training import CATEGORIES, curve, run, small_params, write_labels
 
 
 @pytest.fixture(scope="module")

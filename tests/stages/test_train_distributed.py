@@ -7,7 +7,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tiny_training import (
+
+from pipeline.engine.distributed import Group
+from pipeline.errors import PipelineError
+from pipeline.models.weights.weights import load_state
+from pipeline.params.base import EncoderParams
+from tests.stages.tiny_training import (
     PATIENCE_S,
     curve,
     run,
@@ -18,11 +23,6 @@ from tiny_training import (
     wait_until,
     write_labels,
 )
-
-from pipeline.distributed import Group
-from pipeline.errors import PipelineError
-from pipeline.models.weights import load_state
-from pipeline.params import EncoderParams
 
 CPU = torch.device("cpu")
 

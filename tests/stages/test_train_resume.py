@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_training import (
+
+from pipeline.engine.cache_store import collect
+from pipeline.params.base import EncoderParams
+from pipeline.params.sections import TrainParams
+from tests.stages.tiny_training import (
     PATIENCE_S,
     kill,
     outputs,
@@ -22,9 +26,6 @@ from tiny_training import (
     wait_until,
     write_labels,
 )
-
-from pipeline.data.cache_store import collect
-from pipeline.params import EncoderParams, TrainParams
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.models.build import build_zutis, save_checkpoint
 from pipeline.models.clip import load_clip
+from pipeline.models.zutis.build import build_zutis, save_checkpoint
 
 ARCHITECTURE = {"num_queries": 12, "decoder_layers": 2, "num_heads": 2, "feedforward_dim": 16}
 CATEGORIES = ["cat", "dog", "bird"]

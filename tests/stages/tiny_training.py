@@ -16,18 +16,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.data.images import encode_jpeg, encode_label, encode_png
-from pipeline.data.shards import write_shards
-from pipeline.params import EncoderParams, TrainParams, read_params
-from pipeline.runtime import Runtime
+from pipeline.engine.runtime import Runtime
+from pipeline.formats.images import encode_jpeg, encode_label, encode_png
+from pipeline.formats.shards import write_shards
+from pipeline.params.base import EncoderParams
+from pipeline.params.reading import read_params
+from pipeline.params.sections import TrainParams
 from pipeline.stages import train
+from tests.paths import ROOT
 
 CATEGORIES = ["cat", "dog"]
 BACKGROUND = ["background", "grass"]
 SEED = 5
 PATIENCE_S = 240
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_labels(folder: Path, *, shard_size: int = 4) -> Path:

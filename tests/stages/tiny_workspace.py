@@ -9,26 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import encoded_image, noise_image
-from tiny_checkpoint import CATEGORIES, write_checkpoint
 
-from pipeline.data.benchmarks.voc import VocWriter
-from pipeline.data.sources import list_images
-from pipeline.data.tables import ArchiveRow, write_archives
-from pipeline.models.selfmask import SelfMask, SelfMaskConfig, save_selfmask
-from pipeline.params import (
+from pipeline.benchmarks.voc import VocWriter
+from pipeline.engine.runtime import Runtime
+from pipeline.engine.shard_run import Executor
+from pipeline.formats.sources import list_images
+from pipeline.formats.tables import ArchiveRow, write_archives
+from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, save_selfmask
+from pipeline.params.base import EncoderParams
+from pipeline.params.benches import VocBench
+from pipeline.params.sections import (
     EmbedParams,
-    EncoderParams,
     EvaluateParams,
     MaskParams,
     PseudoLabelParams,
     RetrieveParams,
     SourceParams,
-    VocBench,
 )
-from pipeline.runtime import Runtime
-from pipeline.shard_run import Executor
 from pipeline.stages import embed, evaluate, mask, pseudo_label, retrieve
+from tests.conftest import encoded_image, noise_image
+from tests.stages.tiny_checkpoint import CATEGORIES, write_checkpoint
 
 SHARDED = ("embed", "mask", "pseudo_label", "evaluate")
 STAGES = (*SHARDED, "retrieve")

@@ -5,12 +5,7 @@ from open_clip.transformer import VisionTransformer
 
 from pipeline.models.clip.encoder import ClipEncoder
 from pipeline.models.clip.features import pad_to_multiple, require_plain_vit
-from pipeline.models.clip.loading import (
-    OPENAI_SCALARS,
-    build_clip,
-    load_clip,
-    to_open_clip_layout,
-)
+from pipeline.models.clip.loading import OPENAI_SCALARS, build_clip, load_clip, to_open_clip_layout
 from pipeline.models.clip.text import background_embedding, label_embeddings, text_embeddings
 from pipeline.models.clip.tokenizer import VOCABULARY_SPECIALS
 

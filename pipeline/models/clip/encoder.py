@@ -25,7 +25,7 @@ from pipeline.models.clip.features import (
     square_side,
     vit_features,
 )
-from pipeline.models.weights import hash_tensors
+from pipeline.models.weights.weights import hash_tensors
 
 
 class ClipEncoder(nn.Module):

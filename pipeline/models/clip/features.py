@@ -13,7 +13,7 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.models.tokens import embed_patches
+from pipeline.models.clip.tokens import embed_patches
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

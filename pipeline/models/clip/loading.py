@@ -20,8 +20,8 @@ from pipeline.errors import PipelineError
 from pipeline.models.clip.encoder import ClipEncoder
 from pipeline.models.clip.features import square_side
 from pipeline.models.clip.tokenizer import first_line, load_tokenizer
-from pipeline.models.weights import load_strict, read_weights
-from pipeline.models.zoo import cached_clip, published_clip, resolve_weights
+from pipeline.models.weights.weights import load_strict, read_weights
+from pipeline.models.weights.zoo import cached_clip, published_clip, resolve_weights
 
 MODEL_PREFIX = "open_clip:"
 QUICK_GELU_SUFFIX = "-quickgelu"

@@ -1,0 +1,424 @@
+"""COCO's layout of instance annotations: reader.
+
+ROOT/annotations/instances_SPLIT.json     `images`, `annotations`, `categories`
+ROOT/SPLIT/FILE_NAME                      the image, FILE_NAME as the JSON has it
+
+Letters: H, W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from pipeline.benchmarks.example import Example, InstanceTarget
+from pipeline.benchmarks.json_stream import visit_arrays
+from pipeline.benchmarks.lists import check_folder, read_lines
+from pipeline.errors import PipelineError
+from pipeline.formats.labels import LABEL_TYPE, LabelMap
+
+MIN_POLYGON = 6  # numbers: three points
+LISTED_NAMES = 20
+
+T = TypeVar("T")
+
+
+class Annotation(NamedTuple):
+    """One annotated object; `counts` is its mask, COCO's compressed run-length code."""
+
+    label_id: int
+    counts: bytes
+    crowd: bool
+    area: float | None
+
+
+@dataclass(frozen=True)
+class CocoExample:
+    """One image of a `CocoBenchmark`; see `Example`. `size` is (H, W)."""
+
+    image_id: str
+    image_path: Path
+    size: tuple[int, int]
+    annotations: list[Annotation]
+    vocabulary: None = None
+
+    def semantic(self) -> LabelMap:
+        """Label ids (H, W), painted from the annotations; nothing is void.
+
+        Crowds are painted first, then objects from large to small, so that of several objects at
+        one pixel the smallest is seen; of two of one size, the later one of the file. A crowd's
+        pixels have its category. (The authors of ZUTIS scored label maps that they did not
+        publish: what they do where objects overlap is not known.)
+        """
+        labels = np.zeros(self.size, dtype=LABEL_TYPE)
+        for annotation in sorted(self.annotations, key=self._depth):
+            labels[self._mask(annotation)] = annotation.label_id
+        return labels
+
+    def instances(self) -> list[InstanceTarget]:
+        """All annotated objects, crowds too, in the order of the file.
+
+        An annotation that covers no pixel is a target that nothing can match, as in COCO's own
+        evaluation.
+        """
+        return [
+            InstanceTarget(
+                annotation.label_id,
+                self._mask(annotation),
+                crowd=annotation.crowd,
+                area=annotation.area,
+            )
+            for annotation in self.annotations
+        ]
+
+    def void(self) -> NDArray[np.bool_]:
+        """No pixel: crowds are marked as such, not void."""
+        return np.zeros(self.size, dtype=np.bool_)
+
+    def _mask(self, annotation: Annotation) -> NDArray[np.bool_]:
+        return coco_mask.decode(self._code(annotation)).astype(np.bool_)
+
+    def _depth(self, annotation: Annotation) -> tuple[bool, int]:
+        return not annotation.crowd, -int(coco_mask.area(self._code(annotation)))
+
+    def _code(self, annotation: Annotation) -> dict[str, Any]:
+        return {"size": self.size, "counts": annotation.counts}
+
+
+@dataclass
+class _Image:
+    file_name: str
+    size: tuple[int, int]
+    annotations: list[Annotation] = field(default_factory=list)
+
+    @property
+    def image_id(self) -> str:
+        return PurePosixPath(self.file_name).stem
+
+
+class CocoBenchmark:
+    """A split of a folder in COCO's layout; see `Benchmark`.
+
+    Memory holds the annotations of the listed images as run-length codes, some 200 bytes each.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        split: str,
+        categories: list[str],
+        groups: Mapping[str, str],
+        annotations: str = "annotations/instances_{split}.json",
+        images: str = "{split}",
+        image_list: str = "",
+    ) -> None:
+        """Read lists and annotations and check that every image is there.
+
+        `{split}` in a path stands for the split. Categories are matched by name, whatever their
+        COCO ids; annotations of other categories, or of images that are not scored, are left out.
+        An image without annotations is scored like the others.
+
+        Args:
+            root: the folder that holds all else.
+            split: name of the split, such as `val2017`.
+            categories: names in the order of the label ids, without background.
+            groups: name -> file like `image_list`, whose images must be among those scored.
+            annotations: JSON file of the annotations, below `root`.
+            images: folder of the images, below `root`.
+            image_list: file below `root` with one file name or path a line, in the order wanted;
+                the folders of a path do not count. Empty: all images, in the order of their COCO
+                ids.
+
+        Raises:
+            PipelineError: a file or folder is missing; the JSON is damaged or lacks a category or
+                an image; an annotation has no mask that fits its image; a list is empty or repeats
+                itself.
+        """
+        self.root = Path(root)
+        self.categories = list(categories)
+        check_folder(self.root, "a benchmark in COCO's layout")
+        self._json_path = self.root / annotations.replace("{split}", split)
+        self._image_dir = self.root / images.replace("{split}", split)
+        known, label_ids = self._read_images_and_categories()
+        scored = known
+        if image_list:
+            list_path = self.root / image_list.replace("{split}", split)
+            scored = self._select(known, list_path)
+        self._images = list(scored.values())
+        self.groups = {name: self._read_group(name, of, scored) for name, of in groups.items()}
+        self._check_files()
+        self._read_annotations(scored, label_ids)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __iter__(self) -> Iterator[Example]:
+        for image in self._images:
+            yield CocoExample(
+                image.image_id,
+                self._image_dir / image.file_name,
+                image.size,
+                image.annotations,
+            )
+
+    def _read_images_and_categories(self) -> tuple[dict[int, _Image], dict[int, int | None]]:
+        """Images by COCO id, and label ids by COCO id (None: a category that is not asked for)."""
+        images: dict[int, _Image] = {}
+        names: dict[int, str] = {}
+
+        def add_image(entry: Any) -> None:
+            coco_id, image = self._parsed(entry, "image", _parse_image)
+            if coco_id in images:
+                raise PipelineError(f"{self._json_path}: image {coco_id} is listed twice")
+            images[coco_id] = image
+
+        def add_category(entry: Any) -> None:
+            coco_id, name = self._parsed(entry, "category", _parse_category)
+            names[coco_id] = name
+
+        found = visit_arrays(self._json_path, {"images": add_image, "categories": add_category})
+        for key, entries in (("images", images), ("categories", names)):
+            if not entries:
+                problem = "is empty" if key in found else "is missing"
+                raise PipelineError(
+                    f"{self._json_path}: {key!r} {problem}; expected COCO's instance annotations"
+                )
+        self._check_unique(images.values())
+        return dict(sorted(images.items())), self._label_ids(names)
+
+    def _label_ids(self, names: Mapping[int, str]) -> dict[int, int | None]:
+        missing = [name for name in self.categories if name not in names.values()]
+        if missing:
+            raise PipelineError(
+                f"{self._json_path}: no category is named {_listed(missing)}; its categories: "
+                f"{_listed(names.values())}"
+            )
+        wanted = {name: label_id for label_id, name in enumerate(self.categories, start=1)}
+        return {coco_id: wanted.get(name) for coco_id, name in names.items()}
+
+    def _check_unique(self, images: Iterable[_Image]) -> None:
+        seen: dict[str, str] = {}
+        for image in images:
+            if image.image_id in seen:
+                raise PipelineError(
+                    f"{self._json_path}: images {seen[image.image_id]} and {image.file_name} have "
+                    "one name; images are told apart by file name without folder and suffix"
+                )
+            seen[image.image_id] = image.file_name
+
+    def _read_annotations(
+        self, images: Mapping[int, _Image], label_ids: Mapping[int, int | None]
+    ) -> None:
+        """Attach the annotations to their images."""
+        parse = partial(_parse_annotation, images=images, label_ids=label_ids)
+
+        def add(entry: Any) -> None:
+            annotation = self._parsed(entry, "annotation", parse)
+            if annotation is not None:
+                images[entry["image_id"]].annotations.append(annotation)
+
+        if "annotations" not in visit_arrays(self._json_path, {"annotations": add}):
+            raise PipelineError(
+                f"{self._json_path}: 'annotations' is missing; expected COCO's instance "
+                "annotations, not its list of test images"
+            )
+
+    def _parsed(self, entry: Any, kind: str, parse: Callable[[Any], Any]) -> Any:
+        """`parse(entry)`; what is wrong with the entry becomes an error that names it."""
+        if not isinstance(entry, dict):
+            raise PipelineError(f"{self._json_path}: {kind} {entry!r}: expected an object")
+        try:
+            return parse(entry)
+        except (KeyError, ValueError) as error:
+            problem = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise PipelineError(
+                f"{self._json_path}: {kind} {entry.get('id', 'without id')}: {problem}"
+            ) from None
+
+    def _select(self, images: Mapping[int, _Image], list_path: Path) -> dict[int, _Image]:
+        """The images that a file lists, in its order."""
+        ids = {}
+        for coco_id, image in images.items():
+            ids[image.image_id] = ids[PurePosixPath(image.file_name).name] = coco_id
+        selected: dict[int, _Image] = {}
+        strangers: list[str] = []
+        for line in read_lines(list_path, "one image file name a line"):
+            name = PurePosixPath(line).name
+            if name not in ids:
+                strangers.append(line)
+            elif ids[name] in selected:
+                raise PipelineError(f"{list_path}: image {line} is listed twice")
+            else:
+                selected[ids[name]] = images[ids[name]]
+        if strangers:
+            raise PipelineError(
+                f"{list_path}: {len(strangers)} images are not among those scored of "
+                f"{self._json_path}, for example {strangers[0]}"
+            )
+        return selected
+
+    def _read_group(self, name: str, of: str, images: Mapping[int, _Image]) -> frozenset[str]:
+        try:
+            selected = self._select(images, self.root / of)
+        except PipelineError as error:
+            raise PipelineError(f"group {name!r}: {error}") from None
+        return frozenset(image.image_id for image in selected.values())
+
+    def _check_files(self) -> None:
+        check_folder(self._image_dir, "the benchmark's images")
+        missing = [
+            image.file_name
+            for image in self._images
+            if not (self._image_dir / image.file_name).is_file()
+        ]
+        if missing:
+            raise PipelineError(
+                f"{self._image_dir / missing[0]}: no such file, but {self._json_path.name} has it; "
+                f"{len(missing)} of {len(self._images)} images are missing"
+            )
+
+
+def _parse_image(entry: Mapping[str, Any]) -> tuple[int, _Image]:
+    """COCO id and image of an element of `images`."""
+    file_name = _value(entry, "file_name", str)
+    path = PurePosixPath(file_name)
+    if not path.name or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"file_name {file_name!r} is not the path of a file below a folder")
+    size = (_value(entry, "height", int), _value(entry, "width", int))
+    if min(size) < 1:
+        raise ValueError(f"size {size[1]}x{size[0]} has no pixel")
+    return _value(entry, "id", int), _Image(file_name, size)
+
+
+def _parse_category(entry: Mapping[str, Any]) -> tuple[int, str]:
+    """COCO id and name of an element of `categories`."""
+    return _value(entry, "id", int), _value(entry, "name", str).strip()
+
+
+def _parse_annotation(
+    entry: Mapping[str, Any],
+    *,
+    images: Mapping[int, _Image],
+    label_ids: Mapping[int, int | None],
+) -> Annotation | None:
+    """Element of `annotations`; None where its image or category is not scored."""
+    image = images.get(_value(entry, "image_id", int))
+    if image is None:
+        return None
+    category_id = _value(entry, "category_id", int)
+    if category_id not in label_ids:
+        raise ValueError(f"category_id {category_id} is not among the categories")
+    label_id = label_ids[category_id]
+    if label_id is None:
+        return None
+    counts = _encode(entry["segmentation"], image.size)
+    area = _value(entry, "area", (int, float)) if "area" in entry else None
+    return Annotation(label_id, counts, crowd=bool(entry.get("iscrowd", 0)), area=area)
+
+
+def _value(entry: Mapping[str, Any], key: str, kind: type[T] | tuple[type[T], ...]) -> T:
+    value = entry[key]
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names = " or ".join(each.__name__ for each in kinds)
+        raise ValueError(f"{key} is {value!r}, not of type {names}")
+    return value
+
+
+def _encode(segmentation: Any, size: tuple[int, int]) -> bytes:
+    """Compressed run-length code of polygons, or of a run-length code of either kind.
+
+    Raises:
+        KeyError, ValueError: neither, or it does not fit an image of `size` (H, W).
+    """
+    if isinstance(segmentation, list):
+        return _encode_polygons(segmentation, size)
+    if not isinstance(segmentation, dict):
+        raise ValueError("its segmentation is neither polygons nor a run-length code")
+    if segmentation["size"] != list(size):
+        raise ValueError(
+            f"its run-length code has size {segmentation['size']}, the image {list(size)}"
+        )
+    counts = segmentation["counts"]
+    compressed = isinstance(counts, str)
+    runs = _decompress(counts) if compressed else counts
+    if not isinstance(runs, list) or not all(isinstance(run, int) and run >= 0 for run in runs):
+        raise ValueError("the counts of its run-length code are not whole numbers")
+    # pycocotools leaves what too few runs do not reach to chance.
+    if sum(runs) != size[0] * size[1]:
+        raise ValueError(
+            f"the counts of its run-length code add up to {sum(runs)} pixels, the image has "
+            f"{size[0] * size[1]}"
+        )
+    if compressed:
+        return counts.encode("ascii")
+    return coco_mask.frPyObjects(segmentation, *size)["counts"]
+
+
+def _decompress(counts: str) -> list[int]:
+    """Runs of COCO's compressed code.
+
+    A run is written as its difference to the last but one, in groups of five bits, the lowest
+    first: a character is 48 + group + 32 if more follow, the top bit of the last is the sign.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        group = ord(character) - 48
+        if not 0 <= group < 64:
+            raise ValueError(f"its run-length code has the character {character!r}")
+        value |= (group & 31) << shift
+        shift += 5
+        if group & 32:
+            continue
+        if group & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    if shift:
+        raise ValueError("its run-length code is cut short")
+    return runs
+
+
+def _encode_polygons(polygons: list[Any], size: tuple[int, int]) -> bytes:
+    """Code of the union of polygons; one of fewer than three points encloses nothing.
+
+    pycocotools would take four numbers for a box.
+    """
+    height, width = size
+    kept = []
+    for polygon in polygons:
+        try:
+            points = np.asarray(polygon, dtype=np.float64)
+        except (TypeError, ValueError):
+            points = np.empty((0, 0))
+        if points.ndim != 1 or len(points) % 2:
+            raise ValueError("a polygon of its segmentation is not a list x, y, x, y, ...")
+        x, y = points[::2], points[1::2]
+        # Far outside, pycocotools would trace lines of any length.
+        if not (_within(x, width) and _within(y, height)):
+            raise ValueError(f"a polygon lies outside its image of {width}x{height} pixels")
+        if len(points) >= MIN_POLYGON:
+            kept.append(points)
+    if not kept:
+        return coco_mask.encode(np.zeros(size, dtype=np.uint8, order="F"))["counts"]
+    return coco_mask.merge(coco_mask.frPyObjects(kept, height, width))["counts"]
+
+
+def _within(coordinates: NDArray[np.float64], side: int) -> bool:
+    """Whether all lie within one image side of the image; NaN does not."""
+    return bool(((coordinates >= -side) & (coordinates <= 2 * side)).all())
+
+
+def _listed(names: Iterable[str]) -> str:
+    every = list(names)
+    more = f" and {len(every) - LISTED_NAMES} more" if len(every) > LISTED_NAMES else ""
+    return ", ".join(every[:LISTED_NAMES]) + more

@@ -1,0 +1,218 @@
+"""What became of the items of a stage: counts, progress bar, closing line and stats file."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from pipeline.errors import PipelineError
+from pipeline.files import check_writable, claim, write_json
+
+LISTED_SKIPS = 1000
+# So many errors never fail a stage by their rate, which says nothing about a handful of images.
+FORGIVEN_ERRORS = 10
+SHOWN_OFFENDERS, SHOWN_REASONS = 3, 8
+
+
+class Tally:
+    """What became of some items.
+
+    Args:
+        whole: the tally that these items belong to, which is told at once.
+
+    Attributes:
+        items: number of items that are finished.
+        skipped: `item` and `reason` of each one that was left out.
+        counts: further counts by name.
+    """
+
+    def __init__(self, whole: Tally | None = None) -> None:
+        self.items = 0
+        self.skipped: list[dict[str, str]] = []
+        self.counts: Counter[str] = Counter()
+        self._whole = whole
+
+    def advance(self, count: int = 1) -> None:
+        """Count `count` finished items."""
+        self.items += count
+        if self._whole is not None:
+            self._whole.advance(count)
+
+    def skip(self, item: str, reason: str) -> None:
+        """Count and list one item that was left out."""
+        self.skipped.append({"item": item, "reason": reason})
+        if self._whole is not None:
+            self._whole.skip(item, reason)
+
+    def count(self, name: str, count: int = 1) -> None:
+        """Add to a named count."""
+        self.counts[name] += count
+        if self._whole is not None:
+            self._whole.count(name, count)
+
+    def add(self, other: Tally) -> None:
+        """Take in the items of another tally."""
+        self.advance(other.items)
+        for entry in other.skipped:
+            self.skip(entry["item"], entry["reason"])
+        for name, count in other.counts.items():
+            self.count(name, count)
+
+    def as_dict(self) -> dict[str, Any]:
+        """`items`, `skipped` and `counts`, as JSON has them."""
+        return {"items": self.items, "skipped": self.skipped, "counts": dict(self.counts)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Tally:
+        """The tally of which `as_dict` is among the entries of `content`."""
+        tally = Tally()
+        tally.items, tally.skipped = content["items"], content["skipped"]
+        tally.counts.update(content["counts"])
+        return tally
+
+
+class StageRun(Tally):
+    """Progress bar, counts and the closing line of one run of a stage.
+
+    On a clean exit it writes `stats_path` (JSON: stage, items, skipped, seconds,
+    items_per_second, counts, skipped_items) and prints one summary line; on an exception it
+    writes nothing. Until then no other process can start a run with the same `stats_path`, which
+    is to say the same stage in the same workspace.
+
+    Args:
+        stage: its name.
+        stats_path: the file of counts.
+        total: number of items, if known.
+        unit: what an item is called.
+        max_error_rate: share of `total` that may be skipped; the item that exceeds it, and
+            `FORGIVEN_ERRORS`, raises PipelineError. None: any share.
+        silent: count and do nothing else, claim nothing: for the processes beside the main one.
+
+    Raises:
+        PipelineError: another run is at work with the same `stats_path`.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        *,
+        stats_path: Path,
+        total: int | None = None,
+        unit: str = "image",
+        max_error_rate: float | None = None,
+        silent: bool = False,
+    ) -> None:
+        super().__init__()
+        self._claims = ExitStack()
+        if not silent:
+            check_writable(stats_path)
+            self._claims.enter_context(claim(stats_path))
+        self.stage = stage
+        self._stats_path = stats_path
+        self._total = total
+        self._unit = unit
+        self._max_error_rate = max_error_rate
+        self._silent = silent
+        self._bar = tqdm(
+            total=total,
+            desc=stage,
+            unit=unit,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=silent,
+        )
+        self._start = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def total(self, count: int) -> None:
+        """Set the expected number of items."""
+        self._total = count
+        self._bar.total = count
+        self._bar.refresh()
+
+    def start_at(self, count: int) -> None:
+        """Show `count` items as finished by an earlier run; they are no items of this one."""
+        self.count(f"resumed_at_{self._unit}", count)
+        self._bar.initial = self._bar.n = count
+        self._bar.refresh()
+
+    def advance(self, count: int = 1) -> None:
+        """Count `count` finished items."""
+        super().advance(count)
+        self._bar.update(count)
+
+    def skip(self, item: str, reason: str) -> None:
+        """Count and list one item that was left out.
+
+        Raises:
+            PipelineError: there are too many of them.
+        """
+        super().skip(item, reason)
+        self._bar.update(1)
+        if self._max_error_rate is None or self._total is None:
+            return
+        if len(self.skipped) > max(FORGIVEN_ERRORS, self._max_error_rate * self._total):
+            raise PipelineError(self._complaint(self._max_error_rate, self._total))
+
+    def _complaint(self, max_error_rate: float, total: int) -> str:
+        """That too many items were skipped: the reasons, most frequent first, with examples."""
+        examples: dict[str, list[str]] = defaultdict(list)
+        for entry in self.skipped:
+            examples[entry["reason"]].append(entry["item"])
+        worst = sorted(examples.items(), key=lambda pair: -len(pair[1]))
+        lines = [
+            f"  {len(items)} {reason}: {', '.join(items[:SHOWN_OFFENDERS])}"
+            for reason, items in worst[:SHOWN_REASONS]
+        ]
+        return (
+            f"{self.stage}: {len(self.skipped)} of {total} {self._unit}s so far cannot be used, "
+            f"more than {self.stage}.max_error_rate: {max_error_rate:g} allows; mend them, take "
+            "them out, or raise it:\n" + "\n".join(lines)
+        )
+
+    def postfix(self, text: str) -> None:
+        """Show a short text behind the bar."""
+        self._bar.set_postfix_str(text, refresh=False)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._claims:
+            self._bar.close()
+            if kind is None and not self._silent:
+                self._finish()
+
+    def _finish(self) -> None:
+        """Write the stats and print the summary line."""
+        seconds = time.monotonic() - self._start
+        rate = self.items / seconds if seconds > 0 else 0.0
+        write_json(
+            self._stats_path,
+            {
+                "stage": self.stage,
+                "items": self.items,
+                "skipped": len(self.skipped),
+                "seconds": round(seconds, 3),
+                "items_per_second": round(rate, 3),
+                "counts": dict(sorted(self.counts.items())),
+                "skipped_items": self.skipped[:LISTED_SKIPS],
+            },
+        )
+        extra = "".join(f", {name} {count}" for name, count in sorted(self.counts.items()))
+        print(
+            f"{self.stage}: {self.items} {self._unit}s, {len(self.skipped)} skipped, "
+            f"{seconds:.1f} s, {rate:.1f} {self._unit}s/s{extra}",
+            flush=True,
+        )

@@ -1,0 +1,136 @@
+"""Inputs and outputs that lie elsewhere: any URL that fsspec knows, such as s3:// and gs://.
+
+Stages work on local files. An input is brought to the cache first, and only what has changed since
+the last time; an output is made here, then sent: its manifest last, so that a reader sees a whole
+folder or none.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline.errors import PipelineError
+from pipeline.files import Location, atomic_path, digest, read_json, write_json
+from pipeline.formats.shards import MANIFEST, check_replaceable
+
+NOTE = ".fetched.json"
+COPY_BYTES = 1 << 20
+VERSION_FIELDS = ("size", "ETag", "etag", "md5Hash", "LastModified", "mtime", "updated")
+
+
+def fetch(location: Location, cache_dir: Path) -> Path:
+    """A local copy of a file or of a folder with all that is below it.
+
+    Args:
+        location: a path, which is returned as it is, or a URL.
+        cache_dir: where copies are kept; a file is brought again if its size, time or checksum at
+            the other end has changed.
+
+    Raises:
+        PipelineError: there is nothing at the URL.
+    """
+    if isinstance(location, Path):
+        return location
+    copy = _local(location, cache_dir, "fetched")
+    if location.is_file():
+        _fetch_files({copy.name: location}, copy.parent)
+        return copy
+    files = {path.relative_to(location).as_posix(): path for path in _files_below(location)}
+    if not files:
+        raise PipelineError(f"{location}: no such file or folder; run the stage that writes it")
+    _fetch_files(files, copy)
+    return copy
+
+
+@contextmanager
+def publishing(location: Location, cache_dir: Path) -> Iterator[Path]:
+    """A local place for an output, which goes to its URL once the block succeeds.
+
+    Args:
+        location: a path, which is yielded as it is, or a URL of a file or folder.
+        cache_dir: where the output is made.
+    """
+    if isinstance(location, Path):
+        yield location
+        return
+    _check_target(location)
+    made = _local(location, cache_dir, "made")
+    yield made
+    if made.is_file():
+        _copy(made, location)
+    else:
+        _send_folder(made, location)
+
+
+def _local(location: Location, cache_dir: Path, purpose: str) -> Path:
+    """A place for what lies at a URL; what is made never touches what others read."""
+    folder = cache_dir / "remote" / digest(str(location))[:32]
+    if not (folder / "settings.json").exists():
+        write_json(folder / "settings.json", {"url": str(location)})
+    return folder / purpose / location.name
+
+
+def _check_target(location: Location) -> None:
+    """Find out now whether an output can be sent, and whether it would replace something else."""
+    if location.is_dir():
+        names = [path.relative_to(location).as_posix() for path in _files_below(location)]
+        check_replaceable(location, names)
+    probe = location.parent / f".{location.name}.probe"
+    _make_parent(probe)
+    probe.write_bytes(b"")
+    probe.unlink()
+
+
+def _make_parent(location: Location) -> None:
+    location.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _fetch_files(files: dict[str, Location], folder: Path) -> None:
+    """Bring files by their names below `folder`, and remove what else is there."""
+    note_path = folder / NOTE
+    note = read_json(note_path) if note_path.is_file() else {}
+    marks = {name: _mark(path) for name, path in files.items()}
+    kept = {n for n in files if note.get(n) == marks[n] and (folder / n).is_file()}
+    for path in list(folder.rglob("*")):
+        if path.is_file() and path.relative_to(folder).as_posix() not in (*kept, NOTE):
+            path.unlink()
+    for name in tqdm([n for n in files if n not in kept], desc="fetch", unit="file", leave=False):
+        with atomic_path(folder / name) as temporary:
+            _copy(files[name], temporary)
+        note[name] = marks[name]
+        write_json(note_path, note)
+
+
+def _send_folder(folder: Path, location: Location) -> None:
+    """Send the files of a folder, the manifest last, and remove all others there."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    (location / MANIFEST).unlink(missing_ok=True)
+    others = [name for name in names if name != MANIFEST]
+    for name in tqdm(others, desc="send", unit="file", leave=False):
+        _copy(folder / name, location / name)
+    for path in list(_files_below(location)):
+        if path.relative_to(location).as_posix() not in names:
+            path.unlink()
+    if MANIFEST in names:
+        _copy(folder / MANIFEST, location / MANIFEST)
+
+
+def _copy(source: Location, target: Location) -> None:
+    _make_parent(target)
+    with source.open("rb") as read, target.open("wb") as written:
+        shutil.copyfileobj(read, written, COPY_BYTES)
+
+
+def _files_below(location: Location) -> Iterator[Location]:
+    return (path for path in location.rglob("*") if path.is_file())
+
+
+def _mark(path: Location) -> str:
+    """What tells versions of a file apart without reading it: its size, its time, its checksum."""
+    info = path.fs.info(path.path)
+    return " ".join(str(info.get(name)) for name in VERSION_FIELDS)

@@ -1,0 +1,70 @@
+"""Device, precision, seed and progress: decided once, here, and handed to the stages."""
+
+from __future__ import annotations
+
+import os
+import random
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.errors import PipelineError
+
+CACHE_VARIABLE = "PIPELINE_CACHE"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a stage computes and what it starts from.
+
+    Attributes:
+        device: the device of the networks.
+        amp_dtype: autocast precision, or None for plain float32.
+        seed: seed of every random generator.
+        cache_dir: folder of results that outlive the outputs of the DAG.
+    """
+
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    seed: int
+    cache_dir: Path
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context in which the networks run."""
+        if self.amp_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+
+def make_runtime(*, device: str = "auto", seed: int = 0) -> Runtime:
+    """Pick device and precision: bfloat16 on CUDA, float32 on CPU.
+
+    Raises:
+        PipelineError: `device` is "cuda" where there is none, or not a known name.
+    """
+    has_cuda = torch.cuda.is_available()
+    if device not in ("auto", "cpu", "cuda"):
+        raise PipelineError(f"params.yaml: device: {device!r} is not one of auto, cpu, cuda")
+    if device == "cuda" and not has_cuda:
+        raise PipelineError("params.yaml: device: cuda, but no CUDA device was found; use auto")
+    chosen = torch.device("cuda" if has_cuda and device != "cpu" else "cpu")
+    amp_dtype = torch.bfloat16 if chosen.type == "cuda" else None
+    return Runtime(device=chosen, amp_dtype=amp_dtype, seed=seed, cache_dir=default_cache_dir())
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def default_cache_dir() -> Path:
+    """Folder of cached per-image results: $PIPELINE_CACHE, else the user's cache folder."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "zutis-pipeline"

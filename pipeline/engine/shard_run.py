@@ -1,0 +1,248 @@
+"""Stages that make shards: each shard by itself, from its own items, here or on many machines.
+
+A shard's bytes depend on its items and on the settings alone. So it does not matter who makes it,
+or when: a run that was killed keeps the shards that were finished, and a lost worker's shard is
+made again by another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from pipeline.engine.progress import StageRun, Tally
+from pipeline.engine.runtime import Runtime
+from pipeline.errors import PipelineError
+from pipeline.files import atomic_path, claim, refuse_url, resumable_dir, write_json
+from pipeline.formats.shards import (
+    check_replaceable,
+    check_shard,
+    shard_entry,
+    shard_name,
+    write_manifest,
+)
+
+Item = TypeVar("Item")
+
+ROW_SUFFIX = ".row.json"
+
+
+class ShardMaker(Protocol):
+    """What a stage does; it has loaded what it needs.
+
+    Attributes:
+        settings: all that its shards depend on besides their items; representable in JSON.
+    """
+
+    settings: dict[str, Any]
+
+    def make(self, items: Sequence[Any], path: Path, tally: Tally) -> int:
+        """Write the shard of some items to `path`; returns its number of samples."""
+
+    def close(self) -> None:
+        """Let go of threads and caches."""
+
+
+Recipe = Callable[[Runtime], ShardMaker]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to be made.
+
+    Attributes:
+        number: of the shard.
+        items: what it is made of; picklable.
+        path: where it goes.
+    """
+
+    number: int
+    items: Sequence[Any]
+    path: Path
+
+
+class Executor(Protocol):
+    """Where shards are made."""
+
+    def run(
+        self, tasks: Sequence[Task], *, recipe: Recipe, maker: ShardMaker, tally: Tally
+    ) -> Iterator[tuple[Task, int, Tally]]:
+        """Make the shards, in any order.
+
+        Args:
+            tasks: what to make.
+            recipe: makes a maker anywhere; picklable.
+            maker: one that is here.
+            tally: learns what became of each item.
+
+        Yields:
+            A task whose file is there, its number of samples, and what became of its items.
+        """
+
+    def task_size(self, count: int) -> int:
+        """How many of `count` items to give to a task, where one task for all would do least."""
+
+
+class LocalExecutor:
+    """Makes one shard after the other in this process."""
+
+    def run(
+        self, tasks: Sequence[Task], *, recipe: Recipe, maker: ShardMaker, tally: Tally
+    ) -> Iterator[tuple[Task, int, Tally]]:
+        del recipe
+        for task in tasks:
+            part = Tally(tally)
+            with atomic_path(task.path) as temporary:
+                samples = maker.make(task.items, temporary, part)
+            yield task, samples, part
+
+    def task_size(self, count: int) -> int:
+        return max(1, count)
+
+
+def run_shards(
+    out_dir: Path,
+    plan: Sequence[Sequence[Any]],
+    *,
+    key: str,
+    recipe: Recipe,
+    maker: ShardMaker,
+    executor: Executor,
+    stage: StageRun,
+    settings: Mapping[str, Any],
+    remedy: str,
+    suffix: str = ".tar",
+) -> dict[str, Any]:
+    """Make a folder of shards with its manifest; returns the manifest.
+
+    Finished shards lie beside `out_dir` until all are there, each with a row of its own: name,
+    samples, bytes, SHA-256, and what became of its items. One counts as finished only if it agrees
+    with its row. A shard without samples is left out; the others keep their numbers.
+
+    Args:
+        out_dir: the folder, replaced as a whole at the end.
+        plan: items of each shard, in order.
+        key: as from `plan_key`.
+        recipe: see `Executor.run`.
+        maker: likewise; it is closed at the end.
+        executor: where the shards are made.
+        stage: counts items.
+        settings: further entries of the manifest.
+        remedy: what to do if no item can be used.
+        suffix: of the shards' names.
+
+    Raises:
+        PipelineError: not one item could be used, or more of them were skipped than may be;
+            `out_dir` holds something else, or another run is at work on it.
+    """
+    refuse_url(out_dir)
+    _check_ours(out_dir)
+    with claim(out_dir), resumable_dir(out_dir, key) as folder:
+        tasks = [
+            Task(number, items, folder / shard_name(number, suffix))
+            for number, items in enumerate(plan)
+        ]
+        rows = {task.number: row for task in tasks if (row := _finished_row(task.path))}
+        if rows:
+            print(f"{stage.stage}: {len(rows)} of {len(tasks)} shards were finished", flush=True)
+        for row in rows.values():
+            stage.add(Tally.from_dict(row))
+        open_tasks = [task for task in tasks if task.number not in rows]
+        try:
+            for task, samples, part in executor.run(
+                open_tasks, recipe=recipe, maker=maker, tally=stage
+            ):
+                rows[task.number] = _row(task.path, samples, part)
+                write_json(_row_path(task.path), rows[task.number])
+            if stage.items == 0:
+                _keep_only(folder, [])
+                raise _nothing_usable(stage, remedy)
+        finally:
+            maker.close()
+        return _finish(folder, [rows[number] for number in sorted(rows)], stage, settings)
+
+
+def slices(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Cut items into parts of `size`, the last one perhaps smaller: the plan of a stage."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def plan_key(settings: Any, items: Iterable[Any]) -> str:
+    """Digest of the plan and the settings of a stage, in no more memory than one item takes.
+
+    Args:
+        settings: all that the shards depend on besides their items; representable in JSON.
+        items: of all shards, and versions of the files they lead to, each known by its `repr`.
+    """
+    hasher = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for item in items:
+        hasher.update(repr(item).encode("utf-8", "surrogatepass"))
+    return hasher.hexdigest()
+
+
+def _check_ours(out_dir: Path) -> None:
+    """Refuse to replace a folder of something else."""
+    if out_dir.is_dir():
+        names = [path.name for path in out_dir.iterdir() if not path.name.startswith(".")]
+        check_replaceable(out_dir, names)
+
+
+def _finish(
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    stage: StageRun,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Put rows into one manifest, and skipped items in order, whoever was done with them first."""
+    stage.skipped = [entry for row in rows for entry in row["skipped"]]
+    entries = [row["shard"] for row in rows if row["shard"]["samples"]]
+    names = [entry["name"] for entry in entries]
+    _keep_only(folder, names)
+    for name in names:
+        _row_path(folder / name).unlink()
+    return write_manifest(folder, entries, settings)
+
+
+def _keep_only(folder: Path, names: Sequence[str]) -> None:
+    """Remove all but some shards and their rows: what else a killed run may have left, too."""
+    kept = {*names, *(_row_path(folder / name).name for name in names)}
+    for path in folder.iterdir():
+        if path.name not in kept:
+            path.unlink()
+
+
+def _row(path: Path, samples: int, tally: Tally) -> dict[str, Any]:
+    return {"shard": shard_entry(path, samples), **tally.as_dict()}
+
+
+def _row_path(path: Path) -> Path:
+    return path.with_name(path.name + ROW_SUFFIX)
+
+
+def _finished_row(path: Path) -> dict[str, Any] | None:
+    """The row of a shard that is finished and whole; else none."""
+    try:
+        row = json.loads(_row_path(path).read_text(encoding="utf-8"))
+        check_shard(path, row["shard"])
+    except (OSError, ValueError, KeyError, TypeError, PipelineError):
+        return None
+    return row
+
+
+def _nothing_usable(stage: StageRun, remedy: str) -> PipelineError:
+    first = stage.skipped[0]
+    return PipelineError(
+        f"none of the {len(stage.skipped)} images can be read; the first, {first['item']}: "
+        f"{first['reason']}. {remedy}"
+    )
+
+
+def batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` consecutive items; the last one may be shorter."""
+    while batch := list(islice(items, size)):
+        yield batch

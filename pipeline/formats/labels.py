@@ -1,0 +1,36 @@
+"""Label maps in memory, and what training sees of a pseudo-mask and dense labels.
+
+Label id 0 is background, k the k-th category, `IGNORE_INDEX` a pixel that no loss looks at.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+IGNORE_INDEX = -1
+BACKGROUND = 0
+LABEL_TYPE = np.int16  # scoring and pasting wait for memory: half the bytes of int32
+MAX_CATEGORIES = int(np.iinfo(LABEL_TYPE).max)
+
+LabelMap = npt.NDArray[np.int16]
+
+Target = Literal["saliency", "denseclip", "fused"]
+Conflict = Literal["category", "ignore"]
+
+
+def label_map(rows: npt.NDArray[np.integer], first: int) -> LabelMap:
+    """Label ids (H, W) from the numbers (H, W) of what scored best, of which 0 is label `first`."""
+    return rows.astype(LABEL_TYPE) + LABEL_TYPE(first)
+
+
+def encode_confidence(confidence: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
+    """Confidence (H, W) in [0, 1] -> uint8 (H, W), round(255 p)."""
+    return np.rint(np.clip(confidence, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def decode_confidence(levels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Inverse of `encode_confidence`, to within half a level: float32 in [0, 1]."""
+    return levels.astype(np.float32) / np.float32(255.0)

@@ -1,0 +1,442 @@
+"""The index dataset: which images there are, and the bytes of each.
+
+Three formats: a folder tree of image files, WebDataset tars (img2dataset's output as it is), and
+Parquet files with a column of image bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+import tarfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from webdataset.shardlists import expand_urls
+
+from pipeline.errors import PipelineError
+from pipeline.files import Location, as_location, is_url
+from pipeline.formats.images import MAX_FILE_BYTES, ImageError, one_line, read_file, read_range
+from pipeline.formats.shards import TAR_BLOCK, tar_members
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "img", "image_bytes", "content")
+KEY_DIGITS = 20
+# A folder of links to folders of links ... has more paths than anyone can list.
+MAX_WAYS = 1000
+# More rows than this, and than the file has bytes, are no images.
+ROWS_OF_ANY_FILE = 1_000_000
+
+Report = Callable[[str, str], None]
+
+
+class SourceSpec(Protocol):
+    """What describes a source: `SourceParams` of params.yaml, for one."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def root(self) -> Location: ...
+    @property
+    def pattern(self) -> str: ...
+
+
+class ImageLocation(Protocol):
+    """Where an image's bytes are: an `ImageRef` or a row of a table."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def member(self) -> str | None: ...
+    @property
+    def offset(self) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """One image of a source.
+
+    Attributes:
+        key: sample key.
+        source: name of the source.
+        path: the file that holds it, below the root as given.
+        member: name in the tar, or row number in the Parquet file; None for a file of its own.
+        offset: byte at which its data begins in the tar; None elsewhere.
+        size: number of bytes in the tar; None elsewhere.
+    """
+
+    key: str
+    source: str
+    path: str
+    member: str | None = None
+    offset: int | None = None
+    size: int | None = None
+
+
+def sample_key(source: str, path: str, member: str | None = None) -> str:
+    """Key of an image: 20 hex digits, the same wherever the source's root lies.
+
+    Args:
+        source: name of the source.
+        path: file, relative to the root, with forward slashes.
+        member: see `ImageRef`.
+    """
+    text = "\0".join((source, path, member or ""))
+    return hashlib.sha1(text.encode()).hexdigest()[:KEY_DIGITS]
+
+
+def list_images(
+    name: str, source: SourceSpec, *, report: Report | None = None
+) -> Iterator[ImageRef]:
+    """Yield all images of a source in a fixed order: by file name, within a file by position.
+
+    Hidden files are left out, links are followed except those that lead back to a folder above.
+    Contents are not looked at: a file counts as an image by its extension (.jpg, .jpeg, .png,
+    .webp, .bmp, .tif, .tiff, .gif in any case).
+
+    Args:
+        name: name of the source.
+        source: format, root, and pattern of tars or Parquet files relative to the root; braces and
+            wildcards are expanded, an empty pattern means all of them.
+        report: called with (file, reason) for a broken tar or Parquet file, of which then only what
+            could be read is used. By default a broken file is an error.
+
+    Raises:
+        PipelineError: the root is missing, a file named by the pattern is missing, a tar or Parquet
+            file is broken, or there is no image.
+    """
+    root = as_location(source.root)
+    if not root.is_dir():
+        raise PipelineError(f"index.{name}.root: {root}: no such folder")
+    listers = {"folder": _list_folder, "webdataset": _list_tars, "parquet": _list_parquet}
+    count = 0
+    for relative, member, offset, size in listers[source.format](name, source, report):
+        yield ImageRef(
+            key=sample_key(name, relative, member),
+            source=name,
+            path=(root / relative).as_posix(),
+            member=member,
+            offset=offset,
+            size=size,
+        )
+        count += 1
+    if count == 0:
+        wanted = (
+            "a column of image bytes"
+            if source.format == "parquet"
+            else f"images with the extensions {' '.join(EXTENSIONS)}"
+        )
+        raise PipelineError(
+            f"index.{name}: no images below {root} (format {source.format}); expected {wanted}"
+        )
+
+
+def image_name(location: ImageLocation) -> str:
+    """The file of an image, and the member in it, as lists and messages name it."""
+    if location.member is None:
+        return location.path
+    return f"{location.path}:{location.member}"
+
+
+def read_image(location: ImageLocation) -> bytes:
+    """The bytes of one image, as stored.
+
+    Args:
+        location: path, member and offset, as in `ImageRef`.
+
+    Raises:
+        ImageError: the file is gone or cannot be read, or no longer holds the image there.
+    """
+    path = as_location(location.path)
+    try:
+        if location.member is None:
+            path.stat()  # says that a file is missing
+            return read_file(path)
+        if location.offset is not None:
+            return _read_tar_member(path, location.offset)
+        return _read_parquet_row(path, location.member)
+    except FileNotFoundError:
+        raise ImageError("file is missing") from None
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or one_line(error)}") from None
+
+
+# Listers yield (path relative to the root, member, offset, size).
+Found = tuple[str, str | None, int | None, int | None]
+
+
+def _list_folder(name: str, source: SourceSpec, _report: Report | None) -> Iterator[Found]:
+    if source.pattern:
+        raise PipelineError(
+            f"index.{name}.pattern: {source.pattern!r} has no meaning for format folder; remove it"
+        )
+    root = as_location(source.root)
+    for path in _objects_below(root) if is_url(root) else _walk(root):
+        if path.suffix.lower() in EXTENSIONS:
+            relative = path.relative_to(root).as_posix()
+            check_utf8(relative, path)
+            yield relative, None, None, None
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Files below a folder in the order of their names, without hidden ones.
+
+    Raises:
+        PipelineError: something cannot be listed, or links lead to one folder in too many ways.
+    """
+    ways: Counter[tuple[int, int]] = Counter()
+    entry: Path | None = root
+    try:
+        levels = {_identity(root): _visible(root)}  # of the folder at hand and those above it
+        while levels:
+            folder = next(reversed(levels))
+            entry = next(levels[folder], None)
+            if entry is None:
+                del levels[folder]
+            elif entry.is_dir():
+                folder = _identity(entry)
+                if folder in levels:
+                    continue
+                ways[folder] += 1
+                if ways[folder] > MAX_WAYS:
+                    raise PipelineError(f"{entry}: links lead here in over {MAX_WAYS} ways")
+                levels[folder] = _visible(entry)
+            elif entry.is_file():
+                yield entry
+    except OSError as error:
+        raise PipelineError(f"{entry}: cannot be listed: {error.strerror}") from None
+
+
+def _objects_below(root: Location) -> Iterator[Location]:
+    """The same for a URL, where there are no links."""
+    paths = [path for path in root.rglob("*") if path.is_file() and not _is_hidden(path, root)]
+    yield from sorted(paths, key=lambda path: path.relative_to(root).parts)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """The same for all paths of a folder."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    return iter(sorted(entries, key=lambda entry: entry.name))
+
+
+def check_utf8(text: str, path: Path) -> None:
+    """Refuse a file name `text` that no table or JSON file could hold; `path` is the file.
+
+    Raises:
+        PipelineError: it has bytes that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PipelineError(f"{str(path)!a}: file name is not UTF-8; rename the file") from None
+
+
+def _list_tars(name: str, source: SourceSpec, report: Report | None) -> Iterator[Found]:
+    root = as_location(source.root)
+    for path in _matching_files(name, source, ".tar"):
+        relative = path.relative_to(root).as_posix()
+        seen: set[str] = set()
+        end = 0
+        try:
+            _check_regular(path)
+            for member, offset, size in tar_members(path):
+                if size < 0 or offset < end:
+                    raise tarfile.ReadError(f"member {member} overlaps another one")
+                end = offset + size
+                base_name = member.rpartition("/")[2]
+                if base_name.startswith(".") or not base_name.lower().endswith(EXTENSIONS):
+                    continue
+                check_utf8(member, path)
+                if member in seen:
+                    raise tarfile.ReadError(f"member {member} is there twice")
+                seen.add(member)
+                yield relative, member, offset, size
+        except PipelineError:
+            raise
+        except Exception as error:  # hostile headers make tarfile raise any exception
+            _broken(path, _tar_reason(path, error), report)
+
+
+def _check_regular(path: Path) -> None:
+    """Raise OSError for what is no file: a folder, a pipe that might never end, a dangling link."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a regular file")
+
+
+def _tar_reason(path: Path, error: Exception) -> str:
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(2) == b"\x1f\x8b":
+                return "compressed tars cannot be read by offset; unpack it"
+    return one_line(error) or type(error).__name__
+
+
+def _list_parquet(name: str, source: SourceSpec, report: Report | None) -> Iterator[Found]:
+    root = as_location(source.root)
+    for path in _matching_files(name, source, ".parquet"):
+        relative = path.relative_to(root).as_posix()
+        try:
+            _check_regular(path)
+            with _open_parquet(path) as file:
+                num_rows = file.metadata.num_rows
+                image_column(file.schema_arrow, path)
+            if num_rows > max(ROWS_OF_ANY_FILE, path.stat().st_size):
+                raise OSError(f"{num_rows} rows in {path.stat().st_size} bytes")
+        except PipelineError:
+            raise
+        except Exception as error:  # damaged metadata makes Arrow raise any exception
+            _broken(path, one_line(error) or type(error).__name__, report)
+            continue
+        for row in range(num_rows):
+            yield relative, str(row), None, None
+
+
+def _broken(path: Path, reason: str, report: Report | None) -> None:
+    if report is None:
+        raise PipelineError(f"{path}: broken: {reason}; replace the file or leave it out")
+    report(path.as_posix(), reason)
+
+
+def _matching_files(name: str, source: SourceSpec, suffix: str) -> list[Path]:
+    """The files that a pattern names, each once, in the order of their names."""
+    root = as_location(source.root)
+    found: set[Path] = set()
+    for pattern in _expand(name, source.pattern or f"**/*{suffix}"):
+        if any(letter in pattern for letter in "*?["):
+            found.update(path for path in root.glob(pattern) if not _is_hidden(path, root))
+        elif (root / pattern).is_file():
+            found.add(root / pattern)
+        else:
+            raise PipelineError(f"index.{name}.pattern: {root / pattern}: no such file")
+    if not found:
+        raise PipelineError(
+            f"index.{name}: no {suffix} file below {root}"
+            + (f" matches pattern {source.pattern!r}" if source.pattern else "")
+        )
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _expand(name: str, pattern: str) -> list[str]:
+    """The patterns that braces stand for, each fit for `Path.glob`."""
+    field = f"index.{name}.pattern: {pattern!r}"
+    try:
+        patterns = expand_urls(pattern)
+    except ValueError as error:
+        raise PipelineError(f"{field}: {error}") from None
+    for single in map(Path, patterns):
+        if single.is_absolute() or ".." in single.parts:
+            raise PipelineError(f"{field}: expected a pattern below the root, as in '*.tar'")
+        if any("**" in part and part != "**" for part in single.parts):
+            raise PipelineError(f"{field}: ** stands for whole folders only, as in '**/*.tar'")
+    return list(patterns)
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def image_column(schema: pa.Schema, path: Path) -> str:
+    """Name of the column that holds image bytes, plain or as Hugging Face's struct.
+
+    Known names come first; else a single column of bytes is taken.
+
+    Raises:
+        PipelineError: there is none, or several under unknown names; `path` heads the message.
+    """
+    candidates = [field.name for field in schema if _holds_bytes(field.type)]
+    for known in IMAGE_COLUMNS:
+        if known in candidates:
+            return known
+    if len(candidates) == 1:
+        return candidates[0]
+    raise PipelineError(
+        f"{path}: expected one column of image bytes, named {', '.join(IMAGE_COLUMNS)}; "
+        f"its columns are {', '.join(schema.names)}"
+    )
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and _holds_bytes(kind.field(index).type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _read_tar_member(path: Path, offset: int) -> bytes:
+    """Data at `offset`; its size stands in the header block just before it."""
+    block = read_range(path, max(0, offset - TAR_BLOCK), offset)
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        raise ImageError("the tar has changed since it was listed") from None
+    if not 0 <= header.size <= MAX_FILE_BYTES:
+        raise ImageError(f"too large: {header.size} bytes")
+    data = read_range(path, offset, offset + header.size)
+    if len(data) != header.size:
+        raise ImageError("truncated")
+    return data
+
+
+def _read_parquet_row(path: Path, member: str) -> bytes:
+    try:
+        row = int(member)
+        if row < 0:
+            raise ImageError(f"row {row} is none")
+        with _parquet_lock:
+            group, start = _row_group_of(path, row)
+            column = _row_group_column(path, path.stat().st_mtime_ns, group)
+        value = column[row - start].as_py()
+    except (ImageError, OSError):
+        raise
+    except Exception as error:  # damaged pages make Arrow raise any exception
+        raise ImageError(f"cannot be read: {one_line(error) or type(error).__name__}") from None
+    data = value["bytes"] if isinstance(value, dict) else value
+    if data is None:
+        raise ImageError("no image bytes in the row")
+    return data
+
+
+# A row group is read as a whole and may be large, so the last two are kept, for all threads; the
+# time of the file's last change tells whether they still hold.
+_parquet_lock = threading.Lock()
+
+
+def _row_group_of(path: Path, row: int) -> tuple[int, int]:
+    """The row group that holds a row, and its first row."""
+    _check_regular(path)
+    start = 0
+    for group, size in enumerate(_row_group_sizes(path, path.stat().st_mtime_ns)):
+        if row < start + size:
+            return group, start
+        start += size
+    raise ImageError(f"the file has {start} rows, row {row} was asked for")
+
+
+def _open_parquet(path: Location) -> pq.ParquetFile:
+    return pq.ParquetFile(path.open("rb") if is_url(path) else path)
+
+
+@lru_cache(maxsize=64)
+def _row_group_sizes(path: Path, _mtime_ns: int) -> list[int]:
+    with _open_parquet(path) as file:
+        metadata = file.metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+@lru_cache(maxsize=2)
+def _row_group_column(path: Path, _mtime_ns: int, group: int) -> pa.ChunkedArray:
+    with _open_parquet(path) as file:
+        column = image_column(file.schema_arrow, path)
+        return file.read_row_group(group, columns=[column])[column]

@@ -1,0 +1,100 @@
+"""The protocol of an evaluation: all that one must know to compare its numbers with others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.engine.runtime import Runtime
+from pipeline.files import digest, file_sha256
+from pipeline.inference.checkpoint import read_checkpoint_config
+from pipeline.inference.segmenter import Segmenter
+from pipeline.methods.dense import Labeller
+from pipeline.methods.inputs import PredictionSettings
+from pipeline.models.zutis.build import WEIGHTS_NAME
+from pipeline.params.benches import BenchParams
+from pipeline.vocabulary.categories import unasked_names
+
+DIGITS = 12
+
+
+def bench_protocol(
+    bench: BenchParams,
+    *,
+    categories: Sequence[str],
+    names: Sequence[str],
+    metrics: Sequence[str],
+    settings: PredictionSettings,
+    runtime: Runtime,
+) -> dict[str, Any]:
+    """What is scored, and on which input.
+
+    Args:
+        bench: the benchmark.
+        categories: names by label id from 1.
+        names: all that any image asks for; the categories, unless images have names of their own.
+        metrics: what is scored.
+        settings: how predictions are made.
+        runtime: precision, and seed of corruptions.
+    """
+    corruption = bench.corruption
+    return {
+        "split": bench.split,
+        "num_categories": len(categories),
+        "categories_hash": digest(list(categories))[:DIGITS],
+        "asked_names": "categories" if list(names) == list(categories) else "of each image",
+        "metrics": ", ".join(metrics),
+        "background_scored": bench.background,
+        "unseen": ", ".join(bench.unseen) or None,
+        "corruption": f"{corruption.name} {corruption.level}" if corruption else None,
+        "corruption_seed": runtime.seed if corruption else None,
+        "resize_to": settings.resize_to,
+        "max_side": settings.max_side,
+        "whole_patches": settings.whole_patches,
+        "void": "not scored",
+        "sliding_window": False,
+        "refinement": "none",
+        "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
+    }
+
+
+def network_protocol(segmenter: Segmenter, checkpoint_dir: Path) -> dict[str, Any]:
+    """How a checkpoint predicts."""
+    config, settings = read_checkpoint_config(checkpoint_dir), segmenter.settings
+    return {
+        "model": "zutis",
+        "encoder": _encoder_tag(config.encoder_model, config.encoder_pretrained),
+        "checkpoint": file_sha256(checkpoint_dir / WEIGHTS_NAME)[:DIGITS],
+        "step": config.step,
+        **{f"network_{name}": value for name, value in config.architecture.items()},
+        "open_vocabulary": not set(segmenter.categories) <= set(config.categories),
+        "background": ", ".join(unasked_names(config.background, segmenter.categories)),
+        "templates": config.templates,
+        "threshold": settings.threshold,
+        "temperature": settings.temperature,
+        "suppression": settings.suppression,
+        "score_resolution": settings.score_resolution,
+    }
+
+
+def denseclip_protocol(labeller: Labeller) -> dict[str, Any]:
+    """How DenseCLIP labels."""
+    params = labeller.params
+    return {
+        "encoder": _encoder_tag(params.encoder.model, params.encoder.pretrained),
+        "background": ", ".join(labeller.background),
+        **params.recipe(),
+    }
+
+
+def protocol_lines(settings: Mapping[str, Any]) -> list[str]:
+    """`name: value` lines, because DVC makes a column of every value that is not in a list."""
+    return [f"{name}: {'none' if value is None else value}" for name, value in settings.items()]
+
+
+def _encoder_tag(model: str, pretrained: str) -> str:
+    """`ViT-B-16-quickgelu/openai`; of local files the names without folders."""
+    return f"{Path(model).name}/{Path(pretrained).name}" if pretrained else model

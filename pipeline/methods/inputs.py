@@ -1,0 +1,111 @@
+"""From an image to the input of a network, and the settings of a prediction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipeline.formats.images import load_image
+from pipeline.models.zutis.postprocess import ScoreResolution, Suppression
+from pipeline.params.sections import EvaluateParams
+
+ROUNDING = 1e-6
+ImageInput = Image.Image | Path | str | NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class PredictionSettings:
+    """How the network's output becomes a prediction; defaults of the ZUTIS paper.
+
+    Attributes:
+        threshold: probability above which a pixel belongs to an object.
+        temperature: factor of the cosine in an object's category score.
+        suppression: non-maximum suppression among the objects of a category.
+        score_resolution: see `instance_predictions`.
+        resize_to: short side of the network's input in pixels; None keeps the image's.
+        max_side: bound on its long side; None for no bound.
+        whole_patches: see `input_size`.
+        background: whether a pixel may be background; if not, the best category has it.
+        instances: whether to look for objects; without, a prediction has none.
+    """
+
+    threshold: float = 0.5
+    temperature: float = 5.0
+    suppression: Suppression = "hard"
+    score_resolution: ScoreResolution = "token"
+    resize_to: int | None = None
+    max_side: int | None = None
+    whole_patches: bool = False
+    background: bool = True
+    instances: bool = True
+
+
+def input_size(
+    width: int, height: int, settings: PredictionSettings, *, patch_size: int
+) -> tuple[int, int]:
+    """(width, height) of the network's input for an image.
+
+    Where nothing asks for another size the image keeps its own; a resized one keeps its aspect, the
+    other side rounded down. The network then ignores what exceeds whole patches at the right and
+    bottom and its prediction is stretched over it: as in the published code; the paper says
+    "original resolution" (4.1). Under `whole_patches` sides are multiples of the patch size
+    instead, so that no pixel is cut off. No side is shorter than a patch.
+    """
+    scale = 1.0 if settings.resize_to is None else settings.resize_to / min(width, height)
+    if settings.max_side is not None:
+        scale = min(scale, settings.max_side / max(width, height))
+    step = patch_size if settings.whole_patches else 1
+    to_steps = round if settings.whole_patches else _floor
+    new_width, new_height = (
+        max(patch_size, step * to_steps(side * scale / step)) for side in (width, height)
+    )
+    return new_width, new_height
+
+
+def _floor(value: float) -> int:
+    """Largest integer below `value`, or above it by no more than rounding makes of an integer."""
+    return math.floor(value + ROUNDING)
+
+
+def to_tensor(image: Image.Image, settings: PredictionSettings, *, patch_size: int) -> Tensor:
+    """Network input (3, H', W') float32 in [0, 1] of an RGB image."""
+    size = input_size(image.width, image.height, settings, patch_size=patch_size)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def to_rgb(image: ImageInput) -> Image.Image:
+    """RGB image of a path, a PIL image of any mode, or an (H, W, 3) uint8 array.
+
+    Raises:
+        ImageError: the file cannot be read.
+        ValueError: an array of another shape or type.
+    """
+    if isinstance(image, str | Path):
+        return load_image(Path(image))
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f"{image.dtype} array {image.shape}: expected uint8 (H, W, 3)")
+    return Image.fromarray(image)
+
+
+def prediction_settings(params: EvaluateParams) -> PredictionSettings:
+    """The part of section `evaluate` that decides a prediction."""
+    return PredictionSettings(
+        threshold=params.threshold,
+        temperature=params.temperature,
+        suppression=params.suppression,
+        score_resolution=params.score_resolution,
+        resize_to=params.resize_to,
+        max_side=params.max_side,
+        whole_patches=params.whole_patches,
+    )

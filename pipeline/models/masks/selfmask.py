@@ -1,0 +1,368 @@
+"""SelfMask: one class-agnostic mask of the salient object of an image (Shin et al., 2022).
+
+A DINO-style ViT encodes the image, a transformer decoder turns learned queries into mask
+proposals, and an objectness head picks one of them. State-dict names are those of the published
+checkpoints. Letters: B batch, L decoder layers, Q queries, D width, h w patch grid, N = h w
+patches, H W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.errors import PipelineError
+from pipeline.files import atomic_path, read_json, write_json
+from pipeline.models.layers.decoder import Memory, TransformerDecoder
+from pipeline.models.layers.perceptron import Perceptron
+from pipeline.models.weights.weights import load_state, load_strict, save_tensors
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+ENCODER_NORM_EPS = 1e-6
+FEATURE_SCALE = 2  # features are upsampled by this much before they meet the queries
+CLS_TOKENS = 1
+
+
+@dataclass(frozen=True)
+class SelfMaskConfig:
+    """Geometry of the network; the defaults are those of the published `selfmask_nq20`.
+
+    Attributes:
+        dim: width D of encoder and decoder.
+        depth: encoder blocks.
+        num_heads: attention heads of encoder and decoder, a divisor of `dim`.
+        patch_size: side of a patch in pixels; even.
+        num_queries: Q.
+        decoder_layers: L.
+        mlp_ratio: width of the feed-forward parts over `dim`.
+        grid: side of the square grid of position embeddings.
+    """
+
+    dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    patch_size: int = 8
+    num_queries: int = 20
+    decoder_layers: int = 6
+    mlp_ratio: int = 4
+    grid: int = 28
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.dim % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide dim {self.dim}")
+        if self.patch_size % FEATURE_SCALE:
+            raise ValueError(f"patch_size must be even, got {self.patch_size}")
+
+
+@dataclass(frozen=True)
+class SelfMaskOutput:
+    """Mask proposals of every decoder layer; the last layer is the answer.
+
+    Attributes:
+        mask_logits: (B, L, Q, 2h, 2w) float32, over the image padded at the right and bottom to
+            whole patches.
+        objectness_logits: (B, L, Q) float32.
+        cell_size: side in pixels of one cell of `mask_logits`.
+    """
+
+    mask_logits: Tensor
+    objectness_logits: Tensor
+    cell_size: int
+
+
+class SelfMask(nn.Module):
+    """The SelfMask network.
+
+    Attributes:
+        config: its geometry.
+        mean, std: (1, 3, 1, 1) ImageNet statistics, applied in `forward`; not in the state dict.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: SelfMaskConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or SelfMaskConfig()
+        dim = self.config.dim
+        self.query_embed = nn.Parameter(torch.empty(self.config.num_queries, dim).normal_())
+        self.encoder = ViTEncoder(self.config)
+        self.decoder = TransformerDecoder(
+            dim, self.config.decoder_layers, self.config.num_heads, dim * self.config.mlp_ratio
+        )
+        self.ffn = Perceptron(dim, dim, dim, 1)  # objectness
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> SelfMaskOutput:
+        """Propose masks for images (B, 3, H, W) in [0, 1], RGB, of any size.
+
+        The decoder attends to the patch tokens as they are; only the masks use upsampled ones.
+        """
+        patch = self.config.patch_size
+        height, width = images.shape[-2:]
+        padding = (0, -width % patch, 0, -height % patch)
+        tokens = self.encoder(F.pad((images - self.mean) / self.std, padding))[:, CLS_TOKENS:]
+        decoded = self.decoder(self.query_embed.expand(len(images), -1, -1), Memory(tokens))
+        grid = (math.ceil(height / patch), math.ceil(width / patch))
+        with torch.autocast(images.device.type, enabled=False):
+            features = F.interpolate(
+                tokens.float().transpose(1, 2).unflatten(2, grid),
+                scale_factor=FEATURE_SCALE,
+                mode="bilinear",
+                align_corners=False,
+            )
+            mask_logits = torch.einsum("blqd,bdhw->blqhw", decoded.float(), features)
+        return SelfMaskOutput(
+            mask_logits=mask_logits,
+            objectness_logits=self.ffn(decoded).squeeze(-1).float(),
+            cell_size=patch // FEATURE_SCALE,
+        )
+
+    def extra_repr(self) -> str:
+        """The geometry, for messages about weights that do not fit it."""
+        return ", ".join(f"{name}={value}" for name, value in asdict(self.config).items())
+
+    @torch.no_grad()
+    def saliency(self, images: Tensor) -> Tensor:
+        """Mask probabilities (B, H, W), float32, of each image's most object-like query.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], RGB.
+        """
+        output = self(images)
+        best = output.objectness_logits[:, -1].argmax(dim=1)
+        logits = output.mask_logits[torch.arange(len(images)), -1, best]
+        probs = F.interpolate(
+            logits.sigmoid()[:, None],
+            scale_factor=output.cell_size,
+            mode="bilinear",
+            align_corners=False,
+        )
+        return probs[:, 0, : images.shape[-2], : images.shape[-1]]
+
+
+class ViTEncoder(nn.Module):
+    """A DINO ViT: pre-norm blocks with exact GELU, LayerNorm eps 1e-6, one CLS token."""
+
+    def __init__(self, config: SelfMaskConfig) -> None:
+        super().__init__()
+        self.grid = config.grid
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim).normal_(std=0.02))
+        self.pos_embed = nn.Parameter(
+            torch.empty(1, CLS_TOKENS + config.grid**2, config.dim).normal_(std=0.02)
+        )
+        self.patch_embed = PatchEmbedding(config.dim, config.patch_size)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(config.dim, config.num_heads, config.dim * config.mlp_ratio)
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.dim, eps=ENCODER_NORM_EPS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W), H and W whole patches -> (B, 1 + N, D), CLS first."""
+        tokens = self.embed(images)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The tokens (B, 1 + N, D) that enter the first block, CLS first."""
+        patches = self.patch_embed(images)
+        height, width = patches.shape[-2:]
+        cls_tokens = self.cls_token.expand(len(images), -1, -1)
+        tokens = torch.cat((cls_tokens, patches.flatten(2).transpose(1, 2)), dim=1)
+        return tokens + self.position_embedding(height, width)
+
+    def position_embedding(self, height: int, width: int) -> Tensor:
+        """(1, 1 + N, D) embedding of CLS and a grid of `height` x `width` patches.
+
+        As published, the learned grid is left as it is whenever the number of patches agrees,
+        even if the sides do not.
+        """
+        if height * width == self.grid**2:
+            return self.pos_embed
+        learned = self.pos_embed[:, CLS_TOKENS:].transpose(1, 2).unflatten(2, (self.grid, -1))
+        resized = F.interpolate(learned, (height, width), mode="bicubic", align_corners=False)
+        patches = resized.flatten(2).transpose(1, 2)
+        return torch.cat((self.pos_embed[:, :CLS_TOKENS], patches), dim=1)
+
+
+class PatchEmbedding(nn.Module):
+    """Convolution of non-overlapping patches: (B, 3, H, W) -> (B, D, h, w)."""
+
+    def __init__(self, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images)
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm self-attention and feed-forward over tokens (B, N, D)."""
+
+    def __init__(self, dim: int, num_heads: int, feedforward_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=ENCODER_NORM_EPS)
+        self.attn = SelfAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=ENCODER_NORM_EPS)
+        self.mlp = FeedForward(dim, feedforward_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.attn(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one joint projection to queries, keys and values."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        split = self.qkv(tokens).unflatten(2, (3, self.num_heads, -1))
+        queries, keys, values = split.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(queries, keys, values)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with exact GELU between."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+def selfmask_loss(output: SelfMaskOutput, target_masks: Tensor) -> dict[str, Tensor]:
+    """Training loss against one pseudo-mask per image.
+
+    Close to section 3.3 of the paper, not equal to it. The target is averaged over the cells of
+    the prediction, whose padding counts as background. For each image and decoder layer, on its
+    own, the query with the lowest dice loss is matched with the target: bipartite matching with
+    one object. The mask loss is dice plus binary cross-entropy of the matched query, averaged over
+    images and layers; other queries are free. The objectness loss is binary cross-entropy between
+    the objectness of *every* query and the soft IoU of its mask with the target, taken as a
+    constant, so that the head ranks queries by quality (the paper ranks them by a hinge loss).
+
+    Args:
+        output: of the network in training, for B images.
+        target_masks: (B, H, W) pseudo-masks, boolean or in [0, 1], of the size of the images.
+
+    Returns:
+        Scalars `mask`, `objectness` and their sum `total`.
+
+    Raises:
+        ValueError: the size of the targets is not that of the images.
+    """
+    target = _target_cells(output, target_masks)[:, None, None]  # (B, 1, 1, 2h, 2w)
+    logits = output.mask_logits
+    probs = logits.sigmoid()
+    target_area = target.sum(dim=(-2, -1))
+    probs_area = probs.sum(dim=(-2, -1))
+    overlap = (probs * target).sum(dim=(-2, -1))
+    dice = 1 - (2 * overlap + 1) / (probs_area + target_area + 1)  # (B, L, Q)
+    matched = dice.argmin(dim=2, keepdim=True)
+    matched_logits = logits.gather(2, matched[..., None, None].expand(-1, -1, 1, *logits.shape[3:]))
+    cross_entropy = F.binary_cross_entropy_with_logits(
+        matched_logits, target.expand_as(matched_logits)
+    )
+    mask_loss = dice.gather(2, matched).mean() + cross_entropy
+    iou = (overlap / (probs_area + target_area - overlap).clamp(min=1e-6)).detach().clamp(0, 1)
+    objectness_loss = F.binary_cross_entropy_with_logits(output.objectness_logits, iou)
+    return {
+        "mask": mask_loss,
+        "objectness": objectness_loss,
+        "total": mask_loss + objectness_loss,
+    }
+
+
+def _target_cells(output: SelfMaskOutput, target_masks: Tensor) -> Tensor:
+    """(B, H, W) pixels -> (B, 2h, 2w) share of the target in each cell of the prediction."""
+    cells = output.mask_logits.shape[-2:]
+    height, width = target_masks.shape[-2:]
+    padded_height, padded_width = (count * output.cell_size for count in cells)
+    missing = (padded_height - height, padded_width - width)
+    patch = output.cell_size * FEATURE_SCALE
+    if not all(0 <= pad < patch for pad in missing):
+        raise ValueError(
+            f"targets of {height} x {width} pixels for masks over {padded_height} x {padded_width}"
+        )
+    padded = F.pad(target_masks.float(), (0, missing[1], 0, missing[0]))
+    return F.avg_pool2d(padded[:, None], output.cell_size)[:, 0]
+
+
+def load_selfmask(weights: Path, device: torch.device | str = "cpu") -> SelfMask:
+    """Build SelfMask from a weights file, in evaluation mode.
+
+    The geometry is that of `selfmask_nq20` unless a JSON file of the same name lies beside the
+    weights: its key `architecture` then holds the fields of `SelfMaskConfig`.
+
+    Args:
+        weights: bare state dict (.safetensors, or the published .pt).
+        device: where the network goes.
+
+    Raises:
+        PipelineError: the file is missing or of another architecture, or the JSON is wrong.
+    """
+    weights = Path(weights)
+    model = SelfMask(_read_config(weights.with_suffix(".json")))
+    load_strict(model, load_state(weights), str(weights))
+    return model.to(device).eval()
+
+
+def save_selfmask(model: SelfMask, weights: Path, *, card: Mapping[str, Any] | None = None) -> None:
+    """Write `weights` (.safetensors) and the JSON beside it, which `load_selfmask` reads.
+
+    Args:
+        model: the network.
+        weights: file to write; its folder is made.
+        card: further entries of the JSON, such as command, seed and accuracy.
+    """
+    weights = Path(weights)
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    with atomic_path(weights) as tmp_path:
+        save_tensors(state, tmp_path)
+    architecture = asdict(model.config)
+    write_json(weights.with_suffix(".json"), {"architecture": architecture, **(card or {})})
+
+
+def _read_config(path: Path) -> SelfMaskConfig:
+    if not path.exists():
+        return SelfMaskConfig()
+    content = read_json(path)
+    architecture = content.get("architecture") if isinstance(content, dict) else None
+    if not isinstance(architecture, dict):
+        raise PipelineError(f"{path}: needs a key `architecture` with the fields of SelfMaskConfig")
+    known = [field.name for field in fields(SelfMaskConfig)]
+    unknown = sorted(architecture.keys() - set(known))
+    if unknown:
+        raise PipelineError(
+            f"{path}: architecture: unknown {', '.join(unknown)}; known are {', '.join(known)}"
+        )
+    try:
+        return SelfMaskConfig(**architecture)
+    except ValueError as error:
+        raise PipelineError(f"{path}: architecture: {error}") from None

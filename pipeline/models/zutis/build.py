@@ -1,0 +1,101 @@
+"""Assemble ZUTIS and save its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from pipeline.errors import PipelineError
+from pipeline.files import atomic_path, write_json
+from pipeline.models.clip.tokens import PositionResize, vision_tower
+from pipeline.models.layers.blocks import with_lean_parts
+from pipeline.models.layers.decoder import TransformerDecoder
+from pipeline.models.layers.perceptron import Perceptron
+from pipeline.models.weights.weights import save_tensors
+from pipeline.models.zutis.network import IMAGENET_MEAN, IMAGENET_STD, TokenNorm, Zutis
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+FFN_HIDDEN = 256
+
+
+def build_zutis(
+    encoder: nn.Module,
+    *,
+    num_queries: int = 100,
+    decoder_layers: int = 6,
+    num_heads: int = 8,
+    feedforward_dim: int = 2048,
+    stop_gradient: bool = True,
+    query_norm: bool = True,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    position_resize: PositionResize = "scale",
+    token_norm: TokenNorm = "map",
+) -> Zutis:
+    """Put a freshly initialised ZUTIS around a CLIP vision transformer.
+
+    Args:
+        encoder: CLIP vision transformer; trained further, not copied.
+        num_queries: Learned queries Q.
+        decoder_layers: Decoder layers L.
+        num_heads: Attention heads of the decoder, a divisor of the encoder's width.
+        feedforward_dim: Hidden width of the decoder's feed-forward parts.
+        stop_gradient: see `Zutis`.
+        query_norm: see `Zutis`; so are `mean`, `std`, `position_resize` and `token_norm`.
+
+    Raises:
+        PipelineError: `encoder` is not a CLIP vision transformer, the numbers do not fit
+            together, or an option is unknown; the message says which.
+    """
+    if num_queries < 1 or feedforward_dim < 1:
+        raise PipelineError(
+            f"num_queries: {num_queries}, feedforward_dim: {feedforward_dim}; both are at least 1"
+        )
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise PipelineError(f"mean: {mean}, std: {std}; both are three numbers, std above 0")
+    _check_choice("position_resize", position_resize, get_args(PositionResize))
+    _check_choice("token_norm", token_norm, get_args(TokenNorm))
+    width = vision_tower(encoder).class_embedding.shape[0]
+    return Zutis(
+        with_lean_parts(encoder),
+        TransformerDecoder(width, decoder_layers, num_heads, feedforward_dim),
+        Perceptron(width, FFN_HIDDEN, FFN_HIDDEN, width),
+        Perceptron(width, FFN_HIDDEN, FFN_HIDDEN, width),
+        torch.randn(num_queries, width),
+        stop_gradient=stop_gradient,
+        query_norm=query_norm,
+        mean=mean,
+        std=std,
+        position_resize=position_resize,
+        token_norm=token_norm,
+    )
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise PipelineError(f"{name}: {value!r}; known are {', '.join(known)}")
+
+
+def save_checkpoint(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Write `model.safetensors` and `config.json`; neither changes unless both could be written.
+
+    Args:
+        folder: Made if absent; other files in it stay.
+        model: Its state dict is stored, under its own keys.
+        config: JSON-serialisable: architecture, categories, step, settings.
+    """
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
+    folder = Path(folder)
+    with (
+        atomic_path(folder / CONFIG_NAME) as config_path,
+        atomic_path(folder / WEIGHTS_NAME) as weights_path,
+    ):
+        save_tensors(tensors, weights_path)
+        write_json(config_path, dict(config))

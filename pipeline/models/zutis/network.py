@@ -1,0 +1,185 @@
+"""The ZUTIS network: semantic and instance segmentation from one CLIP encoder.
+
+Letters: B batch, L decoder layers, Q queries, D encoder width, C text space, H W pixels; h w is the
+token grid after upsampling, twice the patch grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models.clip.tokens import PositionResize, encode_patches, vision_tower
+from pipeline.models.layers.decoder import Memory, TransformerDecoder, sine_codes
+from pipeline.models.layers.perceptron import Perceptron
+
+TokenNorm = Literal["map", "token", "none"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ZutisOutput(NamedTuple):
+    """What the network says about a batch, float32 under autocast too.
+
+    Attributes:
+        mask_logits: (B, L, Q, h, w) mask proposals of every decoder layer, before the sigmoid.
+        patch_tokens: (B, h, w, C) dense embeddings of unit norm in text space.
+    """
+
+    mask_logits: Tensor
+    patch_tokens: Tensor
+
+    @property
+    def mask_probs(self) -> Tensor:
+        """(B, L, Q, h, w) mask proposals in [0, 1]."""
+        return self.mask_logits.sigmoid()
+
+
+class Zutis(nn.Module):
+    """Zero-shot unsupervised transfer instance segmenter (ZUTIS paper, section 3).
+
+    The defaults are those of the published code, whose weights need them. Weights trained with
+    another `mean`, `std`, `position_resize` or `token_norm` need theirs.
+
+    Args:
+        encoder: CLIP vision transformer in the key layout of OpenAI and open_clip.
+        decoder: Transformer decoder of width D.
+        ffn1: Perceptron D -> D that turns tokens into the decoder's memory and mask features.
+        ffn2: Perceptron D -> D on the decoded queries.
+        query_embed: (Q, D) initial values of the learned queries.
+        stop_gradient: Keep the mask losses away from the encoder, as published.
+        query_norm: Scale the decoded queries to unit norm, as published.
+        mean: Of the channels R, G, B in [0, 1], taken off the input. The code takes ImageNet's,
+            though CLIP was trained with its own; the paper does not say.
+        std: Their standard deviation, likewise.
+        position_resize: see `resize_positions`; "scale" is the code's.
+        token_norm: see `project`; "map" is the code's.
+
+    Raises:
+        PipelineError: `encoder` is not a CLIP vision transformer.
+        ValueError: `query_embed` does not have the encoder's width.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: TransformerDecoder,
+        ffn1: Perceptron,
+        ffn2: Perceptron,
+        query_embed: Tensor,
+        *,
+        stop_gradient: bool = True,
+        query_norm: bool = True,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        position_resize: PositionResize = "scale",
+        token_norm: TokenNorm = "map",
+    ) -> None:
+        super().__init__()
+        width = vision_tower(encoder).class_embedding.shape[0]
+        if query_embed.ndim != 2 or query_embed.shape[1] != width:
+            raise ValueError(f"query_embed is {tuple(query_embed.shape)}, expected (Q, {width})")
+        self.query_embed = nn.Parameter(query_embed)
+        self.encoder = encoder
+        self.ffn1 = ffn1
+        self.ffn2 = ffn2
+        self.decoder = decoder
+        self.stop_gradient = stop_gradient
+        self.query_norm = query_norm
+        self.position_resize: PositionResize = position_resize
+        self.token_norm: TokenNorm = token_norm
+        # Not saved: official checkpoints do not have them.
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> ZutisOutput:
+        """Segment RGB images (B, 3, H, W) with values in [0, 1]."""
+        return self.forward_normalised(self.normalise(images))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Shift and scale RGB in [0, 1] by the network's mean and standard deviation."""
+        return (images - self.mean) / self.std
+
+    def forward_normalised(self, images: Tensor) -> ZutisOutput:
+        """Segment images (B, 3, H, W) that went through `normalise`.
+
+        Tokens are upsampled as published, but after the first linear map of them, not before: the
+        order changes nothing but the cost. Pixels beyond a multiple of the patch size are ignored;
+        the output covers the whole image nevertheless, as published.
+
+        Raises:
+            PipelineError: the images are smaller than a patch.
+        """
+        tokens = encode_patches(self.encoder, images, position_resize=self.position_resize).float()
+        mask_tokens = tokens.detach() if self.stop_gradient else tokens
+        return ZutisOutput(self.propose_masks(mask_tokens), self.embed_tokens(tokens))
+
+    def propose_masks(self, tokens: Tensor) -> Tensor:
+        """Mask logits (B, L, Q, h, w) from the encoder's tokens (B, h/2, w/2, D), float32."""
+        hidden = _twice_as_large(self.ffn1.layers[0](tokens).float())
+        batch, height, width = hidden.shape[:3]
+        memory = Memory.of(
+            self.ffn1.features(hidden.flatten(1, 2), after=0),
+            self.ffn1.last,
+            positions=sine_codes(height, width, tokens.shape[-1], device=tokens.device),
+        )
+        queries = self.query_embed.expand(batch, -1, -1)
+        queries = self.ffn2(self.decoder(queries, memory))
+        with torch.autocast(tokens.device.type, enabled=False):
+            queries = queries.float()
+            if self.query_norm:
+                queries = F.normalize(queries, dim=-1)
+            logits = memory.dot(queries.flatten(1, 2))
+        return logits.reshape(*queries.shape[:3], height, width)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Unit-norm tokens (B, h, w, C) in text space from the encoder's (B, h/2, w/2, D)."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            projected = tokens @ vision_tower(self.encoder).proj.float()
+            return self.normalise_tokens(_twice_as_large(projected))
+
+    def normalise_tokens(self, projected: Tensor) -> Tensor:
+        """Unit-norm tokens from tokens (B, h, w, C), both in text space, float32.
+
+        Before the norm comes a layer norm without affine part, by `token_norm`:
+
+        - "map" (the published code): one mean and variance over the whole (h, w, C) block of an
+          image. A token depends on all others through it, and on the image size.
+        - "token": over the C features of each token.
+        - "none": no layer norm, as in equation 4 of the paper and in CLIP. Algorithm 1 has one
+          and does not say over what.
+        """
+        if self.token_norm != "none":
+            spanned = projected.shape[1:] if self.token_norm == "map" else projected.shape[-1:]
+            projected = F.layer_norm(projected, spanned)
+        return projected / (projected.norm(dim=-1, keepdim=True) + 1e-7)
+
+    def extra_repr(self) -> str:
+        """The architecture in one line, for messages."""
+        tower = vision_tower(self.encoder)
+        blocks = sum(1 for name, _ in self.encoder.named_modules() if name.endswith(".ln_1"))
+        return (
+            f"patch {tower.conv1.weight.shape[-1]}, width {tower.proj.shape[0]}, "
+            f"{blocks} encoder blocks, {tower.positional_embedding.shape[0] - 1} positions, "
+            f"text space {tower.proj.shape[1]}, {len(self.query_embed)} queries, "
+            f"{len(self.decoder.layers)} decoder layers"
+        )
+
+
+def _twice_as_large(tokens: Tensor) -> Tensor:
+    """Token maps (B, h, w, C) upsampled to (B, 2h, 2w, C), in float32 as they come.
+
+    Published before the first linear map; it commutes with one, whose output is smaller.
+    """
+    maps = F.interpolate(
+        tokens.permute(0, 3, 1, 2), scale_factor=2, mode="bilinear", align_corners=False
+    )
+    return maps.permute(0, 2, 3, 1)

@@ -1,0 +1,343 @@
+"""Dense embeddings and mask proposals -> label maps and scored instances (ZUTIS paper, 3.3).
+
+Letters: B batch, Q queries, N kept queries, K categories, C text space, H W pixels, h w token grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.models.layers.interpolate import Taps, bilinear_taps, interpolate, upsample
+
+Suppression = Literal["none", "hard", "linear", "gaussian"]
+ScoreResolution = Literal["token", "pixel"]
+
+BACKGROUND = 0
+EPSILON = 1e-7
+CATEGORY_CHUNK = 64
+MASK_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One predicted object.
+
+    Attributes:
+        label_id: 1 or more.
+        score: in [0, 1], after suppression.
+        crop: (y1 - y0 + 1, x1 - x0 + 1) boolean, its mask within the box.
+        bbox_xyxy: x0, y0, x1, y1 of the outermost mask pixels, both ends inclusive.
+        size: (H, W) of the image.
+    """
+
+    label_id: int
+    score: float
+    crop: NDArray[np.bool_]
+    bbox_xyxy: tuple[int, int, int, int]
+    size: tuple[int, int]
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """(H, W) boolean, not empty; made anew at each call."""
+        mask = np.zeros(self.size, dtype=bool)
+        x0, y0, x1, y1 = self.bbox_xyxy
+        mask[y0 : y1 + 1, x0 : x1 + 1] = self.crop
+        return mask
+
+
+@dataclass(frozen=True)
+class _Crop:
+    """A mask that is not empty, cut out along its box: rows `top` and columns `left` onwards."""
+
+    top: int
+    left: int
+    inside: NDArray[np.bool_]
+
+    @property
+    def bbox_xyxy(self) -> tuple[int, int, int, int]:
+        height, width = self.inside.shape
+        return self.left, self.top, self.left + width - 1, self.top + height - 1
+
+
+def semantic_logits(
+    patch_tokens: Tensor, text_embeddings: Tensor, size: tuple[int, int] | None = None
+) -> Tensor:
+    """Cosine of every pixel with every category.
+
+    Args:
+        patch_tokens: (B, h, w, C) of unit norm.
+        text_embeddings: (K, C) of unit norm.
+        size: (H, W) to which the logits are upsampled; None leaves them on the token grid.
+
+    Returns:
+        (B, K, H, W) or (B, K, h, w) logits.
+    """
+    logits = (patch_tokens @ text_embeddings.T).permute(0, 3, 1, 2)
+    return logits if size is None else upsample(logits, size)
+
+
+def semantic_prediction(
+    patch_tokens: Tensor, text_embeddings: Tensor, size: tuple[int, int] | None = None
+) -> Tensor:
+    """Label id of every pixel: the argmax of `semantic_logits`, of equals the smallest.
+
+    Categories are upsampled a few at a time, so memory does not grow with K.
+
+    Args:
+        patch_tokens: (B, h, w, C) of unit norm.
+        text_embeddings: (K, C) of unit norm, background first.
+        size: (H, W) of the prediction; None stays on the token grid.
+
+    Returns:
+        (B, H, W) or (B, h, w) int64 label ids.
+    """
+    best, labels = None, None
+    for start in range(0, len(text_embeddings), CATEGORY_CHUNK):
+        chunk = text_embeddings[start : start + CATEGORY_CHUNK]
+        values, indices = semantic_logits(patch_tokens, chunk, size).max(dim=1)
+        if best is None or labels is None:
+            best, labels = values, indices
+            continue
+        labels = torch.where(values > best, indices + start, labels)
+        best = torch.maximum(values, best)
+    if labels is None:
+        raise ValueError("text_embeddings has no row")
+    return labels
+
+
+@torch.no_grad()
+def instance_predictions(
+    mask_probs: Tensor,
+    patch_tokens: Tensor,
+    text_embeddings: Tensor,
+    size: tuple[int, int] | None = None,
+    *,
+    threshold: float = 0.5,
+    temperature: float = 5.0,
+    suppression: Suppression = "hard",
+    max_overlap: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 0.001,
+    score_resolution: ScoreResolution = "token",
+) -> list[Instance]:
+    """Labelled, scored and suppressed instances of one image.
+
+    The final masks are proposals upsampled as probabilities and thresholded. Those labelled
+    background and empty ones are dropped.
+
+    Args:
+        mask_probs: (Q, h, w) proposals of the last decoder layer, in [0, 1].
+        patch_tokens: (h, w, C) of unit norm.
+        text_embeddings: (K, C) of unit norm, background first.
+        size: (H, W) of the masks; None stays on the token grid.
+        threshold: Probability above which a pixel belongs to a mask.
+        temperature: Factor on the cosine inside the sigmoid of the category score.
+        suppression: Non-maximum suppression among masks of one label. "hard" removes masks that
+            overlap a better one, "linear" and "gaussian" lower their scores, "none" keeps all.
+        max_overlap: IoU up to which "hard" and "linear" leave a score alone.
+        sigma: Width of "gaussian": the factor is exp(-IoU^2 / sigma).
+        min_score: Scores that fall to this or below are dropped by suppression.
+        score_resolution: Where labels and scores are decided. "token", as in the published code:
+            over the proposal thresholded on the token grid, another region than the final mask.
+            "pixel": over the final mask. The paper does not say (Algorithm 1 leaves upsampling out
+            "for readability").
+
+    Returns:
+        Instances by falling score, of equals the earlier query first.
+
+    Raises:
+        ValueError: `suppression` is unknown.
+    """
+    if suppression not in get_args(Suppression):
+        raise ValueError(f"suppression {suppression!r} is none of {get_args(Suppression)}")
+    labels, scores = _label_proposals(
+        mask_probs.float(),
+        patch_tokens.float(),
+        text_embeddings.float(),
+        size=size if score_resolution == "pixel" else None,
+        threshold=threshold,
+        temperature=temperature,
+    )
+    # Background and empty masks influence no other mask, so they can go before suppression.
+    candidates = (labels != BACKGROUND).nonzero()[:, 0]
+    target_size = size or (mask_probs.shape[1], mask_probs.shape[2])
+    crops = _crops(mask_probs[candidates].float().cpu(), target_size, threshold)
+    occupied = [i for i, crop in enumerate(crops) if crop is not None]
+    masks = [crop for crop in crops if crop is not None]
+    label_ids = labels[candidates].cpu().numpy()[occupied]
+    final_scores = scores[candidates].double().cpu().numpy()[occupied]
+    if suppression != "none":
+        decay = partial(_decay, suppression=suppression, max_overlap=max_overlap, sigma=sigma)
+        for label_id in np.unique(label_ids):
+            members = np.flatnonzero(label_ids == label_id)
+            final_scores[members] = _suppressed_scores(
+                [masks[i] for i in members], final_scores[members], decay, min_score=min_score
+            )
+    order = [i for i in np.argsort(-final_scores, kind="stable") if final_scores[i] >= 0]
+    return [
+        Instance(
+            label_id=int(label_ids[i]),
+            score=float(final_scores[i]),
+            crop=masks[i].inside,
+            bbox_xyxy=masks[i].bbox_xyxy,
+            size=target_size,
+        )
+        for i in order
+    ]
+
+
+def _label_proposals(
+    mask_probs: Tensor,
+    patch_tokens: Tensor,
+    text_embeddings: Tensor,
+    *,
+    size: tuple[int, int] | None,
+    threshold: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Label id and score of every proposal at `size` (None: on the token grid), both (Q,).
+
+    The mask score is the mean probability inside the mask; the category score the sigmoid of the
+    scaled cosine between the mean embedding inside the mask and the text. An empty mask is
+    background.
+    """
+    area, mass, coverage = _regions(mask_probs, size, threshold)
+    area = area + EPSILON
+    mask_scores = mass / area
+    embeddings = coverage.flatten(1) @ patch_tokens.flatten(0, 1) / area[:, None]
+    embeddings = embeddings / (embeddings.norm(dim=1, keepdim=True) + EPSILON)
+    similarity, labels = (embeddings @ text_embeddings.T).max(dim=1)
+    return labels, mask_scores * (temperature * similarity).sigmoid()
+
+
+def _regions(
+    mask_probs: Tensor, size: tuple[int, int] | None, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Thresholded proposals at `size`: area and sum of probabilities (Q,), coverage (Q, h, w).
+
+    Coverage weighs the tokens so that their sum is that of the upsampled embeddings inside: the
+    transpose of bilinear upsampling, which spares a (H, W, C) map.
+    """
+    if size is None:
+        inside = (mask_probs > threshold).to(mask_probs.dtype)
+        return inside.flatten(1).sum(1), (mask_probs * inside).flatten(1).sum(1), inside
+    rows, columns = (
+        F.interpolate(torch.eye(cells, device=mask_probs.device)[None], size=pixels, mode="linear")
+        for cells, pixels in zip(mask_probs.shape[-2:], size, strict=True)
+    )
+    parts = []
+    for chunk in mask_probs.split(MASK_CHUNK):
+        probs = upsample(chunk[None], size)[0]
+        inside = (probs > threshold).to(probs.dtype)
+        mass = (probs * inside).flatten(1).sum(1)
+        parts.append((inside.flatten(1).sum(1), mass, rows @ inside @ columns.transpose(1, 2)))
+    area, mass, coverage = (torch.cat(values) for values in zip(*parts, strict=True))
+    return area, mass, coverage
+
+
+def _crops(mask_probs: Tensor, size: tuple[int, int], threshold: float) -> list[_Crop | None]:
+    """Proposals (N, h, w), upsampled to `size` and thresholded; None for an empty mask.
+
+    A pixel can exceed the threshold only next to a token that reaches it, so no other is computed.
+    """
+    rows, columns = (
+        bilinear_taps(cells, pixels)
+        for cells, pixels in zip(mask_probs.shape[-2:], size, strict=True)
+    )
+    reached = (mask_probs >= threshold).numpy()
+    boxes = zip(_near(_any(reached, 2), rows), _near(_any(reached, 1), columns), strict=True)
+    wide = upsample(mask_probs[:, None], (mask_probs.shape[1], size[1]))[:, 0]
+    return [
+        _crop(probs[:, box[1]], rows.at(box[0]), box[0].start, box[1].start, threshold)
+        if occupied
+        else None
+        for probs, occupied, box in zip(wide, _any(reached, (1, 2)), boxes, strict=True)
+    ]
+
+
+def _near(reached: NDArray[np.bool_], taps: Taps) -> list[slice]:
+    """For each mask, the target cells that take from a `reached` source cell, (N, cells).
+
+    An axis that shrinks may skip all of them; then one cell stands for none.
+    """
+    first = reached.argmax(1)
+    last = reached.shape[1] - 1 - reached[:, ::-1].argmax(1)
+    start = np.searchsorted(taps.upper.numpy(), first).clip(max=len(taps.lower) - 1)
+    stop = np.searchsorted(taps.lower.numpy(), last, side="right")
+    ends = np.stack((start, np.maximum(stop, start + 1)), axis=1)
+    return [slice(*pair) for pair in ends.tolist()]
+
+
+def _crop(probs: Tensor, rows: Taps, top: int, left: int, threshold: float) -> _Crop | None:
+    """The mask of columns (h, w') that are upsampled already; `top` and `left` are its place."""
+    inside = (interpolate(probs, rows, dim=0) > threshold).numpy()
+    occupied_rows = _any(inside, 1)
+    if not occupied_rows.any():
+        return None
+    box = _extent(occupied_rows), _extent(_any(inside, 0))
+    # A copy: the crop outlives the pixels around it.
+    return _Crop(top + box[0].start, left + box[1].start, inside[box].copy())
+
+
+def _any(occupied: NDArray[np.bool_], axis: int | tuple[int, int]) -> NDArray[np.bool_]:
+    return np.asarray(np.logical_or.reduce(occupied, axis=axis))
+
+
+def _extent(occupied: NDArray[np.bool_]) -> slice:
+    """From the first to the last True; there is one."""
+    places = np.flatnonzero(occupied)
+    return slice(int(places[0]), int(places[-1]) + 1)
+
+
+def _suppressed_scores(
+    masks: list[_Crop],
+    scores: NDArray[np.float64],
+    decay: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    *,
+    min_score: float,
+) -> NDArray[np.float64]:
+    """Take the best remaining mask, weaken the others by it, and so on; -1 where dropped."""
+    scores, result = scores.copy(), np.full_like(scores, -1.0)
+    boxes = np.array([mask.bbox_xyxy for mask in masks])
+    areas = np.array([np.count_nonzero(mask.inside) for mask in masks])
+    remaining = np.ones(len(scores), dtype=bool)
+    while remaining.any():
+        best = int(np.argmax(np.where(remaining, scores, -np.inf)))
+        result[best] = scores[best]
+        remaining[best] = False
+        touching = ((boxes[:, :2] <= boxes[best, 2:]) & (boxes[best, :2] <= boxes[:, 2:])).all(1)
+        others = np.flatnonzero(remaining & touching)
+        shared = np.array([_shared_pixels(masks[best], masks[i]) for i in others], dtype=np.int64)
+        scores[others] *= decay(shared / (areas[best] + areas[others] - shared + EPSILON))
+        remaining &= scores > min_score
+    return result
+
+
+def _shared_pixels(first: _Crop, second: _Crop) -> int:
+    """Pixels of both masks, whose boxes intersect."""
+    a, b = first.bbox_xyxy, second.bbox_xyxy
+    x0, y0, x1, y1 = max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+    part, other = (
+        mask.inside[y0 - mask.top : y1 - mask.top + 1, x0 - mask.left : x1 - mask.left + 1]
+        for mask in (first, second)
+    )
+    return int(np.count_nonzero(part & other))
+
+
+def _decay(
+    iou: NDArray[np.float64], *, suppression: Suppression, max_overlap: float, sigma: float
+) -> NDArray[np.float64]:
+    """Factor on the score of a mask that overlaps a better one by `iou`."""
+    if suppression == "gaussian":
+        return np.exp(-(iou**2) / sigma)
+    lowered = 1 - iou if suppression == "linear" else np.zeros_like(iou)
+    return np.where(iou > max_overlap, lowered, 1.0)

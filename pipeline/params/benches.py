@@ -1,0 +1,124 @@
+"""Entries of `benches`: one section a format."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from pipeline.params.base import Count, RelaxedPath, Section
+
+
+class CorruptionParams(Section):
+    """A disturbance of the images of a benchmark (DenseCLIP, robustness): name and level 1 to 5."""
+
+    name: str
+    level: Annotated[int, Field(ge=1, le=5)]
+
+
+class BenchSection(Section):
+    """What every benchmark has: folder, split, category list and protocol.
+
+    `categories` is a shipped set's name or a list, in the order of the label ids. Without
+    `background`, label id 0 is neither predicted nor scored. `metrics` says what is scored:
+    `semantic` masks, `instance` masks, semantic masks by object `size`. The categories of `unseen`
+    are scored apart from the others. `groups` maps a name to an image list of the benchmark that is
+    scored apart as well. `resize_to` and `max_side` go before those of section `evaluate`.
+    """
+
+    root: RelaxedPath
+    split: str = "val"
+    categories: str | list[str] = "voc"
+    background: bool = True
+    metrics: Annotated[list[Literal["semantic", "instance", "size"]], Field(min_length=1)] = [
+        "semantic"
+    ]
+    unseen: list[str] = []
+    groups: dict[str, str] = {}
+    corruption: CorruptionParams | None = None
+    resize_to: Count | None = None
+    max_side: Count | None = None
+
+    def layout(self) -> dict[str, Any]:
+        """The settings that only the reader of this format takes."""
+        return self.model_dump(exclude={*BenchSection.model_fields, "format"})
+
+
+class VocBench(BenchSection):
+    """PASCAL VOC's layout; `split` is a file of `ImageSets/Segmentation`."""
+
+    format: Literal["voc"]
+    metrics: Annotated[list[Literal["semantic", "instance", "size"]], Field(min_length=1)] = [
+        "semantic",
+        "instance",
+    ]
+
+
+class IndexPngBench(BenchSection):
+    """Images in one folder, index PNGs in another; `{split}` in a path stands for the split.
+
+    `image_list` is a file of one id a line; empty: every file of `labels`. `values` are the pixel
+    values of label ids 1, 2, ... (empty: the label ids themselves); pixels of `void_values` are
+    never scored, all other values are `other`.
+    """
+
+    format: Literal["index_png"]
+    images: str
+    labels: str
+    image_list: str = ""
+    image_suffix: str = ".jpg"
+    label_suffix: str = ".png"
+    values: list[int] = []
+    void_values: list[int] = [255]
+    other: Literal["background", "void"] = "background"
+
+
+class CocoBench(BenchSection):
+    """COCO's instance annotations; label maps are painted from them.
+
+    `{split}` in a path stands for the split. `image_list` names the images that are scored, one
+    file name a line; empty: all.
+    """
+
+    format: Literal["coco"]
+    annotations: str = "annotations/instances_{split}.json"
+    images: str = "{split}"
+    image_list: str = ""
+    categories: str | list[str] = "coco"
+
+
+class CocaBench(BenchSection):
+    """CoCA: one folder of images and one of binary masks per category."""
+
+    format: Literal["coca"]
+    categories: str | list[str] = "coca"
+
+
+class ImageNetSBench(BenchSection):
+    """ImageNet-S: label ids over two channels of a PNG; `split` is `validation` or `test`."""
+
+    format: Literal["imagenet_s"]
+    split: str = "validation"
+
+
+class CubBench(BenchSection):
+    """CUB-200-2011: every image is asked for one name only, `bird` or that of its `breed`."""
+
+    format: Literal["cub"]
+    split: Literal["train", "test"] = "test"
+    categories: str | list[str] = ["bird"]
+    names: Literal["bird", "breed"] = "bird"
+
+
+BenchParams = Annotated[
+    VocBench | IndexPngBench | CocoBench | CocaBench | ImageNetSBench | CubBench,
+    Field(discriminator="format"),
+]
+FORMATS = {
+    "voc": VocBench,
+    "index_png": IndexPngBench,
+    "coco": CocoBench,
+    "coca": CocaBench,
+    "imagenet_s": ImageNetSBench,
+    "cub": CubBench,
+}

@@ -1,0 +1,385 @@
+"""What ZUTIS trains on: archive samples from label shards, composed into batches.
+
+Letters: B batch, N instances, H W pixels.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pipeline.errors import PipelineError
+from pipeline.formats.images import ImageError, decode_label, decode_png, load_image
+from pipeline.formats.labels import BACKGROUND, Conflict, Target, decode_confidence
+from pipeline.formats.shards import open_samples
+from pipeline.training.copy_paste import Canvas, Cutout, copy_paste, cut_out, make_canvas
+from pipeline.training.targets import saliency_target, training_target
+from pipeline.training.transforms import (
+    Box,
+    ColourChange,
+    Sample,
+    View,
+    bounding_box,
+    draw_colour_change,
+    draw_view,
+)
+
+MEMBERS = ("jpg", "mask.png", "label.png", "confidence.png", "json")
+SPECK = 0.01
+# What is kept in memory: decoded samples, and packed pseudo-masks of about a kilobyte each.
+SAMPLE_BYTES, MASK_BYTES = 10**9, 5 * 10**8
+
+Composed = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Batch(NamedTuple):
+    """A batch of composed images.
+
+    Attributes:
+        images: (B, H, W, 3) uint8, RGB.
+        semantic_masks: (B, H, W) int16 label ids; IGNORE_INDEX is void.
+        instance_masks: (sum of N, H, W) boolean, image after image.
+        num_instances: B numbers N.
+    """
+
+    images: Tensor
+    semantic_masks: Tensor
+    instance_masks: Tensor
+    num_instances: list[int]
+
+
+class PackedMask(NamedTuple):
+    """A mask as about a kilobyte, from which it comes ten times faster than from a PNG file.
+
+    Attributes:
+        shape: (H, W).
+        box: The smallest one around the mask.
+        bits: What is in it, compressed.
+    """
+
+    shape: tuple[int, ...]
+    box: Box
+    bits: bytes
+
+    @classmethod
+    def of(cls, mask: np.ndarray) -> PackedMask:
+        """Pack a boolean mask (H, W).
+
+        Raises:
+            ValueError: the mask is empty.
+        """
+        box = bounding_box(mask)
+        if box is None:
+            raise ValueError("an empty mask has no box")
+        return cls(mask.shape, box, zlib.compress(np.packbits(mask[box.slices]).tobytes(), level=1))
+
+    def unpack(self) -> np.ndarray:
+        """The boolean mask (H, W)."""
+        bits = np.frombuffer(zlib.decompress(self.bits), dtype=np.uint8)
+        mask = np.zeros(self.shape, dtype=bool)
+        mask[self.box.slices] = np.unpackbits(bits, count=self.box.area).reshape(self.box.shape)
+        return mask
+
+
+class Archives:
+    """Decoded access to the archive images of a folder of label shards.
+
+    A sample's semantic mask is what `training_target` makes of it; its instance is its
+    pseudo-mask or, with `split_components`, every connected component of the pseudo-mask that
+    covers at least 1 % of the image. Samples of archive 0, the negatives, are background all over,
+    by definition. As many decoded samples as fit into a gigabyte are kept in memory, and the
+    pseudo-masks of some 500,000 more.
+
+    Args:
+        labels_dir: Folder of label shards.
+        categories: Names by label id, from 1.
+        target: As for `training_target`, like the next two.
+        confidence_threshold: Likewise.
+        conflict: Likewise.
+        split_components: Make every component an instance of its own.
+
+    Attributes:
+        objects: Label id -> indices of its samples that show an object; no archive is empty.
+        negatives: Indices of the samples of archive 0.
+        num_empty: Samples left out, for want of an object in their pseudo-mask.
+
+    Raises:
+        PipelineError: shards are missing or damaged, belong to other categories, or no sample
+            shows an object.
+    """
+
+    def __init__(
+        self,
+        labels_dir: Path,
+        *,
+        categories: Sequence[str],
+        target: Target,
+        confidence_threshold: float,
+        conflict: Conflict,
+        split_components: bool,
+    ) -> None:
+        self._labels_dir = labels_dir
+        self._store = open_samples(labels_dir, members=MEMBERS)
+        self._target: Target = target
+        self._confidence_threshold = confidence_threshold
+        self._conflict: Conflict = conflict
+        self._split_components = split_components
+        self._label_ids = [self._label_id(i, categories) for i in range(len(self._store))]
+        self.objects: dict[int, list[int]] = {}
+        self.negatives: list[int] = []
+        self.num_empty = 0
+        self._memory: dict[int, Sample] = {}
+        self._masks: dict[int, PackedMask] = {}
+        self._sort()
+        if not self.objects:
+            raise PipelineError(
+                f"{labels_dir}: none of {len(self._store)} samples has an object in its "
+                "pseudo-mask; look at the settings of the mask stage"
+            )
+
+    def __getitem__(self, index: int) -> Sample:
+        """The decoded sample, whole and as stored; it is not to be written to."""
+        return self._memory[index] if index in self._memory else self._decode(index)
+
+    def _sort(self) -> None:
+        """Tell samples with an object from those without, and keep the first ones in memory."""
+        free_for_samples, free_for_masks = SAMPLE_BYTES, MASK_BYTES
+        for index, label_id in enumerate(self._label_ids):
+            if label_id == BACKGROUND:
+                self.negatives.append(index)
+            else:
+                mask = self._mask(index)
+                if not self._shows_object(mask):
+                    self.num_empty += 1
+                    continue
+                self.objects.setdefault(label_id, []).append(index)
+                if free_for_masks > 0:
+                    self._masks[index] = PackedMask.of(mask)
+                    free_for_masks -= len(self._masks[index].bits)
+            if free_for_samples > 0:
+                sample = self._decode(index)
+                free_for_samples -= _num_bytes(sample)
+                if free_for_samples >= 0:
+                    self._memory[index] = _without_metadata(sample)
+
+    def _shows_object(self, mask: np.ndarray) -> bool:
+        return bool(self._instances(mask).any() if self._split_components else mask.any())
+
+    def _decode(self, index: int) -> Sample:
+        label_id = self._label_ids[index]
+        try:
+            image = load_image(self._store.member(index, "jpg"))
+            shape = image.size[::-1]
+            if label_id == BACKGROUND:
+                nothing = np.zeros(shape, dtype=np.uint8)
+                return Sample(image, nothing, nothing, 0)
+            mask = self._mask(index)
+            semantic = self._semantic(index, mask)
+        except (ImageError, ValueError) as error:
+            raise self._complaint(index, str(error)) from None
+        if shape != mask.shape:
+            raise self._complaint(index, f"image {shape} and mask {mask.shape} differ")
+        instances = self._instances(mask)
+        occupied = self._masks[index].box if index in self._masks else bounding_box(mask)
+        return Sample(image, semantic, instances, int(instances.max()), occupied)
+
+    def _mask(self, index: int) -> np.ndarray:
+        """The pseudo-mask (H, W), boolean, of a sample."""
+        if index in self._masks:
+            return self._masks[index].unpack()
+        try:
+            return decode_png(self._store.member(index, "mask.png")) > 0
+        except ImageError as error:
+            raise self._complaint(index, str(error)) from None
+
+    def _semantic(self, index: int, mask: np.ndarray) -> np.ndarray:
+        """What training sees of a sample; only `saliency` does without its dense labels."""
+        if self._target == "saliency":
+            return saliency_target(mask, self._label_ids[index])
+        return training_target(
+            mask,
+            self._label_ids[index],
+            decode_label(self._store.member(index, "label.png")),
+            decode_confidence(decode_png(self._store.member(index, "confidence.png"))),
+            target=self._target,
+            confidence_threshold=self._confidence_threshold,
+            conflict=self._conflict,
+        )
+
+    def _instances(self, mask: np.ndarray) -> np.ndarray:
+        """Instance ids (H, W), uint8, of a pseudo-mask."""
+        if not self._split_components:
+            return mask.view(np.uint8)
+        instances = np.zeros(mask.shape, dtype=np.uint8)
+        box = bounding_box(mask)
+        if box is not None:
+            components, count = ndimage.label(mask[box.slices])
+            areas = np.bincount(components.ravel(), minlength=count + 1)
+            kept = areas >= SPECK * mask.size
+            kept[0] = False
+            instances[box.slices] = np.where(kept, kept.cumsum(), 0)[components]
+        return instances
+
+    def _label_id(self, index: int, categories: Sequence[str]) -> int:
+        """The label id of a sample whose category is still the one of params.yaml."""
+        info = self._store.json(index)
+        label_id, category = info["label_id"], info["category"]
+        if label_id == BACKGROUND:
+            return BACKGROUND
+        expected = categories[label_id - 1] if 0 < label_id <= len(categories) else None
+        if category != expected:
+            wanted = f"{expected!r} there" if expected else f"{len(categories)} categories only"
+            raise self._complaint(
+                index,
+                f"its category is {category!r}, label id {label_id}, but params.yaml has {wanted}; "
+                "run the earlier stages again (dvc repro)",
+            )
+        return int(label_id)
+
+    def _complaint(self, index: int, reason: str) -> PipelineError:
+        return PipelineError(f"{self._labels_dir}: sample {self._store.keys[index]}: {reason}")
+
+
+@dataclass(frozen=True)
+class Composition:
+    """How samples become a training image (ZUTIS paper, 3.2, 4.1 and appendix B.2).
+
+    Attributes:
+        crop_size: Side of the training image.
+        scale_range: Range of the random resizing.
+        flip: Probability of mirroring.
+        colour_jitter: Probability of a change of colours.
+        greyscale: Probability of losing all colour.
+        blur: Probability of a blur.
+        max_paste: Largest number of archive images in one training image.
+        same_archive: Probability that they all come from one archive, drawn uniformly.
+        negative_canvas: Probability that the objects are pasted onto a negative.
+        keep_last_row_column: As for `object_box`.
+    """
+
+    crop_size: int
+    scale_range: tuple[float, float]
+    flip: float
+    colour_jitter: float
+    greyscale: float = 0.0
+    blur: float = 0.0
+    max_paste: int = 10
+    same_archive: float = 0.5
+    negative_canvas: float = 0.0
+    keep_last_row_column: bool = False
+
+
+class TrainingSet(Dataset[Composed]):
+    """Composed training images; number i is a pure function of the seed and i.
+
+    Args:
+        archives: Where the samples come from.
+        composition: How they are put together.
+        seed: Seed of all draws.
+        length: Number of training images.
+
+    Raises:
+        PipelineError: negatives are wanted as canvas and there are none.
+    """
+
+    def __init__(
+        self, archives: Archives, composition: Composition, *, seed: int, length: int
+    ) -> None:
+        if composition.negative_canvas > 0 and not archives.negatives:
+            raise PipelineError(
+                f"train.negative_canvas: {composition.negative_canvas}, but the labels hold no "
+                "negatives; raise retrieve.num_negatives or set it to 0"
+            )
+        self._archives = archives
+        self._composition = composition
+        self._seed = seed
+        self._length = length
+        self._label_ids = sorted(archives.objects)
+        self._all_objects = [i for label_id in self._label_ids for i in archives.objects[label_id]]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, number: int) -> Composed:
+        """Image (H, W, 3) uint8, semantic mask (H, W) int16, instance masks (N, H, W) boolean.
+
+        One to `max_paste` archive images are drawn. The first is the canvas, the others give one
+        object each; a negative canvas comes on top of them. Every image is transformed by itself.
+        """
+        if not 0 <= number < self._length:
+            raise IndexError(f"image {number} of {self._length}")
+        rng = random.Random(f"{self._seed}/{number}")
+        composition = self._composition
+        num_objects = rng.randint(1, composition.max_paste)
+        pool = self._all_objects
+        if rng.random() < composition.same_archive:
+            pool = self._archives.objects[rng.choice(self._label_ids)]
+        from_negative = rng.random() < composition.negative_canvas
+        canvas = self._canvas(rng.choice(self._archives.negatives if from_negative else pool), rng)
+        num_cutouts = num_objects if from_negative else num_objects - 1
+        cutouts = [self._cutout(rng.choice(pool), rng) for _ in range(num_cutouts)]
+        return copy_paste(canvas, cutouts, rng)
+
+    def _canvas(self, index: int, rng: random.Random) -> Canvas:
+        sample = self._archives[index]
+        return make_canvas(sample, *self._draw_augmentation(sample, rng))
+
+    def _cutout(self, index: int, rng: random.Random) -> Cutout | None:
+        sample = self._archives[index]
+        view, change = self._draw_augmentation(sample, rng)
+        return cut_out(
+            sample,
+            view,
+            change,
+            instance=rng.randint(1, sample.num_instances),
+            keep_last_row_column=self._composition.keep_last_row_column,
+        )
+
+    def _draw_augmentation(self, sample: Sample, rng: random.Random) -> tuple[View, ColourChange]:
+        composition = self._composition
+        view = draw_view(
+            *sample.semantic.shape,
+            scale_range=composition.scale_range,
+            crop_size=composition.crop_size,
+            flip=composition.flip,
+            rng=rng,
+        )
+        change = draw_colour_change(
+            jitter=composition.colour_jitter,
+            greyscale=composition.greyscale,
+            blur=composition.blur,
+            rng=rng,
+        )
+        return view, change
+
+
+def collate(composed: Sequence[Composed]) -> Batch:
+    """Stack composed images of one size into a batch."""
+    images, semantic_masks, instance_masks = zip(*composed, strict=True)
+    return Batch(
+        images=torch.from_numpy(np.stack(images)),
+        semantic_masks=torch.from_numpy(np.stack(semantic_masks)),
+        instance_masks=torch.from_numpy(np.concatenate(instance_masks)),
+        num_instances=[len(masks) for masks in instance_masks],
+    )
+
+
+def _num_bytes(sample: Sample) -> int:
+    """What a sample takes in memory; Pillow spends four bytes on a pixel."""
+    return 4 * sample.semantic.size + sample.semantic.nbytes + sample.instances.nbytes
+
+
+def _without_metadata(sample: Sample) -> Sample:
+    """The sample without what its file says beside the pixels, which may be large."""
+    return replace(sample, image=Image.fromarray(np.asarray(sample.image)))

@@ -1,0 +1,86 @@
+"""Category lists: the shipped sets and the check that every list passes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+from pipeline.formats.labels import MAX_CATEGORIES
+
+CATEGORY_SETS_DIR = Path(__file__).parent / "category_sets"
+
+
+def category_set_names() -> list[str]:
+    """Names of the shipped category sets, sorted."""
+    return sorted(path.stem for path in CATEGORY_SETS_DIR.glob("*.txt"))
+
+
+def load_category_set(
+    categories: str | Sequence[str],
+    *,
+    background: Sequence[str] = ("background",),
+    field: str = "categories",
+) -> list[str]:
+    """Category names in the order of their label ids (the first has label id 1).
+
+    Args:
+        categories: the name of a shipped set, or the names themselves.
+        background: names that stand for label id 0 and so cannot be categories.
+        field: where the names come from, for the messages.
+
+    Returns:
+        The names without surrounding blanks.
+
+    Raises:
+        PipelineError: unknown set; a list that is empty, or too long for a label map; an empty or
+            repeated name (case does not count); a category that is also a background name.
+    """
+    if isinstance(categories, str):
+        return _read_shipped(categories, field)
+    names = [name.strip() for name in categories]
+    if not names:
+        raise PipelineError(
+            f"{field}: the list is empty; name at least one category, or one of the sets "
+            f"{', '.join(category_set_names())}"
+        )
+    if len(names) > MAX_CATEGORIES:
+        raise PipelineError(
+            f"{field}: {len(names)} names; a label map holds at most {MAX_CATEGORIES}, so leave "
+            "some out"
+        )
+    first_use: dict[str, int] = {}
+    taken = {name.strip().casefold() for name in ("background", *background)}
+    for label_id, name in enumerate(names, start=1):
+        if not name:
+            raise PipelineError(f"{field}: name {label_id} of {len(names)} is empty; remove it")
+        if name.casefold() in taken:
+            raise PipelineError(
+                f"{field}: {name!r} is the background (label id 0) already; remove it"
+            )
+        if name.casefold() in first_use:
+            raise PipelineError(
+                f"{field}: {name!r} is listed twice (names {first_use[name.casefold()]} and "
+                f"{label_id}); remove one"
+            )
+        first_use[name.casefold()] = label_id
+    return names
+
+
+def _read_shipped(name: str, field: str) -> list[str]:
+    known = category_set_names()
+    if name not in known:
+        close = difflib.get_close_matches(name.lower(), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known sets: {', '.join(known)}"
+        raise PipelineError(
+            f"{field}: unknown category set {name!r}; {hint} "
+            f"(a single category is written as a list: [{name}])"
+        )
+    return (CATEGORY_SETS_DIR / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+
+
+def unasked_names(background: Sequence[str], categories: Sequence[str]) -> list[str]:
+    """The background's names without those that are asked for; all, if none were left."""
+    asked = {name.casefold() for name in categories}
+    return [name for name in background if name.casefold() not in asked] or list(background)

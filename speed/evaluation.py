@@ -1,0 +1,202 @@
+"""Evaluation of an image, all included, over the bare forward of its network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.benchmarks import Benchmark, open_bench
+from pipeline.benchmarks.voc import VocWriter
+from pipeline.engine.progress import StageRun
+from pipeline.engine.runtime import Runtime
+from pipeline.engine.shard_run import LocalExecutor, run_shards, slices
+from pipeline.formats.images import load_image
+from pipeline.formats.labels import LABEL_TYPE
+from pipeline.inference.bench import NetworkPredictor, PredictionMaker, queries_of
+from pipeline.inference.segmenter import Segmenter
+from pipeline.methods.inputs import PredictionSettings, to_tensor
+from pipeline.models.zutis.build import save_checkpoint
+from pipeline.models.zutis.network import Zutis, ZutisOutput
+from pipeline.models.zutis.postprocess import semantic_prediction
+from pipeline.scoring.board import ScoreBoard
+from pipeline.scoring.predictions import SHARD_SIZE, PredictionStore
+from pipeline.scoring.task import ScoringTask
+from speed.harness import Bench, Curve, Pair
+from speed.inputs import (
+    MakeRuntime,
+    cpu_runtime,
+    ellipses,
+    jpeg,
+    photo,
+    text_dim,
+    unit_rows,
+    zutis_network,
+)
+
+CATEGORIES = [f"category {number}" for number in range(1, 21)]
+METRICS = ["semantic", "instance"]
+DIFFERENT_PHOTOS = 64
+PATCH = 16
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Predictions on disk and their scores."""
+
+    store: PredictionStore
+    scores: dict[str, Any]
+
+
+def _write_voc(root: Path, size: tuple[int, int], num_images: int) -> list[str]:
+    """Images with three objects each, in PASCAL VOC's layout; their ids."""
+    writer = VocWriter(root)
+    image_ids = [f"{number:06d}" for number in range(num_images)]
+    for number, image_id in enumerate(image_ids):
+        semantic, instances = np.zeros(size, LABEL_TYPE), np.zeros(size, LABEL_TYPE)
+        for instance, mask in enumerate(ellipses(number, 3, size), start=1):
+            semantic[mask] = 1 + (number + instance) % len(CATEGORIES)
+            instances[mask] = instance
+        data = jpeg(photo(number % DIFFERENT_PHOTOS, size[1], size[0]))
+        writer.add(image_id, data, semantic, instances)
+    writer.write_split("val", image_ids)
+    return image_ids
+
+
+def _open_voc(folder: Path) -> Benchmark:
+    return open_bench(
+        format="voc", root=folder / "voc", split="val", categories=CATEGORIES, groups={}
+    )
+
+
+def _segmenter(runtime: Runtime, *, quick: bool) -> tuple[Segmenter, Zutis, Tensor]:
+    """A network with random weights and random texts of the categories, alone as well."""
+    network = zutis_network(quick=quick).to(runtime.device).eval()
+    text = unit_rows(torch.Generator().manual_seed(0), 1 + len(CATEGORIES), text_dim(quick=quick))
+    text = text.to(runtime.device)
+    segmenter = Segmenter(
+        network,
+        text,
+        categories=CATEGORIES,
+        runtime=runtime,
+        settings=PredictionSettings(),
+    )
+    return segmenter, network, text
+
+
+def _save_network(folder: Path, network: Zutis) -> None:
+    """Write the checkpoint, whose digest is part of the key of its predictions."""
+    config = {
+        "architecture": {},
+        "encoder": {"model": "random", "pretrained": "none"},
+        "categories": CATEGORIES,
+        "background": ["background"],
+        "templates": "name",
+        "step": 0,
+    }
+    save_checkpoint(folder / "zutis", network, config)
+
+
+def _maker(folder: Path, segmenter: Segmenter) -> PredictionMaker:
+    """What predicts, for the checkpoint in the folder."""
+    predictor = NetworkPredictor(segmenter, baseline=None, checkpoint_dir=folder / "zutis")
+    runtime = cpu_runtime(folder / "cache")
+    return PredictionMaker(lambda **_: predictor, CATEGORIES, 1, None, "voc", runtime)
+
+
+def _evaluate(folder: Path, maker: PredictionMaker, benchmark: Benchmark) -> Evaluated:
+    """Predict to disk, then score from there, as the stage does."""
+    with StageRun("evaluate", stats_path=folder / "stats.json") as stage:
+        run_shards(
+            folder / "predictions",
+            slices(queries_of(benchmark), SHARD_SIZE),
+            key="0",
+            recipe=lambda _: maker,
+            maker=maker,
+            executor=LocalExecutor(),
+            stage=stage,
+            settings={},
+            remedy="",
+        )
+    store = PredictionStore(folder / "predictions")
+    board = ScoreBoard(ScoringTask(CATEGORIES), metrics=METRICS, groups={})
+    for example, prediction in store.pair(benchmark):
+        board.add(example, prediction)
+    return Evaluated(store, board.compute())
+
+
+def prepare_evaluation(
+    folder: Path, quick: bool, *, make: MakeRuntime = cpu_runtime, count: int = 2
+) -> Pair:
+    """Bare forward, and predictions on disk with their scores, on the device of the runtime."""
+    size = (48, 64) if quick else (375, 500)
+    image_ids = _write_voc(folder / "voc", size, count)
+    benchmark = _open_voc(folder)
+    runtime = make(folder / "cache")
+    segmenter, network, text = _segmenter(runtime, quick=quick)
+    _save_network(folder, network)
+    maker = _maker(folder, segmenter)
+    paths = [folder / f"voc/JPEGImages/{image_id}.jpg" for image_id in image_ids]
+    inputs = [
+        to_tensor(load_image(path), segmenter.settings, patch_size=PATCH)[None].to(runtime.device)
+        for path in paths
+    ]
+
+    @torch.inference_mode()
+    def bare() -> list[ZutisOutput]:
+        with runtime.autocast():
+            return [network(image) for image in inputs]
+
+    def ours() -> Evaluated:
+        return _evaluate(folder, maker, benchmark)
+
+    def check(outputs: list[ZutisOutput], evaluated: Evaluated) -> str:
+        num_objects = 0
+        for number, (image_id, output) in enumerate(zip(image_ids, outputs, strict=True)):
+            prediction = evaluated.store.get(number, image_id)
+            assert prediction is not None
+            expected = semantic_prediction(output.patch_tokens, text, size)[0].cpu()
+            agreement = float((prediction.labels == expected.numpy()).mean())
+            assert agreement > 0.999, f"{image_id}: {1 - agreement:.1%} of the labels differ"
+            num_objects += len(prediction.objects or [])
+        assert evaluated.scores["n_images"] == count
+        return f"label maps of the bare network's outputs; {num_objects} objects scored"
+
+    return Pair(bare, ours, check)
+
+
+def _prepare_many(folder: Path, num_images: int, dim: int) -> None:
+    del dim
+    _write_voc(folder / "voc", (96, 128), num_images)
+    _save_network(folder, zutis_network(quick=True))
+
+
+def _evaluate_many(folder: Path) -> Evaluated:
+    segmenter, _, _ = _segmenter(cpu_runtime(folder / "cache"), quick=True)
+    return _evaluate(folder, _maker(folder, segmenter), _open_voc(folder))
+
+
+CURVE = Curve(
+    name="evaluate",
+    title="evaluate: images of 128 x 96, tiny network, semantic and instance scores",
+    sizes=(100, 500, 2_500),
+    bytes_of_item=lambda _: 20_000,
+    prepare=_prepare_many,
+    run=_evaluate_many,
+)
+
+BENCHES = [
+    Bench(
+        name="evaluate_image",
+        title="evaluation of 2 images of 500 x 375 from JPEG to scores, over the bare "
+        "forward (ViT-B/16, 100 queries)",
+        target=1.3,
+        stretch=1.15,
+        prepare=prepare_evaluation,
+        overhead=True,
+    )
+]

@@ -1,0 +1,498 @@
+"""COCO's layout: annotations of every kind, image lists, the shipped entries, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from ruamel.yaml import YAML
+
+import pipeline.presets
+from pipeline.benchmarks import Benchmark, open_bench
+from pipeline.benchmarks.json_stream import visit_arrays
+from pipeline.errors import PipelineError
+from pipeline.formats.images import load_image
+from pipeline.formats.labels import IGNORE_INDEX
+from pipeline.params.benches import BenchSection, CocoBench, IndexPngBench
+from pipeline.params.reading import parse_params
+from pipeline.vocabulary.categories import load_category_set
+from tests.conftest import encoded_image
+
+BENCHES = Path(pipeline.presets.__file__).parent / "benches"
+SIZES = {139: (6, 5), 285: (3, 4), 632: (5, 3), 724: (7, 2)}  # width, height
+MODES = {139: "RGB", 285: "L", 632: "CMYK", 724: "RGB"}
+# COCO's own integers, 1 to 90 without ten that were named but never annotated, by label id.
+NEVER_ANNOTATED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+COCO_IDS = dict(enumerate((i for i in range(1, 91) if i not in NEVER_ANNOTATED), start=1))
+PERSON, CAT, BED, TABLE, BOOK, BRUSH = 1, 17, 65, 67, 84, 90  # COCO ids
+
+
+def box(x0: float, y0: float, x1: float, y1: float) -> list[float]:
+    """Polygon around the pixels x0 <= x < x1, y0 <= y < y1."""
+    return [x0, y0, x1, y0, x1, y1, x0, y1]
+
+
+def annotation(number: int, image: int, category: int, segmentation: Any, crowd: int = 0) -> dict:
+    return {
+        "segmentation": segmentation,
+        "area": 1.5,
+        "iscrowd": crowd,
+        "image_id": image,
+        "bbox": [0, 0, 1, 1],
+        "category_id": category,
+        "id": number,
+    }
+
+
+def brush_mask() -> np.ndarray:
+    mask = np.zeros((2, 7), np.uint8)
+    mask[1, 2:5] = mask[0, 6] = 1
+    return mask
+
+
+def coco_json(file_name: str = "{:012d}.jpg") -> dict[str, Any]:
+    """What stands in instances_val2017.json, for four images, not in the order of their ids."""
+    brush = coco_mask.encode(np.asfortranarray(brush_mask()))
+    brush_code = {"size": [2, 7], "counts": brush["counts"].decode()}
+    return {
+        "info": {"description": "COCO 2017 Dataset", "year": 2017},
+        "licenses": [{"id": 1, "name": "some", "url": "http://example.org"}],
+        "images": [
+            {
+                "license": 1,
+                "file_name": file_name.format(coco_id),
+                "coco_url": "http://example.org",
+                "height": SIZES[coco_id][1],
+                "width": SIZES[coco_id][0],
+                "date_captured": "2013-11-14 17:02:52",
+                "id": coco_id,
+            }
+            for coco_id in (724, 139, 632, 285)
+        ],
+        "annotations": [
+            annotation(11, 139, BOOK, [box(2, 2, 4, 3)]),
+            annotation(12, 139, TABLE, [box(1, 1, 6, 5)]),
+            annotation(13, 139, PERSON, [box(0, 0, 2, 1), box(4, 0, 6, 2)]),
+            annotation(14, 285, CAT, [box(1, 1, 2, 3)]),
+            annotation(15, 724, BRUSH, brush_code),
+            annotation(16, 285, BED, [box(0, 0, 2, 4)]),
+            annotation(900100000285, 285, PERSON, {"counts": [4, 6, 2], "size": [4, 3]}, crowd=1),
+        ],
+        "categories": [
+            {"supercategory": "some", "id": COCO_IDS[label_id], "name": name}
+            for label_id, name in enumerate(load_category_set("coco"), start=1)
+        ],
+    }
+
+
+SEMANTIC = {
+    139: [
+        [1, 1, 0, 0, 1, 1],
+        [0, 61, 61, 61, 1, 1],
+        [0, 61, 74, 74, 61, 61],
+        [0, 61, 61, 61, 61, 61],
+        [0, 61, 61, 61, 61, 61],
+    ],
+    285: [[60, 60, 1], [60, 16, 1], [60, 16, 0], [60, 60, 0]],
+    632: np.zeros((3, 5)),
+    724: [[0, 0, 0, 0, 0, 0, 80], [0, 0, 80, 80, 80, 0, 0]],
+}
+
+
+def write_bench(
+    root: Path,
+    content: Any,
+    *,
+    annotations: str = "annotations/instances_val2017.json",
+    images: str = "val2017",
+    file_name: str = "{:012d}.jpg",
+) -> Path:
+    path = root / annotations
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    (root / images).mkdir(parents=True, exist_ok=True)
+    for coco_id, size in SIZES.items():
+        image = Image.new("RGB", size, "green").convert(MODES[coco_id])
+        (root / images / file_name.format(coco_id)).write_bytes(encoded_image(image, "JPEG"))
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_bench(tmp_path / "coco", coco_json())
+
+
+def open_coco(root: Path, **changes: Any) -> Benchmark:
+    arguments = {
+        "format": "coco",
+        "root": root,
+        "split": "val2017",
+        "categories": load_category_set("coco"),
+    }
+    return open_bench(**(arguments | changes))
+
+
+def ids(benchmark: Benchmark) -> list[str]:
+    return [example.image_id for example in benchmark]
+
+
+def test_label_maps_are_painted_crowds_first_and_small_objects_last(root: Path) -> None:
+    benchmark = open_coco(root)
+
+    assert len(benchmark) == 4
+    assert ids(benchmark) == ["000000000139", "000000000285", "000000000632", "000000000724"]
+    for example in benchmark:
+        semantic = example.semantic()
+        assert semantic.dtype == np.int16
+        np.testing.assert_array_equal(semantic, SEMANTIC[int(example.image_id)])
+        assert example.vocabulary is None
+        assert example.void().shape == semantic.shape
+        assert not example.void().any()
+
+
+def test_the_later_of_two_objects_of_one_size_is_on_top(tmp_path: Path) -> None:
+    content = coco_json()
+    content["annotations"] = [
+        annotation(1, 632, CAT, [box(0, 0, 3, 1)]),
+        annotation(2, 632, BED, [box(2, 0, 5, 1)]),
+    ]
+    _, _, third, _ = open_coco(write_bench(tmp_path, content))
+    assert third.semantic()[0].tolist() == [16, 16, 60, 60, 60]
+
+
+def test_every_annotation_is_an_instance(root: Path) -> None:
+    first, second, empty, last = open_coco(root)
+
+    book, table, person = first.instances()
+    assert [target.label_id for target in (book, table, person)] == [74, 61, 1]
+    assert [int(target.mask.sum()) for target in (book, table, person)] == [2, 20, 6]
+    np.testing.assert_array_equal(
+        person.mask, [[1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1], *[[0] * 6] * 3]
+    )
+    assert person.mask.dtype == np.bool_
+
+    cat, bed, crowd = second.instances()
+    assert [target.label_id for target in (cat, bed, crowd)] == [16, 60, 1]
+    assert [target.crowd for target in (cat, bed, crowd)] == [False, False, True]
+    np.testing.assert_array_equal(crowd.mask, [[0, 1, 1], [0, 1, 1], [0, 1, 0], [0, 1, 0]])
+
+    assert empty.instances() == []
+    assert {target.area for target in (book, table, person, cat, bed, crowd)} == {1.5}
+    np.testing.assert_array_equal(last.instances()[0].mask, brush_mask())
+
+
+def test_masks_are_those_of_cocos_own_tool(tmp_path: Path) -> None:
+    content = coco_json()
+    rough = [0.3, 0.7, 4.9, 0.2, 5.6, 3.4, 2.2, 4.8, 0.1, 2.5]
+    content["annotations"].append(annotation(20, 139, CAT, [rough, [4.5, 3.5, 6, 5, 3.2, 5]]))
+    write_bench(tmp_path, content)
+    published = COCO(str(tmp_path / "annotations/instances_val2017.json"))
+    for example in open_coco(tmp_path):
+        entries = published.loadAnns(published.getAnnIds(imgIds=[int(example.image_id)]))
+        targets = example.instances()
+        assert len(targets) == len(entries)
+        for target, entry in zip(targets, entries, strict=True):
+            np.testing.assert_array_equal(target.mask, published.annToMask(entry))
+            assert COCO_IDS[target.label_id] == entry["category_id"]
+
+
+def test_grey_and_cmyk_images_are_found_in_the_size_of_their_masks(root: Path) -> None:
+    for example in open_coco(root):
+        with Image.open(example.image_path) as stored:
+            assert stored.mode == MODES[int(example.image_id)]
+        image = load_image(example.image_path)
+        assert image.mode == "RGB"
+        assert (image.height, image.width) == example.semantic().shape
+
+
+def test_categories_are_matched_by_name_and_others_left_out(root: Path) -> None:
+    first, second, _, last = open_coco(root, categories=["toothbrush", "cat"])
+    assert first.instances() == []
+    assert not first.semantic().any()
+    assert [target.label_id for target in second.instances()] == [2]
+    assert last.semantic().max() == 1
+
+
+def test_the_ids_of_the_file_need_not_be_cocos(tmp_path: Path) -> None:
+    content = coco_json()
+    content["categories"] = [{"id": 0, "name": "cat"}, {"id": 7, "name": " dog "}]
+    content["annotations"] = [annotation(1, 285, 0, [box(0, 0, 1, 1)])]
+    benchmark = open_coco(write_bench(tmp_path, content), categories=["dog", "cat"])
+    assert [[t.label_id for t in example.instances()] for example in benchmark] == [[], [2], [], []]
+
+
+def test_an_annotation_without_a_pixel_stays_a_target(tmp_path: Path) -> None:
+    content = coco_json()
+    content["annotations"] = [
+        annotation(1, 139, CAT, []),
+        annotation(2, 139, CAT, [[1, 1, 2, 2]]),  # two points, which pycocotools takes for a box
+        annotation(3, 139, CAT, [[1, 1, 2, 2], box(0, 0, 1, 1)]),
+        annotation(4, 139, CAT, [[1.1, 1.1, 1.2, 1.1, 1.2, 1.2]]),
+    ]
+    first = next(iter(open_coco(write_bench(tmp_path, content))))
+    assert [int(target.mask.sum()) for target in first.instances()] == [0, 0, 1, 0]
+    assert (first.semantic() > 0).sum() == 1
+
+
+def test_an_image_list_chooses_and_orders(root: Path) -> None:
+    (root / "some.txt").write_text(
+        "train2014/000000000724.jpg\n\n000000000139.jpg\n 000000000632\n"
+    )
+    (root / "val2017.txt").write_text("000000000139.jpg\n")
+    (root / "val2017/000000000285.jpg").unlink()  # not listed, not needed
+    benchmark = open_coco(root, image_list="some.txt", groups={"one": "val2017.txt"})
+    assert ids(benchmark) == ["000000000724", "000000000139", "000000000632"]
+    assert benchmark.groups == {"one": frozenset({"000000000139"})}
+    assert ids(open_coco(root, image_list="{split}.txt")) == ["000000000139"]
+
+
+def test_images_in_folders(tmp_path: Path) -> None:
+    content = coco_json("deep/{:012d}.jpg")
+    (tmp_path / "val2017/deep").mkdir(parents=True)
+    benchmark = open_coco(write_bench(tmp_path, content, file_name="deep/{:012d}.jpg"))
+    assert ids(benchmark)[0] == "000000000139"
+    assert all(example.image_path.is_file() for example in benchmark)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"root": Path("nowhere")}, ["nowhere", "no such folder"]),
+        ({"split": "val2018"}, ["instances_val2018.json", "no such file"]),
+        ({"images": "images/{split}"}, ["images/val2017", "no such folder"]),
+        ({"categories": ["cat", "unicorn"]}, ["unicorn", "its categories: person"]),
+        ({"image_list": "none.txt"}, ["none.txt", "no such file"]),
+        ({"image_list": "empty.txt"}, ["empty.txt", "empty"]),
+        ({"image_list": "twice.txt"}, ["twice.txt", "000000000139.jpg is listed twice"]),
+        ({"image_list": "stray.txt"}, ["stray.txt", "1 images", "000000000001.jpg"]),
+        (
+            {"image_list": "one.txt", "groups": {"rest": "other.txt"}},
+            ["'rest'", "other.txt", "000000000285.jpg"],
+        ),
+    ],
+)
+def test_what_is_not_there_is_named(root: Path, changes: dict[str, Any], words: list[str]) -> None:
+    (root / "empty.txt").write_text("\n")
+    (root / "one.txt").write_text("000000000139.jpg\n")
+    (root / "other.txt").write_text("000000000285.jpg\n")
+    (root / "twice.txt").write_text("000000000139.jpg\nx/000000000139.jpg\n")
+    (root / "stray.txt").write_text("000000000139.jpg\n000000000001.jpg\n")
+    with pytest.raises(PipelineError) as raised:
+        open_coco(**({"root": root} | changes))
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_a_missing_image_is_named_with_the_number_of_all_missing(root: Path) -> None:
+    (root / "val2017/000000000632.jpg").unlink()
+    (root / "val2017/000000000724.jpg").unlink()
+    with pytest.raises(PipelineError, match=r"000000000632\.jpg: no such file.*2 of 4 images"):
+        open_coco(root)
+
+
+def changed(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Function that sets `images.0.id` or the like of the JSON's content; `...` removes it."""
+    *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
+
+    def change(content: Any) -> None:
+        for part in parents:
+            content = content[part]
+        if value is ...:
+            del content[last]
+        else:
+            content[last] = value
+
+    return change
+
+
+LARGE = {"size": [5, 6], "counts": [5, 26]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (changed("images", ...), ["'images' is missing"]),
+        (changed("images", []), ["'images' is empty"]),
+        (changed("categories", ...), ["'categories' is missing"]),
+        (changed("annotations", ...), ["'annotations' is missing"]),
+        (changed("annotations", {"id": 1}), ["expected '['"]),
+        (changed("images.0", 5), ["image 5", "expected an object"]),
+        (changed("images.0.height", ...), ["image 724", "no 'height'"]),
+        (changed("images.0.height", 0), ["image 724", "7x0"]),
+        (changed("images.0.id", "724"), ["id is '724'", "int"]),
+        (changed("images.0.id", 139), ["image 139 is listed twice"]),
+        (changed("images.0.file_name", "a/000000000139.jpg"), ["000000000139.jpg", "one name"]),
+        (changed("images.0.file_name", "../x.jpg"), ["image 724", "'../x.jpg'"]),
+        (changed("images.0.file_name", None), ["file_name is None"]),
+        (changed("categories.0.name", ...), ["category 1", "no 'name'"]),
+        (changed("annotations.0.image_id", ...), ["annotation 11", "no 'image_id'"]),
+        (changed("annotations.0.category_id", 12), ["annotation 11", "category_id 12"]),
+        (changed("annotations.0.segmentation", ...), ["annotation 11", "no 'segmentation'"]),
+        (changed("annotations.0.segmentation", None), ["annotation 11", "neither polygons"]),
+        (changed("annotations.0.segmentation", [1, 2, 3]), ["annotation 11", "x, y"]),
+        (changed("annotations.0.segmentation", [[1, 2, 3, 4, 5, 6, 7]]), ["x, y"]),
+        (changed("annotations.0.segmentation", [[1, 2, 3, 4, 5, "a"]]), ["x, y"]),
+        (changed("annotations.0.segmentation", [[0, 0, 1e9, 0, 1e9, 1e9]]), ["outside", "6x5"]),
+        (changed("annotations.0.segmentation", [[0, 0, float("nan"), 0, 1, 1]]), ["outside"]),
+        (changed("annotations.0.segmentation", LARGE), ["annotation 11", "31 pixels", "30"]),
+        (changed("annotations.0.segmentation", LARGE | {"size": [6, 5]}), ["[6, 5]", "[5, 6]"]),
+        (changed("annotations.0.segmentation", LARGE | {"counts": [-1, 31]}), ["whole numbers"]),
+        (changed("annotations.4.segmentation.counts", "5"), ["annotation 15", "5 pixels", "14"]),
+        (changed("annotations.4.segmentation.counts", "é"), ["annotation 15", "'é'"]),
+        (changed("annotations.4.segmentation.counts", "e"), ["annotation 15", "cut short"]),
+    ],
+)
+def test_a_wrong_entry_is_named(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], words: list[str]
+) -> None:
+    content = copy.deepcopy(coco_json())
+    change(content)
+    with pytest.raises(PipelineError) as raised:
+        open_coco(write_bench(tmp_path, content))
+    for word in ("instances_val2017.json", *words):
+        assert word in str(raised.value)
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    text = json.dumps(coco_json())
+    for broken, word in (
+        (text[:-30], "character"),
+        (text + "]", "end of the file"),
+        (text.replace('"annotations": [', '"annotations": [,'), "character"),
+        ("", "expected '{'"),
+        ("[]", "expected '{'"),
+        ('{"images" 1}', "expected ':'"),
+        ("{1: 2}", "expected a key"),
+    ):
+        with pytest.raises(PipelineError, match="not valid JSON") as raised:
+            open_coco(write_bench(tmp_path, broken))
+        assert word in str(raised.value)
+        assert "instances_val2017.json" in str(raised.value)
+    (tmp_path / "annotations/instances_val2017.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PipelineError, match="UTF-8"):
+        open_coco(tmp_path)
+
+
+def test_annotations_of_other_images_are_left_out(tmp_path: Path) -> None:
+    content = coco_json()
+    content["annotations"].append(annotation(99, 1, CAT, "not looked at"))
+    assert len(open_coco(write_bench(tmp_path, content))) == 4
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 64, 1 << 20])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_is_read_the_same_whatever_the_pieces(
+    tmp_path: Path, chunk_size: int, indent: int | None
+) -> None:
+    content = {"n": 12345, "a": [1.5, 12, "é]}", {"b": [[]]}, None], "skipped": [{}], "e": []}
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8-sig")
+    seen: dict[str, list[Any]] = {"a": [], "e": [], "absent": []}
+    visitors = {key: values.append for key, values in seen.items()}
+    assert visit_arrays(path, visitors, chunk_size=chunk_size) == {"a", "e"}
+    assert seen == {"a": content["a"], "e": [], "absent": []}
+
+
+def shipped(name: str, root: Path) -> BenchSection:
+    """An entry of `pipeline/presets/benches`, with another root."""
+    entry = YAML(typ="safe", pure=True).load((BENCHES / f"{name}.yaml").read_text("utf-8"))
+    assert entry["root"].startswith("data/raw/")
+    content = {
+        "categories": "coco",
+        "index": {"photos": {"root": "images"}},
+        "benches": {name: entry | {"root": str(root)}},
+    }
+    return parse_params(content).benches[name]
+
+
+def open_entry(bench: BenchSection) -> Benchmark:
+    categories = load_category_set(bench.categories)
+    assert set(bench.unseen) <= set(categories)
+    assert len(set(bench.unseen)) == len(bench.unseen)
+    assert isinstance(bench, CocoBench | IndexPngBench)
+    return open_bench(
+        format=bench.format,
+        root=bench.root,
+        split=bench.split,
+        categories=categories,
+        groups=bench.groups,
+        **bench.layout(),
+    )
+
+
+def test_shipped_coco(root: Path) -> None:
+    bench = shipped("coco", root)
+    assert (bench.background, bench.metrics) == (True, ["semantic"])
+    for example in open_entry(bench):
+        np.testing.assert_array_equal(example.semantic(), SEMANTIC[int(example.image_id)])
+
+
+@pytest.mark.parametrize(("name", "num_unseen"), [("coco20k", 0), ("coco_unseen", 15)])
+def test_shipped_coco20k(tmp_path: Path, name: str, num_unseen: int) -> None:
+    file_name = "COCO_train2014_{:012d}.jpg"
+    write_bench(
+        tmp_path,
+        coco_json(file_name),
+        annotations="annotations/instances_train2014.json",
+        images="train2014",
+        file_name=file_name,
+    )
+    listed = [f"train2014/{file_name.format(coco_id)}\n" for coco_id in (724, 285)]
+    (tmp_path / "coco_20k_filenames.txt").write_text("".join(listed))
+    bench = shipped(name, tmp_path)
+    assert bench.metrics == ["instance"]
+    assert len(bench.unseen) == num_unseen
+    benchmark = open_entry(bench)
+    assert ids(benchmark) == ["COCO_train2014_000000000724", "COCO_train2014_000000000285"]
+    assert [len(example.instances()) for example in benchmark] == [1, 3]
+
+
+def test_seen_and_unseen_categories_are_all_of_coco(tmp_path: Path) -> None:
+    seen = load_category_set("coco_seen65")
+    unseen = shipped("coco_unseen", tmp_path).unseen
+    assert [name for name in load_category_set("coco") if name not in unseen] == seen
+    assert len(seen) == 65
+
+
+# Number and name in cocostuff's labels.txt -> name asked for.
+STUFF = {1: "person", 13: "stop sign", 90: "toothbrush", 92: "banner", 96: "building"}
+STUFF |= {102: "ceiling", 103: "tile ceiling", 172: "concrete wall", 173: "wall", 182: "wood"}
+
+
+@pytest.mark.parametrize("name", ["coco_stuff", "stuff_unseen", "coco_object"])
+def test_shipped_stuff(tmp_path: Path, name: str) -> None:
+    pixels = np.array(
+        [[number - 1 for number in STUFF], [11, 25, 90, 255, 182, *[0] * 5]], np.uint8
+    )
+    for part, suffix in (("images", "jpg"), ("annotations", "png")):
+        (tmp_path / part / "val2017").mkdir(parents=True)
+        image = Image.fromarray(pixels)
+        content = encoded_image(image, "JPEG" if suffix == "jpg" else "PNG")
+        (tmp_path / part / f"val2017/000000000139.{suffix}").write_bytes(content)
+    bench = shipped(name, tmp_path)
+    (example,) = open_entry(bench)
+    names = load_category_set(bench.categories)
+    top, bottom = example.semantic()
+    if name == "coco_object":
+        assert bench.background
+        assert [names[label_id - 1] for label_id in top[:3]] == [
+            "person",
+            "stop sign",
+            "toothbrush",
+        ]
+        assert not top[3:].any()
+        assert bottom.tolist() == [0, 0, 0, 0, 0, *[1] * 5]
+    else:
+        assert not bench.background
+        assert len(names) == 171
+        assert [names[label_id - 1] for label_id in top] == list(STUFF.values())
+        assert bottom.tolist() == [*[IGNORE_INDEX] * 5, *[1] * 5]
+        assert len(bench.unseen) == (15 if name == "stuff_unseen" else 0)

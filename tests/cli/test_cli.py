@@ -1,0 +1,261 @@
+"""The command line: what it lists, how it fails, and with which exit status."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from pipeline import __version__
+from pipeline.cli import main
+from pipeline.params.reading import read_params
+from pipeline.presets import list_presets
+from tests.paths import ROOT
+
+STAGES = ["embed", "retrieve", "mask", "pseudo_label", "train", "evaluate", "report"]
+PATIENCE_S = 120
+FULL_DEVICE = Path("/dev/full")
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+TINY_WORLD = """\
+categories: [cat]
+index: {demo: {root: data/demo/index}}
+worlds: {demo: {index_images: 6, bench_images: 4, size: 48}, endless: {index_images: 100000}}
+"""
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-c", "from pipeline.cli import main; main()", *args]
+
+
+def environment() -> dict[str, str]:
+    """The environment with this checkout on the path and plain, wide output."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "COLUMNS": "200",
+        "NO_COLOR": "1",
+        "TERM": "dumb",
+    }
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """Function that runs `pipeline ARGS` in `tmp_path`, as a process of its own."""
+
+    def run(*args: str, stdout: int | IO[Any] = subprocess.PIPE) -> Any:
+        return subprocess.run(
+            command(*args),
+            cwd=tmp_path,
+            env=environment(),
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=PATIENCE_S,
+        )
+
+    return run
+
+
+@pytest.fixture
+def mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Function that runs `pipeline ARGS` here and returns the one line it ends with."""
+
+    def run(*args: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["pipeline", *args])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        # A SystemExit that carries a text prints it on stderr and exits with status 1.
+        assert isinstance(stop.value.code, str)
+        return stop.value.code
+
+    return run
+
+
+def test_help_lists_every_stage_in_order(cli: Cli) -> None:
+    done = cli("--help")
+    assert done.returncode == 0
+    listed = re.findall(r"^\W*([a-z_]+)\b", done.stdout, flags=re.MULTILINE)
+    assert [name for name in listed if name in STAGES] == STAGES
+    assert {"init", "predict", "audit", "demo"} <= set(listed)
+
+
+def test_without_arguments_the_help_is_shown(cli: Cli) -> None:
+    done = cli()
+    assert "Usage" in done.stdout + done.stderr
+    assert "pseudo_label" in done.stdout + done.stderr
+
+
+def test_the_version_is_the_packages(cli: Cli) -> None:
+    done = cli("--version")
+    assert (done.returncode, done.stdout) == (0, f"pipeline {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["embd"], "embd"),
+        (["retrieve", "--embedings", "x"], "--embedings"),
+        (["evaluate"], "--bench"),
+    ],
+)
+def test_wrong_usage_exits_with_2(cli: Cli, args: list[str], named: str) -> None:
+    done = cli(*args)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_mistake_in_the_params_is_one_line_on_stderr(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(f"{TINY_WORLD}train: {{iteratoins: 3}}\n")
+    done = cli("demo", "world")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "error: params.yaml: unknown key 'train.iteratoins'; did you mean 'iterations'?\n"
+    )
+    assert names(tmp_path) == ["params.yaml"]
+
+
+def test_missing_params_tell_how_to_get_some(mistake: Callable[..., str]) -> None:
+    assert mistake("demo", "world").startswith("error: params.yaml: no such file; `pipeline init")
+
+
+@pytest.mark.parametrize(
+    ("args", "section", "known"),
+    [
+        (["embed", "--source", "nope"], "index", "demo"),
+        (
+            ["evaluate", "--bench", "nope"],
+            "benches",
+            "voc; `pipeline benches` lists the shipped ones",
+        ),
+        (["audit", "--name", "nope"], "audits", "none"),
+        (["demo", "world", "--name", "nope"], "worlds", "demo, endless"),
+    ],
+)
+def test_an_unknown_name_lists_the_known_ones(
+    tmp_path: Path, mistake: Callable[..., str], args: list[str], section: str, known: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        f"{TINY_WORLD}benches: {{voc: {{format: voc, root: data/voc}}}}\n"
+    )
+    assert mistake(*args, "--params", "mine.yaml") == (
+        f"error: mine.yaml: 'nope' is not under `{section}:`; there are: {known}"
+    )
+    assert names(tmp_path) == ["mine.yaml"]
+
+
+def test_a_path_that_cannot_be_written_is_a_mistake(
+    tmp_path: Path, mistake: Callable[..., str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    message = mistake("init", "--preset", "demo", "--out", "file/params.yaml")
+    assert message.startswith("error: ")
+    assert "file" in message
+    assert message.endswith(": make it writable or choose another path")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_repeated_category_is_a_mistake(tmp_path: Path, mistake: Callable[..., str]) -> None:
+    message = mistake("init", "--preset", "folder", "--categories", "cat,dog,Cat")
+    assert message.startswith("error: categories: 'Cat' is listed twice")
+    assert names(tmp_path) == []
+
+
+def test_a_category_may_not_be_a_name_of_the_background(
+    tmp_path: Path, mistake: Callable[..., str]
+) -> None:
+    (tmp_path / "params.yaml").write_text(f"{TINY_WORLD}background: [nothing, Cat]\n")
+    message = mistake("retrieve")
+    assert message == "error: categories: 'cat' is the background (label id 0) already; remove it"
+
+
+def test_init_writes_every_preset_that_it_lists(cli: Cli, tmp_path: Path) -> None:
+    listing = cli("init", "--preset", "list")
+    assert listing.returncode == 0
+    listed = [line.split()[0] for line in listing.stdout.splitlines()]
+    assert listed == [name for name, _ in list_presets()]
+
+    done = cli("init", "--preset", "demo")
+    assert done.returncode == 0
+    assert "dvc repro" in done.stdout
+    assert (tmp_path / "params.yaml").read_bytes() == (ROOT / "params.yaml").read_bytes()
+
+
+def test_init_keeps_an_existing_file_unless_forced(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("mine\n")
+    done = cli("init", "--preset", "demo")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: params.yaml: exists already; add --force to overwrite it\n",
+    )
+    assert path.read_text() == "mine\n"
+    assert cli("init", "--preset", "demo", "--force").returncode == 0
+    assert path.read_bytes() == (ROOT / "params.yaml").read_bytes()
+
+
+def test_init_fills_in_my_photos_and_my_names(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    done = cli(
+        *("init", "--preset", "folder", "--images", "photos"),
+        *("--categories", "cat, potted plant", "--out", "sub/mine.yaml"),
+    )
+    assert done.returncode == 0
+    params = read_params(tmp_path / "sub" / "mine.yaml")
+    assert params.categories == ["cat", "potted plant"]
+    assert [source.root for source in params.index.values()] == [Path("photos")]
+
+
+@pytest.mark.skipif(not FULL_DEVICE.exists(), reason="needs /dev/full, a Linux device")
+def test_a_full_disk_is_one_line_and_keeps_nothing_half_written(
+    tmp_path: Path, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every write to the full device fails as on a full disk, here that of the summary line."""
+    (tmp_path / "params.yaml").write_text(TINY_WORLD)
+    with FULL_DEVICE.open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        message = mistake("demo", "world")
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space left"):
+            full.close()
+    assert message.startswith("error: no space left on the disk (data/demo): free some")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_an_interrupted_stage_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(TINY_WORLD)
+    with subprocess.Popen(
+        command("demo", "world", "--name", "endless"),
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        give_up = time.monotonic() + PATIENCE_S
+        while not list(tmp_path.glob("data/.endless.*/index/*.jpg")):
+            assert process.poll() is None
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == "interrupted; the same command continues"
+    assert "Traceback" not in stderr
+    assert names(tmp_path) == ["params.yaml"]

@@ -1,0 +1,60 @@
+"""Upsampled parts of maps against torch's upsampling of whole ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.models.layers.interpolate import bilinear_taps, interpolate
+
+SIZES = [
+    ((48, 48), (384, 384)),
+    ((47, 63), (375, 500)),
+    ((31, 42), (500, 375)),
+    ((1, 5), (17, 33)),
+    ((6, 6), (6, 6)),
+]
+
+
+def upsampled(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    columns = interpolate(maps, bilinear_taps(maps.shape[2], size[1]), dim=2)
+    return interpolate(columns, bilinear_taps(maps.shape[1], size[0]), dim=1)
+
+
+@pytest.mark.parametrize(("grid", "size"), SIZES)
+def test_values_are_those_of_torch(grid: tuple[int, int], size: tuple[int, int]) -> None:
+    # Not three maps: torch takes those for colours and rounds otherwise.
+    maps = torch.rand(4, *grid, generator=torch.Generator().manual_seed(0))
+    expected = F.interpolate(maps[None], size=size, mode="bilinear")[0]
+    torch.testing.assert_close(upsampled(maps, size), expected, rtol=0, atol=2**-22)
+    # Torch has another kernel for small maps, and others on other processors.
+    if size[0] > 100 and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        assert torch.equal(upsampled(maps, size), expected)
+
+
+def test_saturated_maps_stay_saturated() -> None:
+    for value in (0.0, 1.0):
+        maps = torch.full((1, 7, 9), value)
+        assert torch.equal(upsampled(maps, (53, 61)), torch.full((1, 53, 61), value))
+
+
+def test_the_first_axis_gives_what_any_other_gives() -> None:
+    maps = torch.rand(5, 4, 3)
+    taps = bilinear_taps(5, 13)
+    expected = interpolate(maps.transpose(0, 1).contiguous(), taps, dim=1).transpose(0, 1)
+    assert torch.equal(interpolate(maps, taps, dim=0), expected)
+
+
+@pytest.mark.parametrize("cells", [slice(10, 40), torch.tensor([3, 3, 52, 0])])
+def test_a_part_has_the_values_of_the_whole(cells: slice | torch.Tensor) -> None:
+    maps = torch.rand(2, 7, 9)
+    taps = bilinear_taps(7, 53)
+    whole = interpolate(maps, taps, dim=1)
+    assert torch.equal(interpolate(maps, taps.at(cells), dim=1), whole[:, cells])
+
+
+def test_a_map_that_shrinks_samples_its_cells() -> None:
+    maps = torch.rand(2, 12, 10)
+    expected = F.interpolate(maps[None], size=(5, 3), mode="bilinear")[0]
+    torch.testing.assert_close(upsampled(maps, (5, 3)), expected)

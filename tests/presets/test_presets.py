@@ -1,0 +1,147 @@
+"""Every preset is a params file that works; the repository's own is the preset `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli.benches import shipped_bench
+from pipeline.errors import PipelineError
+from pipeline.params.reading import read_params
+from pipeline.presets import list_presets, preset_text, write_preset
+from pipeline.vocabulary.categories import load_category_set
+from tests.paths import ROOT
+
+NAMES = [name for name, _ in list_presets()]
+
+
+def test_the_presets_of_the_documentation_exist() -> None:
+    papers = {"zutis-coco", "zutis-voc", "zutis-coca", "zutis-imagenet-s"}
+    assert set(NAMES) == {"demo", "folder"} | papers
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_is_a_params_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "params.yaml"
+    write_preset(name, path)
+    params = read_params(path)
+    assert path.read_text(encoding="utf-8") == preset_text(name)
+    for part in (params, *params.benches.values(), *params.audits.values()):
+        assert load_category_set(part.categories)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("zutis-")])
+def test_a_papers_preset_has_the_papers_settings(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "params.yaml"
+    write_preset(name, path)
+    params = read_params(path)
+    assert params.k == 500
+    assert params.embed.encoder.model == "ViT-L-14-336-quickgelu"
+    pools = {"imagenet1k"} if name == "zutis-imagenet-s" else {"imagenet1k", "pass"}
+    assert set(params.index) == pools
+    assert (params.train.target, params.train.max_paste) == ("saliency", 10)
+    assert (params.train.learning_rate, params.train.encoder_learning_rate) == (5e-5, 5e-6)
+    assert params.train.iterations in (20_000, 80_000)
+    assert params.benches == {bench: shipped_bench(bench) for bench in params.benches} != {}
+
+
+def test_a_preset_is_summarised_by_its_first_line() -> None:
+    summaries = dict(list_presets())
+    assert all(summary and not summary.startswith("#") for summary in summaries.values())
+    assert len(set(summaries.values())) == len(summaries)
+
+
+def test_the_repositorys_params_are_the_preset_demo() -> None:
+    assert (ROOT / "params.yaml").read_bytes() == preset_text("demo").encode()
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(PipelineError, match="did you mean 'folder'") as caught:
+        preset_text("foldr")
+    assert all(name in str(caught.value) for name in NAMES)
+
+
+def test_images_and_categories_fill_in_the_preset_folder(tmp_path: Path) -> None:
+    photos, path = tmp_path / "my photos", tmp_path / "params.yaml"
+    photos.mkdir()
+    names = ["no", "potted plant", 'a "quoted" name', "it's: odd", "7"]
+    write_preset("folder", path, images=photos, categories=names)
+
+    params = read_params(path)
+    assert params.categories == names
+    assert [source.root for source in params.index.values()] == [photos]
+
+    before = preset_text("folder").splitlines()
+    after = path.read_text(encoding="utf-8").splitlines()
+    comments = [line for line in before if "#" in line]
+    assert comments
+    assert [line for line in after if "#" in line] == comments
+    changed = [line for line in before if line not in after]
+    assert all("categories:" in line or "root:" in line for line in changed)
+    assert len(changed) == 2
+
+
+def test_images_alone_leave_the_categories(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    write_preset("folder", path, images=tmp_path)
+    assert "categories: [cat, dog]" in path.read_text(encoding="utf-8")
+
+
+def test_a_folder_of_images_that_is_missing_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    with pytest.raises(PipelineError, match=r"--images: .*/nowhere: no such folder"):
+        write_preset("folder", path, images=tmp_path / "nowhere")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("options", [{"images": Path()}, {"categories": ["cat"]}])
+def test_other_presets_take_no_images_or_categories(
+    tmp_path: Path, options: dict[str, object]
+) -> None:
+    path = tmp_path / "params.yaml"
+    with pytest.raises(PipelineError, match="belong to preset folder, not demo"):
+        write_preset("demo", path, **options)
+    assert not path.exists()
+
+
+def test_an_existing_file_is_kept_unless_forced(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("mine")
+    with pytest.raises(PipelineError, match="exists already; add --force"):
+        write_preset("demo", path)
+    assert path.read_text() == "mine"
+    write_preset("demo", path, force=True)
+    assert path.read_text(encoding="utf-8") == preset_text("demo")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("zutis-")])
+def test_a_papers_preset_behaves_like_the_published_code(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "params.yaml"
+    write_preset(name, path)
+    params = read_params(path)
+    published = {
+        "retrieve": {"overlap": "last", "num_negatives": 0},
+        "mask": {"refine": True, "solver_iterations": 25},
+        "pseudo_label": {
+            "normalisation": "imagenet",
+            "published_activation": True,
+            "dense_attention": "maskclip",
+            "key_affinity": "published",
+            "position_resize": "size",
+        },
+        "train": {
+            "normalisation": "imagenet",
+            "position_resize": "scale",
+            "token_norm": "map",
+            "templates": "name",
+            "logit_scale": 1.0,
+            "mask_loss_reduction": "sum",
+            "keep_last_row_column": False,
+            "stop_gradient": True,
+        },
+        "evaluate": {"score_resolution": "token", "whole_patches": False},
+    }
+    content = params.model_dump()
+    for section, settings in published.items():
+        assert {key: content[section][key] for key in settings} == settings, section

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pipeline.training.training_set
+from pipeline.errors import PipelineError
+from pipeline.formats.images import encode_jpeg, encode_label, encode_png
+from pipeline.formats.shards import write_shards
+from pipeline.training.training_set import Archives, Composition, TrainingSet, collate
+from pipeline.training.transforms import bounding_box
+
+CATEGORIES = ["cat", "dog", "bus"]
+COMPOSITION = Composition(
+    crop_size=32, scale_range=(0.8, 1.2), flip=0.5, colour_jitter=0.5, max_paste=4
+)
+
+
+def shard_sample(
+    key: str, label_id: int, mask: np.ndarray, *, category: str = "", dense: int = 0
+) -> dict[str, Any]:
+    """A label-shard sample whose image is a flat colour of its label id."""
+    height, width = mask.shape
+    colour = (60 * label_id, 255 - 60 * label_id, 90)
+    names = ["background", *CATEGORIES]
+    return {
+        "__key__": f"{key}_{label_id}",
+        "jpg": encode_jpeg(Image.new("RGB", (width, height), colour)),
+        "mask.png": encode_png(mask),
+        "label.png": encode_label(np.full(mask.shape, dense), len(CATEGORIES)),
+        "confidence.png": encode_png(np.full(mask.shape, 204, dtype=np.uint8)),
+        "json": {"category": category or names[label_id], "label_id": label_id},
+    }
+
+
+def box_mask(*boxes: tuple[int, int, int, int], shape: tuple[int, int] = (40, 30)) -> np.ndarray:
+    mask = np.zeros(shape, dtype=bool)
+    for top, left, height, width in boxes:
+        mask[top : top + height, left : left + width] = True
+    return mask
+
+
+def all_samples() -> Iterator[dict[str, Any]]:
+    yield shard_sample("empty", 1, box_mask())
+    for label_id in (1, 2, 3):
+        for number in range(3):
+            mask = box_mask((5 + number, 4, 20, 16))
+            yield shard_sample(f"plain{number}", label_id, mask)
+    yield shard_sample("negative", 0, box_mask((0, 0, 10, 10), shape=(25, 33)))
+
+
+def archives(folder: Path, samples: Any = None, **settings: Any) -> Archives:
+    write_shards(all_samples() if samples is None else samples, folder, shard_size=5)
+    defaults = {
+        "categories": CATEGORIES,
+        "target": "saliency",
+        "confidence_threshold": 0.5,
+        "conflict": "ignore",
+        "split_components": False,
+    }
+    return Archives(folder, **{**defaults, **settings})
+
+
+def training_set(source: Archives, composition: Composition = COMPOSITION) -> TrainingSet:
+    return TrainingSet(source, composition, seed=3, length=40)
+
+
+def test_samples_are_sorted_into_objects_negatives_and_empty(tmp_path: Path) -> None:
+    source = archives(tmp_path)
+    assert {label_id: len(part) for label_id, part in source.objects.items()} == {1: 3, 2: 3, 3: 3}
+    assert len(source.negatives) == 1
+    assert source.num_empty == 1
+    sample = source[source.objects[2][0]]
+    assert sample.image.size == (30, 40)
+    assert sample.num_instances == 1
+    np.testing.assert_array_equal(sample.semantic, box_mask((5, 4, 20, 16)) * 2)
+    negative = source[source.negatives[0]]
+    assert negative.num_instances == 0
+    assert not negative.semantic.any()
+    assert not negative.instances.any()
+
+
+def test_composed_images_are_consistent(tmp_path: Path) -> None:
+    counts = set()
+    for image, semantic, masks in training_set(archives(tmp_path)):
+        assert image.shape == (32, 32, 3)
+        assert image.dtype == np.uint8
+        assert semantic.shape == (32, 32)
+        assert masks.shape[1:] == (32, 32)
+        assert masks.dtype == bool
+        assert (masks.sum(0) <= 1).all()
+        np.testing.assert_array_equal(masks.any(0), semantic > 0)
+        assert all(len(np.unique(semantic[mask])) <= 1 for mask in masks)
+        counts.add(len(masks))
+    assert counts == {1, 2, 3, 4}
+
+
+def test_image_is_a_pure_function_of_seed_and_number(tmp_path: Path) -> None:
+    source = archives(tmp_path)
+    first, second = training_set(source), training_set(source)
+    expected = [first[number] for number in range(8)]
+    for number in reversed(range(8)):
+        for array, other in zip(second[number], expected[number], strict=True):
+            np.testing.assert_array_equal(array, other)
+    other_seed = TrainingSet(source, COMPOSITION, seed=4, length=8)
+    assert any((other_seed[i][0] != expected[i][0]).any() for i in range(8))
+
+
+@pytest.mark.parametrize(("sample_bytes", "mask_bytes"), [(20_000, 10**6), (20_000, 100), (0, 0)])
+def test_samples_beyond_the_memory_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample_bytes: int, mask_bytes: int
+) -> None:
+    kept = training_set(archives(tmp_path))
+    monkeypatch.setattr(pipeline.training.training_set, "SAMPLE_BYTES", sample_bytes)
+    monkeypatch.setattr(pipeline.training.training_set, "MASK_BYTES", mask_bytes)
+    read = training_set(archives(tmp_path))
+    for number in range(8):
+        for array, other in zip(kept[number], read[number], strict=True):
+            np.testing.assert_array_equal(array, other)
+
+
+@pytest.mark.parametrize("mask_bytes", [0, 10**6])
+@pytest.mark.parametrize("split_components", [False, True])
+def test_objects_lie_in_the_occupied_box(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask_bytes: int, split_components: bool
+) -> None:
+    monkeypatch.setattr(pipeline.training.training_set, "MASK_BYTES", mask_bytes)
+    mask = box_mask((1, 2, 9, 7), (30, 20, 6, 8), (39, 0, 1, 1))
+    source = archives(tmp_path, [shard_sample("a", 1, mask)], split_components=split_components)
+    sample = source[0]
+    assert sample.occupied == bounding_box(mask)
+    assert sample.num_instances == (2 if split_components else 1)
+    outside = sample.instances.copy()
+    outside[sample.occupied.slices] = 0
+    assert sample.instances.any()
+    assert not outside.any()
+
+
+def test_same_archive_always_or_never(tmp_path: Path) -> None:
+    source = archives(tmp_path)
+
+    def most_categories(probability: float) -> int:
+        images = training_set(source, replace(COMPOSITION, same_archive=probability))
+        return max(len(set(np.unique(semantic)) - {-1, 0}) for _, semantic, _ in images)
+
+    assert most_categories(1.0) == 1
+    assert most_categories(0.0) > 1
+
+
+def test_negative_canvas_is_background_below_pasted_objects(tmp_path: Path) -> None:
+    composition = replace(
+        COMPOSITION, negative_canvas=1.0, scale_range=(1.0, 1.0), colour_jitter=0.0, crop_size=24
+    )
+    counts = set()
+    for image, semantic, masks in training_set(archives(tmp_path), composition):
+        counts.add(len(masks))
+        background = semantic == 0
+        assert not (semantic == -1).any()
+        np.testing.assert_array_equal(masks.any(0), ~background)
+        assert (image[background][:, 1] > 245).all()
+    assert counts == {1, 2, 3, 4}
+
+
+def test_negative_canvas_needs_negatives(tmp_path: Path) -> None:
+    source = archives(tmp_path, [shard_sample("a", 1, box_mask((0, 0, 9, 9)))])
+    with pytest.raises(PipelineError, match=r"negative_canvas: 0\.5.*retrieve\.num_negatives"):
+        training_set(source, replace(COMPOSITION, negative_canvas=0.5))
+
+
+def test_components_become_instances_and_specks_none(tmp_path: Path) -> None:
+    mask = box_mask((0, 0, 8, 8), (20, 3, 10, 5), (35, 20, 2, 2))
+    speck = box_mask((3, 3, 3, 3))
+    source = archives(
+        tmp_path,
+        [shard_sample("two", 1, mask), shard_sample("speck", 1, speck)],
+        split_components=True,
+    )
+    assert source.objects == {1: [0]}
+    assert source.num_empty == 1
+    sample = source[0]
+    assert sample.num_instances == 2
+    assert np.bincount(sample.instances.ravel()).tolist() == [1200 - 114, 64, 50]
+    assert sample.semantic.sum() == 118
+    composition = replace(COMPOSITION, crop_size=40, scale_range=(1.0, 1.0), max_paste=3)
+    areas = {len(masks): masks for _, _, masks in training_set(source, composition)}
+    assert sorted(areas) == [2, 3, 4]
+
+
+def test_one_component_is_one_instance_without_splitting(tmp_path: Path) -> None:
+    mask = box_mask((0, 0, 8, 8), (20, 3, 10, 5))
+    sample = archives(tmp_path, [shard_sample("two", 1, mask)])[0]
+    assert sample.num_instances == 1
+    assert sample.instances.sum() == 114
+
+
+def test_dense_labels_reach_the_target(tmp_path: Path) -> None:
+    samples = [shard_sample("a", 1, box_mask((0, 0, 9, 9)), dense=2)]
+    assert (archives(tmp_path, samples, target="denseclip")[0].semantic == 2).all()
+    fused = archives(tmp_path, samples, target="fused")[0]
+    np.testing.assert_array_equal(fused.semantic, box_mask((0, 0, 9, 9)) * -1)
+    assert fused.instances.sum() == 81
+    weak = archives(tmp_path, samples, target="fused", confidence_threshold=0.9)[0]
+    assert weak.semantic.sum() == 81
+
+
+def test_saliency_looks_at_no_dense_labels(tmp_path: Path) -> None:
+    damaged = [{**sample, "label.png": b"", "confidence.png": b""} for sample in all_samples()]
+    whole, without = (
+        training_set(archives(tmp_path / name, samples))
+        for name, samples in (("whole", None), ("damaged", damaged))
+    )
+    for number in range(8):
+        for array, other in zip(whole[number], without[number], strict=True):
+            np.testing.assert_array_equal(array, other)
+    for target in ("fused", "denseclip"):
+        with pytest.raises(PipelineError, match=r"plain0_1: not an image|plain0_1: damaged"):
+            archives(tmp_path / target, damaged, target=target)
+
+
+@pytest.mark.parametrize("memory", [20_000, 10**9])
+def test_a_pickled_copy_gives_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+) -> None:
+    monkeypatch.setattr(pipeline.training.training_set, "SAMPLE_BYTES", memory)
+    images = training_set(archives(tmp_path))
+    expected = [images[number] for number in range(6)]
+    copy = pickle.loads(pickle.dumps(images))
+    for number in range(6):
+        for array, other in zip(copy[number], expected[number], strict=True):
+            np.testing.assert_array_equal(array, other)
+
+
+def test_one_pixel_images_and_more_than_a_byte_of_categories(tmp_path: Path) -> None:
+    categories = [f"category {number}" for number in range(1, 301)]
+    sample = shard_sample("a", 1, np.ones((1, 1), dtype=bool))
+    sample["json"] = {"category": "category 300", "label_id": 300}
+    source = archives(tmp_path, [sample], categories=categories)
+    composition = replace(COMPOSITION, scale_range=(0.1, 3.0))
+    for _, semantic, masks in training_set(source, composition):
+        assert set(np.unique(semantic)) <= {-1, 300}
+        assert masks[0].any()
+
+
+def test_other_categories_are_refused(tmp_path: Path) -> None:
+    mask = box_mask((0, 0, 9, 9))
+    with pytest.raises(PipelineError, match=r"b_2: .*'horse', label id 2.*'dog'.*dvc repro"):
+        archives(tmp_path / "1", [shard_sample("b", 2, mask, category="horse")])
+    with pytest.raises(PipelineError, match=r"'bus', label id 3.*2 categories"):
+        archives(tmp_path / "2", [shard_sample("b", 3, mask)], categories=["cat", "dog"])
+
+
+def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="none of 2 samples has an object"):
+        archives(
+            tmp_path,
+            [shard_sample("a", 1, box_mask()), shard_sample("b", 0, box_mask((0, 0, 5, 5)))],
+        )
+
+
+def test_image_of_another_size_than_its_mask_is_named(tmp_path: Path) -> None:
+    sample = shard_sample("odd", 1, box_mask((0, 0, 9, 9)))
+    sample["jpg"] = encode_jpeg(Image.new("RGB", (10, 10)))
+    with pytest.raises(PipelineError, match=r"odd_1.*\(10, 10\).*\(40, 30\)"):
+        archives(tmp_path, [sample])
+
+
+def test_collate_stacks_and_counts(tmp_path: Path) -> None:
+    composed = [training_set(archives(tmp_path))[number] for number in range(5)]
+    batch = collate(composed)
+    assert batch.images.shape == (5, 32, 32, 3)
+    assert batch.semantic_masks.shape == (5, 32, 32)
+    assert batch.num_instances == [len(masks) for _, _, masks in composed]
+    parts = batch.instance_masks.split(batch.num_instances)
+    for part, (_, _, masks) in zip(parts, composed, strict=True):
+        np.testing.assert_array_equal(part.numpy(), masks)
