@@ -50,7 +50,7 @@ def pool(make_image_folder: Callable[..., Path]) -> SourceParams:
 
 def clip_embeddings(encoder: EncoderParams, paths: list[Path]) -> torch.Tensor:
     """Unit embeddings (N, C) float32, each computed as the published code does it."""
-    clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+    clip = load_clip(encoder, torch.device("cpu"))
     images = torch.stack([clip.preprocess(Image.open(path)) for path in paths])
     with torch.no_grad():
         features = clip.encode_images(images)
