@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from ruamel.yaml import YAML
 
 from pipeline.errors import PipelineError
 from pipeline.files import as_location
@@ -24,15 +25,9 @@ EntryStatsPath = Annotated[
 ]
 
 PARAMS = Path("params.yaml")  # of the DAG
-EMBEDDINGS = Path("data/embeddings")
-ARCHIVES = Path("data/archives.parquet")
-MASKS = Path("data/masks")
-LABELS = Path("data/labels")
-CHECKPOINT = Path("models/zutis")
-PREDICTIONS = Path("data/predictions")
-REPORTS = Path("reports")
-LIVE = REPORTS / "live"
-STATS = REPORTS / "stats"
+_PATHS_FILE = Path(__file__).parents[1] / "paths.yaml"
+_NAMED_PATHS = YAML(typ="safe", pure=True).load(_PATHS_FILE.read_text(encoding="utf-8"))["paths"]
+PATHS = {name: Path(path) for name, path in _NAMED_PATHS.items()}  # also those of dvc.yaml
 
 
 @dataclass(frozen=True)

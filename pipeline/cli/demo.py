@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import PREDICTIONS, STATS, EntryStatsPath, Session
-
-DEMO_MODELS = Path("models/demo")
+from pipeline.cli.common import PATHS, EntryStatsPath, Session
 
 demo_app = typer.Typer(help="The embedded default: its drawn world and its tiny networks.")
 
@@ -26,10 +24,10 @@ def world(
 
     session: Session = ctx.obj
     draw_world(
-        out or Path("data") / name,
+        out or PATHS["worlds"] / name,
         params=session.entry("worlds", name),
         seed=session.params.seed,
-        stats_path=stats or STATS / f"world-{name}.json",
+        stats_path=stats or PATHS["stats"] / f"world-{name}.json",
     )
 
 
@@ -47,7 +45,7 @@ def picture(
 
     session: Session = ctx.obj
     draw_picture(
-        predictions or PREDICTIONS / bench,
+        predictions or PATHS["predictions"] / bench,
         out,
         bench=session.entry("benches", bench),
     )
@@ -55,7 +53,7 @@ def picture(
 
 @demo_app.command()
 def pretrain(
-    out: Annotated[Path, typer.Option(help="Folder of the two networks.")] = DEMO_MODELS,
+    out: Annotated[Path, typer.Option(help="Folder of the two networks.")] = PATHS["demo_models"],
     work: Annotated[Path, typer.Option(help="Folder of the resumable state.")] = Path("data/work"),
     seed: Annotated[int, typer.Option(help="Seed of images and initial weights.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

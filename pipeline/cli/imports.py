@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.common import ARCHIVES, EMBEDDINGS, STATS, EntryStatsPath, Session, StatsPath
+from pipeline.cli.common import PATHS, EntryStatsPath, Session, StatsPath
 
 import_app = typer.Typer(
     help="Published intermediates in place of a stage: archives, image embeddings."
@@ -33,8 +33,8 @@ def archives(
         Path, typer.Option("--from", help="JSON file: category -> image paths, best first.")
     ],
     prefix: PrefixOption = None,
-    out: Annotated[Path, typer.Option(help="Parquet file of the archives.")] = ARCHIVES,
-    stats: StatsPath = STATS / "retrieve.json",
+    out: Annotated[Path, typer.Option(help="Parquet file of the archives.")] = PATHS["archives"],
+    stats: StatsPath = PATHS["stats"] / "retrieve.json",
 ) -> None:
     """Archives published as JSON (ZUTIS: category_to_p_images), in place of `retrieve`."""
     from pipeline.importers import archives as importer
@@ -125,9 +125,9 @@ def _import_embeddings(
         read=importer.READERS[form],
         name=source,
         source=session.entry("index", source),
-        out_dir=out or EMBEDDINGS / source,
+        out_dir=out or PATHS["embeddings"] / source,
         encoder=encoder,
         params=session.params.embed,
         prefixes=parse_prefixes(prefix or []),
-        stats_path=stats or STATS / f"embed-{source}.json",
+        stats_path=stats or PATHS["stats"] / f"embed-{source}.json",
     )

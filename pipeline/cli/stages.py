@@ -9,27 +9,18 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipeline.cli.benches import find_bench, result_name, shipped_bench
-from pipeline.cli.common import (
-    ARCHIVES,
-    CHECKPOINT,
-    EMBEDDINGS,
-    LABELS,
-    LIVE,
-    MASKS,
-    PREDICTIONS,
-    REPORTS,
-    STATS,
-    EntryStatsPath,
-    Session,
-    StatsPath,
-    location,
-    names,
-)
+from pipeline.cli.common import PATHS, EntryStatsPath, Session, StatsPath, location, names
 from pipeline.files import read_json
 from pipeline.presets import bench_text, list_benches, list_presets, write_preset
 
 Model = Literal["zutis", "denseclip"]
 Resume = Literal["auto", "never"]
+ArchivesPath = Annotated[Path, typer.Option(help="Parquet file of the archives.")]
+LabelsPath = Annotated[Path, typer.Option(help="Folder of the label shards.")]
+CheckpointPath = Annotated[
+    Path, typer.Option(help="Folder of the checkpoint, or name of published weights.")
+]
+ReportsPath = Annotated[Path, typer.Option(help="Folder of metrics, plots and overlays.")]
 
 stages_app = typer.Typer()
 
@@ -64,7 +55,7 @@ def init(
 def embed(
     ctx: typer.Context,
     source: Annotated[str, typer.Option(help="Name of a source under `index:` in the params.")],
-    out: Annotated[Any, location("Folder of the Parquet shards, replaced as a whole.")] = None,
+    out: Annotated[Any, location("Folder of the Parquet shards, replaced whole.")] = None,
     stats: EntryStatsPath = None,
 ) -> None:
     """Stage 1: embed the images of one source with CLIP, into Parquet shards."""
@@ -73,14 +64,14 @@ def embed(
 
     session: Session = ctx.obj
     params, runtime = session.params, session.runtime
-    with publishing(out or EMBEDDINGS / source, runtime.cache_dir) as out_dir:
+    with publishing(out or PATHS["embeddings"] / source, runtime.cache_dir) as out_dir:
         stage.run(
             name=source,
             source=session.entry("index", source),
             out_dir=out_dir,
             params=params.embed,
             runtime=runtime,
-            stats_path=stats or STATS / f"embed-{source}.json",
+            stats_path=stats or PATHS["stats"] / f"embed-{source}.json",
             executor=session.executor(),
         )
 
@@ -88,9 +79,9 @@ def embed(
 @stages_app.command()
 def retrieve(
     ctx: typer.Context,
-    embeddings: Annotated[Any, location("Folder of the embeddings.")] = EMBEDDINGS,
-    out: Annotated[Any, location("Parquet file of the archives.")] = ARCHIVES,
-    stats: StatsPath = STATS / "retrieve.json",
+    embeddings: Annotated[Any, location("Folder of the embeddings.")] = PATHS["embeddings"],
+    out: Annotated[Any, location("Parquet file of the archives.")] = PATHS["archives"],
+    stats: StatsPath = PATHS["stats"] / "retrieve.json",
 ) -> None:
     """Stage 2: retrieve the top-k images of every category: its archive."""
     from pipeline.engine.remote import fetch, publishing
@@ -117,9 +108,9 @@ def retrieve(
 @stages_app.command()
 def mask(
     ctx: typer.Context,
-    archives: Annotated[Any, location("Parquet file of the archives.")] = ARCHIVES,
-    out: Annotated[Any, location("Folder of the mask shards, replaced as a whole.")] = MASKS,
-    stats: StatsPath = STATS / "mask.json",
+    archives: Annotated[Any, location("Parquet file of the archives.")] = PATHS["archives"],
+    out: Annotated[Any, location("Folder of the mask shards, replaced whole.")] = PATHS["masks"],
+    stats: StatsPath = PATHS["stats"] / "mask.json",
 ) -> None:
     """Stage 3: make a pseudo-mask for every archive image, into WebDataset shards."""
     from pipeline.engine.remote import fetch, publishing
@@ -141,9 +132,9 @@ def mask(
 @stages_app.command(name="pseudo_label")
 def pseudo_label(
     ctx: typer.Context,
-    masks: Annotated[Any, location("Folder of the mask shards.")] = MASKS,
-    out: Annotated[Any, location("Folder of the label shards, replaced as a whole.")] = LABELS,
-    stats: StatsPath = STATS / "pseudo_label.json",
+    masks: Annotated[Any, location("Folder of the mask shards.")] = PATHS["masks"],
+    out: Annotated[Any, location("Folder of the label shards, replaced whole.")] = PATHS["labels"],
+    stats: StatsPath = PATHS["stats"] / "pseudo_label.json",
 ) -> None:
     """Stage 4: label every pixel of the archive images with DenseCLIP, training-free."""
     from pipeline.engine.remote import fetch, publishing
@@ -167,14 +158,14 @@ def pseudo_label(
 @stages_app.command()
 def train(
     ctx: typer.Context,
-    labels: Annotated[Any, location("Folder of the label shards.")] = LABELS,
-    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
-    live: Annotated[Path, typer.Option(help="Folder of the loss curves (DVCLive).")] = LIVE,
+    labels: Annotated[Any, location("Folder of the label shards.")] = PATHS["labels"],
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = PATHS["checkpoint"],
+    live: Annotated[Path, typer.Option(help="Folder of the loss curves.")] = PATHS["live"],
     resume: Annotated[
         Resume,
         typer.Option(help="`auto`: continue a run of the same settings that was cut off."),
     ] = "auto",
-    stats: StatsPath = STATS / "train.json",
+    stats: StatsPath = PATHS["stats"] / "train.json",
 ) -> None:
     """Stage 5: train ZUTIS on the pseudo-labels: semantic and instance masks by one network.
 
@@ -207,10 +198,8 @@ def evaluate(
     bench: Annotated[
         str, typer.Option(help="Name of a benchmark, under `benches:` or of `pipeline benches`.")
     ],
-    checkpoint: Annotated[
-        Path, typer.Option(help="Folder of the checkpoint, or name of published weights.")
-    ] = CHECKPOINT,
-    out: Annotated[Path, typer.Option(help="Folder of metrics, plots and overlays.")] = REPORTS,
+    checkpoint: CheckpointPath = PATHS["checkpoint"],
+    out: ReportsPath = PATHS["reports"],
     predictions: Annotated[
         Path | None, typer.Option(help="Folder of the prediction shards.")
     ] = None,
@@ -240,7 +229,7 @@ def evaluate(
         ),
         checkpoint_dir=checkpoint if model == "zutis" else None,
         out_dir=out,
-        predictions_dir=predictions or PREDICTIONS / result_name(bench, model, corruption),
+        predictions_dir=predictions or PATHS["predictions"] / result_name(bench, model, corruption),
         params=params.evaluate,
         baseline=params.pseudo_label,
         background=params.background,
@@ -270,8 +259,8 @@ def benches(
 def audit(
     ctx: typer.Context,
     name: Annotated[str, typer.Option(help="Name of an entry under `audits:`.")],
-    archives: Annotated[Path, typer.Option(help="Parquet file of the archives.")] = ARCHIVES,
-    labels: Annotated[Path, typer.Option(help="Folder of the label shards.")] = LABELS,
+    archives: ArchivesPath = PATHS["archives"],
+    labels: LabelsPath = PATHS["labels"],
     out: Annotated[Path | None, typer.Option(help="Metrics file to write.")] = None,
     stats: EntryStatsPath = None,
 ) -> None:
@@ -285,22 +274,22 @@ def audit(
         audit=session.entry("audits", name),
         archives_path=archives,
         labels_dir=labels,
-        metrics_path=out or REPORTS / "metrics" / f"audit_{name}.json",
+        metrics_path=out or PATHS["reports"] / "metrics" / f"audit_{name}.json",
         params=params.train,
         runtime=runtime,
-        stats_path=stats or STATS / f"audit-{name}.json",
+        stats_path=stats or PATHS["stats"] / f"audit-{name}.json",
     )
 
 
 @stages_app.command()
 def report(
     ctx: typer.Context,
-    archives: Annotated[Path, typer.Option(help="Parquet file of the archives.")] = ARCHIVES,
-    labels: Annotated[Path, typer.Option(help="Folder of the label shards.")] = LABELS,
-    live: Annotated[Path, typer.Option(help="Folder of the loss curves.")] = LIVE,
-    reports: Annotated[Path, typer.Option(help="Folder of metrics, plots, stats.")] = REPORTS,
-    out: Annotated[Path, typer.Option(help="HTML file to write.")] = REPORTS / "index.html",
-    stats: StatsPath = REPORTS / "report.json",
+    archives: ArchivesPath = PATHS["archives"],
+    labels: LabelsPath = PATHS["labels"],
+    live: Annotated[Path, typer.Option(help="Folder of the loss curves.")] = PATHS["live"],
+    reports: ReportsPath = PATHS["reports"],
+    out: Annotated[Path, typer.Option(help="HTML file.")] = PATHS["reports"] / "index.html",
+    stats: StatsPath = PATHS["reports"] / "report.json",
 ) -> None:
     """Stage 7: write one self-contained HTML page about the whole run."""
     from pipeline.stages import report as stage
@@ -319,7 +308,7 @@ def report(
 
 @stages_app.command()
 def metrics(
-    reports: Annotated[Path, typer.Option(help="Folder of the reports.")] = REPORTS,
+    reports: ReportsPath = PATHS["reports"],
 ) -> None:
     """Print the metrics files as one narrow table."""
     for path in sorted((reports / "metrics").glob("*.json")):
@@ -346,7 +335,7 @@ def predict(
         str | None,
         typer.Option(help="Comma-separated names, any words; default: the trained categories."),
     ] = None,
-    checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
+    checkpoint: CheckpointPath = PATHS["checkpoint"],
 ) -> None:
     """Segment images: one overlay each, and one COCO JSON."""
     from pipeline.stages import predict as stage
