@@ -237,6 +237,15 @@ def test_every_data_file_of_the_package_belongs_to_a_module() -> None:
             assert any(relative.is_relative_to(other) for other in known), relative
 
 
+def test_compiled_code_is_no_dep(tmp_path: Path) -> None:
+    shutil.copy(ROOT / ".dvcignore", tmp_path)
+    compiled = tmp_path / "pipeline/engine/__pycache__"
+    compiled.mkdir(parents=True)
+    with Repo.init(str(tmp_path), no_scm=True) as repo:
+        assert repo.dvcignore.is_ignored_dir(str(compiled))
+        assert not repo.dvcignore.is_ignored_dir(str(compiled.parent))
+
+
 # -- the graph, as DVC reads it --------------------------------------------------------------------
 
 
