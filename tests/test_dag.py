@@ -297,14 +297,20 @@ def test_dvc_joins_the_demos_stages_by_their_files(tmp_path: Path) -> None:
         "retrieve": {"embed@demo"},
         "mask": {"retrieve"},
         "pseudo_label": {"mask"},
-        "train": {"pseudo_label"},
-        "evaluate@voc": {"train", "world@demo"},
-        "audit@demo": {"retrieve", "pseudo_label", "world@demo"},
+        "train": {"mask"},
+        "predict_bench@voc": {"train", "world@demo"},
+        "score@voc": {"predict_bench@voc", "world@demo"},
+        "audit@demo": {"retrieve", "mask", "pseudo_label", "world@demo"},
         "report": {
             *("world@demo", "embed@demo", "retrieve", "mask", "pseudo_label"),
-            *("train", "evaluate@voc", "audit@demo"),
+            *("train", "predict_bench@voc", "score@voc", "audit@demo"),
         },
     }
+
+
+def test_scoring_runs_no_network() -> None:
+    assert not any("models" in dep or "methods" in dep for dep in code_deps("score"))
+    assert not any("scoring" in dep for dep in code_deps("predict_bench"))
 
 
 @pytest.mark.parametrize("preset", [name for name, _ in list_presets() if name != "demo"])
