@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ruamel.yaml import YAML
 
 from pipeline.errors import PipelineError
-from pipeline.params.benches import BenchParams, CorruptionParams
-from pipeline.params.reading import parse_bench
 from pipeline.presets import bench_text, list_benches
+
+if TYPE_CHECKING:  # pydantic takes a moment that `--help` need not wait for
+    from pipeline.params.benches import BenchParams, CorruptionParams
 
 
 def shipped_bench(name: str) -> BenchParams:
@@ -19,6 +21,8 @@ def shipped_bench(name: str) -> BenchParams:
     Raises:
         PipelineError: there is none of that name.
     """
+    from pipeline.params.reading import parse_bench
+
     content = YAML(typ="safe", pure=True).load(bench_text(name))
     return parse_bench(content, name, name=f"presets/benches/{name}.yaml")
 
@@ -74,6 +78,8 @@ def result_name(bench: str, model: str = "zutis", corruption: str | None = None)
 
 
 def _parse_corruption(text: str) -> CorruptionParams:
+    from pipeline.params.benches import CorruptionParams
+
     name, _, level = text.partition(":")
     if level not in ("1", "2", "3", "4", "5"):
         raise PipelineError(

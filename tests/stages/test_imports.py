@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from pipeline.cli.imports import import_app
+from pipeline.cli import app
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.formats.shards import MANIFEST, read_shards
@@ -758,7 +758,7 @@ def test_the_commands_write_where_the_stages_do(
     write_clip_retrieval(Path("theirs"), parts, ["0"])
 
     def run(*words: str) -> None:
-        result = CliRunner().invoke(import_app, words, catch_exceptions=False)
+        result = CliRunner().invoke(app, ["import", *words], catch_exceptions=False)
         assert result.exit_code == 0, result.output
 
     prefixes = ["--prefix", f"/a={pool.root}", "--prefix", f"/b={pool.root}"]
