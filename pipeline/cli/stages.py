@@ -8,19 +8,36 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipeline.cli.benches import find_bench, result_name, shipped_bench
+from pipeline.cli.benches import alone, baseline, find_bench, result_name, shipped_bench
 from pipeline.cli.common import PATHS, EntryStatsPath, Session, StatsPath, location, names
 from pipeline.files import read_json
 from pipeline.presets import bench_text, list_benches, list_presets, write_preset
 
-Model = Literal["zutis", "denseclip"]
 Resume = Literal["auto", "never"]
 ArchivesPath = Annotated[Path, typer.Option(help="Parquet file of the archives.")]
+MasksPath = Annotated[Path, typer.Option(help="Folder of the mask shards.")]
 LabelsPath = Annotated[Path, typer.Option(help="Folder of the label shards.")]
 CheckpointPath = Annotated[
     Path, typer.Option(help="Folder of the checkpoint, or name of published weights.")
 ]
 ReportsPath = Annotated[Path, typer.Option(help="Folder of metrics, plots and overlays.")]
+PredictionsPath = Annotated[Path | None, typer.Option(help="Folder of the prediction shards.")]
+BenchName = Annotated[
+    str, typer.Option(help="Name of a benchmark, under `benches:` or of `pipeline benches`.")
+]
+BenchRoot = Annotated[
+    Path | None, typer.Option(help="Folder of the benchmark's data, where not its own.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="A dense labeller, such as `denseclip`: it alone, without a checkpoint."),
+]
+OpenVocabulary = Annotated[
+    bool, typer.Option(help="Score categories that the checkpoint was not trained with.")
+]
+Corruption = Annotated[
+    str | None, typer.Option(help="Disturb the images: NAME:LEVEL, level 1 to 5.")
+]
 
 stages_app = typer.Typer()
 
@@ -136,7 +153,7 @@ def pseudo_label(
     out: Annotated[Any, location("Folder of the label shards, replaced whole.")] = PATHS["labels"],
     stats: StatsPath = PATHS["stats"] / "pseudo_label.json",
 ) -> None:
-    """Stage 4: label every pixel of the archive images with DenseCLIP, training-free."""
+    """Stage 4: label every pixel of the archive images by names, training-free."""
     from pipeline.engine.remote import fetch, publishing
     from pipeline.stages import pseudo_label as stage
 
@@ -158,7 +175,8 @@ def pseudo_label(
 @stages_app.command()
 def train(
     ctx: typer.Context,
-    labels: Annotated[Any, location("Folder of the label shards.")] = PATHS["labels"],
+    masks: Annotated[Any, location("Folder of the mask shards.")] = PATHS["masks"],
+    labels: Annotated[Any, location("Folder of the label shards; default: train.labels.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = PATHS["checkpoint"],
     live: Annotated[Path, typer.Option(help="Folder of the loss curves.")] = PATHS["live"],
     resume: Annotated[
@@ -167,9 +185,10 @@ def train(
     ] = "auto",
     stats: StatsPath = PATHS["stats"] / "train.json",
 ) -> None:
-    """Stage 5: train ZUTIS on the pseudo-labels: semantic and instance masks by one network.
+    """Stage 5: train a student on the pseudo-labels, ZUTIS by default.
 
-    Under torchrun, its processes share every batch.
+    Dense labels are read only where `train.target` is made of them. Under torchrun, its processes
+    share every batch.
     """
     from pipeline.engine.distributed import process_group
     from pipeline.engine.remote import fetch
@@ -177,9 +196,12 @@ def train(
 
     session: Session = ctx.obj
     params, runtime = session.params, session.runtime
+    labels = labels or params.train.labels
+    reads_labels = params.train.needs_labels and labels is not None
     with process_group(runtime.device) as group:
         stage.run(
-            labels_dir=fetch(labels, runtime.cache_dir),
+            masks_dir=fetch(masks, runtime.cache_dir),
+            labels_dir=fetch(labels, runtime.cache_dir) if reads_labels else None,
             out_dir=out,
             live_dir=live,
             categories=session.categories,
@@ -192,53 +214,109 @@ def train(
         )
 
 
-@stages_app.command()
-def evaluate(
+@stages_app.command(name="predict_bench")
+def predict_bench(
     ctx: typer.Context,
-    bench: Annotated[
-        str, typer.Option(help="Name of a benchmark, under `benches:` or of `pipeline benches`.")
-    ],
+    bench: BenchName,
     checkpoint: CheckpointPath = PATHS["checkpoint"],
-    out: ReportsPath = PATHS["reports"],
-    predictions: Annotated[
-        Path | None, typer.Option(help="Folder of the prediction shards.")
-    ] = None,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the benchmark's data, where not its own.")
-    ] = None,
-    model: Annotated[
-        Model, typer.Option(help="`denseclip`: the training-free baseline alone, no checkpoint.")
-    ] = "zutis",
-    open_vocabulary: Annotated[
-        bool, typer.Option(help="Score categories that the checkpoint was not trained with.")
-    ] = False,
-    corruption: Annotated[
-        str | None, typer.Option(help="Disturb the images: NAME:LEVEL, level 1 to 5.")
-    ] = None,
+    out: PredictionsPath = None,
+    root: BenchRoot = None,
+    model: Model = None,
+    open_vocabulary: OpenVocabulary = False,
+    corruption: Corruption = None,
     stats: EntryStatsPath = None,
 ) -> None:
-    """Stage 6: score the checkpoint on a benchmark: mIoU and mask AP, beside DenseCLIP alone."""
-    from pipeline.stages import evaluate as stage
+    """Stage 6a: predict on a benchmark, into shards that `score` reads."""
+    from pipeline.stages import predict_bench as stage
 
     session: Session = ctx.obj
     params, runtime = session.params, session.runtime
+    name = result_name(bench, alone(model), corruption)
     stage.run(
         bench_name=bench,
         bench=find_bench(
             params.benches, bench, params_path=session.params_path, root=root, corruption=corruption
         ),
-        checkpoint_dir=checkpoint if model == "zutis" else None,
-        out_dir=out,
-        predictions_dir=predictions or PATHS["predictions"] / result_name(bench, model, corruption),
+        checkpoint_dir=None if alone(model) else checkpoint,
+        out_dir=out or PATHS["predictions"] / name,
         params=params.evaluate,
-        baseline=params.pseudo_label,
+        baseline=baseline(params, alone(model)),
         background=params.background,
         runtime=runtime,
-        stats_path=stats
-        or out / "stats" / f"evaluate-{result_name(bench, model, corruption)}.json",
+        stats_path=stats or PATHS["stats"] / f"predict_bench-{name}.json",
         open_vocabulary=open_vocabulary,
-        result_name=result_name(bench, model, corruption),
         executor=session.executor(),
+    )
+
+
+@stages_app.command()
+def score(
+    ctx: typer.Context,
+    bench: BenchName,
+    predictions: PredictionsPath = None,
+    out: ReportsPath = PATHS["reports"],
+    root: BenchRoot = None,
+    model: Model = None,
+    corruption: Corruption = None,
+    stats: EntryStatsPath = None,
+) -> None:
+    """Stage 6b: score predictions on a benchmark: mIoU and mask AP; no network is run."""
+    from pipeline.stages import score as stage
+
+    session: Session = ctx.obj
+    params = session.params
+    name = result_name(bench, alone(model), corruption)
+    stage.run(
+        bench_name=bench,
+        bench=find_bench(
+            params.benches, bench, params_path=session.params_path, root=root, corruption=corruption
+        ),
+        predictions_dir=predictions or PATHS["predictions"] / name,
+        out_dir=out,
+        background=params.background,
+        overlays=params.evaluate.overlays,
+        seed=params.seed,
+        stats_path=stats or out / "stats" / f"score-{name}.json",
+        result_name=name,
+    )
+
+
+@stages_app.command()
+def evaluate(
+    ctx: typer.Context,
+    bench: BenchName,
+    checkpoint: CheckpointPath = PATHS["checkpoint"],
+    out: ReportsPath = PATHS["reports"],
+    predictions: PredictionsPath = None,
+    root: BenchRoot = None,
+    model: Model = None,
+    open_vocabulary: OpenVocabulary = False,
+    corruption: Corruption = None,
+) -> None:
+    """Stage 6: predict on a benchmark and score: mIoU and mask AP, beside the baseline.
+
+    It is `predict_bench`, then `score`.
+    """
+    name = result_name(bench, alone(model), corruption)
+    predict_bench(
+        ctx,
+        bench,
+        checkpoint=checkpoint,
+        out=predictions,
+        root=root,
+        model=model,
+        open_vocabulary=open_vocabulary,
+        corruption=corruption,
+        stats=out / "stats" / f"predict_bench-{name}.json",
+    )
+    score(
+        ctx,
+        bench,
+        predictions=predictions,
+        out=out,
+        root=root,
+        model=model,
+        corruption=corruption,
     )
 
 
@@ -260,6 +338,7 @@ def audit(
     ctx: typer.Context,
     name: Annotated[str, typer.Option(help="Name of an entry under `audits:`.")],
     archives: ArchivesPath = PATHS["archives"],
+    masks: MasksPath = PATHS["masks"],
     labels: LabelsPath = PATHS["labels"],
     out: Annotated[Path | None, typer.Option(help="Metrics file to write.")] = None,
     stats: EntryStatsPath = None,
@@ -273,6 +352,7 @@ def audit(
         name=name,
         audit=session.entry("audits", name),
         archives_path=archives,
+        masks_dir=masks,
         labels_dir=labels,
         metrics_path=out or PATHS["reports"] / "metrics" / f"audit_{name}.json",
         params=params.train,
@@ -285,6 +365,7 @@ def audit(
 def report(
     ctx: typer.Context,
     archives: ArchivesPath = PATHS["archives"],
+    masks: MasksPath = PATHS["masks"],
     labels: LabelsPath = PATHS["labels"],
     live: Annotated[Path, typer.Option(help="Folder of the loss curves.")] = PATHS["live"],
     reports: ReportsPath = PATHS["reports"],
@@ -298,6 +379,7 @@ def report(
     stage.run(
         reports_dir=reports,
         archives_path=archives,
+        masks_dir=masks,
         labels_dir=labels,
         live_dir=live,
         params_path=session.params_path,

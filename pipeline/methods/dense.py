@@ -30,12 +30,14 @@ class DenseLabeller(Protocol):
     """What labels pixels with the names that it was loaded with; label id 0 is the background.
 
     Attributes:
-        settings: all that its labels depend on besides image and names; representable in JSON.
         patch_size: side in pixels of what one score stands for.
     """
 
-    settings: dict[str, Any]
     patch_size: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that its labels depend on besides image and names; representable in JSON."""
 
     def select(self, label_ids: Sequence[int]) -> Self:
         """The same for some label ids, in this order; it shares the networks."""

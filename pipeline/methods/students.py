@@ -55,17 +55,21 @@ class Student(Protocol):
     """A network under training.
 
     Attributes:
-        network: its parameters are trained; its state dict is the checkpoint's weights.
-        losses: names of the parts of the loss.
         config: what a checkpoint says of the network, representable in JSON: at least its
             `architecture`.
         fingerprint: of the weights that training starts from.
     """
 
-    network: nn.Module
-    losses: tuple[str, ...]
     config: dict[str, Any]
     fingerprint: str
+
+    @property
+    def network(self) -> nn.Module:
+        """Its parameters are trained; its state dict is the checkpoint's weights."""
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of the parts of the loss."""
 
     def make_optimizer(self) -> Optimizer:
         """The optimizer over the parameters, in groups."""

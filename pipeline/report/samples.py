@@ -135,8 +135,8 @@ def _sample(
         if make_target is not None:
             maps["training saw"] = make_target(mask, row.label_id, *dense)
     pictures = {"image": picture(image, alt=f"Image of {row.category}", max_bytes=SAMPLE_BYTES)}
-    for title, labels in maps.items():
-        painted = paint_labels(np.asarray(image), fit_labels(labels, image.size))
+    for title, values in maps.items():
+        painted = paint_labels(np.asarray(image), fit_labels(values, image.size))
         alt = f"{title} over the image of {row.category}"
         pictures[title] = picture(Image.fromarray(painted), alt=alt, max_bytes=SAMPLE_BYTES)
     return {

@@ -134,8 +134,8 @@ class Archives:
     ) -> None:
         self._masks_dir = masks_dir
         self._store = open_samples(masks_dir, members=MASK_MEMBERS)
-        self._labels = self._open_labels(labels_dir) if settings.needs_labels else None
         self._settings = settings
+        self._labels = self._open_labels(labels_dir) if settings.needs_labels else None
         self._label_ids = [self._label_id(i, categories) for i in range(len(self._store))]
         self.objects: dict[int, list[int]] = {}
         self.negatives: list[int] = []
@@ -157,7 +157,13 @@ class Archives:
         """The label shards, which must have a sample for every one of the mask shards."""
         if labels_dir is None:
             raise PipelineError("train.labels: the target needs dense labels; name their folder")
-        labels = open_samples(labels_dir, members=LABEL_MEMBERS)
+        try:
+            labels = open_samples(labels_dir, members=LABEL_MEMBERS)
+        except PipelineError as error:
+            raise PipelineError(
+                f"{error} (train.labels, which target {self._settings.target} reads, is the folder "
+                "that `pipeline pseudo_label` writes)"
+            ) from None
         if missing := set(self._store.keys) - set(labels.keys):
             raise PipelineError(
                 f"{labels_dir}: no labels of {len(missing)} of {len(self._store)} masks, such as "
