@@ -15,9 +15,9 @@ from tests.paths import ROOT
 PAGE = ROOT / "docs" / "fidelity.md"
 PARAM = re.compile(r"`(\w+)\.(\w+)(?:: ([\w.]+))?`(?: or `([\w.]+)`)?")
 SECTIONS = {
-    name: field.annotation
+    name: type(field.default)
     for name, field in Params.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    if isinstance(field.default, Section)
 }
 OFFERED = [match.groups() for match in PARAM.finditer(PAGE.read_text(encoding="utf-8"))]
 
