@@ -10,10 +10,10 @@ from PIL import Image
 from pipeline.engine.runtime import Runtime
 from pipeline.formats.labels import LabelMap, label_map
 from pipeline.inference.inputs import to_tensor
-from pipeline.methods.dense import DenseLabeller, Names, PseudoLabelParams, load_dense_labeller
+from pipeline.methods.dense import DenseLabeller, PseudoLabelParams, load_dense_labeller
 from pipeline.models.dense.denseclip import label_and_confidence
 from pipeline.params.base import PredictionSettings
-from pipeline.vocabulary.categories import unasked_names
+from pipeline.vocabulary.categories import Names, unasked_names
 
 
 class Labeller:

@@ -18,12 +18,11 @@ from pipeline.engine.runtime import Runtime, make_runtime
 from pipeline.formats.labels import LabelMap
 from pipeline.formats.predictions import Instance
 from pipeline.inference.inputs import ImageInput, to_rgb, to_tensor
-from pipeline.methods.dense import Names
 from pipeline.methods.students import TrainedStudent, trained_student
 from pipeline.models.weights.checkpoint import read_checkpoint_config
 from pipeline.models.weights.zoo import resolve_weights
 from pipeline.params.base import PredictionSettings
-from pipeline.vocabulary.categories import load_category_set, unasked_names
+from pipeline.vocabulary.categories import Names, load_category_set, unasked_names
 
 
 @dataclass(frozen=True)

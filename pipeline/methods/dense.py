@@ -19,6 +19,7 @@ from pipeline.params.base import (
     Templates,
     Workers,
 )
+from pipeline.vocabulary.categories import Names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,19 +88,6 @@ class DenseClipParams(PseudoLabelParams):
     normalisation: Literal["imagenet", "clip"] = "imagenet"
     position_resize: Literal["size", "grid"] = "size"
     logit_scale: Positive = 100.0
-
-
-@dataclass(frozen=True)
-class Names:
-    """What a labeller tells apart.
-
-    Attributes:
-        categories: K names by label id from 1.
-        background: names that label id 0 stands for.
-    """
-
-    categories: Sequence[str]
-    background: Sequence[str] = ("background",)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
 from pipeline.errors import PipelineError
 from pipeline.formats.predictions import Segmentation
-from pipeline.methods.dense import Names
 from pipeline.params.base import (
     Count,
     EncoderParams,
@@ -24,6 +23,7 @@ from pipeline.params.base import (
     Workers,
 )
 from pipeline.training.settings import Composition, TargetSettings
+from pipeline.vocabulary.categories import Names
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -29,9 +29,9 @@ from pipeline.formats.labels import (
 )
 from pipeline.formats.shards import MANIFEST, SampleStore, open_samples
 from pipeline.formats.tables import read_archives
-from pipeline.methods.students import TrainParams
 from pipeline.params.sections import AuditParams
 from pipeline.scoring.confusion import ConfusionMatrix
+from pipeline.training.settings import TargetSettings
 from pipeline.training.targets import training_target
 from pipeline.vocabulary.categories import load_category_set
 
@@ -50,7 +50,7 @@ def run(
     masks_dir: Path,
     labels_dir: Path,
     metrics_path: Path,
-    params: TrainParams,
+    params: TargetSettings,
     runtime: Runtime,  # noqa: ARG001 (every stage is handed one)
     stats_path: Path,
 ) -> None:
@@ -196,7 +196,7 @@ class _Truth:
 class _Metrics:
     """Running scores of archives, pseudo-masks and training targets."""
 
-    def __init__(self, num_categories: int, params: TrainParams) -> None:
+    def __init__(self, num_categories: int, params: TargetSettings) -> None:
         self._params = params
         self._hits: list[bool] = []
         self._negative_hits: list[bool] = []

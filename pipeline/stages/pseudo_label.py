@@ -23,7 +23,8 @@ from pipeline.errors import PipelineError
 from pipeline.formats.images import encode_label, encode_png, load_image
 from pipeline.formats.labels import BACKGROUND, encode_confidence
 from pipeline.formats.shards import SampleStore, open_samples, write_tar
-from pipeline.methods.dense import Names, PseudoLabelParams, load_dense_labeller
+from pipeline.methods.dense import PseudoLabelParams, load_dense_labeller
+from pipeline.vocabulary.categories import Names
 
 MASK_MEMBERS = ("jpg", "mask.png", "json")
 BATCHES_AHEAD = 8

@@ -25,11 +25,11 @@ from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.files import check_writable, digest, refuse_url
 from pipeline.formats.shards import read_manifest
-from pipeline.methods.dense import Names
 from pipeline.methods.students import MicroBatch, Student, TrainParams, fresh_student
 from pipeline.models.weights.checkpoint import WEIGHTS_NAME, save_checkpoint
 from pipeline.models.weights.training_state import read_state, restore, save_state
 from pipeline.training.training_set import Archives, Batch, TrainingSet, collate
+from pipeline.vocabulary.categories import Names
 
 # To be raised with every change after which the same settings give other weights.
 TRAIN_VERSION = 2

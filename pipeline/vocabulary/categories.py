@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import PipelineError
@@ -84,3 +85,16 @@ def unasked_names(background: Sequence[str], categories: Sequence[str]) -> list[
     """The background's names without those that are asked for; all, if none were left."""
     asked = {name.casefold() for name in categories}
     return [name for name in background if name.casefold() not in asked] or list(background)
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a labeller tells apart.
+
+    Attributes:
+        categories: K names by label id from 1.
+        background: names that label id 0 stands for.
+    """
+
+    categories: Sequence[str]
+    background: Sequence[str] = ("background",)

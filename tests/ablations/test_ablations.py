@@ -32,7 +32,7 @@ stages:
     deps: [train.py]
     params: [train]
     outs: [model.txt]
-  evaluate:
+  score:
     foreach: ${benches}
     do:
       cmd: python evaluate.py
@@ -247,11 +247,11 @@ def test_a_variant_overrides_only_what_differs_from_the_params() -> None:
     assert off.overrides == {"train.stop_gradient": False}
     assert on.overrides == {}
     assert (off.needs_training, on.needs_training) == (True, False)
-    assert off.command("evaluate@voc") == [
+    assert off.command("score@voc") == [
         *("exp", "run", "--name", off.experiment),
-        *("--set-param", "++train.stop_gradient=false", "evaluate@voc"),
+        *("--set-param", "++train.stop_gradient=false", "score@voc"),
     ]
-    assert on.command("evaluate@voc")[-3:] == ["--name", on.experiment, "evaluate@voc"]
+    assert on.command("score@voc")[-3:] == ["--name", on.experiment, "score@voc"]
 
 
 def test_params_for_all_variants_go_into_each_and_into_its_name() -> None:
@@ -358,7 +358,7 @@ def test_a_wrong_definition_is_named_by_its_place(tmp_path: Path) -> None:
     with pytest.raises(PipelineError) as caught:
         read_ablation("mine", tmp_path)
     message = str(caught.value)
-    for place in ("mine.yaml: metrics.miou: ", "variants.1.label: ", "variant: is an unknown key"):
+    for place in ("mine.yaml: metrics.miou: ", "variants.1.label: ", "unknown key 'variant'"):
         assert place in message
 
 

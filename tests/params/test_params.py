@@ -131,7 +131,7 @@ def test_a_missing_key_is_named(tmp_path: Path, text: str, key: str) -> None:
         ("train: {target: all}", "train.target", "'all'"),
         ("train: {encoder: ViT-B-16}", "train.encoder", "'ViT-B-16'"),
         ("train:", "train", "None"),
-        ("mask: {clusters: [2, 0]}", "mask.clusters.1", "0"),
+        ("mask: {source: spectral, clusters: [2, 0]}", "mask.clusters.1", "0"),
         ("mask: {weights: 3}", "mask.weights", "3"),
         ("pseudo_label: {key_smoothing: -0.1}", "pseudo_label.key_smoothing", "-0.1"),
         ("worlds: {demo: {size: 16}}", "worlds.demo.size", "16"),

@@ -17,9 +17,9 @@ from pipeline.formats.images import encode_jpeg, encode_label, encode_png
 from pipeline.formats.labels import IGNORE_INDEX, encode_confidence
 from pipeline.formats.shards import write_shards
 from pipeline.formats.tables import ArchiveRow, write_archives
-from pipeline.methods.students import ZutisParams
 from pipeline.params.sections import AuditParams
 from pipeline.stages import audit
+from pipeline.training.settings import TargetSettings
 
 CATEGORIES = ["dog", "cat"]
 TRUE_CATEGORIES = ["cat", "horse", "dog"]  # other ids than those of the archives
@@ -96,7 +96,7 @@ def write_inputs(folder: Path, found: list[Found]) -> None:
         samples,
         folder / "labels",
         shard_size=2,
-        settings={"denseclip": {"categories": CATEGORIES}},
+        settings={"pseudo_label": {"categories": CATEGORIES}},
     )
 
 
@@ -112,7 +112,7 @@ def run(
         masks_dir=tmp_path / "labels",
         labels_dir=tmp_path / "labels",
         metrics_path=tmp_path / "metrics.json",
-        params=ZutisParams(confidence_threshold=0.5, conflict="category"),
+        params=TargetSettings(confidence_threshold=0.5, conflict="category"),
         runtime=runtime,
         stats_path=tmp_path / "stats.json",
     )

@@ -23,7 +23,7 @@ from pipeline.formats.images import decode_png, load_image
 from pipeline.formats.shards import read_shards
 from pipeline.formats.sources import sample_key
 from pipeline.formats.tables import ArchiveRow, write_archives
-from pipeline.methods.masks import SelfMaskParams, load_mask_source
+from pipeline.methods.masks import MaskParams, SelfMaskParams, SpectralParams, load_mask_source
 from pipeline.models.masks.bilateral import bilateral_solve
 from pipeline.models.masks.making import coarse_masks, refine_mask
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, load_selfmask, save_selfmask
@@ -106,7 +106,7 @@ class World:
             dim=16, depth=1, num_heads=2, num_queries=3, decoder_layers=1, mlp_ratio=2, grid=4
         )
         save_selfmask(SelfMask(config), root / "selfmask.safetensors")
-        self.params = SelfMaskParams(
+        self.params: MaskParams = SelfMaskParams(
             weights=root / "selfmask.safetensors", short_side=60, batch_size=2, shard_size=3
         )
         self.runtime = Runtime(
@@ -327,16 +327,18 @@ def test_spectral_masks_on_a_tiny_clip(world: World) -> None:
     state = open_clip.CLIP(**CLIP_CONFIG).state_dict()
     save_file({name: value.contiguous() for name, value in state.items()}, weights_path)
     encoder = EncoderParams(model=str(config_path), pretrained=str(weights_path))
-    settings = {"source": "spectral", "encoder": encoder, "refine": False}
-    world.run("first", **settings)
-    world.run("second", **settings)
+    world.params = SpectralParams(
+        encoder=encoder, refine=False, short_side=60, batch_size=2, shard_size=3
+    )
+    world.run("first")
+    world.run("second")
     assert contents(world.root / "first") == contents(world.root / "second")
     assert world.stats("second")["counts"]["masked"] == 0
     for sample in world.samples("first").values():
         decoded = decode_png(sample["mask.png"])
         assert decoded.shape == load_image(sample["jpg"]).size[::-1]
         assert 0 < decoded.mean() < 255
-    world.run("fewer", **settings, clusters=[2])
+    world.run("fewer", clusters=[2])
     assert world.stats("fewer")["counts"]["masked"] == 4
 
 

@@ -17,9 +17,10 @@ from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.formats.images import decode_label, decode_png, encode_jpeg, encode_png, load_image
 from pipeline.formats.shards import read_manifest, read_shards, write_shards
-from pipeline.methods.dense import DenseClipParams, Names, load_dense_labeller
+from pipeline.methods.dense import DenseClipParams, load_dense_labeller
 from pipeline.params.base import EncoderParams
 from pipeline.stages import pseudo_label
+from pipeline.vocabulary.categories import Names
 
 CATEGORIES = ["cat", "dog"]
 SIZES = [(24, 16), (16, 24), (24, 16), (17, 9)]
@@ -161,7 +162,7 @@ def test_the_manifest_carries_the_protocol(
     mask_dir: Path, runtime: Runtime, encoder_params: EncoderParams
 ) -> None:
     out_dir, _ = run(mask_dir, runtime, encoder_params, key_smoothing=1.0)
-    protocol = read_manifest(out_dir)["denseclip"]
+    protocol = read_manifest(out_dir)["pseudo_label"]
     assert protocol["categories"] == CATEGORIES
     assert protocol["background"] == ["background"]
     assert protocol["key_smoothing"] == 1.0

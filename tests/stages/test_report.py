@@ -585,9 +585,9 @@ def test_samples_cover_categories_and_ranks(page: str) -> None:
     labels = section(page, "labels")
     assert set(re.findall(r"rank (\d+)", labels)) == {"1", "2", "3", "4"}
     for name in ("cat", "dog", "bird"):
-        assert f"DenseCLIP over the image of {name}" in labels
+        assert f"dense labels over the image of {name}" in labels
     num_samples = labels.count("<h3>")
-    for caption in ("image", "pseudo-mask", "DenseCLIP", "training saw"):
+    for caption in ("image", "pseudo-mask", "dense labels", "training saw"):
         assert labels.count(f"<figcaption>{caption}</figcaption>") == num_samples
     assert "target <b>fused</b>" in labels
 
@@ -794,8 +794,8 @@ def test_table_cells_of_print_of_ours_and_of_neither(tree: Tree) -> None:
             r"published\.yaml: tables\.0\.rows\.0\.values\.voc: .*'high'",
         ),
         (("voc: 12.34", "mIoU: 1"), r"published\.yaml: tables\.0: .*'mIoU' is no column of some-1"),
-        (("    title: Some title\n", ""), r"tables\.0\.title: is missing"),
-        (("    note:", "    notes:"), r"tables\.0\.notes: is an unknown key"),
+        (("    title: Some title\n", ""), r"key 'tables\.0\.title' is missing"),
+        (("    note:", "    notes:"), r"unknown key 'tables\.0\.notes'"),
         (("tables:", "tables: ["), r"published\.yaml: not valid YAML"),
     ],
 )
@@ -882,7 +882,7 @@ def test_ablations_are_listed_as_not_run_without_results_and_tables(page: str) -
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{}", r"k\.json: bench: is missing"),
+        ("{}", r"k\.json: key 'bench' is missing"),
         ("{", r"k\.json: not valid JSON"),
     ],
 )

@@ -19,7 +19,13 @@ from pipeline.training.transforms import bounding_box
 CATEGORIES = ["cat", "dog", "bus"]
 BOUNDS = ("sample_bytes", "mask_bytes")
 COMPOSITION = Composition(
-    crop_size=32, scale_range=[0.8, 1.2], flip=0.5, colour_jitter=0.5, max_paste=4
+    crop_size=32,
+    scale_range=[0.8, 1.2],
+    flip=0.5,
+    colour_jitter=0.5,
+    greyscale=0.0,
+    blur=0.0,
+    max_paste=4,
 )
 
 

@@ -30,7 +30,8 @@ from pipeline.vocabulary.prompts import templates
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
-    from pipeline.methods.dense import DenseClipParams, Names
+    from pipeline.methods.dense import DenseClipParams
+    from pipeline.vocabulary.categories import Names
 
 DenseAttention = Literal["maskclip", "value_only"]
 KeyAffinity = Literal["published", "cosine"]

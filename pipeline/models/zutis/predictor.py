@@ -24,7 +24,7 @@ from pipeline.vocabulary.prompts import TEMPLATE_SETS
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
-    from pipeline.methods.dense import Names
+    from pipeline.vocabulary.categories import Names
 
 
 def load_zutis(

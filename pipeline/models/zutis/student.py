@@ -20,8 +20,8 @@ from pipeline.vocabulary.prompts import templates
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
-    from pipeline.methods.dense import Names
     from pipeline.methods.students import MicroBatch, ZutisParams
+    from pipeline.vocabulary.categories import Names
 
 
 class ZutisStudent:

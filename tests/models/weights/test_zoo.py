@@ -20,7 +20,6 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_clip import scripted
 from torch import Tensor
 
 from pipeline.engine.runtime import Runtime
@@ -42,6 +41,7 @@ from pipeline.models.weights.zoo import (
 from pipeline.models.zutis.build import build_zutis
 from pipeline.params.base import EncoderParams
 from pipeline.vocabulary.categories import load_category_set
+from tests.models.clip.test_clip import scripted
 from tests.paths import REFERENCE as DATA
 
 CPU = torch.device("cpu")
@@ -527,7 +527,7 @@ class TestUse:
         network.load_state_dict(torch.load(files / "zutis.pt", weights_only=True))
         with torch.no_grad():
             expected = network(IMAGES).patch_tokens
-            actual = segmenter._network(IMAGES).patch_tokens
+            actual = segmenter.student._network(IMAGES).patch_tokens
         assert torch.equal(actual, expected)
         picture = (IMAGES[0].permute(1, 2, 0) * 255).byte().numpy()
         assert segmenter(picture).semantic.shape == (32, 32)
