@@ -47,7 +47,7 @@ PARAMS_YAML = """\
 # A comment that stays.
 categories: [cat]
 index: {photos: {root: photos}}
-train: {iterations: 5}
+train: {iterations: 5, labels: data/masks}
 evaluate: {suppression: hard}
 benches: {voc: {format: voc, root: voc, categories: [cat]}}
 """
