@@ -24,6 +24,7 @@ lint: setup
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports
 
 bench: setup
 	python -m speed
