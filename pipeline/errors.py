@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+LISTED_NAMES = 8
+
 
 class PipelineError(Exception):
     """A mistake in the input: the message names the file or field, its value and the fix.
@@ -9,3 +13,9 @@ class PipelineError(Exception):
     The command line prints it as one line and exits with status 1; anything else is a bug and
     keeps its traceback.
     """
+
+
+def listing(names: Sequence[str], shown: int = LISTED_NAMES) -> str:
+    """Names for a message, the first ones of many; "none" for no name."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return (", ".join(names[:shown]) or "none") + more

@@ -17,14 +17,15 @@ from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import LocalExecutor, run_shards, slices
 from pipeline.formats.images import load_image
 from pipeline.formats.labels import LABEL_TYPE
+from pipeline.formats.predictions import SHARD_SIZE, PredictionStore
 from pipeline.inference.bench import NetworkPredictor, PredictionMaker, queries_of
 from pipeline.inference.segmenter import Segmenter
-from pipeline.methods.inputs import PredictionSettings, to_tensor
-from pipeline.models.zutis.build import save_checkpoint
+from pipeline.inference.inputs import to_tensor
+from pipeline.models.weights.checkpoint import save_checkpoint
 from pipeline.models.zutis.network import Zutis, ZutisOutput
 from pipeline.models.zutis.postprocess import semantic_prediction
+from pipeline.params.base import PredictionSettings
 from pipeline.scoring.board import ScoreBoard
-from pipeline.scoring.predictions import SHARD_SIZE, PredictionStore
 from pipeline.scoring.task import ScoringTask
 from speed.harness import Bench, Curve, Pair
 from speed.inputs import (

@@ -122,7 +122,7 @@ def _prepare(folder: Path, quick: bool) -> Pair:
     categories = _categories(num_categories)
     encoder = write_clip(folder, embed_dim=dim, vision=TINY_VISION)
     _write_embeddings(folder, _unit_rows(num_images, dim), encoder)
-    clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+    clip = load_clip(encoder, torch.device("cpu"))
     text = text_embeddings(clip, categories, ["{}"])
 
     def published() -> Ranked:

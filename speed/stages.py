@@ -93,7 +93,7 @@ def prepare_embed(
     params = EmbedParams(
         encoder=_write_encoder(folder, vision, quick=quick), batch_size=batch_size, workers=workers
     )
-    encoder = load_clip(params.encoder.model, params.encoder.pretrained, runtime.device)
+    encoder = load_clip(params.encoder, runtime.device)
     images = torch.stack([encoder.preprocess(load_image(data)) for data in files])
     images = images.to(runtime.device)
 
@@ -226,7 +226,7 @@ def prepare_pseudo_label(
         batch_size=batch_size,
         workers=workers,
     )
-    encoder = load_clip(params.encoder.model, params.encoder.pretrained, runtime.device)
+    encoder = load_clip(params.encoder, runtime.device)
     model = build_denseclip(
         encoder, categories=CATEGORIES, background=["background"], params=params
     )

@@ -1,12 +1,15 @@
-"""dvc.yaml, the commands and params.py agree, and deps name the modules that a stage imports."""
+"""dvc.yaml, the commands, the paths and the params agree; deps hold what a stage imports."""
 
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
-import shlex
+import json
+import shutil
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -15,22 +18,33 @@ import pytest
 import typer
 from dvc.repo import Repo
 from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
-from pipeline import cli
+from pipeline.cli import app
 from pipeline.params.benches import FORMATS, BenchParams
 from pipeline.params.sections import Params
 from pipeline.presets import list_presets, preset_text
 from tests.paths import ROOT
 
 DVC_YAML = ROOT / "dvc.yaml"
-STAGES: dict[str, dict[str, Any]] = YAML(typ="safe", pure=True).load(DVC_YAML.read_text())["stages"]
+PATHS_YAML = "pipeline/paths.yaml"
 
 # DVC's own use of a library's older interface.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")
 
+
+def read_yaml(text: str) -> dict[str, Any]:
+    content: dict[str, Any] = YAML(typ="safe", pure=True).load(text)
+    return content
+
+
+STAGES: dict[str, dict[str, Any]] = read_yaml(DVC_YAML.read_text())["stages"]
+PATHS: dict[str, str] = read_yaml((ROOT / PATHS_YAML).read_text())["paths"]
+
 KEY = "${key}"
-EVERYWHERE = ("errors.py", "files.py", "params", "engine/runtime.py", "engine/progress.py")
-# Files of the package that are data of the module beside them, by the module that reads them.
+# Never a dep: its values are tracked as params, or it does not change what comes out.
+CORE = ("errors.py", "files.py", "params", "cli")
+# Files of the package that are data of a module, by the module that reads them.
 PACKAGE_DATA = {
     "pipeline/ablations/definitions.py": ["pipeline/presets/ablations"],
     "pipeline/vocabulary/categories.py": ["pipeline/vocabulary/category_sets"],
@@ -39,9 +53,7 @@ PACKAGE_DATA = {
     "pipeline/stages/report.py": ["pipeline/report/report.css", "pipeline/report/report.html.j2"],
 }
 MAIN_MODULES = {"world": "pipeline/demo/world.py"}
-
-# What the demo's encoders are; of no use with other encoders, but then of no harm.
-SHIPPED_WEIGHTS = "models/demo"
+CATEGORIES = Path("pipeline/vocabulary/categories.py")
 
 
 def body(stage: str) -> dict[str, Any]:
@@ -66,65 +78,7 @@ def outs(stage: str) -> list[str]:
     return paths(body(stage)["outs"]) + paths(body(stage).get("metrics", []))
 
 
-def parse(words: list[str]) -> tuple[Any, dict[str, Any]]:
-    """The command that the words of a command line name, and its options as it would get them."""
-    group: Any = typer.main.get_command(cli.app)
-    assert words.pop(0) == "pipeline"
-    while hasattr(group, "commands"):
-        group = group.commands[words.pop(0)]
-    return group, group.make_context(group.name, words, resilient_parsing=False).params
-
-
-def command_source(command: Any) -> ast.AST:
-    return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(command.callback))))
-
-
-def with_defaults(command: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Options where those left out have the value that the command gives them: `option or ...`."""
-    filled = dict(options)
-    for node in ast.walk(command_source(command)):
-        if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or):
-            option, default = node.values
-            assert isinstance(option, ast.Name)
-            if filled[option.id] is None:
-                code = compile(ast.Expression(default), command.callback.__module__, "eval")
-                filled[option.id] = eval(code, vars(inspect.getmodule(command.callback)) | filled)
-    return filled
-
-
-def contains(folder: Path, path: str) -> bool:
-    return Path(path).is_relative_to(folder)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stages_command_exists_with_its_options(stage: str) -> None:
-    command, _ = parse(shlex.split(body(stage)["cmd"]))
-    assert command.name == stage
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_run_by_hand_uses_the_paths_of_the_dag(stage: str) -> None:
-    words = shlex.split(body(stage)["cmd"])
-    command, options = parse(list(words))
-    required = next((words[at - 1 : at + 1] for at, word in enumerate(words) if word == KEY), [])
-    head = words[: next(at for at, word in enumerate(words) if word.startswith("--"))]
-    _, bare_options = parse([*head, *required])
-    assert with_defaults(command, options) == with_defaults(command, bare_options)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stages_paths_are_declared_and_nothing_else_is(stage: str) -> None:
-    command, options = parse(shlex.split(body(stage)["cmd"]))
-    used = {
-        name: value
-        for name, value in with_defaults(command, options).items()
-        if isinstance(value, Path) and name != "params_path"
-    }
-    declared = [path for path in data_deps(stage) + outs(stage) if not path.startswith("${item.")]
-    for name, path in used.items():
-        assert any(contains(path, other) for other in declared), f"--{name} {path}"
-    for path in set(declared) - {SHIPPED_WEIGHTS}:
-        assert any(contains(folder, path) for folder in used.values()), path
+# -- paths and params ------------------------------------------------------------------------------
 
 
 def field_at(path: str) -> Any:
@@ -137,6 +91,16 @@ def field_at(path: str) -> Any:
             assert part in section.model_fields, f"params.yaml has no {path}: {part} is unknown"
             section = section.model_fields[part].annotation
     return section
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_path_is_in_the_paths_file_or_in_the_params(stage: str) -> None:
+    for path in outs(stage):
+        assert path.startswith("${paths."), path
+    for path in data_deps(stage):
+        head, _, name = path.removeprefix("${").partition("}")[0].partition(".")
+        if head != "paths":
+            assert head == "item" or field_at(f"{head}.{name}"), path
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -159,31 +123,26 @@ def test_a_foreach_runs_over_a_table_of_params(stage: str) -> None:
             assert path.removeprefix("${item.").removesuffix("}") in kind.model_fields
 
 
-def params_used(tree: ast.AST) -> Iterator[str]:
-    """Dotted keys `a.b` of every `params.a.b` that is not part of a longer one."""
-    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Attribute) or id(node) in inner:
-            continue
-        parts: list[str] = []
-        value: ast.expr = node
-        while isinstance(value, ast.Attribute):
-            parts.insert(0, value.attr)
-            value = value.value
-        if isinstance(value, ast.Name) and value.id == "params":
-            yield ".".join(parts)
+def commands(group: Any) -> Iterator[Any]:
+    """All commands, however deep."""
+    for command in group.commands.values():
+        yield from commands(command) if hasattr(command, "commands") else [command]
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "report"])
-def test_a_stage_declares_the_params_that_its_command_hands_in(stage: str) -> None:
-    """Every command hands in seed and device; a stage declares them if its result needs them."""
-    command, _ = parse(shlex.split(body(stage)["cmd"]))
-    table = STAGES[stage].get("foreach", "").removeprefix("${").removesuffix("}")
-    keys = params_used(command_source(command))
-    used = {f"{key}.{KEY}" if key == table else key for key in keys}
-    declared = set(body(stage).get("params", []))
-    assert used <= declared
-    assert declared <= used | {"seed", "device"}
+def test_a_default_path_is_one_of_the_paths_file() -> None:
+    known = [Path(path) for path in PATHS.values()]
+    defaults = [
+        option.default
+        for command in commands(typer.main.get_command(app))
+        for option in command.params
+        if isinstance(option.default, Path)
+    ]
+    assert len(defaults) > len(PATHS)
+    for default in {*defaults} - {Path("docs/demo.png"), Path("data/work")}:
+        assert any(default.is_relative_to(path) for path in known), default
+
+
+# -- code ------------------------------------------------------------------------------------------
 
 
 def module_file(name: str) -> Path | None:
@@ -215,7 +174,7 @@ def imports_of(path: Path) -> frozenset[Path]:
 
 
 def is_core(path: Path) -> bool:
-    return any(path.is_relative_to(Path("pipeline", other)) for other in EVERYWHERE)
+    return any(path.is_relative_to(Path("pipeline", other)) for other in CORE)
 
 
 def closure(roots: set[Path]) -> set[Path]:
@@ -230,65 +189,224 @@ def closure(roots: set[Path]) -> set[Path]:
     return reached
 
 
-def expected_code_deps(stage: str) -> list[str]:
+def command_imports(stage: str) -> set[Path]:
+    """What the command of a stage imports."""
+    command: Any = typer.main.get_command(app)
+    for word in body(stage)["cmd"].split()[1:]:
+        if not hasattr(command, "commands"):
+            break
+        command = command.commands[word]
+    assert command.name == stage
+    source = inspect.getsource(inspect.unwrap(command.callback))
+    return imported_files(ast.parse(textwrap.dedent(source)))
+
+
+def code_of(stage: str) -> set[Path]:
     """Modules that a stage and its command import, and the data files that these read."""
-    command, _ = parse(shlex.split(body(stage)["cmd"]))
-    main_module = Path(MAIN_MODULES.get(stage, f"pipeline/stages/{stage}.py"))
-    modules = closure({main_module} | imported_files(command_source(command)))
-    files = {path.as_posix() for path in modules if path.name != "__init__.py"}
-    return sorted(files.union(*(PACKAGE_DATA.get(module, []) for module in files)))
+    roots = {Path(MAIN_MODULES.get(stage, f"pipeline/stages/{stage}.py"))} | command_imports(stage)
+    if "categories" in body(stage).get("params", []):  # may be the name of a set
+        roots.add(CATEGORIES)
+    modules = {path for path in closure(roots) if path.name != "__init__.py"}
+    data = [PACKAGE_DATA.get(module.as_posix(), []) for module in modules]
+    return modules.union(*({Path(path) for path in entries} for entries in data))
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_deps_are_the_modules_that_a_stage_imports(stage: str) -> None:
-    expected = expected_code_deps(stage)
-    assert code_deps(stage) == expected, (
-        f"the deps of {stage} in dvc.yaml, after its data, should be\n"
-        + "".join(f"        - {path}\n" for path in expected)
-    )
-    assert paths(body(stage)["deps"]) == data_deps(stage) + code_deps(stage)
+def test_deps_hold_all_that_a_stage_imports(stage: str) -> None:
+    missing = [
+        path.as_posix()
+        for path in sorted(code_of(stage))
+        if not any(path.is_relative_to(dep) for dep in code_deps(stage))
+    ]
+    assert not missing, f"the deps of {stage} in dvc.yaml lack {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_dep_is_idle(stage: str) -> None:
+    for dep in code_deps(stage):
+        assert (ROOT / dep).exists(), dep
+        assert any(path.is_relative_to(dep) for path in code_of(stage)), f"{stage}: {dep}"
 
 
 def test_every_data_file_of_the_package_belongs_to_a_module() -> None:
     known = [Path(path) for entries in PACKAGE_DATA.values() for path in entries]
-    known.append(Path("pipeline/presets"))
+    known += [Path("pipeline/presets"), Path(PATHS_YAML)]
     for path in (ROOT / "pipeline").rglob("*"):
         if path.is_file() and path.suffix not in (".py", ".pyc"):
             relative = path.relative_to(ROOT)
             assert any(relative.is_relative_to(other) for other in known), relative
 
 
-def graph(folder: Path, preset: str) -> dict[str, set[str]]:
-    """DVC's own reading of dvc.yaml with a preset: the stages that each stage waits for."""
+def test_compiled_code_is_no_dep(tmp_path: Path) -> None:
+    shutil.copy(ROOT / ".dvcignore", tmp_path)
+    compiled = tmp_path / "pipeline/engine/__pycache__"
+    compiled.mkdir(parents=True)
+    with Repo.init(str(tmp_path), no_scm=True) as repo:
+        assert repo.dvcignore.is_ignored_dir(str(compiled))
+        assert not repo.dvcignore.is_ignored_dir(str(compiled.parent))
+
+
+# -- the graph, as DVC reads it --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """A stage as DVC reads it: `foreach` unrolled, names replaced by values.
+
+    Attributes:
+        cmd: its command.
+        params: keys of params.yaml.
+        outs: paths, metrics among them.
+        after: names of the stages that it waits for.
+    """
+
+    cmd: str
+    params: list[str]
+    outs: list[str]
+    after: set[str]
+
+
+def resolve(folder: Path, params: str) -> dict[str, ResolvedStage]:
+    """The stages by name, each after those that it waits for."""
     (folder / "dvc.yaml").write_bytes(DVC_YAML.read_bytes())
-    (folder / "params.yaml").write_text(preset_text(preset))
+    (folder / PATHS_YAML).parent.mkdir()
+    shutil.copyfile(ROOT / PATHS_YAML, folder / PATHS_YAML)
+    (folder / "params.yaml").write_text(params)
     with Repo.init(str(folder), no_scm=True) as repo:
         edges = repo.index.graph
-        return {
-            stage.name: {other.name for other in edges.successors(stage)} for stage in edges.nodes
+        stages = {
+            stage.name: ResolvedStage(
+                cmd=stage.cmd,
+                params=[key for dep in stage.params for key in dep.params],
+                outs=[out.def_path for out in stage.outs],
+                after={other.name for other in edges.successors(stage)},
+            )
+            for stage in edges.nodes
         }
+    ordered: dict[str, ResolvedStage] = {}
+    while len(ordered) < len(stages):
+        ordered |= {name: it for name, it in stages.items() if it.after <= ordered.keys()}
+    return ordered
 
 
 def test_dvc_joins_the_demos_stages_by_their_files(tmp_path: Path) -> None:
-    assert graph(tmp_path, "demo") == {
+    graph = {name: stage.after for name, stage in resolve(tmp_path, preset_text("demo")).items()}
+    assert graph == {
         "world@demo": set(),
         "embed@demo": {"world@demo"},
         "retrieve": {"embed@demo"},
         "mask": {"retrieve"},
         "pseudo_label": {"mask"},
-        "train": {"pseudo_label"},
-        "evaluate@voc": {"train", "world@demo"},
-        "audit@demo": {"retrieve", "pseudo_label", "world@demo"},
+        "train": {"mask"},
+        "predict_bench@voc": {"train", "world@demo"},
+        "score@voc": {"predict_bench@voc", "world@demo"},
+        "audit@demo": {"retrieve", "mask", "pseudo_label", "world@demo"},
         "report": {
             *("world@demo", "embed@demo", "retrieve", "mask", "pseudo_label"),
-            *("train", "evaluate@voc", "audit@demo"),
+            *("train", "predict_bench@voc", "score@voc", "audit@demo"),
         },
     }
 
 
+def test_scoring_runs_no_network() -> None:
+    assert not any("models" in dep or "methods" in dep for dep in code_deps("score"))
+    assert not any("scoring" in dep for dep in code_deps("predict_bench"))
+
+
 @pytest.mark.parametrize("preset", [name for name, _ in list_presets() if name != "demo"])
 def test_dvc_reads_the_dag_with_every_preset(tmp_path: Path, preset: str) -> None:
-    stages = set(graph(tmp_path, preset))
+    stages = set(resolve(tmp_path, preset_text(preset)))
     assert {"retrieve", "mask", "pseudo_label", "train", "report"} <= stages
     assert any(stage.startswith("embed@") for stage in stages)
     assert not any(stage.startswith("world@") for stage in stages)
+
+
+# -- the commands, on a small world ----------------------------------------------------------------
+
+SMALL: dict[str, Any] = {
+    "device": "cpu",
+    "k": 3,
+    "worlds.demo": {"index_images": 40, "bench_images": 6, "size": 48},
+    "retrieve.num_negatives": 4,
+    "mask.refine": False,
+    "train.confidence_threshold": 0.1,
+    "train.iterations": 2,
+    "train.log_every": 1,
+    "train.batch_size": 2,
+    "train.crop_size": 48,
+    "evaluate.overlays": 1,
+}
+# What a params file must have, and one device for all runs.
+UNUSED: dict[str, Any] = {
+    "categories": ["unused"],
+    "index": {"unused": {"root": "unused"}},
+    "device": "cpu",
+}
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[last] = value
+
+
+def take(tree: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Params of a small drawn world; we are in a workspace that has seen no stage."""
+    params = read_yaml(preset_text("demo"))
+    for key, value in SMALL.items():
+        put(params, key, value)
+    workspace = tmp_path / "workspace"
+    shutil.copytree(ROOT / PATHS["demo_models"], workspace / PATHS["demo_models"])
+    (workspace / "reports").mkdir()
+    shutil.copy(ROOT / "reports/published.yaml", workspace / "reports")
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "cache"))
+    return params
+
+
+def run(cmd: str, params: dict[str, Any]) -> None:
+    Path("params.yaml").write_text(json.dumps(params))
+    done = CliRunner().invoke(app, cmd.split()[1:], catch_exceptions=False)
+    assert done.exit_code == 0, f"{cmd}: {done.output}"
+
+
+def files() -> dict[Path, int]:
+    """Files here and when they were written."""
+    found = [path for path in Path().rglob("*") if path.is_file() and path.name != "params.yaml"]
+    return {path: path.stat().st_mtime_ns for path in found}
+
+
+def within(path: Path, outs: list[str]) -> bool:
+    return any(path.is_relative_to(out) for out in outs)
+
+
+def test_a_stage_by_hand_writes_its_outs_alone_and_looks_at_its_params_alone(
+    tmp_path: Path, small: dict[str, Any]
+) -> None:
+    """Every command of the DAG, with all params and with those that its stage declares."""
+    (tmp_path / "dag").mkdir()
+    for name, stage in resolve(tmp_path / "dag", json.dumps(small)).items():
+        before = files()
+        run(stage.cmd, small)
+        after = files()
+        written = [path for path in after if before.get(path) != after[path]]
+        for out in stage.outs:
+            assert any(within(path, [out]) for path in written), f"{name}: no {out}"
+        assert [path for path in written if not within(path, stage.outs)] == [], name
+        timed = [PATHS["stats"], "reports/report.json"]  # seconds among their counts
+        content = {path: path.read_bytes() for path in written if not within(path, timed)}
+
+        declared = copy.deepcopy(UNUSED)
+        for key in stage.params:
+            put(declared, key, take(small, key))
+        run(stage.cmd, declared)
+        changed = [path for path, before in content.items() if path.read_bytes() != before]
+        assert not changed, f"{name}: {changed}"

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from pipeline.errors import PipelineError
-from pipeline.typed_yaml import Record, read_record
+from pipeline.params.base import Section
+from pipeline.params.reading import read_section
 
 FOLDER = Path(__file__).resolve().parents[1] / "presets" / "ablations"
 
@@ -17,14 +18,14 @@ FOLDER = Path(__file__).resolve().parents[1] / "presets" / "ablations"
 Settings = dict[str, Any]
 
 
-class Variant(Record):
+class Variant(Section):
     """One setting: its name in tables, and the params that it sets, by dotted key."""
 
     label: Annotated[str, Field(pattern=r"\S")]
     params: Settings = Field(default_factory=dict)
 
 
-class Ablation(Record):
+class Ablation(Section):
     """What one ablation varies.
 
     Attributes:
@@ -67,4 +68,4 @@ def read_ablation(name: str, folder: Path = FOLDER) -> Ablation:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise PipelineError(f"ablation {name!r} is unknown; {hint}known: {', '.join(names)}")
-    return read_record(folder / f"{name}.yaml", Ablation)
+    return read_section(folder / f"{name}.yaml", Ablation)

@@ -10,10 +10,11 @@ from pydantic import Field
 
 from pipeline.ablations.definitions import Settings
 from pipeline.files import read_json, write_json
-from pipeline.typed_yaml import Record, check_record
+from pipeline.params.base import Section
+from pipeline.params.reading import parse_section
 
 
-class VariantResult(Record):
+class VariantResult(Section):
     """What one variant gave.
 
     Attributes:
@@ -31,7 +32,7 @@ class VariantResult(Record):
     metrics: dict[str, float | None] = Field(default_factory=dict)
 
 
-class AblationResult(Record):
+class AblationResult(Section):
     """What an ablation gave so far: the benchmark, params set for all variants, the variants."""
 
     ablation: str
@@ -46,7 +47,7 @@ def read_result(path: Path) -> AblationResult:
     Raises:
         PipelineError: no such file, or its content is not what `write_result` writes.
     """
-    return check_record(read_json(path), AblationResult, name=str(path))
+    return parse_section(read_json(path), AblationResult, name=str(path))
 
 
 def write_result(path: Path, result: AblationResult) -> None:

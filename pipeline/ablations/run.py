@@ -57,7 +57,7 @@ def run(
     failed = {}
     for index, step in enumerate(steps):
         print(f"{index + 1}/{len(steps)} {step.label}: ", end="", flush=True)
-        metrics = _run_step(workspace, step, target=f"evaluate@{bench}")
+        metrics = _run_step(workspace, step, target=f"score@{bench}")
         if metrics is None:
             failed[step.label] = workspace.last_words()
             print("failed", flush=True)
@@ -86,7 +86,7 @@ def describe(
     ablation, bench, steps = _plan(name, root, bench, settings)
     lines = [f"{name}: {ablation.description}, on {bench}"]
     for step in steps:
-        command = shlex.join(["dvc", *step.command(f"evaluate@{bench}")])
+        command = shlex.join(["dvc", *step.command(f"score@{bench}")])
         lines += [f"  {step.label} ({_cost(step)})", f"    {command}"]
     return "\n".join(lines)
 

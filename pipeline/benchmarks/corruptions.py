@@ -9,12 +9,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from pipeline.errors import PipelineError
+from pipeline.files import digest
+from pipeline.formats.images import load_image, read_file
+
+if TYPE_CHECKING:
+    from pipeline.params.benches import CorruptionParams
 
 # In the order of the paper's table; the names are those of ImageNet-C.
 CORRUPTIONS = (
@@ -31,6 +37,7 @@ LEVELS = range(1, 6)
 MIN_SIDE = 32  # the library takes no smaller image
 TAKES_SEED = ("impulse_noise",)  # it has a generator of its own; the others use NumPy's global one
 NUM_SEEDS = 2**32
+SEED_DIGITS = 8  # hexadecimal: 32 bits
 
 _generator_lock = threading.Lock()
 
@@ -107,3 +114,63 @@ def _seeded_globally(seed: int) -> Iterator[None]:
             yield
         finally:
             np.random.set_state(state)
+
+
+class BenchImage(Protocol):
+    """An image of a benchmark."""
+
+    @property
+    def image_id(self) -> str: ...
+    @property
+    def image_path(self) -> Path: ...
+
+
+class BenchImageReader:
+    """Reads images of a benchmark as a predictor sees them, corrupted in every order alike.
+
+    Args:
+        corruption: name and level, or None.
+        bench_name: of the benchmark.
+        seed: of the corruptions.
+
+    Raises:
+        PipelineError: an unknown corruption.
+    """
+
+    def __init__(self, corruption: CorruptionParams | None, *, bench_name: str, seed: int) -> None:
+        if corruption is not None and corruption.name not in CORRUPTIONS:
+            raise PipelineError(
+                f"benches.{bench_name}.corruption.name: {corruption.name!r} is not known; choose "
+                f"one of {', '.join(CORRUPTIONS)}"
+            )
+        self._corruption = corruption
+        self._seed = seed
+
+    def __call__(self, image: BenchImage) -> Image.Image:
+        """The RGB image.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        return self.decode(image, self.read(image))
+
+    def read(self, image: BenchImage) -> bytes:
+        """The content of its file."""
+        return read_file(image.image_path)
+
+    def decode(self, image: BenchImage, data: bytes) -> Image.Image:
+        """The RGB image of that content, as stored: masks were drawn without EXIF rotation."""
+        pixels = load_image(data, upright=False)
+        if self._corruption is None:
+            return pixels
+        name, level = self._corruption.name, self._corruption.level
+        return corrupt(pixels, name=name, level=level, seed=self._image_seed(image))
+
+    def tag(self, image: BenchImage) -> str | None:
+        """What a corruption does to an image, None without one."""
+        if self._corruption is None:
+            return None
+        return f"{self._corruption.name} {self._corruption.level} {self._image_seed(image)}"
+
+    def _image_seed(self, image: BenchImage) -> int:
+        return int(digest([self._seed, image.image_id])[:SEED_DIGITS], 16)

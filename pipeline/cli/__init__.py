@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +14,7 @@ import typer
 from pipeline import __version__
 from pipeline.cli.ablate import ablate_app
 from pipeline.cli.cache import cache_app
+from pipeline.cli.common import PARAMS, ExecutorName, Session
 from pipeline.cli.demo import demo_app
 from pipeline.cli.imports import import_app
 from pipeline.cli.stages import stages_app
@@ -23,7 +26,8 @@ app = typer.Typer(
     name="pipeline",
     help="Name some categories, point at unlabelled images, get a segmenter.\n\n"
     "Each stage below is also a stage of dvc.yaml: `dvc repro` runs those that are out of date. "
-    "By hand, every stage reads params.yaml and takes its paths as options.",
+    "By hand, `pipeline STAGE` does the same work on the same paths; options name others.\n\n"
+    "The options here go before the command: `pipeline --params other.yaml --executor ray mask`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -39,7 +43,8 @@ BAD_PATH = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsEr
 BAD_PATH_CODES = (errno.EROFS, errno.ENAMETOOLONG)
 # Packages whose errors are those of an object store or of the way there.
 STORES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
-INTERRUPTED = 130  # what Typer makes of Ctrl-C
+WRONG_USAGE, INTERRUPTED = 2, 130  # exit statuses that Typer chooses
+BEFORE_THE_COMMAND = ("--params", "--executor", "--ray-workers")
 
 
 def main() -> None:
@@ -50,6 +55,8 @@ def main() -> None:
     except PipelineError as error:
         sys.exit(f"error: {error}")
     except SystemExit as stop:
+        if stop.code == WRONG_USAGE and not {*BEFORE_THE_COMMAND}.isdisjoint(sys.argv):
+            print(f"{', '.join(BEFORE_THE_COMMAND)}: before the command's name", file=sys.stderr)
         if stop.code == INTERRUPTED:
             print("interrupted; the same command continues", file=sys.stderr)
         raise
@@ -83,8 +90,30 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    ctx: typer.Context,
+    params: Annotated[
+        Path, typer.Option(envvar="PIPELINE_PARAMS", help="The settings that a command reads.")
+    ] = PARAMS,
+    executor: Annotated[
+        ExecutorName,
+        typer.Option(
+            envvar="PIPELINE_EXECUTOR",
+            help="Where shards are made: here, or on the Ray cluster of $RAY_ADDRESS.",
+        ),
+    ] = "local",
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(
+            envvar="PIPELINE_RAY_WORKERS",
+            min=1,
+            help="Actors of `--executor ray`; default: one a GPU, without GPUs one a core.",
+        ),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     del version
+    if params != PARAMS and {"PIPELINE_PARAMS", "DVC_STAGE"} <= os.environ.keys():
+        raise PipelineError(f"PIPELINE_PARAMS: {params}: DVC tracks {PARAMS}; unset the variable")
+    ctx.obj = Session(params_path=params, executor_name=executor, ray_workers=ray_workers)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import PARAMS
+from pipeline.cli.common import PARAMS, Session
 from pipeline.errors import PipelineError
 
 ablate_app = typer.Typer()
@@ -14,6 +14,7 @@ ablate_app = typer.Typer()
 
 @ablate_app.command()
 def ablate(
+    ctx: typer.Context,
     name: Annotated[str, typer.Argument(help="Name of an ablation; `list` lists them.")],
     bench: Annotated[
         str | None,
@@ -40,6 +41,11 @@ def ablate(
     from pipeline.ablations.plan import parse_settings
     from pipeline.ablations.run import describe, overview, run
 
+    session: Session = ctx.obj
+    if session.params_path != PARAMS:
+        raise PipelineError(
+            f"--params: {session.params_path}: DVC's experiments vary {PARAMS}; leave it out"
+        )
     if not PARAMS.is_file():
         raise PipelineError(f"{PARAMS}: no such file here; run this in the project's folder")
     if name == "list":

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ruamel.yaml import YAML
 
 from pipeline.errors import PipelineError
-from pipeline.params.benches import BenchParams, CorruptionParams
-from pipeline.params.reading import parse_bench
 from pipeline.presets import bench_text, list_benches
+
+if TYPE_CHECKING:  # pydantic takes a moment that `--help` need not wait for
+    from pipeline.methods.dense import PseudoLabelParams
+    from pipeline.params.benches import BenchParams, CorruptionParams
+    from pipeline.params.sections import Params
 
 
 def shipped_bench(name: str) -> BenchParams:
@@ -19,6 +23,8 @@ def shipped_bench(name: str) -> BenchParams:
     Raises:
         PipelineError: there is none of that name.
     """
+    from pipeline.params.reading import parse_bench
+
     content = YAML(typ="safe", pure=True).load(bench_text(name))
     return parse_bench(content, name, name=f"presets/benches/{name}.yaml")
 
@@ -63,17 +69,45 @@ def find_bench(
     return bench
 
 
-def result_name(bench: str, model: str = "zutis", corruption: str | None = None) -> str:
+def alone(model: str | None) -> str | None:
+    """The dense labeller that `--model` names, to be scored alone; None for a checkpoint.
+
+    Raises:
+        PipelineError: a model that is neither a student nor a dense labeller.
+    """
+    from pipeline.methods.dense import DENSE_LABELLERS
+    from pipeline.methods.students import STUDENTS
+
+    if model in DENSE_LABELLERS:
+        return model
+    if model is not None and model not in STUDENTS:
+        known = ", ".join([*STUDENTS, *DENSE_LABELLERS])
+        raise PipelineError(f"--model: {model!r} is unknown; choose one of {known}")
+    return None
+
+
+def baseline(params: Params, labeller: str | None) -> PseudoLabelParams:
+    """The params of the dense labeller: those of section `pseudo_label` if it is theirs."""
+    from pipeline.methods.dense import DENSE_LABELLERS
+
+    if labeller in (None, params.pseudo_label.method):
+        return params.pseudo_label
+    return DENSE_LABELLERS[str(labeller)].params(method=labeller)
+
+
+def result_name(bench: str, labeller: str | None = None, corruption: str | None = None) -> str:
     """Name of the files of an evaluation: of its benchmark and of what is not the usual."""
     parts = [bench]
-    if model != "zutis":
-        parts.append(model)
+    if labeller is not None:
+        parts.append(labeller)
     if corruption is not None:
         parts.append(corruption.replace(":", "_"))
     return "_".join(parts)
 
 
 def _parse_corruption(text: str) -> CorruptionParams:
+    from pipeline.params.benches import CorruptionParams
+
     name, _, level = text.partition(":")
     if level not in ("1", "2", "3", "4", "5"):
         raise PipelineError(

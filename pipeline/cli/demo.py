@@ -7,56 +7,53 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import PARAMS, PREDICTIONS, STATS, ParamsPath, lookup
-from pipeline.params.reading import read_params
-
-DEMO_MODELS = Path("models/demo")
+from pipeline.cli.common import PATHS, EntryStatsPath, Session
 
 demo_app = typer.Typer(help="The embedded default: its drawn world and its tiny networks.")
 
 
 @demo_app.command()
 def world(
+    ctx: typer.Context,
     name: Annotated[str, typer.Option(help="Name of an entry under `worlds:`.")] = "demo",
     out: Annotated[Path | None, typer.Option(help="Folder of the world.")] = None,
-    params_path: ParamsPath = PARAMS,
-    stats: Annotated[Path | None, typer.Option(help="Where the counts are written.")] = None,
+    stats: EntryStatsPath = None,
 ) -> None:
     """Draw the demo's index dataset and benchmark."""
     from pipeline.demo.world import draw_world
 
-    params = read_params(params_path)
+    session: Session = ctx.obj
     draw_world(
-        out or Path("data") / name,
-        params=lookup(params.worlds, name, section="worlds", params_path=params_path),
-        seed=params.seed,
-        stats_path=stats or STATS / f"world-{name}.json",
+        out or PATHS["worlds"] / name,
+        params=session.entry("worlds", name),
+        seed=session.params.seed,
+        stats_path=stats or PATHS["stats"] / f"world-{name}.json",
     )
 
 
 @demo_app.command()
 def picture(
+    ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("docs/demo.png"),
     bench: Annotated[str, typer.Option(help="Name of a benchmark under `benches:`.")] = "voc",
     predictions: Annotated[
         Path | None, typer.Option(help="Folder of the benchmark's predictions.")
     ] = None,
-    params_path: ParamsPath = PARAMS,
 ) -> None:
     """Draw the README's picture from the benchmark and its predictions."""
     from pipeline.demo.picture import draw_picture
 
-    params = read_params(params_path)
+    session: Session = ctx.obj
     draw_picture(
-        predictions or PREDICTIONS / bench,
+        predictions or PATHS["predictions"] / bench,
         out,
-        bench=lookup(params.benches, bench, section="benches", params_path=params_path),
+        bench=session.entry("benches", bench),
     )
 
 
 @demo_app.command()
 def pretrain(
-    out: Annotated[Path, typer.Option(help="Folder of the two networks.")] = DEMO_MODELS,
+    out: Annotated[Path, typer.Option(help="Folder of the two networks.")] = PATHS["demo_models"],
     work: Annotated[Path, typer.Option(help="Folder of the resumable state.")] = Path("data/work"),
     seed: Annotated[int, typer.Option(help="Seed of images and initial weights.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

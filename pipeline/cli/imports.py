@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.common import ARCHIVES, EMBEDDINGS, PARAMS, STATS, ParamsPath, StatsPath, lookup
-from pipeline.params.reading import read_params
+from pipeline.cli.common import PATHS, EntryStatsPath, Session, StatsPath
 
 import_app = typer.Typer(
     help="Published intermediates in place of a stage: archives, image embeddings."
@@ -25,31 +24,28 @@ EncoderOption = Annotated[
     str, typer.Option(help="MODEL/PRETRAINED that made them: the `embed.encoder` of the params.")
 ]
 OutOption = Annotated[Path | None, typer.Option(help="Folder of the Parquet shards.")]
-SourceStatsPath = Annotated[
-    Path | None, typer.Option("--stats", help="Where the counts are written.")
-]
 
 
 @import_app.command()
 def archives(
+    ctx: typer.Context,
     json_path: Annotated[
         Path, typer.Option("--from", help="JSON file: category -> image paths, best first.")
     ],
     prefix: PrefixOption = None,
-    out: Annotated[Path, typer.Option(help="Parquet file of the archives.")] = ARCHIVES,
-    params_path: ParamsPath = PARAMS,
-    stats: StatsPath = STATS / "retrieve.json",
+    out: Annotated[Path, typer.Option(help="Parquet file of the archives.")] = PATHS["archives"],
+    stats: StatsPath = PATHS["stats"] / "retrieve.json",
 ) -> None:
     """Archives published as JSON (ZUTIS: category_to_p_images), in place of `retrieve`."""
     from pipeline.importers import archives as importer
     from pipeline.importers.images import parse_prefixes
-    from pipeline.vocabulary.categories import load_category_set
 
-    params = read_params(params_path)
+    session: Session = ctx.obj
+    params = session.params
     importer.run(
         json_path=json_path,
         out_path=out,
-        categories=load_category_set(params.categories, background=params.background),
+        categories=session.categories,
         sources=params.index,
         k=params.k,
         overlap=params.retrieve.overlap,
@@ -62,6 +58,7 @@ def archives(
 
 @import_app.command()
 def embeddings(
+    ctx: typer.Context,
     pickle_path: Annotated[
         Path, typer.Option("--from", help="Pickle file: file name -> tensor. Read safely.")
     ],
@@ -69,24 +66,24 @@ def embeddings(
     encoder: EncoderOption,
     prefix: PrefixOption = None,
     out: OutOption = None,
-    params_path: ParamsPath = PARAMS,
-    stats: SourceStatsPath = None,
+    stats: EntryStatsPath = None,
 ) -> None:
     """Embeddings published as a pickle of tensors (ZUTIS), in place of `embed` for a source."""
     _import_embeddings(
+        ctx.obj,
         pickle_path,
         form="pickle",
         source=source,
         encoder=encoder,
         prefix=prefix,
         out=out,
-        params_path=params_path,
         stats=stats,
     )
 
 
 @import_app.command(name="clip-retrieval")
 def clip_retrieval(
+    ctx: typer.Context,
     folder: Annotated[
         Path, typer.Option("--from", help="Output folder of `clip-retrieval inference`.")
     ],
@@ -94,23 +91,23 @@ def clip_retrieval(
     encoder: EncoderOption,
     prefix: PrefixOption = None,
     out: OutOption = None,
-    params_path: ParamsPath = PARAMS,
-    stats: SourceStatsPath = None,
+    stats: EntryStatsPath = None,
 ) -> None:
     """Embeddings that clip-retrieval has computed, in place of `embed` for a source."""
     _import_embeddings(
+        ctx.obj,
         folder,
         form="clip-retrieval",
         source=source,
         encoder=encoder,
         prefix=prefix,
         out=out,
-        params_path=params_path,
         stats=stats,
     )
 
 
 def _import_embeddings(
+    session: Session,
     path: Path,
     *,
     form: Literal["pickle", "clip-retrieval"],
@@ -118,21 +115,19 @@ def _import_embeddings(
     encoder: str,
     prefix: list[str] | None,
     out: Path | None,
-    params_path: Path,
     stats: Path | None,
 ) -> None:
     from pipeline.importers import embeddings as importer
     from pipeline.importers.images import parse_prefixes
 
-    params = read_params(params_path)
     importer.run(
         path=path,
         read=importer.READERS[form],
         name=source,
-        source=lookup(params.index, source, section="index", params_path=params_path),
-        out_dir=out or EMBEDDINGS / source,
+        source=session.entry("index", source),
+        out_dir=out or PATHS["embeddings"] / source,
         encoder=encoder,
-        params=params.embed,
+        params=session.params.embed,
         prefixes=parse_prefixes(prefix or []),
-        stats_path=stats or STATS / f"embed-{source}.json",
+        stats_path=stats or PATHS["stats"] / f"embed-{source}.json",
     )

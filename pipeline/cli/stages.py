@@ -8,39 +8,43 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipeline.cli.benches import find_bench, result_name, shipped_bench
-from pipeline.cli.common import (
-    ARCHIVES,
-    CHECKPOINT,
-    EMBEDDINGS,
-    LABELS,
-    LIVE,
-    MASKS,
-    PARAMS,
-    PREDICTIONS,
-    REPORTS,
-    STATS,
-    ExecutorName,
-    ParamsPath,
-    RayWorkers,
-    StatsPath,
-    location,
-    lookup,
-    make_executor,
-    names,
-    start,
-)
+from pipeline.cli.benches import alone, baseline, find_bench, result_name, shipped_bench
+from pipeline.cli.common import PATHS, EntryStatsPath, Session, StatsPath, location, names
 from pipeline.files import read_json
-from pipeline.presets import bench_text, list_benches
+from pipeline.presets import bench_text, list_benches, list_presets, write_preset
 
-Model = Literal["zutis", "denseclip"]
 Resume = Literal["auto", "never"]
+ArchivesPath = Annotated[Path, typer.Option(help="Parquet file of the archives.")]
+MasksPath = Annotated[Path, typer.Option(help="Folder of the mask shards.")]
+LabelsPath = Annotated[Path, typer.Option(help="Folder of the label shards.")]
+CheckpointPath = Annotated[
+    Path, typer.Option(help="Folder of the checkpoint, or name of published weights.")
+]
+ReportsPath = Annotated[Path, typer.Option(help="Folder of metrics, plots and overlays.")]
+PredictionsPath = Annotated[Path | None, typer.Option(help="Folder of the prediction shards.")]
+BenchName = Annotated[
+    str, typer.Option(help="Name of a benchmark, under `benches:` or of `pipeline benches`.")
+]
+BenchRoot = Annotated[
+    Path | None, typer.Option(help="Folder of the benchmark's data, where not its own.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="A dense labeller, such as `denseclip`: it alone, without a checkpoint."),
+]
+OpenVocabulary = Annotated[
+    bool, typer.Option(help="Score categories that the checkpoint was not trained with.")
+]
+Corruption = Annotated[
+    str | None, typer.Option(help="Disturb the images: NAME:LEVEL, level 1 to 5.")
+]
 
 stages_app = typer.Typer()
 
 
 @stages_app.command()
 def init(
+    ctx: typer.Context,
     preset: Annotated[str, typer.Option(help="Name of a preset; `--preset list` lists them.")],
     images: Annotated[
         Path | None, typer.Option(help="Folder of unlabelled images (preset `folder`).")
@@ -48,91 +52,89 @@ def init(
     categories: Annotated[
         str | None, typer.Option(help="Comma-separated category names (preset `folder`).")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Params file to write.")] = PARAMS,
+    out: Annotated[
+        Path | None, typer.Option(help="Params file to write; default: that of `--params`.")
+    ] = None,
     force: Annotated[bool, typer.Option(help="Overwrite an existing file.")] = False,
 ) -> None:
     """Write params.yaml from a preset: `demo`, `folder` or one of the papers' settings."""
-    from pipeline.presets import list_presets, write_preset
-
     if preset == "list":
         for name, summary in list_presets():
             print(f"{name:18} {summary}")
         return
-    write_preset(preset, out, images=images, categories=names(categories), force=force)
-    print(f"{out} written from preset {preset}; now run: dvc repro")
+    session: Session = ctx.obj
+    path = out or session.params_path
+    write_preset(preset, path, images=images, categories=names(categories), force=force)
+    print(f"{path} written from preset {preset}; now run: dvc repro")
 
 
 @stages_app.command()
 def embed(
+    ctx: typer.Context,
     source: Annotated[str, typer.Option(help="Name of a source under `index:` in the params.")],
-    out: Annotated[Any, location("Folder of the Parquet shards, replaced as a whole.")] = None,
-    executor: ExecutorName = "local",
-    ray_workers: RayWorkers = None,
-    params_path: ParamsPath = PARAMS,
-    stats: Annotated[Path | None, typer.Option(help="Where the counts are written.")] = None,
+    out: Annotated[Any, location("Folder of the Parquet shards, replaced whole.")] = None,
+    stats: EntryStatsPath = None,
 ) -> None:
     """Stage 1: embed the images of one source with CLIP, into Parquet shards."""
     from pipeline.engine.remote import publishing
     from pipeline.stages import embed as stage
 
-    params, runtime = start(params_path)
-    with publishing(out or EMBEDDINGS / source, runtime.cache_dir) as out_dir:
+    session: Session = ctx.obj
+    params, runtime = session.params, session.runtime
+    with publishing(out or PATHS["embeddings"] / source, runtime.cache_dir) as out_dir:
         stage.run(
             name=source,
-            source=lookup(params.index, source, section="index", params_path=params_path),
+            source=session.entry("index", source),
             out_dir=out_dir,
             params=params.embed,
             runtime=runtime,
-            stats_path=stats or STATS / f"embed-{source}.json",
-            executor=make_executor(executor, params, ray_workers),
+            stats_path=stats or PATHS["stats"] / f"embed-{source}.json",
+            executor=session.executor(),
         )
 
 
 @stages_app.command()
 def retrieve(
-    embeddings: Annotated[Any, location("Folder of the embeddings.")] = EMBEDDINGS,
-    out: Annotated[Any, location("Parquet file of the archives.")] = ARCHIVES,
-    executor: ExecutorName = "local",
-    ray_workers: RayWorkers = None,
-    params_path: ParamsPath = PARAMS,
-    stats: StatsPath = STATS / "retrieve.json",
+    ctx: typer.Context,
+    embeddings: Annotated[Any, location("Folder of the embeddings.")] = PATHS["embeddings"],
+    out: Annotated[Any, location("Parquet file of the archives.")] = PATHS["archives"],
+    stats: StatsPath = PATHS["stats"] / "retrieve.json",
 ) -> None:
     """Stage 2: retrieve the top-k images of every category: its archive."""
     from pipeline.engine.remote import fetch, publishing
     from pipeline.stages import retrieve as stage
-    from pipeline.vocabulary.categories import load_category_set
 
-    params, runtime = start(params_path)
+    session: Session = ctx.obj
+    params, runtime = session.params, session.runtime
     with publishing(out, runtime.cache_dir) as out_path:
         stage.run(
             embeddings_dir=fetch(embeddings, runtime.cache_dir),
             sources=list(params.index),
             out_path=out_path,
-            categories=load_category_set(params.categories, background=params.background),
+            categories=session.categories,
             background=params.background,
             k=params.k,
             params=params.retrieve,
             encoder=params.embed.encoder,
             runtime=runtime,
             stats_path=stats,
-            executor=make_executor(executor, params, ray_workers),
+            executor=session.executor(),
         )
 
 
 @stages_app.command()
 def mask(
-    archives: Annotated[Any, location("Parquet file of the archives.")] = ARCHIVES,
-    out: Annotated[Any, location("Folder of the mask shards, replaced as a whole.")] = MASKS,
-    executor: ExecutorName = "local",
-    ray_workers: RayWorkers = None,
-    params_path: ParamsPath = PARAMS,
-    stats: StatsPath = STATS / "mask.json",
+    ctx: typer.Context,
+    archives: Annotated[Any, location("Parquet file of the archives.")] = PATHS["archives"],
+    out: Annotated[Any, location("Folder of the mask shards, replaced whole.")] = PATHS["masks"],
+    stats: StatsPath = PATHS["stats"] / "mask.json",
 ) -> None:
     """Stage 3: make a pseudo-mask for every archive image, into WebDataset shards."""
     from pipeline.engine.remote import fetch, publishing
     from pipeline.stages import mask as stage
 
-    params, runtime = start(params_path)
+    session: Session = ctx.obj
+    params, runtime = session.params, session.runtime
     with publishing(out, runtime.cache_dir) as out_dir:
         stage.run(
             archives_path=fetch(archives, runtime.cache_dir),
@@ -140,66 +142,69 @@ def mask(
             params=params.mask,
             runtime=runtime,
             stats_path=stats,
-            executor=make_executor(executor, params, ray_workers),
+            executor=session.executor(),
         )
 
 
 @stages_app.command(name="pseudo_label")
 def pseudo_label(
-    masks: Annotated[Any, location("Folder of the mask shards.")] = MASKS,
-    out: Annotated[Any, location("Folder of the label shards, replaced as a whole.")] = LABELS,
-    executor: ExecutorName = "local",
-    ray_workers: RayWorkers = None,
-    params_path: ParamsPath = PARAMS,
-    stats: StatsPath = STATS / "pseudo_label.json",
+    ctx: typer.Context,
+    masks: Annotated[Any, location("Folder of the mask shards.")] = PATHS["masks"],
+    out: Annotated[Any, location("Folder of the label shards, replaced whole.")] = PATHS["labels"],
+    stats: StatsPath = PATHS["stats"] / "pseudo_label.json",
 ) -> None:
-    """Stage 4: label every pixel of the archive images with DenseCLIP, training-free."""
+    """Stage 4: label every pixel of the archive images by names, training-free."""
     from pipeline.engine.remote import fetch, publishing
     from pipeline.stages import pseudo_label as stage
-    from pipeline.vocabulary.categories import load_category_set
 
-    params, runtime = start(params_path)
+    session: Session = ctx.obj
+    params, runtime = session.params, session.runtime
     with publishing(out, runtime.cache_dir) as out_dir:
         stage.run(
             mask_dir=fetch(masks, runtime.cache_dir),
             out_dir=out_dir,
-            categories=load_category_set(params.categories, background=params.background),
+            categories=session.categories,
             background=params.background,
             params=params.pseudo_label,
             runtime=runtime,
             stats_path=stats,
-            executor=make_executor(executor, params, ray_workers),
+            executor=session.executor(),
         )
 
 
 @stages_app.command()
 def train(
-    labels: Annotated[Any, location("Folder of the label shards.")] = LABELS,
-    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
-    live: Annotated[Path, typer.Option(help="Folder of the loss curves (DVCLive).")] = LIVE,
+    ctx: typer.Context,
+    masks: Annotated[Any, location("Folder of the mask shards.")] = PATHS["masks"],
+    labels: Annotated[Any, location("Folder of the label shards; default: train.labels.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = PATHS["checkpoint"],
+    live: Annotated[Path, typer.Option(help="Folder of the loss curves.")] = PATHS["live"],
     resume: Annotated[
         Resume,
         typer.Option(help="`auto`: continue a run of the same settings that was cut off."),
     ] = "auto",
-    params_path: ParamsPath = PARAMS,
-    stats: StatsPath = STATS / "train.json",
+    stats: StatsPath = PATHS["stats"] / "train.json",
 ) -> None:
-    """Stage 5: train ZUTIS on the pseudo-labels: semantic and instance masks by one network.
+    """Stage 5: train a student on the pseudo-labels, ZUTIS by default.
 
-    Under torchrun, its processes share every batch.
+    Dense labels are read only where `train.target` is made of them. Under torchrun, its processes
+    share every batch.
     """
     from pipeline.engine.distributed import process_group
     from pipeline.engine.remote import fetch
     from pipeline.stages import train as stage
-    from pipeline.vocabulary.categories import load_category_set
 
-    params, runtime = start(params_path)
+    session: Session = ctx.obj
+    params, runtime = session.params, session.runtime
+    labels = labels or params.train.labels
+    reads_labels = params.train.needs_labels and labels is not None
     with process_group(runtime.device) as group:
         stage.run(
-            labels_dir=fetch(labels, runtime.cache_dir),
+            masks_dir=fetch(masks, runtime.cache_dir),
+            labels_dir=fetch(labels, runtime.cache_dir) if reads_labels else None,
             out_dir=out,
             live_dir=live,
-            categories=load_category_set(params.categories, background=params.background),
+            categories=session.categories,
             background=params.background,
             params=params.train,
             runtime=runtime,
@@ -209,56 +214,109 @@ def train(
         )
 
 
-@stages_app.command()
-def evaluate(
-    bench: Annotated[
-        str, typer.Option(help="Name of a benchmark, under `benches:` or of `pipeline benches`.")
-    ],
-    checkpoint: Annotated[
-        Path, typer.Option(help="Folder of the checkpoint, or name of published weights.")
-    ] = CHECKPOINT,
-    out: Annotated[Path, typer.Option(help="Folder of metrics, plots and overlays.")] = REPORTS,
-    predictions: Annotated[
-        Path | None, typer.Option(help="Folder of the prediction shards.")
-    ] = None,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the benchmark's data, where not its own.")
-    ] = None,
-    model: Annotated[
-        Model, typer.Option(help="`denseclip`: the training-free baseline alone, no checkpoint.")
-    ] = "zutis",
-    open_vocabulary: Annotated[
-        bool, typer.Option(help="Score categories that the checkpoint was not trained with.")
-    ] = False,
-    corruption: Annotated[
-        str | None, typer.Option(help="Disturb the images: NAME:LEVEL, level 1 to 5.")
-    ] = None,
-    executor: ExecutorName = "local",
-    ray_workers: RayWorkers = None,
-    params_path: ParamsPath = PARAMS,
-    stats: Annotated[Path | None, typer.Option(help="Where the counts are written.")] = None,
+@stages_app.command(name="predict_bench")
+def predict_bench(
+    ctx: typer.Context,
+    bench: BenchName,
+    checkpoint: CheckpointPath = PATHS["checkpoint"],
+    out: PredictionsPath = None,
+    root: BenchRoot = None,
+    model: Model = None,
+    open_vocabulary: OpenVocabulary = False,
+    corruption: Corruption = None,
+    stats: EntryStatsPath = None,
 ) -> None:
-    """Stage 6: score the checkpoint on a benchmark: mIoU and mask AP, beside DenseCLIP alone."""
-    from pipeline.stages import evaluate as stage
+    """Stage 6a: predict on a benchmark, into shards that `score` reads."""
+    from pipeline.stages import predict_bench as stage
 
-    params, runtime = start(params_path)
+    session: Session = ctx.obj
+    params, runtime = session.params, session.runtime
+    name = result_name(bench, alone(model), corruption)
     stage.run(
         bench_name=bench,
         bench=find_bench(
-            params.benches, bench, params_path=params_path, root=root, corruption=corruption
+            params.benches, bench, params_path=session.params_path, root=root, corruption=corruption
         ),
-        checkpoint_dir=checkpoint if model == "zutis" else None,
-        out_dir=out,
-        predictions_dir=predictions or PREDICTIONS / result_name(bench, model, corruption),
+        checkpoint_dir=None if alone(model) else checkpoint,
+        out_dir=out or PATHS["predictions"] / name,
         params=params.evaluate,
-        baseline=params.pseudo_label,
+        baseline=baseline(params, alone(model)),
         background=params.background,
         runtime=runtime,
-        stats_path=stats
-        or out / "stats" / f"evaluate-{result_name(bench, model, corruption)}.json",
+        stats_path=stats or PATHS["stats"] / f"predict_bench-{name}.json",
         open_vocabulary=open_vocabulary,
-        result_name=result_name(bench, model, corruption),
-        executor=make_executor(executor, params, ray_workers),
+        executor=session.executor(),
+    )
+
+
+@stages_app.command()
+def score(
+    ctx: typer.Context,
+    bench: BenchName,
+    predictions: PredictionsPath = None,
+    out: ReportsPath = PATHS["reports"],
+    root: BenchRoot = None,
+    model: Model = None,
+    corruption: Corruption = None,
+    stats: EntryStatsPath = None,
+) -> None:
+    """Stage 6b: score predictions on a benchmark: mIoU and mask AP; no network is run."""
+    from pipeline.stages import score as stage
+
+    session: Session = ctx.obj
+    params = session.params
+    name = result_name(bench, alone(model), corruption)
+    stage.run(
+        bench_name=bench,
+        bench=find_bench(
+            params.benches, bench, params_path=session.params_path, root=root, corruption=corruption
+        ),
+        predictions_dir=predictions or PATHS["predictions"] / name,
+        out_dir=out,
+        background=params.background,
+        overlays=params.evaluate.overlays,
+        seed=params.seed,
+        stats_path=stats or out / "stats" / f"score-{name}.json",
+        result_name=name,
+    )
+
+
+@stages_app.command()
+def evaluate(
+    ctx: typer.Context,
+    bench: BenchName,
+    checkpoint: CheckpointPath = PATHS["checkpoint"],
+    out: ReportsPath = PATHS["reports"],
+    predictions: PredictionsPath = None,
+    root: BenchRoot = None,
+    model: Model = None,
+    open_vocabulary: OpenVocabulary = False,
+    corruption: Corruption = None,
+) -> None:
+    """Stage 6: predict on a benchmark and score: mIoU and mask AP, beside the baseline.
+
+    It is `predict_bench`, then `score`.
+    """
+    name = result_name(bench, alone(model), corruption)
+    predict_bench(
+        ctx,
+        bench,
+        checkpoint=checkpoint,
+        out=predictions,
+        root=root,
+        model=model,
+        open_vocabulary=open_vocabulary,
+        corruption=corruption,
+        stats=out / "stats" / f"predict_bench-{name}.json",
+    )
+    score(
+        ctx,
+        bench,
+        predictions=predictions,
+        out=out,
+        root=root,
+        model=model,
+        corruption=corruption,
     )
 
 
@@ -277,48 +335,54 @@ def benches(
 
 @stages_app.command()
 def audit(
+    ctx: typer.Context,
     name: Annotated[str, typer.Option(help="Name of an entry under `audits:`.")],
-    archives: Annotated[Path, typer.Option(help="Parquet file of the archives.")] = ARCHIVES,
-    labels: Annotated[Path, typer.Option(help="Folder of the label shards.")] = LABELS,
+    archives: ArchivesPath = PATHS["archives"],
+    masks: MasksPath = PATHS["masks"],
+    labels: LabelsPath = PATHS["labels"],
     out: Annotated[Path | None, typer.Option(help="Metrics file to write.")] = None,
-    params_path: ParamsPath = PARAMS,
-    stats: Annotated[Path | None, typer.Option(help="Where the counts are written.")] = None,
+    stats: EntryStatsPath = None,
 ) -> None:
     """Score archives, pseudo-masks and pseudo-labels where the index has true masks."""
     from pipeline.stages import audit as stage
 
-    params, runtime = start(params_path)
+    session: Session = ctx.obj
+    params, runtime = session.params, session.runtime
     stage.run(
         name=name,
-        audit=lookup(params.audits, name, section="audits", params_path=params_path),
+        audit=session.entry("audits", name),
         archives_path=archives,
+        masks_dir=masks,
         labels_dir=labels,
-        metrics_path=out or REPORTS / "metrics" / f"audit_{name}.json",
+        metrics_path=out or PATHS["reports"] / "metrics" / f"audit_{name}.json",
         params=params.train,
         runtime=runtime,
-        stats_path=stats or STATS / f"audit-{name}.json",
+        stats_path=stats or PATHS["stats"] / f"audit-{name}.json",
     )
 
 
 @stages_app.command()
 def report(
-    archives: Annotated[Path, typer.Option(help="Parquet file of the archives.")] = ARCHIVES,
-    labels: Annotated[Path, typer.Option(help="Folder of the label shards.")] = LABELS,
-    live: Annotated[Path, typer.Option(help="Folder of the loss curves.")] = LIVE,
-    reports: Annotated[Path, typer.Option(help="Folder of metrics, plots, stats.")] = REPORTS,
-    out: Annotated[Path, typer.Option(help="HTML file to write.")] = REPORTS / "index.html",
-    params_path: ParamsPath = PARAMS,
-    stats: StatsPath = REPORTS / "report.json",
+    ctx: typer.Context,
+    archives: ArchivesPath = PATHS["archives"],
+    masks: MasksPath = PATHS["masks"],
+    labels: LabelsPath = PATHS["labels"],
+    live: Annotated[Path, typer.Option(help="Folder of the loss curves.")] = PATHS["live"],
+    reports: ReportsPath = PATHS["reports"],
+    out: Annotated[Path, typer.Option(help="HTML file.")] = PATHS["reports"] / "index.html",
+    stats: StatsPath = PATHS["reports"] / "report.json",
 ) -> None:
     """Stage 7: write one self-contained HTML page about the whole run."""
     from pipeline.stages import report as stage
 
+    session: Session = ctx.obj
     stage.run(
         reports_dir=reports,
         archives_path=archives,
+        masks_dir=masks,
         labels_dir=labels,
         live_dir=live,
-        params_path=params_path,
+        params_path=session.params_path,
         out_path=out,
         stats_path=stats,
     )
@@ -326,7 +390,7 @@ def report(
 
 @stages_app.command()
 def metrics(
-    reports: Annotated[Path, typer.Option(help="Folder of the reports.")] = REPORTS,
+    reports: ReportsPath = PATHS["reports"],
 ) -> None:
     """Print the metrics files as one narrow table."""
     for path in sorted((reports / "metrics").glob("*.json")):
@@ -346,19 +410,20 @@ def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 @stages_app.command()
 def predict(
+    ctx: typer.Context,
     photos: Annotated[list[Path], typer.Argument(help="Image files or folders of images.")],
     out: Annotated[Path, typer.Option(help="Folder of overlays and predictions.json.")],
     categories: Annotated[
         str | None,
         typer.Option(help="Comma-separated names, any words; default: the trained categories."),
     ] = None,
-    checkpoint: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = CHECKPOINT,
-    params_path: ParamsPath = PARAMS,
+    checkpoint: CheckpointPath = PATHS["checkpoint"],
 ) -> None:
     """Segment images: one overlay each, and one COCO JSON."""
     from pipeline.stages import predict as stage
 
-    params, runtime = start(params_path)
+    session: Session = ctx.obj
+    params, runtime = session.params, session.runtime
     stage.run(
         inputs=photos,
         categories=names(categories),

@@ -12,6 +12,7 @@ from pipeline.benchmarks import Example, open_bench
 from pipeline.errors import PipelineError
 from pipeline.files import write_bytes
 from pipeline.formats.images import load_image
+from pipeline.formats.predictions import PredictionStore, StoredPrediction
 from pipeline.params.benches import BenchParams
 from pipeline.pictures.benchmark import drawn_objects
 from pipeline.pictures.overlays import (
@@ -21,7 +22,6 @@ from pipeline.pictures.overlays import (
     overlay_instances,
     overlay_semantic,
 )
-from pipeline.scoring.predictions import PredictionStore, StoredPrediction
 from pipeline.vocabulary.categories import load_category_set
 
 PER_GROUP = 4

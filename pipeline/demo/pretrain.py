@@ -9,6 +9,7 @@ from pipeline.demo.pretrain_selfmask import Schedule, pretrain_selfmask
 from pipeline.engine.runtime import Runtime
 from pipeline.files import read_json, write_bytes
 from pipeline.models.clip import load_clip
+from pipeline.params.base import EncoderParams
 
 CARD = """# The demo's two tiny networks
 
@@ -65,7 +66,7 @@ def pretrain(
             phases=phases,
             probe_images=probe_images,
         )
-    encoder = load_clip(str(config), str(weights), runtime.device)
+    encoder = load_clip(EncoderParams(model=str(config), pretrained=str(weights)), runtime.device)
     if not (work_dir / "selfmask_card.json").is_file():
         pretrain_selfmask(
             out_dir,

@@ -27,6 +27,7 @@ from pipeline.demo.scene import BACKGROUNDS, OUTLINED, Scene, Style, choose_name
 from pipeline.files import atomic_path, write_json
 from pipeline.models.clip import ClipEncoder, load_clip, text_embeddings
 from pipeline.models.weights.weights import save_tensors
+from pipeline.params.base import EncoderParams
 from pipeline.vocabulary.prompts import PROMPTS_85
 
 CONTEXT_LENGTH = 24
@@ -280,7 +281,7 @@ def _through_files(
     write_json(described, config)
     with atomic_path(weights) as temporary:
         save_tensors({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
-    return load_clip(str(described), str(weights), device)
+    return load_clip(EncoderParams(model=str(described), pretrained=str(weights)), device)
 
 
 def _save(encoder: ClipEncoder, size: int, weights: Path, described: Path) -> None:

@@ -93,6 +93,7 @@ class StageRun(Tally):
         unit: what an item is called.
         max_error_rate: share of `total` that may be skipped; the item that exceeds it, and
             `FORGIVEN_ERRORS`, raises PipelineError. None: any share.
+        section: of params.yaml that says so; of the stage's name without it.
         silent: count and do nothing else, claim nothing: for the processes beside the main one.
 
     Raises:
@@ -107,6 +108,7 @@ class StageRun(Tally):
         total: int | None = None,
         unit: str = "image",
         max_error_rate: float | None = None,
+        section: str | None = None,
         silent: bool = False,
     ) -> None:
         super().__init__()
@@ -115,6 +117,7 @@ class StageRun(Tally):
             check_writable(stats_path)
             self._claims.enter_context(claim(stats_path))
         self.stage = stage
+        self._section = section or stage
         self._stats_path = stats_path
         self._total = total
         self._unit = unit
@@ -175,7 +178,7 @@ class StageRun(Tally):
         ]
         return (
             f"{self.stage}: {len(self.skipped)} of {total} {self._unit}s so far cannot be used, "
-            f"more than {self.stage}.max_error_rate: {max_error_rate:g} allows; mend them, take "
+            f"more than {self._section}.max_error_rate: {max_error_rate:g} allows; mend them, take "
             "them out, or raise it:\n" + "\n".join(lines)
         )
 

@@ -17,7 +17,7 @@ import torch
 
 from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import CACHE_VARIABLE, make_runtime
-from pipeline.engine.shard_run import Recipe, ShardMaker, Task
+from pipeline.engine.shard_run import Load, ShardMaker, Task
 from pipeline.errors import PipelineError
 from pipeline.files import write_bytes
 
@@ -51,14 +51,14 @@ class RayExecutor:
         self._workers = workers
 
     def run(
-        self, tasks: Sequence[Task], *, recipe: Recipe, maker: ShardMaker, tally: Tally
+        self, tasks: Sequence[Task], *, load: Load, maker: ShardMaker, tally: Tally
     ) -> Iterator[tuple[Task, int, Tally]]:
         """See `Executor`; shards come in the order in which they are done."""
         if not tasks:
             return
         settings = json.dumps(maker.settings, sort_keys=True, default=str)
         by_number = {task.number: task for task in tasks}
-        for row in self._rows(tasks, recipe):
+        for row in self._rows(tasks, load):
             if row["error"]:
                 raise PipelineError(row["error"])
             if row["settings"] != settings:
@@ -72,7 +72,7 @@ class RayExecutor:
             write_bytes(task.path, row["data"])
             yield task, row["samples"], part
 
-    def _rows(self, tasks: Sequence[Task], recipe: Recipe) -> Iterator[dict[str, Any]]:
+    def _rows(self, tasks: Sequence[Task], load: Load) -> Iterator[dict[str, Any]]:
         import ray
 
         gpus, workers = self._actors()
@@ -85,7 +85,7 @@ class RayExecutor:
         made = ray.data.from_items(items, override_num_blocks=len(items)).map(
             _Worker,  # type: ignore[arg-type]
             fn_constructor_kwargs={
-                "recipe": recipe,
+                "load": load,
                 "device": self._device,
                 "seed": self._seed,
                 "threads": torch.get_num_threads(),
@@ -117,10 +117,8 @@ class _Worker:
     Items travel pickled, as all that Ray sends: whoever may join the cluster is trusted.
     """
 
-    def __init__(
-        self, *, recipe: Recipe, device: str, seed: int, threads: int, folder: str
-    ) -> None:
-        self._recipe = recipe
+    def __init__(self, *, load: Load, device: str, seed: int, threads: int, folder: str) -> None:
+        self._load = load
         self._device = device
         self._seed = seed
         self._maker: ShardMaker | None = None
@@ -133,7 +131,7 @@ class _Worker:
         tally, data, samples, error, settings = Tally(), b"", 0, "", ""
         try:
             if self._maker is None:
-                self._maker = self._recipe(make_runtime(device=self._device, seed=self._seed))
+                self._maker = self._load(make_runtime(device=self._device, seed=self._seed))
             settings = json.dumps(self._maker.settings, sort_keys=True, default=str)
             with tempfile.TemporaryDirectory() as scratch:
                 path = Path(scratch) / row["name"]

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
-from pipeline.files import atomic_path, claim, refuse_url, resumable_dir, write_json
+from pipeline.files import atomic_path, claim, file_versions, refuse_url, resumable_dir, write_json
 from pipeline.formats.shards import (
     check_replaceable,
     check_shard,
@@ -48,7 +49,48 @@ class ShardMaker(Protocol):
         """Let go of threads and caches."""
 
 
-Recipe = Callable[[Runtime], ShardMaker]
+Load = Callable[[Runtime], ShardMaker]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The shards of a stage, before anything is loaded.
+
+    Attributes:
+        stage: its name, in the manifest beside the settings of the maker.
+        items: what shards are made of, in order; picklable.
+        shard_size: items of a shard; the last one may have fewer.
+        load: gives the maker on any machine; picklable.
+        inputs: what shards depend on besides items and settings; representable in JSON.
+        files: paths that the items lead to; a shard is made again where one has changed.
+        remedy: what to do if no item can be used.
+        suffix: of the shards' names.
+        max_error_rate: share of items that may be skipped; None for any.
+        section: of params.yaml, which says so; that of the stage's name without it.
+    """
+
+    stage: str
+    items: Sequence[Any]
+    shard_size: int
+    load: Load
+    inputs: Any = None
+    files: Sequence[str] = ()
+    remedy: str = ""
+    suffix: str = ".tar"
+    max_error_rate: float | None = None
+    section: str | None = None
+
+    def plan(self) -> list[Sequence[Any]]:
+        """The items of each shard."""
+        return slices(self.items, self.shard_size)
+
+    def key(self, settings: Any) -> str:
+        """Digest of all that the shards depend on, in no more memory than one item takes."""
+        depends = [settings, self.shard_size, self.inputs]
+        hasher = hashlib.sha256(json.dumps(depends, sort_keys=True).encode())
+        for item in chain(self.items, file_versions(self.files)):
+            hasher.update(repr(item).encode("utf-8", "surrogatepass"))
+        return hasher.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -70,13 +112,13 @@ class Executor(Protocol):
     """Where shards are made."""
 
     def run(
-        self, tasks: Sequence[Task], *, recipe: Recipe, maker: ShardMaker, tally: Tally
+        self, tasks: Sequence[Task], *, load: Load, maker: ShardMaker, tally: Tally
     ) -> Iterator[tuple[Task, int, Tally]]:
         """Make the shards, in any order.
 
         Args:
             tasks: what to make.
-            recipe: makes a maker anywhere; picklable.
+            load: gives a maker anywhere; picklable.
             maker: one that is here.
             tally: learns what became of each item.
 
@@ -92,9 +134,9 @@ class LocalExecutor:
     """Makes one shard after the other in this process."""
 
     def run(
-        self, tasks: Sequence[Task], *, recipe: Recipe, maker: ShardMaker, tally: Tally
+        self, tasks: Sequence[Task], *, load: Load, maker: ShardMaker, tally: Tally
     ) -> Iterator[tuple[Task, int, Tally]]:
-        del recipe
+        del load
         for task in tasks:
             part = Tally(tally)
             with atomic_path(task.path) as temporary:
@@ -105,18 +147,13 @@ class LocalExecutor:
         return max(1, count)
 
 
-def run_shards(
-    out_dir: Path,
-    plan: Sequence[Sequence[Any]],
+def run_job(
+    job: Job,
     *,
-    key: str,
-    recipe: Recipe,
-    maker: ShardMaker,
-    executor: Executor,
-    stage: StageRun,
-    settings: Mapping[str, Any],
-    remedy: str,
-    suffix: str = ".tar",
+    out_dir: Path,
+    stats_path: Path,
+    runtime: Runtime,
+    executor: Executor | None = None,
 ) -> dict[str, Any]:
     """Make a folder of shards with its manifest; returns the manifest.
 
@@ -125,16 +162,11 @@ def run_shards(
     with its row. A shard without samples is left out; the others keep their numbers.
 
     Args:
+        job: what is made.
         out_dir: the folder, replaced as a whole at the end.
-        plan: items of each shard, in order.
-        key: as from `plan_key`.
-        recipe: see `Executor.run`.
-        maker: likewise; it is closed at the end.
-        executor: where the shards are made.
-        stage: counts items.
-        settings: further entries of the manifest.
-        remedy: what to do if no item can be used.
-        suffix: of the shards' names.
+        stats_path: JSON of counts.
+        runtime: device, seed and cache folder.
+        executor: where the shards are made; here by default.
 
     Raises:
         PipelineError: not one item could be used, or more of them were skipped than may be;
@@ -142,47 +174,49 @@ def run_shards(
     """
     refuse_url(out_dir)
     _check_ours(out_dir)
-    with claim(out_dir), resumable_dir(out_dir, key) as folder:
-        tasks = [
-            Task(number, items, folder / shard_name(number, suffix))
-            for number, items in enumerate(plan)
-        ]
-        rows = {task.number: row for task in tasks if (row := _finished_row(task.path))}
-        if rows:
-            print(f"{stage.stage}: {len(rows)} of {len(tasks)} shards were finished", flush=True)
-        for row in rows.values():
-            stage.add(Tally.from_dict(row))
-        open_tasks = [task for task in tasks if task.number not in rows]
-        try:
-            for task, samples, part in executor.run(
-                open_tasks, recipe=recipe, maker=maker, tally=stage
-            ):
-                rows[task.number] = _row(task.path, samples, part)
-                write_json(_row_path(task.path), rows[task.number])
-            if stage.items == 0:
-                _keep_only(folder, [])
-                raise _nothing_usable(stage, remedy)
-        finally:
-            maker.close()
-        return _finish(folder, [rows[number] for number in sorted(rows)], stage, settings)
+    maker = job.load(runtime)
+    with (
+        closing(maker),
+        StageRun(
+            job.stage,
+            stats_path=stats_path,
+            total=len(job.items),
+            max_error_rate=job.max_error_rate,
+            section=job.section,
+        ) as stage,
+        claim(out_dir),
+        resumable_dir(out_dir, job.key(maker.settings)) as folder,
+    ):
+        rows = _make(job, folder, maker, executor or LocalExecutor(), stage)
+        if stage.items == 0:
+            _keep_only(folder, [])
+            raise _nothing_usable(stage, job.remedy)
+        return _finish(folder, rows, stage, {job.stage: maker.settings})
+
+
+def _make(
+    job: Job, folder: Path, maker: ShardMaker, executor: Executor, stage: StageRun
+) -> list[dict[str, Any]]:
+    """Make the shards that are not finished yet; returns the rows of all, in order."""
+    tasks = [
+        Task(number, items, folder / shard_name(number, job.suffix))
+        for number, items in enumerate(job.plan())
+    ]
+    rows = {task.number: row for task in tasks if (row := _finished_row(task.path))}
+    if rows:
+        print(f"{job.stage}: {len(rows)} of {len(tasks)} shards were finished", flush=True)
+    for row in rows.values():
+        stage.add(Tally.from_dict(row))
+    open_tasks = [task for task in tasks if task.number not in rows]
+    for task, samples, part in executor.run(open_tasks, load=job.load, maker=maker, tally=stage):
+        rows[task.number] = _row(task.path, samples, part)
+        write_json(_row_path(task.path), rows[task.number])
+    return [rows[number] for number in sorted(rows)]
 
 
 def slices(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     """Cut items into parts of `size`, the last one perhaps smaller: the plan of a stage."""
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def plan_key(settings: Any, items: Iterable[Any]) -> str:
-    """Digest of the plan and the settings of a stage, in no more memory than one item takes.
-
-    Args:
-        settings: all that the shards depend on besides their items; representable in JSON.
-        items: of all shards, and versions of the files they lead to, each known by its `repr`.
-    """
-    hasher = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for item in items:
-        hasher.update(repr(item).encode("utf-8", "surrogatepass"))
-    return hasher.hexdigest()
 
 
 def _check_ours(out_dir: Path) -> None:

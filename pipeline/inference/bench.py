@@ -1,10 +1,11 @@
-"""What predicts on a benchmark: a network, with DenseCLIP beside it or not, or DenseCLIP alone."""
+"""What predicts on a benchmark: a network, with or without a dense labeller, or that alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -12,39 +13,33 @@ from typing import Any, Protocol, Self
 from PIL import Image
 
 from pipeline.benchmarks import Benchmark
-from pipeline.benchmarks.corruptions import CORRUPTIONS, corrupt
+from pipeline.benchmarks.corruptions import BenchImageReader
+from pipeline.engine.cache import BlobCache
 from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import batches
-from pipeline.errors import PipelineError
 from pipeline.files import digest
-from pipeline.formats.images import ImageError, load_image
+from pipeline.formats.images import ImageError
+from pipeline.formats.predictions import StoredPrediction, encode_prediction, write_encoded
 from pipeline.formats.rle import RleObject, encode_crop
-from pipeline.inference.protocol import denseclip_protocol, network_protocol
+from pipeline.inference.labeller import Labeller
+from pipeline.inference.protocol import (
+    bench_protocol,
+    labeller_protocol,
+    network_protocol,
+    protocol_lines,
+)
 from pipeline.inference.segmenter import Prediction, Segmenter
-from pipeline.methods.dense import Labeller
-from pipeline.methods.inputs import PredictionSettings
-from pipeline.params.benches import CorruptionParams
-from pipeline.params.sections import PseudoLabelParams
-from pipeline.scoring.predictions import StoredPrediction, write_predictions
+from pipeline.methods.dense import PseudoLabelParams
+from pipeline.params.base import PredictionSettings
+from pipeline.params.benches import BenchParams
 
-SEED_DIGITS = 8  # hexadecimal: 32 bits
-
-
-class BenchImage(Protocol):
-    """An image of a benchmark: an `Example` or a `Query`."""
-
-    @property
-    def image_id(self) -> str: ...
-    @property
-    def image_path(self) -> Path: ...
-
-
-ImageLoader = Callable[[BenchImage], Image.Image]
+# To be raised when predictions change though their settings do not.
+PREDICTION_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Query:
+class BenchQuery:
     """An image of a benchmark, without its masks.
 
     Attributes:
@@ -60,10 +55,10 @@ class Query:
     vocabulary: tuple[str, ...] | None
 
 
-def queries_of(benchmark: Benchmark) -> list[Query]:
+def queries_of(benchmark: Benchmark) -> list[BenchQuery]:
     """What a predictor needs to know of a benchmark."""
     return [
-        Query(
+        BenchQuery(
             number,
             example.image_id,
             example.image_path,
@@ -95,7 +90,7 @@ class BenchPredictor(Protocol):
 
 @dataclass(frozen=True)
 class NetworkPredictor:
-    """A ZUTIS network of `checkpoint_dir`; `baseline` is DenseCLIP on the same images."""
+    """The network of `checkpoint_dir`; `baseline` labels the same images, training-free."""
 
     segmenter: Segmenter
     baseline: Labeller | None
@@ -103,7 +98,7 @@ class NetworkPredictor:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        baseline = denseclip_protocol(self.baseline) if self.baseline else {}
+        baseline = labeller_protocol(self.baseline) if self.baseline else {}
         return {
             **network_protocol(self.segmenter, self.checkpoint_dir),
             **{f"baseline_{name}": value for name, value in baseline.items()},
@@ -140,17 +135,17 @@ class NetworkPredictor:
 
 
 @dataclass(frozen=True)
-class DenseClipPredictor:
-    """DenseCLIP alone; it finds no objects."""
+class LabellerPredictor:
+    """A dense labeller alone; it finds no objects."""
 
     labeller: Labeller
 
     @property
     def protocol(self) -> dict[str, Any]:
-        return {"model": "denseclip", **denseclip_protocol(self.labeller)}
+        return labeller_protocol(self.labeller)
 
-    def select(self, categories: Sequence[str]) -> DenseClipPredictor:
-        return DenseClipPredictor(self.labeller.select(categories))
+    def select(self, categories: Sequence[str]) -> LabellerPredictor:
+        return LabellerPredictor(self.labeller.select(categories))
 
     def predict(
         self, image_ids: Sequence[str], images: Sequence[Image.Image]
@@ -161,132 +156,150 @@ class DenseClipPredictor:
         ]
 
 
-def load_predictor(
-    checkpoint_dir: Path | None,
-    names: Sequence[str],
-    *,
-    settings: PredictionSettings,
-    has_baseline: bool,
-    baseline: PseudoLabelParams,
-    background: Sequence[str],
-    runtime: Runtime,
-) -> BenchPredictor:
-    """Load a checkpoint, or DenseCLIP where there is none.
+@dataclass(frozen=True)
+class BenchRun:
+    """What is predicted on a benchmark, and how; picklable.
 
-    Args:
-        checkpoint_dir: folder of a checkpoint, or None.
+    Attributes:
+        bench_name: of the benchmark.
+        bench: its entry of params.yaml.
+        categories: its categories, asked for where an image has no names of its own.
         names: all names that any image asks for.
+        metrics: what is scored, which decides what is predicted.
+        checkpoint_dir: folder of a checkpoint, or None for the dense labeller alone.
         settings: how predictions are made.
-        has_baseline: whether DenseCLIP labels the images as well.
-        baseline: section `pseudo_label`, the settings of DenseCLIP.
-        background: names of label id 0 for DenseCLIP.
-        runtime: device and precision.
+        has_baseline: whether the dense labeller labels the images beside a network.
+        baseline: section `pseudo_label`, the dense labeller.
+        background: names of label id 0 for it; a checkpoint brings its own.
+        batch_size: images that are predicted together.
+    """
+
+    bench_name: str
+    bench: BenchParams
+    categories: Sequence[str]
+    names: Sequence[str]
+    metrics: Sequence[str]
+    checkpoint_dir: Path | None
+    settings: PredictionSettings
+    has_baseline: bool
+    baseline: PseudoLabelParams
+    background: Sequence[str]
+    batch_size: int
+
+
+def load_predictor(run: BenchRun, runtime: Runtime) -> BenchPredictor:
+    """Load a checkpoint, or a dense labeller where there is none.
 
     Raises:
         PipelineError: see `Segmenter.load` and `Labeller.load`.
     """
     load_labeller = partial(
         Labeller.load,
-        baseline,
-        categories=names,
-        background=background,
-        settings=settings,
+        run.baseline,
+        categories=run.names,
+        background=run.background,
+        settings=run.settings,
         runtime=runtime,
     )
-    if checkpoint_dir is None:
-        return DenseClipPredictor(load_labeller())
-    segmenter = Segmenter.load(checkpoint_dir, categories=names, settings=settings, runtime=runtime)
-    return NetworkPredictor(segmenter, load_labeller() if has_baseline else None, checkpoint_dir)
-
-
-def image_loader(corruption: CorruptionParams | None, *, bench_name: str, seed: int) -> ImageLoader:
-    """Function that reads an image of the benchmark, and corrupts it in every order alike.
-
-    Raises:
-        PipelineError: an unknown corruption.
-    """
-    if corruption is None:
-        return _load_stored
-    name, level = corruption.name, corruption.level
-    if name not in CORRUPTIONS:
-        raise PipelineError(
-            f"benches.{bench_name}.corruption.name: {name!r} is not known; choose one of "
-            f"{', '.join(CORRUPTIONS)}"
-        )
-
-    def load(image: BenchImage) -> Image.Image:
-        image_seed = int(digest([seed, image.image_id])[:SEED_DIGITS], 16)
-        return corrupt(_load_stored(image), name=name, level=level, seed=image_seed)
-
-    return load
-
-
-def _load_stored(image: BenchImage) -> Image.Image:
-    """The image as it is stored: masks were drawn without regard to EXIF rotation."""
-    return load_image(image.image_path, upright=False)
+    if run.checkpoint_dir is None:
+        return LabellerPredictor(load_labeller())
+    segmenter = Segmenter.load(
+        run.checkpoint_dir, categories=run.names, settings=run.settings, runtime=runtime
+    )
+    baseline = load_labeller() if run.has_baseline else None
+    return NetworkPredictor(segmenter, baseline, run.checkpoint_dir)
 
 
 class PredictionMaker:
-    """Makes shards of predictions.
+    """Makes shards of predictions: from the cache by the image's hash, or new.
 
     Args:
-        open_predictor: loads the predictor, given the runtime, with all names that are asked for.
-        categories: of the benchmark, asked for where an image has no names of its own.
-        batch_size: images that are predicted together.
-        corruption: see `image_loader`, like the next one.
-        bench_name: likewise.
-        runtime: device, precision, and seed of corruptions.
+        run: what is predicted.
+        runtime: device, precision, cache folder, and seed of corruptions.
+        predictor: one that is loaded already.
 
     Attributes:
-        load: reads an image as the predictor sees it.
-        predictor: what predicts.
-        settings: all that a prediction depends on besides its image; representable in JSON.
+        settings: categories, metrics and protocol; representable in JSON.
     """
 
     def __init__(
-        self,
-        open_predictor: Callable[..., BenchPredictor],
-        categories: Sequence[str],
-        batch_size: int,
-        corruption: CorruptionParams | None,
-        bench_name: str,
-        runtime: Runtime,
+        self, run: BenchRun, runtime: Runtime, *, predictor: BenchPredictor | None = None
     ) -> None:
-        self.load = image_loader(corruption, bench_name=bench_name, seed=runtime.seed)
-        self.predictor = open_predictor(runtime=runtime)
-        self.settings = self.predictor.protocol
-        self._categories = categories
-        self._batch_size = batch_size
-
-    def make(self, items: Sequence[Query], path: Path, tally: Tally) -> int:
-        """Write the predictions of some images; one that cannot be read has none."""
-        return write_predictions(
-            path, self.predict(items, tally), num_categories=len(self._categories)
+        self._run = run
+        self._reader = BenchImageReader(
+            run.bench.corruption, bench_name=run.bench_name, seed=runtime.seed
         )
+        self._predictor = predictor or load_predictor(run, runtime)
+        protocol = self._predictor.protocol
+        described = bench_protocol(
+            run.bench,
+            categories=run.categories,
+            names=run.names,
+            metrics=run.metrics,
+            settings=run.settings,
+            runtime=runtime,
+        )
+        self.settings: dict[str, Any] = {
+            "categories": list(run.categories),
+            "metrics": list(run.metrics),
+            "protocol": protocol_lines(protocol | described),
+        }
+        decides = {
+            "version": PREDICTION_VERSION,
+            "predictor": protocol,
+            "settings": run.settings.model_dump(mode="json"),
+            "categories": list(run.categories),
+            "precision": described["precision"],
+        }
+        self._cache = BlobCache(runtime.cache_dir / "predictions", decides)
+
+    def make(self, items: Sequence[BenchQuery], path: Path, tally: Tally) -> int:
+        """Write the predictions of some images; one that cannot be read has none."""
+        return write_encoded(path, self._encoded(items, tally))
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Let go of the cache."""
+        self._cache.close()
 
-    def predict(
-        self, queries: Iterable[Query], tally: Tally
-    ) -> Iterator[tuple[int, StoredPrediction]]:
-        """Yield predictions with the numbers of their images; a batch shares one vocabulary."""
-        loaded = _load_images(queries, self.load, tally)
-        for names, group in groupby(loaded, key=lambda pair: pair[0].vocabulary):
-            chosen = self.predictor.select(names or self._categories)
-            for batch in batches(group, self._batch_size):
-                asked, images = zip(*batch, strict=True)
-                predictions = chosen.predict([query.image_id for query in asked], images)
-                yield from zip((query.number for query in asked), predictions, strict=True)
-                tally.advance(len(batch))
+    def _encoded(
+        self, queries: Iterable[BenchQuery], tally: Tally
+    ) -> Iterator[tuple[int, str, bytes]]:
+        """Number, image id and prediction of each image; a batch shares one vocabulary."""
+        for names, group in groupby(queries, key=lambda query: query.vocabulary):
+            chosen = self._predictor.select(names or self._run.categories)
+            for batch in batches(group, self._run.batch_size):
+                yield from self._batch(batch, chosen, tally)
 
+    def _batch(
+        self, queries: Sequence[BenchQuery], predictor: BenchPredictor, tally: Tally
+    ) -> Iterator[tuple[int, str, bytes]]:
+        known: dict[int, bytes] = {}
+        keys: dict[int, str] = {}
+        unknown: list[tuple[BenchQuery, Image.Image]] = []
+        for query in queries:
+            try:
+                data = self._reader.read(query)
+                key = self._key(query, data)
+                if (blob := self._cache.get(key)) is not None:
+                    known[query.number] = blob
+                else:
+                    unknown.append((query, self._reader.decode(query, data)))
+                    keys[query.number] = key
+            except ImageError as error:
+                tally.skip(str(query.image_path), str(error))
+        tally.count("cached", len(known))
+        if unknown:
+            asked, images = zip(*unknown, strict=True)
+            predictions = predictor.predict([query.image_id for query in asked], images)
+            for query, prediction in zip(asked, predictions, strict=True):
+                known[query.number] = encode_prediction(prediction, len(self._run.categories))
+                self._cache.put(keys[query.number], known[query.number])
+        self._cache.settle()
+        for query in queries:
+            if query.number in known:
+                yield query.number, query.image_id, known[query.number]
+                tally.advance()
 
-def _load_images(
-    queries: Iterable[Query], load: ImageLoader, tally: Tally
-) -> Iterator[tuple[Query, Image.Image]]:
-    """Queries with their images; one that cannot be read is skipped and counted."""
-    for query in queries:
-        try:
-            yield query, load(query)
-        except ImageError as error:
-            tally.skip(str(query.image_path), str(error))
+    def _key(self, query: BenchQuery, data: bytes) -> str:
+        """What a prediction depends on besides the settings."""
+        return digest([sha256(data).hexdigest(), query.vocabulary, self._reader.tag(query)])

@@ -10,11 +10,10 @@ import torch
 
 from pipeline.engine.runtime import Runtime
 from pipeline.files import digest, file_sha256
-from pipeline.inference.checkpoint import read_checkpoint_config
+from pipeline.inference.labeller import Labeller
 from pipeline.inference.segmenter import Segmenter
-from pipeline.methods.dense import Labeller
-from pipeline.methods.inputs import PredictionSettings
-from pipeline.models.zutis.build import WEIGHTS_NAME
+from pipeline.models.weights.checkpoint import WEIGHTS_NAME, read_checkpoint_config
+from pipeline.params.base import EncoderParams, PredictionSettings
 from pipeline.params.benches import BenchParams
 from pipeline.vocabulary.categories import unasked_names
 
@@ -63,29 +62,26 @@ def bench_protocol(
 
 def network_protocol(segmenter: Segmenter, checkpoint_dir: Path) -> dict[str, Any]:
     """How a checkpoint predicts."""
-    config, settings = read_checkpoint_config(checkpoint_dir), segmenter.settings
+    config = read_checkpoint_config(checkpoint_dir)
     return {
-        "model": "zutis",
-        "encoder": _encoder_tag(config.encoder_model, config.encoder_pretrained),
+        "model": config.student,
+        "encoder": _encoder_tag(config.encoder),
         "checkpoint": file_sha256(checkpoint_dir / WEIGHTS_NAME)[:DIGITS],
         "step": config.step,
-        **{f"network_{name}": value for name, value in config.architecture.items()},
         "open_vocabulary": not set(segmenter.categories) <= set(config.categories),
         "background": ", ".join(unasked_names(config.background, segmenter.categories)),
         "templates": config.templates,
-        "threshold": settings.threshold,
-        "temperature": settings.temperature,
-        "suppression": settings.suppression,
-        "score_resolution": settings.score_resolution,
+        **segmenter.student.protocol(segmenter.settings),
     }
 
 
-def denseclip_protocol(labeller: Labeller) -> dict[str, Any]:
-    """How DenseCLIP labels."""
+def labeller_protocol(labeller: Labeller) -> dict[str, Any]:
+    """How a dense labeller labels."""
     params = labeller.params
     return {
-        "encoder": _encoder_tag(params.encoder.model, params.encoder.pretrained),
-        "background": ", ".join(labeller.background),
+        "model": params.method,
+        "encoder": _encoder_tag(params.encoder),
+        "background": ", ".join(labeller.names.background),
         **params.recipe(),
     }
 
@@ -95,6 +91,7 @@ def protocol_lines(settings: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {'none' if value is None else value}" for name, value in settings.items()]
 
 
-def _encoder_tag(model: str, pretrained: str) -> str:
+def _encoder_tag(encoder: EncoderParams) -> str:
     """`ViT-B-16-quickgelu/openai`; of local files the names without folders."""
-    return f"{Path(model).name}/{Path(pretrained).name}" if pretrained else model
+    model, pretrained = Path(encoder.model).name, Path(encoder.pretrained).name
+    return f"{model}/{pretrained}" if encoder.pretrained else encoder.model

@@ -13,22 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from pipeline.engine.runtime import Runtime, make_runtime
-from pipeline.errors import PipelineError
-from pipeline.formats.labels import LabelMap, label_map
-from pipeline.inference.checkpoint import read_checkpoint_config
-from pipeline.methods.inputs import ImageInput, PredictionSettings, to_rgb, to_tensor
-from pipeline.models.clip import label_embeddings, load_clip
-from pipeline.models.clip.tokens import vision_tower
-from pipeline.models.weights.weights import load_state, load_strict
+from pipeline.formats.labels import LabelMap
+from pipeline.formats.predictions import Instance
+from pipeline.inference.inputs import ImageInput, to_rgb, to_tensor
+from pipeline.methods.dense import Names
+from pipeline.methods.students import TrainedStudent, trained_student
+from pipeline.models.weights.checkpoint import read_checkpoint_config
 from pipeline.models.weights.zoo import resolve_weights
-from pipeline.models.zutis.build import CONFIG_NAME, WEIGHTS_NAME, build_zutis
-from pipeline.models.zutis.network import Zutis
-from pipeline.models.zutis.postprocess import Instance, instance_predictions, semantic_prediction
+from pipeline.params.base import PredictionSettings
 from pipeline.vocabulary.categories import load_category_set, unasked_names
-from pipeline.vocabulary.prompts import TEMPLATE_SETS
 
 
 @dataclass(frozen=True)
@@ -47,32 +42,20 @@ class Prediction:
 
 
 class Segmenter:
-    """A ZUTIS network with the text embeddings of some categories."""
+    """A trained student with some categories.
+
+    Args:
+        student: the network, loaded with the categories.
+        categories: K names.
+        settings: see `PredictionSettings`.
+    """
 
     def __init__(
-        self,
-        network: Zutis,
-        text_embeddings: Tensor,
-        *,
-        categories: Sequence[str],
-        runtime: Runtime,
-        settings: PredictionSettings,
+        self, student: TrainedStudent, *, categories: Sequence[str], settings: PredictionSettings
     ) -> None:
-        """Put the parts together; `Segmenter.load` makes them.
-
-        Args:
-            network: on the device of `runtime`.
-            text_embeddings: (1 + K, C) unit rows by label id, the background's first.
-            categories: K names.
-            runtime: device and precision.
-            settings: see `PredictionSettings`.
-        """
+        self.student = student
         self.categories = list(categories)
         self.settings = settings
-        self.patch_size = vision_tower(network.encoder).conv1.weight.shape[-1]
-        self._network = network.eval()
-        self._text = text_embeddings.to(runtime.device)
-        self._runtime = runtime
 
     @classmethod
     def load(
@@ -102,30 +85,13 @@ class Segmenter:
         runtime = runtime or make_runtime(device=device)
         folder = resolve_weights(checkpoint_dir, runtime.cache_dir)
         config = read_checkpoint_config(folder)
-        names = load_category_set(config.categories if categories is None else list(categories))
-        clip = load_clip(
-            config.encoder_model,
-            config.encoder_pretrained,
-            runtime.device,
-            cache_dir=runtime.cache_dir,
+        categories = load_category_set(
+            config.categories if categories is None else list(categories)
         )
-        text = label_embeddings(
-            clip,
-            background=unasked_names(config.background, names),
-            categories=names,
-            templates=TEMPLATE_SETS[config.templates],
-        )
-        try:
-            network = build_zutis(clip.visual, **config.architecture)
-        except (TypeError, PipelineError) as error:
-            reason = str(error).split("\n")[0]
-            raise PipelineError(f"{folder / CONFIG_NAME}: architecture: {reason}") from None
-        load_strict(network, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
+        names = Names(categories, unasked_names(config.background, categories))
         return cls(
-            network.to(runtime.device),
-            text,
-            categories=names,
-            runtime=runtime,
+            trained_student(folder, config, names, runtime),
+            categories=categories,
             settings=settings or PredictionSettings(),
         )
 
@@ -135,13 +101,9 @@ class Segmenter:
         Raises:
             ValueError: one of them is not among `categories`.
         """
-        rows = [0, *(1 + self.categories.index(name) for name in categories)]
+        label_ids = [0, *(1 + self.categories.index(name) for name in categories)]
         return Segmenter(
-            self._network,
-            self._text[rows],
-            categories=categories,
-            runtime=self._runtime,
-            settings=self.settings,
+            self.student.select(label_ids), categories=categories, settings=self.settings
         )
 
     def __call__(self, image: ImageInput) -> Prediction:
@@ -155,9 +117,8 @@ class Segmenter:
     def predict(self, images: Sequence[ImageInput]) -> list[Prediction]:
         """Segment several images; those whose inputs are of one size share a forward pass."""
         pictures = [to_rgb(image) for image in images]
-        inputs = [
-            to_tensor(picture, self.settings, patch_size=self.patch_size) for picture in pictures
-        ]
+        patch_size = self.student.patch_size
+        inputs = [to_tensor(picture, self.settings, patch_size=patch_size) for picture in pictures]
         groups: dict[torch.Size, list[int]] = {}
         for index, tensor in enumerate(inputs):
             groups.setdefault(tensor.shape, []).append(index)
@@ -165,38 +126,7 @@ class Segmenter:
         for members in groups.values():
             sizes = [(pictures[index].height, pictures[index].width) for index in members]
             batch = torch.stack([inputs[index] for index in members])
-            predictions.update(zip(members, self._segment(batch, sizes), strict=True))
+            found = self.student.predict(batch, sizes, self.settings)
+            for index, (semantic, instances) in zip(members, found, strict=True):
+                predictions[index] = Prediction(semantic, instances, self.categories)
         return [predictions[index] for index in range(len(pictures))]
-
-    @torch.no_grad()
-    def _segment(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """Predictions at `sizes` (H, W) of network inputs (B, 3, H', W') in [0, 1]."""
-        with self._runtime.autocast():
-            output = self._network(images.to(self._runtime.device))
-        mask_probs = output.mask_logits[:, -1].float().sigmoid()
-        patch_tokens = output.patch_tokens.float()
-        predictions = []
-        for probs, tokens, size in zip(mask_probs, patch_tokens, sizes, strict=True):
-            labels = self._label_map(tokens, size)
-            instances = self._instances(probs, tokens, size) if self.settings.instances else []
-            predictions.append(Prediction(labels, instances, self.categories))
-        return predictions
-
-    def _label_map(self, patch_tokens: Tensor, size: tuple[int, int]) -> LabelMap:
-        first = 0 if self.settings.background else 1
-        semantic = semantic_prediction(patch_tokens[None], self._text[first:], size)[0]
-        return label_map(semantic.cpu().numpy(), first)
-
-    def _instances(
-        self, mask_probs: Tensor, patch_tokens: Tensor, size: tuple[int, int]
-    ) -> list[Instance]:
-        return instance_predictions(
-            mask_probs,
-            patch_tokens,
-            self._text,
-            size,
-            threshold=self.settings.threshold,
-            temperature=self.settings.temperature,
-            suppression=self.settings.suppression,
-            score_resolution=self.settings.score_resolution,
-        )

@@ -1,159 +1,128 @@
-"""DenseCLIP as a segmenter: the training-free baseline beside a network, or alone."""
+"""Dense labellers: what labels every pixel of an image by names, training-free.
+
+A new one is a file in `pipeline/models/dense/` with its network, and here its params and an entry
+in `DENSE_LABELLERS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
-import torch
-from PIL import Image
-from torch import Tensor
+from pipeline.params.base import (
+    Count,
+    EncoderParams,
+    Positive,
+    Probability,
+    Section,
+    Templates,
+    Workers,
+)
 
-from pipeline.engine.runtime import Runtime
-from pipeline.formats.labels import LabelMap, label_map
-from pipeline.methods.inputs import PredictionSettings, to_tensor
-from pipeline.models.clip import ClipEncoder, label_embeddings, load_clip
-from pipeline.models.dense.denseclip import DenseClip, label_and_confidence
-from pipeline.params.sections import PseudoLabelParams
-from pipeline.vocabulary.categories import unasked_names
-from pipeline.vocabulary.prompts import templates
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.engine.runtime import Runtime
 
 
-class Labeller:
-    """DenseCLIP alone as a segmenter: label maps, no objects."""
+class DenseLabeller(Protocol):
+    """What labels pixels with the names that it was loaded with; label id 0 is the background.
 
-    def __init__(
-        self,
-        encoder: ClipEncoder,
-        text_embeddings: Tensor,
-        *,
-        categories: Sequence[str],
-        background: Sequence[str],
-        params: PseudoLabelParams,
-        settings: PredictionSettings,
-        runtime: Runtime,
-    ) -> None:
-        """Put the parts together; `Labeller.load` makes them.
+    Attributes:
+        patch_size: side in pixels of what one score stands for.
+    """
 
-        Args:
-            encoder: on the device of `runtime`.
-            text_embeddings: (1 + K, C) unit rows by label id, the background's first.
-            categories: K names.
-            background: names that label id 0 stands for.
-            params: section `pseudo_label` of params.yaml.
-            settings: size of the input, and whether a pixel may be background.
-            runtime: device and precision.
-        """
-        self.categories = list(categories)
-        self.background = list(background)
-        self.params = params
-        self._encoder = encoder
-        self._text = text_embeddings
-        self._settings = settings
-        self._runtime = runtime
-        self._first = 0 if settings.background else 1
-        self._model = denseclip_for(encoder, text_embeddings[self._first :], params)
+    patch_size: int
 
-    @classmethod
-    def load(
-        cls,
-        params: PseudoLabelParams,
-        *,
-        categories: Sequence[str],
-        background: Sequence[str],
-        settings: PredictionSettings,
-        runtime: Runtime,
-    ) -> Labeller:
-        """Load the encoder of section `pseudo_label` and embed the names.
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that its labels depend on besides image and names; representable in JSON."""
 
-        As for a `Segmenter`, a name of the background that is asked for is none.
+    def select(self, label_ids: Sequence[int]) -> Self:
+        """The same for some label ids, in this order; it shares the networks."""
 
-        Raises:
-            PipelineError: an encoder that cannot be loaded, or a name that it does not know.
-        """
-        encoder = load_clip(
-            params.encoder.model,
-            params.encoder.pretrained,
-            runtime.device,
-            cache_dir=runtime.cache_dir,
-        )
-        background = unasked_names(background, categories)
-        text = embed_labels(encoder, categories=categories, background=background, params=params)
-        return cls(
-            encoder,
-            text,
-            categories=categories,
-            background=background,
-            params=params,
-            settings=settings,
-            runtime=runtime,
+    def scores(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w) float32 of the K label ids."""
+
+    def label(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [0, 1] -> numbers of label ids (B, H, W), confidence (B, H, W)."""
+
+
+class PseudoLabelParams(Section):
+    """Stage 4: dense labels, training-free, by the method that `method` names."""
+
+    method: str
+    encoder: EncoderParams = EncoderParams()
+    templates: Templates = "prompts85"
+    batch_size: Count = 16
+    workers: Workers = 2
+    shard_size: Count = 500
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings that decide the labels, but for the encoder."""
+        return self.model_dump(
+            mode="json", exclude={"method", "encoder", "batch_size", "workers", "shard_size"}
         )
 
-    def select(self, categories: Sequence[str]) -> Labeller:
-        """A labeller for some of the categories, which shares the encoder.
 
-        Raises:
-            ValueError: one of them is not among `categories`.
-        """
-        rows = [0, *(1 + self.categories.index(name) for name in categories)]
-        return Labeller(
-            self._encoder,
-            self._text[rows],
-            categories=categories,
-            background=self.background,
-            params=self.params,
-            settings=self._settings,
-            runtime=self._runtime,
-        )
+class DenseClipParams(PseudoLabelParams):
+    """DenseCLIP, later named MaskCLIP.
 
-    @torch.no_grad()
-    def labels(self, image: Image.Image) -> LabelMap:
-        """Label ids (H, W) of an RGB image, 0 is background."""
-        pixels = to_tensor(image, self._settings, patch_size=self._encoder.patch_size)
-        with self._runtime.autocast():
-            scores = self._model(pixels[None].to(self._runtime.device)).float()
-        labels, _ = label_and_confidence(scores, (image.height, image.width))
-        return label_map(labels[0].cpu().numpy(), self._first)
+    `prompt_denoising` and `key_smoothing` are the thresholds of the two refinements; null is off.
+    `published_activation` keeps MaskCLIP's exact GELU and layer-norm eps of 1e-6 where CLIP has
+    QuickGELU and 1e-5. `dense_attention` `maskclip` keeps residual and MLP of the last block, as
+    the code does; `value_only` is the paper's text. `key_affinity` `published` keeps what the code
+    does to the keys of key smoothing; `cosine` averages by their positive cosines.
+    `position_resize` `size` takes positions as they are wherever their number is right, as the code
+    does; `grid` where their grid is. `normalisation` is ImageNet's in the code, though not in CLIP.
+    """
+
+    method: Literal["denseclip"] = "denseclip"
+    prompt_denoising: Probability | None = None
+    key_smoothing: Probability | None = None
+    key_affinity: Literal["published", "cosine"] = "published"
+    published_activation: bool = True
+    dense_attention: Literal["maskclip", "value_only"] = "maskclip"
+    normalisation: Literal["imagenet", "clip"] = "imagenet"
+    position_resize: Literal["size", "grid"] = "size"
+    logit_scale: Positive = 100.0
 
 
-def build_denseclip(
-    encoder: ClipEncoder,
-    *,
-    categories: Sequence[str],
-    background: Sequence[str],
-    params: PseudoLabelParams,
-) -> DenseClip:
-    """DenseCLIP for a category list; label id 0 is the background."""
-    text = embed_labels(encoder, categories=categories, background=background, params=params)
-    return denseclip_for(encoder, text, params)
+@dataclass(frozen=True)
+class Names:
+    """What a labeller tells apart.
+
+    Attributes:
+        categories: K names by label id from 1.
+        background: names that label id 0 stands for.
+    """
+
+    categories: Sequence[str]
+    background: Sequence[str] = ("background",)
 
 
-def embed_labels(
-    encoder: ClipEncoder,
-    *,
-    categories: Sequence[str],
-    background: Sequence[str],
-    params: PseudoLabelParams,
-) -> Tensor:
-    """Unit text embeddings (1 + K, C) by label id, the background's first."""
-    return label_embeddings(
-        encoder,
-        background=background,
-        categories=categories,
-        templates=templates(params.templates),
-    )
+@dataclass(frozen=True)
+class DenseMethod:
+    """An entry of `DENSE_LABELLERS`: the class of its params, and what loads it by these."""
+
+    params: type[PseudoLabelParams]
+    load: Callable[[Any, Names, Runtime], DenseLabeller]
 
 
-def denseclip_for(encoder: ClipEncoder, text: Tensor, params: PseudoLabelParams) -> DenseClip:
-    """DenseCLIP that tells the rows (K, C) of `text` apart."""
-    return DenseClip(
-        encoder,
-        text,
-        normalisation=params.normalisation,
-        published_activation=params.published_activation,
-        dense_attention=params.dense_attention,
-        prompt_denoising=params.prompt_denoising,
-        key_smoothing=params.key_smoothing,
-        key_affinity=params.key_affinity,
-        position_resize=params.position_resize,
-        logit_scale=params.logit_scale,
-    ).eval()
+def _denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> DenseLabeller:
+    from pipeline.models.dense.denseclip import load_denseclip
+
+    return load_denseclip(params, names, runtime)
+
+
+DENSE_LABELLERS = {"denseclip": DenseMethod(DenseClipParams, _denseclip)}
+
+
+def load_dense_labeller(params: PseudoLabelParams, names: Names, runtime: Runtime) -> DenseLabeller:
+    """The dense labeller that the params are of.
+
+    Raises:
+        PipelineError: an encoder that cannot be loaded, or a name that it does not know.
+    """
+    return DENSE_LABELLERS[params.method].load(params, names, runtime)

@@ -1,155 +1,114 @@
-"""Mask sources: ways to make one pseudo-mask an image."""
+"""Mask sources: what makes one pseudo-mask an image, unsupervised.
+
+A new one is a file in `pipeline/models/masks/` with its network, and here its params and an entry
+in `MASK_SOURCES`.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
+from pydantic import Field
 
-from pipeline.engine.runtime import Runtime
-from pipeline.files import file_sha256
-from pipeline.models.clip import ClipEncoder, load_clip
-from pipeline.models.masks.bilateral import MAX_STEPS, bilateral_solve
-from pipeline.models.masks.dino import DINO_MODELS, DinoEncoder, load_dino
-from pipeline.models.masks.selfmask import load_selfmask
-from pipeline.models.masks.spectral import spectral_mask
-from pipeline.models.weights.zoo import resolve_weights
-from pipeline.params.base import EncoderParams
-from pipeline.params.sections import MaskParams
+from pipeline.params.base import Count, EncoderParams, Probability, RelaxedPath, Section, Workers
 
-# Bounds on what one image may cost: attention and the affinity matrix are quadratic in its area.
-MAX_SELFMASK_TOKENS = 16_384
-MAX_SPECTRAL_POSITIONS = 6_144
-POSITIONS_PER_PATCH = 4
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.engine.runtime import Runtime
 
 
-@dataclass(frozen=True)
-class Masker:
-    """A way to make masks.
+class MaskSource(Protocol):
+    """What makes masks; it has loaded what it needs.
 
     Attributes:
         settings: all that its masks depend on besides the image; representable in JSON.
         max_pixels: larger images are shrunk for it, and the masks enlarged again.
-        predict: images (B, 3, H, W) in [0, 1] -> mask probabilities (B, H, W), on the CPU.
         threshold: a pixel belongs to the mask where its probability exceeds this.
     """
 
     settings: dict[str, Any]
     max_pixels: int
-    predict: Callable[[Tensor], Tensor]
     threshold: float
 
-
-def make_masker(params: MaskParams, runtime: Runtime) -> Masker:
-    """Load the network that `params.source` asks for."""
-    if params.source == "selfmask":
-        return _selfmask_masker(params, runtime)
-    return _spectral_masker(params, runtime)
+    def predict(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> mask probabilities (B, H, W), on the CPU."""
 
 
-def _selfmask_masker(params: MaskParams, runtime: Runtime) -> Masker:
-    weights = resolve_weights(params.weights, runtime.cache_dir)
-    model = load_selfmask(weights, runtime.device)
+class MaskParams(Section):
+    """Stage 3: one pseudo-mask per archive image, by the method that `source` names.
 
-    def predict(images: Tensor) -> Tensor:
-        with runtime.autocast():
-            return model.saliency(images.to(runtime.device)).cpu()
-
-    return Masker(
-        settings={
-            "source": "selfmask",
-            "weights": file_sha256(weights),
-            "architecture": asdict(model.config),
-            "threshold": params.threshold,
-            "precision": str(runtime.amp_dtype),
-        },
-        max_pixels=MAX_SELFMASK_TOKENS * model.config.patch_size**2,
-        predict=predict,
-        threshold=params.threshold,
-    )
-
-
-def _spectral_masker(params: MaskParams, runtime: Runtime) -> Masker:
-    encoder = _load_patch_encoder(params.encoder, runtime)
-    patch = encoder.patch_size
-
-    def predict(images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        with runtime.autocast():
-            features = encoder.patch_features(images.to(runtime.device), facet=params.facet)
-        masks = [
-            spectral_mask(
-                [feature_map],
-                size=(height, width),
-                padded_size=(math.ceil(height / patch) * patch, math.ceil(width / patch) * patch),
-                clusters=params.clusters,
-                seed=runtime.seed,
-            )
-            for feature_map in features.float().cpu()
-        ]
-        return torch.from_numpy(np.stack(masks)).float()
-
-    return Masker(
-        settings={
-            "source": "spectral",
-            "encoder": encoder.fingerprint(),
-            "facet": params.facet,
-            "clusters": list(params.clusters),
-            "seed": runtime.seed,
-            "precision": str(runtime.amp_dtype),
-        },
-        max_pixels=MAX_SPECTRAL_POSITIONS // POSITIONS_PER_PATCH * patch**2,
-        predict=predict,
-        threshold=0.5,
-    )
-
-
-def _load_patch_encoder(params: EncoderParams, runtime: Runtime) -> ClipEncoder | DinoEncoder:
-    load = load_dino if params.model in DINO_MODELS else load_clip
-    return load(params.model, params.pretrained, runtime.device, cache_dir=runtime.cache_dir)
-
-
-def coarse_masks(images: Sequence[Image.Image], *, masker: Masker) -> NDArray[np.bool_]:
-    """Masks (B, H, W) of B RGB images of one size (W, H), as the network has them."""
-    pixels = np.stack([np.asarray(image) for image in images])
-    height, width = pixels.shape[1:3]
-    tensors = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    shrink = math.sqrt(masker.max_pixels / (height * width))
-    if shrink < 1:
-        smaller = (max(1, int(height * shrink)), max(1, int(width * shrink)))
-        tensors = F.interpolate(tensors, smaller, mode="bilinear", antialias=True)
-    probs = masker.predict(tensors)
-    if shrink < 1:
-        probs = F.interpolate(probs[:, None], (height, width), mode="bilinear")[:, 0]
-    return (probs > masker.threshold).numpy()
-
-
-def refine_mask(
-    image: Image.Image,
-    mask: NDArray[np.bool_],
-    *,
-    solver_iterations: int = MAX_STEPS,
-    solver_scale: float = 1.0,
-) -> NDArray[np.bool_]:
-    """Snap a mask (H, W) to the edges of its RGB image by the bilateral solver.
-
-    An empty mask stays empty.
-
-    Args:
-        image: of the size of the mask.
-        mask: a coarse one.
-        solver_iterations: bound on the solver's steps.
-        solver_scale: at which fraction of the size it runs.
+    `refine` snaps masks to edges by the bilateral solver, which the published code stops after 25
+    `solver_iterations`, unconverged; below 1, `solver_scale` solves at that fraction of height and
+    width, which is faster and less exact. `max_error_rate` is as in `embed`.
     """
-    if not mask.any():
-        return mask
-    pixels = np.asarray(image)
-    return bilateral_solve(pixels, mask, max_steps=solver_iterations, scale=solver_scale) > 0.5
+
+    source: str
+    refine: bool = True
+    solver_iterations: Count = 25
+    solver_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    short_side: Count = 512
+    batch_size: Count = 16
+    workers: Workers = 2
+    shard_size: Count = 500
+    max_pixels: Count = 100_000_000
+    max_error_rate: Probability = 0.01
+
+
+class SelfMaskParams(MaskParams):
+    """The network of `weights`, a file or a name of `pipeline weights list`."""
+
+    source: Literal["selfmask"] = "selfmask"
+    weights: RelaxedPath = Path("selfmask_nq20")
+    threshold: Probability = 0.5
+
+
+class SpectralParams(MaskParams):
+    """Clusters of `encoder`'s features (attention keys or tokens of its last block) that vote.
+
+    They are clustered at every k of `clusters`. The encoder may be a CLIP, or `dino_vits8` or
+    `dino_vits16` with `pretrained` empty for the published weights.
+    """
+
+    source: Literal["spectral"] = "spectral"
+    encoder: EncoderParams = EncoderParams()
+    facet: Literal["key", "token"] = "key"
+    clusters: Annotated[list[Count], Field(min_length=1)] = [2, 3, 4]
+
+
+@dataclass(frozen=True)
+class MaskMethod:
+    """An entry of `MASK_SOURCES`: the class of its params, and what loads it by these."""
+
+    params: type[MaskParams]
+    load: Callable[[Any, Runtime], MaskSource]
+
+
+def _selfmask(params: SelfMaskParams, runtime: Runtime) -> MaskSource:
+    from pipeline.models.masks.selfmask import SelfMaskSource
+
+    return SelfMaskSource(params, runtime)
+
+
+def _spectral(params: SpectralParams, runtime: Runtime) -> MaskSource:
+    from pipeline.models.masks.spectral import SpectralSource
+
+    return SpectralSource(params, runtime)
+
+
+MASK_SOURCES = {
+    "selfmask": MaskMethod(SelfMaskParams, _selfmask),
+    "spectral": MaskMethod(SpectralParams, _spectral),
+}
+
+
+def load_mask_source(params: MaskParams, runtime: Runtime) -> MaskSource:
+    """The mask source that the params are of.
+
+    Raises:
+        PipelineError: its weights or encoder cannot be loaded.
+    """
+    return MASK_SOURCES[params.source].load(params, runtime)

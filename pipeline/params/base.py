@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict
 
@@ -14,12 +14,14 @@ RelaxedPath = Annotated[Path, Strict(False)]
 RelaxedLocation = Annotated[Any, BeforeValidator(as_location), PlainSerializer(str)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Workers = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 # Names of entries become file names and words of commands (dvc.yaml).
 EntryName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Text = Annotated[str, Field(pattern=r"\S")]
+Templates = Literal["prompts85", "name"]
 
 
 class Section(BaseModel):
@@ -32,9 +34,46 @@ class EncoderParams(Section):
     """A CLIP model.
 
     `model` is an open_clip architecture or a model-config JSON file; `pretrained` an open_clip tag,
-    a weights file, or a name of `pipeline weights list`. For `mask.encoder`, `model` may also be
-    `dino_vits8` or `dino_vits16`, with `pretrained` empty for the published weights.
+    a weights file, or a name of `pipeline weights list`.
     """
 
     model: str = "ViT-B-16-quickgelu"
     pretrained: str = "openai"
+
+
+class PredictionParams(Section):
+    """How the network's output becomes a prediction.
+
+    `threshold` is the probability above which a pixel belongs to an object, `temperature` the
+    factor of the cosine in an object's category score, `suppression` the non-maximum suppression
+    among the objects of a category. `score_resolution` `token` labels and scores objects on the
+    token grid, as the published code does; `pixel` over their final masks. `resize_to` brings the
+    short side of an image to this many pixels before the network, `max_side` bounds its long side;
+    predictions return to the original size. `whole_patches` resizes an image to whole patches,
+    where the published code drops the rest at the right and bottom and stretches the prediction.
+    """
+
+    threshold: Probability = 0.5
+    suppression: Literal["none", "hard", "linear", "gaussian"] = "hard"
+    temperature: Positive = 5.0
+    score_resolution: Literal["token", "pixel"] = "token"
+    resize_to: Count | None = None
+    max_side: Count | None = None
+    whole_patches: bool = False
+
+
+class PredictionSettings(PredictionParams):
+    """The same, and what a benchmark asks for.
+
+    Without `background` no pixel may be background: the best category has it. Without `instances`
+    no objects are looked for.
+    """
+
+    background: bool = True
+    instances: bool = True
+
+    @classmethod
+    def of(cls, params: PredictionParams, **others: Any) -> PredictionSettings:
+        """The settings that some params hold, and others."""
+        shared = params.model_dump(include=set(PredictionParams.model_fields))
+        return cls(**{**shared, **others})

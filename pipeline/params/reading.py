@@ -1,21 +1,50 @@
-"""The only reader of params.yaml."""
+"""The only reader of params.yaml, and of every other typed YAML file."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, SerializeAsAny, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from pipeline.errors import PipelineError
+from pipeline.methods.dense import DENSE_LABELLERS
+from pipeline.methods.masks import MASK_SOURCES
+from pipeline.methods.students import STUDENTS
 from pipeline.params.base import EntryName, Section
 from pipeline.params.benches import FORMATS, BenchParams
 from pipeline.params.sections import Params
+
+AnySection = TypeVar("AnySection", bound=Section)
+Location = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Door:
+    """A section whose keys depend on the method that it names.
+
+    Attributes:
+        tag: the key that names the method.
+        default: the method of a section that does not say.
+        methods: entries by name, each with the class of its `params`.
+    """
+
+    tag: str
+    default: str
+    methods: Mapping[str, Any]
+
+
+DOORS = {
+    "mask": Door("source", "selfmask", MASK_SOURCES),
+    "pseudo_label": Door("method", "denseclip", DENSE_LABELLERS),
+    "train": Door("student", "zutis", STUDENTS),
+}
 
 
 def read_params(path: Path) -> Params:
@@ -25,21 +54,9 @@ def read_params(path: Path) -> Params:
         PipelineError: no such file, not YAML, or a key that is unknown, missing or has a value of
             the wrong type or range; every offending key is named.
     """
-    try:
-        content = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PipelineError(
-            f"{path}: no such file; `pipeline init --preset folder` writes one"
-        ) from None
-    except OSError as error:
-        raise PipelineError(f"{path}: cannot be read: {error.strerror}") from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise PipelineError(f"{path}: not valid YAML: {where}{error.problem}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise PipelineError(f"{path}: not valid YAML: {error}") from None
-    return parse_params(content, name=str(path))
+    if not Path(path).exists():
+        raise PipelineError(f"{path}: no such file; `pipeline init --preset folder` writes one")
+    return parse_params(_read_yaml(path), name=str(path))
 
 
 def parse_params(content: Any, *, name: str = "params.yaml") -> Params:
@@ -47,10 +64,38 @@ def parse_params(content: Any, *, name: str = "params.yaml") -> Params:
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise PipelineError(f"{name}: expected `key: value` lines, found {found}")
+    complaints: list[str] = []
+    methods: dict[str, Section] = {}
+    for key, door in DOORS.items():
+        if isinstance(section := content.get(key, {}), dict):
+            try:
+                methods[key] = _parse_method(name, key, door, section)
+            except PipelineError as error:
+                complaints.append(str(error))
+    checked = {key: value for key, value in content.items() if key not in DOORS}
+    wrong = {key: content[key] for key in DOORS if key in content and key not in methods}
+    wrong = {key: value for key, value in wrong.items() if not isinstance(value, dict)}
     try:
-        return Params.model_validate(content)
+        params = Params.model_validate({**checked, **methods, **wrong})
     except ValidationError as error:
-        raise PipelineError("\n".join(_complaints(name, error))) from None
+        complaints = [*_complaints(name, error, Params), *complaints]
+    if complaints:
+        raise PipelineError("\n".join(complaints))
+    return params
+
+
+def _parse_method(name: str, key: str, door: Door, section: Mapping[str, Any]) -> Section:
+    """The section of a door, by the class of the method that it names."""
+    method = section.get(door.tag, door.default)
+    if method not in door.methods:
+        raise PipelineError(
+            f"{name}: {key}.{door.tag}: expected one of {', '.join(door.methods)}, got {method!r}"
+        )
+    model: type[Section] = door.methods[method].params
+    try:
+        return model.model_validate(section)
+    except ValidationError as error:
+        raise PipelineError("\n".join(_complaints(name, error, model, (key,)))) from None
 
 
 class _BenchTable(Section):
@@ -59,22 +104,64 @@ class _BenchTable(Section):
 
 def parse_bench(content: Any, bench_name: str, *, name: str) -> BenchParams:
     """Check an entry of `benches` that stands in a file of its own; `name` is the file's."""
+    table = parse_section({"benches": {bench_name: content}}, _BenchTable, name=name)
+    return table.benches[bench_name]
+
+
+def read_section(path: Path, model: type[AnySection]) -> AnySection:
+    """Read and check a data file in YAML 1.2; see `parse_section`.
+
+    Raises:
+        PipelineError: also if the file cannot be read or is not YAML.
+    """
+    return parse_section(_read_yaml(path), model, name=str(path))
+
+
+def parse_section(content: Any, model: type[AnySection], *, name: str) -> AnySection:
+    """Check parsed content against a typed model.
+
+    Args:
+        content: of a file.
+        model: what it should be.
+        name: heads the error messages.
+
+    Raises:
+        PipelineError: a key is unknown, missing or has a value of the wrong type; every offending
+            place is named, one a line.
+    """
     try:
-        return _BenchTable.model_validate({"benches": {bench_name: content}}).benches[bench_name]
+        return model.model_validate(content)
     except ValidationError as error:
-        raise PipelineError("\n".join(_complaints(name, error))) from None
+        raise PipelineError("\n".join(_complaints(name, error, model))) from None
 
 
-def _complaints(name: str, error: ValidationError) -> Iterator[str]:
+def _read_yaml(path: Path) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot be read: {error.strerror}") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise PipelineError(f"{path}: not valid YAML: {where}{error.problem}") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise PipelineError(f"{path}: not valid YAML: {error}") from None
+
+
+def _complaints(
+    name: str, error: ValidationError, model: type[BaseModel], prefix: Location = ()
+) -> Iterator[str]:
+    """A line for each offending place; `model` is checked, `prefix` where it stands."""
     for item in error.errors():
-        if item["loc"][-1] == "str" and isinstance(item["input"], list):
+        if item["loc"] and item["loc"][-1] == "str" and isinstance(item["input"], list):
             continue  # a list of names is judged as a list
-        location = [part for part in item["loc"] if not _is_union_branch(part)]
-        if location[0] == "benches" and len(location) > 2 and location[2] in FORMATS:
+        location = [part for part in (*prefix, *item["loc"]) if not _is_union_branch(part)]
+        if location and location[0] == "benches" and len(location) > 2 and location[2] in FORMATS:
             del location[2]  # the format chose the section
         key = ".".join(str(part) for part in location)
+        head = f"{name}: {key}: " if key else f"{name}: "
         if item["type"] == "extra_forbidden":
-            yield f"{name}: unknown key {key!r}{_suggestion(item['loc'])}"
+            yield f"{name}: unknown key {key!r}{_suggestion(model, item['loc'])}"
         elif item["type"] == "missing":
             yield f"{name}: key {key!r} is missing"
         elif item["type"] == "union_tag_not_found":
@@ -84,36 +171,37 @@ def _complaints(name: str, error: ValidationError) -> Iterator[str]:
                 f"{name}: {key}.format: expected one of {', '.join(FORMATS)}, "
                 f"got {item['input']['format']!r}"
             )
-        elif location[-1] == "[key]":
+        elif location and location[-1] == "[key]":
             yield (
                 f"{name}: {'.'.join(map(str, location[:-2]))}: {item['input']!r} is no name for an "
                 "entry; use letters, digits and _, after the first one also - and ."
             )
         elif item["type"] == "string_pattern_mismatch":
-            yield f"{name}: {key}: the name is empty; write one or remove it"
+            yield f"{head}the name is empty; write one or remove it"
         elif item["type"] in ("model_type", "model_attributes_type"):
-            yield f"{name}: {key}: expected `key: value` lines, got {item['input']!r}"
+            yield f"{head}expected `key: value` lines, got {item['input']!r}"
         else:
-            problem = item["msg"].removeprefix("Value error, ")
-            yield f"{name}: {key}: {problem}, got {item['input']!r}"
+            yield f"{head}{item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
 
 
 def _is_union_branch(part: str | int) -> bool:
     return part in ("str", "list[str]")
 
 
-def _suggestion(location: tuple[str | int, ...]) -> str:
+def _suggestion(model: Any, location: Location) -> str:
     """Name the closest known key of the section that holds the unknown one."""
-    section: Any = Params
+    section = model
     for part in location[:-1]:
         if section is BenchParams:
             section = FORMATS[str(part)]
-        elif get_origin(section) is dict:
-            _, section = get_args(section)
+        elif get_origin(section) in (dict, list):
+            section = get_args(section)[-1]
         else:
             section = section.model_fields[part].annotation
             if isinstance(section, UnionType):  # a section or null
                 section, _ = get_args(section)
+            elif get_origin(section) is SerializeAsAny:
+                (section,) = get_args(section)
     known = sorted(section.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"

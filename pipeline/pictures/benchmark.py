@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline.benchmarks import Benchmark, Example
 from pipeline.files import replace_dir, write_json
+from pipeline.formats.predictions import PredictionStore, StoredPrediction
 from pipeline.formats.rle import RleObject, decode_mask, mask_box_xywh
 from pipeline.pictures.overlays import (
     DRAWN_INSTANCES,
@@ -24,7 +25,6 @@ from pipeline.pictures.overlays import (
     overlay_semantic,
 )
 from pipeline.scoring.board import percent
-from pipeline.scoring.predictions import PredictionStore, StoredPrediction
 
 INDEX = "index.json"
 EXTREMES = 6

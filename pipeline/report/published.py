@@ -11,13 +11,14 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from pipeline.ablations.results import protocol_of, value_at
+from pipeline.params.base import Section
+from pipeline.params.reading import read_section
 from pipeline.report.inputs import NO_VALUE, is_number, read_object, score
-from pipeline.typed_yaml import Record, read_record
 
 NOT_RUN = "not run"
 
 
-class PublishedRow(Record):
+class PublishedRow(Section):
     """A row in print: percent by column."""
 
     model: str
@@ -25,7 +26,7 @@ class PublishedRow(Record):
     values: dict[str, float]
 
 
-class OurRow(Record):
+class OurRow(Section):
     """Where a row of this project comes from.
 
     Attributes:
@@ -45,7 +46,7 @@ class OurRow(Record):
     values: dict[str, str]
 
 
-class PublishedTable(Record):
+class PublishedTable(Section):
     """One table of a paper."""
 
     id: str
@@ -66,7 +67,7 @@ class PublishedTable(Record):
         return self
 
 
-class Published(Record):
+class Published(Section):
     """All tables."""
 
     tables: list[PublishedTable]
@@ -105,7 +106,7 @@ def read_published(path: Path, metrics_dir: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     files = [_read_file(file) for file in sorted(metrics_dir.glob("*.json"))]
-    tables = read_record(path, Published).tables
+    tables = read_section(path, Published).tables
     return {table.id: _table(table, files) for table in tables}
 
 

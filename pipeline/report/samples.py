@@ -31,12 +31,16 @@ Place = tuple[ArchiveRow, int]
 
 
 def read_samples(
-    labels_dir: Path, archives: Sequence[ArchiveRow], make_target: TargetMaker | None = None
+    masks_dir: Path,
+    labels_dir: Path,
+    archives: Sequence[ArchiveRow],
+    make_target: TargetMaker | None = None,
 ) -> dict[str, Any]:
     """Strips of the archives and overlays of a dozen samples.
 
     Args:
-        labels_dir: label shards.
+        masks_dir: mask shards.
+        labels_dir: label shards, joined to them by key; without them there are no dense labels.
         archives: rows of the archives; those that are not in the shards are left out.
         make_target: makes what training saw; without it that picture is left out.
 
@@ -47,9 +51,10 @@ def read_samples(
     Raises:
         PipelineError: the shards are damaged.
     """
-    if not archives or not (labels_dir / MANIFEST).is_file():
+    if not archives or not (masks_dir / MANIFEST).is_file():
         return {}
-    store = open_samples(labels_dir)
+    store = open_samples(masks_dir)
+    labels = _Labels(labels_dir)
     index_of = {key: index for index, key in enumerate(store.keys)}
     found: dict[int, list[Place]] = {}
     for row in sorted(archives, key=lambda row: row.label_id == 0):
@@ -57,7 +62,7 @@ def read_samples(
         if index is not None:
             found.setdefault(row.label_id, []).append((row, index))
     strips = [_strip(store, rows, len(found)) for rows in list(found.values())[:MAX_ARCHIVES]]
-    samples = [_sample(store, row, index, make_target) for row, index in _spread(found)]
+    samples = [_sample(store, labels, row, index, make_target) for row, index in _spread(found)]
     return {
         "strips": strips,
         "num_hidden": len(found) - len(strips),
@@ -97,23 +102,41 @@ def _spread(found: Mapping[int, Sequence[Place]]) -> list[Place]:
     return list(chosen.values())
 
 
+class _Labels:
+    """Dense labels and confidence by sample key, where there are label shards."""
+
+    def __init__(self, labels_dir: Path) -> None:
+        self._store = open_samples(labels_dir) if (labels_dir / MANIFEST).is_file() else None
+        self._places = (
+            {key: place for place, key in enumerate(self._store.keys)} if self._store else {}
+        )
+
+    def find(self, key: str) -> tuple[NDArray[np.integer], NDArray[np.floating]] | None:
+        if self._store is None or key not in self._places:
+            return None
+        sample = self._store[self._places[key]]
+        confidence = decode_confidence(decode_png(sample["confidence.png"]))
+        return decode_label(sample["label.png"]), confidence
+
+
 def _sample(
-    store: SampleStore, row: ArchiveRow, index: int, make_target: TargetMaker | None
+    store: SampleStore,
+    labels: _Labels,
+    row: ArchiveRow,
+    index: int,
+    make_target: TargetMaker | None,
 ) -> dict[str, Any]:
     """Image, pseudo-mask, dense labels and training target of one sample, as pictures."""
     image = _image(store, index, SAMPLE_SIDE)
     mask = decode_png(store.member(index, "mask.png")) > 127
-    dense_labels = decode_label(store.member(index, "label.png"))
-    maps: dict[str, NDArray[np.integer]] = {
-        "pseudo-mask": mask * row.label_id,
-        "DenseCLIP": dense_labels,
-    }
-    if make_target is not None:
-        confidence = decode_confidence(decode_png(store.member(index, "confidence.png")))
-        maps["training saw"] = make_target(mask, row.label_id, dense_labels, confidence)
+    maps: dict[str, NDArray[np.integer]] = {"pseudo-mask": mask * row.label_id}
+    if (dense := labels.find(store.keys[index])) is not None:
+        maps["dense labels"] = dense[0]
+        if make_target is not None:
+            maps["training saw"] = make_target(mask, row.label_id, *dense)
     pictures = {"image": picture(image, alt=f"Image of {row.category}", max_bytes=SAMPLE_BYTES)}
-    for title, labels in maps.items():
-        painted = paint_labels(np.asarray(image), fit_labels(labels, image.size))
+    for title, values in maps.items():
+        painted = paint_labels(np.asarray(image), fit_labels(values, image.size))
         alt = f"{title} over the image of {row.category}"
         pictures[title] = picture(Image.fromarray(painted), alt=alt, max_bytes=SAMPLE_BYTES)
     return {

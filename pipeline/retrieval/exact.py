@@ -75,7 +75,7 @@ def search(
     lengths = [pq.read_metadata(shard).num_rows for shard in shards]
     firsts = np.cumsum([0, *lengths[:-1]]).tolist()
     located = list(zip(shards, firsts, strict=True))
-    recipe = partial(PartSearch, query)
+    load = partial(PartSearch, query)
     found = Scan(query)
     skipped: dict[int, list[dict[str, str]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -83,7 +83,7 @@ def search(
             Task(number, part, Path(scratch) / f"{number:05d}{SUFFIX}")
             for number, part in enumerate(slices(located, executor.task_size(len(located))))
         ]
-        made = executor.run(tasks, recipe=recipe, maker=recipe(runtime), tally=tally)
+        made = executor.run(tasks, load=load, maker=load(runtime), tally=tally)
         for task, _, part in made:
             found.merge(load_file(task.path))
             skipped[task.number] = part.skipped

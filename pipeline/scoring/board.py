@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.benchmarks import Example
+from pipeline.formats.predictions import StoredPrediction
 from pipeline.scoring.instance import InstanceScorer
-from pipeline.scoring.predictions import StoredPrediction
 from pipeline.scoring.semantic import SemanticPart, SemanticScorer
 from pipeline.scoring.size import SizeScorer
 from pipeline.scoring.task import Scorer, ScoringTask, Truth

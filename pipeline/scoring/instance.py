@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.formats.predictions import StoredPrediction
 from pipeline.formats.rle import Rle, RleObject, encode_mask, intersect, mask_area
 from pipeline.scoring.average_precision import MaskAP, Matches, PrecisionRecall, match_objects
-from pipeline.scoring.predictions import StoredPrediction
 from pipeline.scoring.task import ScoringTask, Truth
 
 

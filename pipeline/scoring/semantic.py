@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.formats.predictions import StoredPrediction
 from pipeline.scoring.confusion import ConfusionMatrix, SemanticScores, harmonic_mean, mean_known
-from pipeline.scoring.predictions import StoredPrediction
 from pipeline.scoring.task import ScoringTask, Truth
 
 

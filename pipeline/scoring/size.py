@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.formats.predictions import StoredPrediction
 from pipeline.scoring.confusion import SizeIou
-from pipeline.scoring.predictions import StoredPrediction
 from pipeline.scoring.task import ScoringTask, Truth
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.benchmarks import Example, InstanceTarget
 from pipeline.errors import PipelineError
 from pipeline.formats.labels import BACKGROUND, IGNORE_INDEX, LABEL_TYPE, LabelMap
-from pipeline.scoring.predictions import StoredPrediction
+from pipeline.formats.predictions import StoredPrediction
 
 Part = TypeVar("Part")
 

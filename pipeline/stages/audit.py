@@ -5,7 +5,7 @@ The truth is read here and nowhere else: no stage that trains sees it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, get_args
@@ -29,12 +29,14 @@ from pipeline.formats.labels import (
 )
 from pipeline.formats.shards import MANIFEST, SampleStore, open_samples
 from pipeline.formats.tables import read_archives
-from pipeline.params.sections import AuditParams, TrainParams
+from pipeline.methods.students import TrainParams
+from pipeline.params.sections import AuditParams
 from pipeline.scoring.confusion import ConfusionMatrix
 from pipeline.training.targets import training_target
 from pipeline.vocabulary.categories import load_category_set
 
-MEMBERS = ("mask.png", "label.png", "confidence.png", "json")
+MASK_MEMBERS = ("mask.png", "json")
+LABEL_MEMBERS = ("label.png", "confidence.png")
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 Item = TypeVar("Item", bound=np.generic)
@@ -45,6 +47,7 @@ def run(
     name: str,
     audit: AuditParams,
     archives_path: Path,
+    masks_dir: Path,
     labels_dir: Path,
     metrics_path: Path,
     params: TrainParams,
@@ -69,7 +72,8 @@ def run(
         audit: its entry of params.yaml; `SegmentationClass/STEM.png` and
             `SegmentationObject/STEM.png` below its root, STEM that of the image file.
         archives_path: Parquet table of the archives.
-        labels_dir: label shards.
+        masks_dir: mask shards.
+        labels_dir: label shards, joined to them by key.
         metrics_path: the JSON file to write.
         params: section `train`: how the target `fused` is made.
         runtime: not used.
@@ -79,8 +83,10 @@ def run(
         PipelineError: no truth, a category that it lacks, or a mask of another size.
     """
     rows = read_archives(archives_path)
-    store = open_samples(labels_dir, members=MEMBERS)
-    categories = _label_categories(store, labels_dir)
+    store = open_samples(masks_dir, members=MASK_MEMBERS)
+    labels = open_samples(labels_dir, members=LABEL_MEMBERS)
+    place_of = {key: place for place, key in enumerate(labels.keys)}
+    categories = _label_categories(labels, labels_dir)
     truth = _Truth(name, audit, categories)
     metrics = _Metrics(len(categories), params)
     with StageRun(
@@ -104,7 +110,14 @@ def run(
             if masks is None:  # listed above already
                 continue
             if fields["label_id"] != BACKGROUND:
-                metrics.add_sample(fields["label_id"], _read_pseudo(store, index, masks), masks)
+                place = place_of.get(store.keys[index])
+                if place is None:
+                    raise PipelineError(
+                        f"{labels_dir}: no labels of {store.keys[index]}; run "
+                        "`pipeline pseudo_label` again"
+                    )
+                pseudo = _read_pseudo(fields, store.member(index, "mask.png"), labels[place], masks)
+                metrics.add_sample(fields["label_id"], pseudo, masks)
             stage.advance()
         write_json(metrics_path, metrics.compute())
 
@@ -243,15 +256,16 @@ class _Metrics:
 def _label_categories(store: SampleStore, labels_dir: Path) -> list[str]:
     """Category names by label id from 1, as the pseudo-label stage noted them."""
     try:
-        return [str(category) for category in store.manifest["denseclip"]["categories"]]
+        return [str(category) for category in store.manifest["pseudo_label"]["categories"]]
     except (KeyError, TypeError):
         raise PipelineError(
             f"{labels_dir / MANIFEST}: names no categories; run `pipeline pseudo_label` again"
         ) from None
 
 
-def _read_pseudo(store: SampleStore, index: int, truth: _TrueMasks) -> _PseudoMasks:
-    fields, sample = store.json(index), store[index]
+def _read_pseudo(
+    fields: Mapping[str, Any], mask_png: bytes, labels: Mapping[str, bytes], truth: _TrueMasks
+) -> _PseudoMasks:
     size = (fields["original_height"], fields["original_width"])
     if truth.semantic.shape != size:
         height, width = truth.semantic.shape
@@ -260,9 +274,9 @@ def _read_pseudo(store: SampleStore, index: int, truth: _TrueMasks) -> _PseudoMa
             f"{size[1]}x{size[0]}"
         )
     return _PseudoMasks(
-        mask=_resize_nearest(decode_png(sample["mask.png"]) > 0, size),
-        labels=_resize_nearest(decode_label(sample["label.png"]), size),
-        confidence=_resize_nearest(decode_confidence(decode_png(sample["confidence.png"])), size),
+        mask=_resize_nearest(decode_png(mask_png) > 0, size),
+        labels=_resize_nearest(decode_label(labels["label.png"]), size),
+        confidence=_resize_nearest(decode_confidence(decode_png(labels["confidence.png"])), size),
     )
 
 

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +20,10 @@ from torch import Tensor
 
 from pipeline.engine.cache import BlobCache
 from pipeline.engine.parallel import Workers
-from pipeline.engine.progress import StageRun, Tally
+from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
-from pipeline.engine.shard_run import Executor, LocalExecutor, plan_key, run_shards, slices
+from pipeline.engine.shard_run import Executor, Job, run_job, slices
 from pipeline.errors import PipelineError
-from pipeline.files import file_versions
 from pipeline.formats.images import ImageError, load_image
 from pipeline.formats.sources import ImageRef, image_name, list_images, read_image
 from pipeline.formats.tables import (
@@ -77,26 +75,17 @@ def run(
             loaded.
     """
     refs = list(list_images(name, source))
-    recipe = partial(EmbedMaker, params)
-    maker = recipe(runtime)
-    with StageRun(
-        "embed", stats_path=stats_path, total=len(refs), max_error_rate=params.max_error_rate
-    ) as stage:
-        run_shards(
-            out_dir,
-            slices(refs, params.shard_size),
-            key=plan_key(
-                [maker.settings, params.shard_size],
-                chain(refs, file_versions(ref.path for ref in refs)),
-            ),
-            recipe=recipe,
-            maker=maker,
-            executor=executor or LocalExecutor(),
-            stage=stage,
-            settings={"embed": maker.settings},
-            remedy=f"They lie below {source.root}: index.{name}.root",
-            suffix=".parquet",
-        )
+    job = Job(
+        "embed",
+        refs,
+        shard_size=params.shard_size,
+        load=partial(EmbedMaker, params),
+        files=[ref.path for ref in refs],
+        remedy=f"They lie below {source.root}: index.{name}.root",
+        suffix=".parquet",
+        max_error_rate=params.max_error_rate,
+    )
+    run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
 
 
 class EmbedMaker:
@@ -111,12 +100,7 @@ class EmbedMaker:
     """
 
     def __init__(self, params: EmbedParams, runtime: Runtime) -> None:
-        encoder = load_clip(
-            params.encoder.model,
-            params.encoder.pretrained,
-            runtime.device,
-            cache_dir=runtime.cache_dir,
-        )
+        encoder = load_clip(params.encoder, runtime.device, cache_dir=runtime.cache_dir)
         self.settings = {
             "version": CACHE_VERSION,
             "encoder": encoder.fingerprint(),

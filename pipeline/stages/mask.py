@@ -1,6 +1,6 @@
 """Stage 3: archives -> shards of images with pseudo-masks.
 
-Every image is masked once, by SelfMask or by spectral voting, and optionally snapped to its edges
+Every image is masked once, by the source of section `mask`, and optionally snapped to its edges
 by the bilateral solver. Masks are cached by the image's hash, so a larger k masks new images only.
 """
 
@@ -12,9 +12,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,10 @@ from PIL import Image
 
 from pipeline.engine.cache import BlobCache
 from pipeline.engine.parallel import Workers
-from pipeline.engine.progress import StageRun, Tally
+from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
-from pipeline.engine.shard_run import Executor, LocalExecutor, plan_key, run_shards, slices
+from pipeline.engine.shard_run import Executor, Job, run_job
 from pipeline.errors import PipelineError
-from pipeline.files import file_versions
 from pipeline.formats.images import (
     ImageError,
     decode_png,
@@ -39,8 +38,8 @@ from pipeline.formats.images import (
 from pipeline.formats.shards import write_tar
 from pipeline.formats.sources import image_name, read_image
 from pipeline.formats.tables import ArchiveRow, read_archives
-from pipeline.methods.masks import coarse_masks, make_masker, refine_mask
-from pipeline.params.sections import MaskParams
+from pipeline.methods.masks import MaskParams, load_mask_source
+from pipeline.models.masks.making import coarse_masks, refine_mask
 
 # Raise it when masks change though their settings do not: it keeps old ones out of the cache.
 MASK_VERSION = 1
@@ -61,6 +60,13 @@ class Photo:
     row: ArchiveRow
     image: Image.Image
     jpeg: bytes
+
+
+class MaskFile(NamedTuple):
+    """A mask as a PNG file, and whether it is empty."""
+
+    png: bytes
+    is_empty: bool
 
 
 def run(
@@ -95,25 +101,16 @@ def run(
     rows = read_archives(archives_path)
     if not rows:
         raise PipelineError(f"{archives_path}: no images; run `pipeline retrieve` again")
-    recipe = partial(MaskMaker, params)
-    maker = recipe(runtime)
-    with StageRun(
-        "mask", stats_path=stats_path, total=len(rows), max_error_rate=params.max_error_rate
-    ) as stage:
-        return run_shards(
-            out_dir,
-            slices(rows, params.shard_size),
-            key=plan_key(
-                [maker.settings, params.shard_size],
-                chain(rows, file_versions(row.path for row in rows)),
-            ),
-            recipe=recipe,
-            maker=maker,
-            executor=executor or LocalExecutor(),
-            stage=stage,
-            settings={"mask": maker.settings},
-            remedy="If the images have moved or changed, run `pipeline embed` again",
-        )
+    job = Job(
+        "mask",
+        rows,
+        shard_size=params.shard_size,
+        load=partial(MaskMaker, params),
+        files=[row.path for row in rows],
+        remedy="If the images have moved or changed, run `pipeline embed` again",
+        max_error_rate=params.max_error_rate,
+    )
+    return run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
 
 
 class MaskMaker:
@@ -129,10 +126,10 @@ class MaskMaker:
 
     def __init__(self, params: MaskParams, runtime: Runtime) -> None:
         self._params = params
-        self._masker = make_masker(params, runtime)
+        self._source = load_mask_source(params, runtime)
         self.settings = {
             "version": MASK_VERSION,
-            **self._masker.settings,
+            **self._source.settings,
             "refine": params.refine,
             "solver_iterations": params.solver_iterations,
             "solver_scale": params.solver_scale,
@@ -163,31 +160,35 @@ class MaskMaker:
                     mask_png = encode_png(np.zeros(photo.image.size[::-1], dtype=bool))
                     tally.count("negatives")
                 else:
-                    mask_png = masks[photo.row.sha256]
-                    tally.count("empty_masks", int(not decode_png(mask_png).any()))
+                    mask_png, is_empty = masks[photo.row.sha256]
+                    tally.count("empty_masks", int(is_empty))
                 yield _sample(photo, mask_png)
                 tally.advance()
 
-    def _masks(self, photos: Sequence[Photo], tally: Tally) -> dict[str, bytes]:
-        """PNG files of the masks of some images, by hash."""
+    def _masks(self, photos: Sequence[Photo], tally: Tally) -> dict[str, MaskFile]:
+        """The masks of some images, by hash."""
         images = {photo.row.sha256: photo.image for photo in photos}
-        known = {key: mask for key in images if (mask := self._cache.get(key)) is not None}
+        known = {
+            key: MaskFile(mask_png, not decode_png(mask_png).any())
+            for key in images
+            if (mask_png := self._cache.get(key)) is not None
+        }
         unknown = {key: image for key, image in images.items() if key not in known}
         tally.count("masked", len(unknown))
         tally.count("cached", len(photos) - len(unknown))
         # While the network sees a batch, the workers refine the masks of the one before.
         files = {}
         for batch in _equal_size_batches(unknown, self._params.batch_size):
-            coarse = coarse_masks([unknown[key] for key in batch], masker=self._masker)
+            coarse = coarse_masks([unknown[key] for key in batch], source=self._source)
             for key, mask in zip(batch, coarse, strict=True):
                 files[key] = self._workers.submit(self._file, (unknown[key], mask))
         new = {key: file.result() for key, file in files.items()}
-        for key, mask_png in new.items():
-            self._cache.put(key, mask_png)
+        for key, file in new.items():
+            self._cache.put(key, file.png)
         self._cache.settle()
         return known | new
 
-    def _file(self, pair: tuple[Image.Image, NDArray[np.bool_]]) -> bytes:
+    def _file(self, pair: tuple[Image.Image, NDArray[np.bool_]]) -> MaskFile:
         image, mask = pair
         if self._params.refine:
             mask = refine_mask(
@@ -196,7 +197,7 @@ class MaskMaker:
                 solver_iterations=self._params.solver_iterations,
                 solver_scale=self._params.solver_scale,
             )
-        return encode_png(mask)
+        return MaskFile(encode_png(mask), not mask.any())
 
 
 def _read_photo(row: ArchiveRow, params: MaskParams) -> Photo | ImageError:

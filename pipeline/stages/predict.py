@@ -20,7 +20,7 @@ from pipeline.formats.images import ImageError, load_image
 from pipeline.formats.rle import coco_annotation, encode_crop
 from pipeline.formats.sources import EXTENSIONS, check_utf8
 from pipeline.inference.segmenter import Prediction, Segmenter
-from pipeline.methods.inputs import prediction_settings
+from pipeline.params.base import PredictionSettings
 from pipeline.params.sections import EvaluateParams
 from pipeline.pictures.overlays import colour_map, grid, overlay_instances, overlay_semantic
 
@@ -63,7 +63,7 @@ def run(
     segmenter = Segmenter.load(
         checkpoint_dir,
         categories=categories,
-        settings=prediction_settings(params),
+        settings=PredictionSettings.of(params),
         runtime=runtime,
     )
     with (

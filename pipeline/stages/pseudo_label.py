@@ -1,4 +1,4 @@
-"""Stage 4: dense labels of the archive images by DenseCLIP, beside their pseudo-masks."""
+"""Stage 4: dense labels of the archive images, joined to the mask shards by their keys."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from torch import Tensor
 
 from pipeline.engine.cache import BlobCache
 from pipeline.engine.parallel import Workers
-from pipeline.engine.progress import StageRun, Tally
+from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
-from pipeline.engine.shard_run import Executor, LocalExecutor, plan_key, run_shards, slices
+from pipeline.engine.shard_run import Executor, Job, run_job, slices
 from pipeline.errors import PipelineError
 from pipeline.formats.images import encode_label, encode_png, load_image
 from pipeline.formats.labels import BACKGROUND, encode_confidence
 from pipeline.formats.shards import SampleStore, open_samples, write_tar
-from pipeline.methods.dense import build_denseclip
-from pipeline.models.clip import load_clip
-from pipeline.params.sections import PseudoLabelParams
+from pipeline.methods.dense import Names, PseudoLabelParams, load_dense_labeller
 
 MASK_MEMBERS = ("jpg", "mask.png", "json")
 BATCHES_AHEAD = 8
@@ -43,7 +41,7 @@ def run(
     stats_path: Path,
     executor: Executor | None = None,
 ) -> None:
-    """Write label shards: the samples of `mask_dir` plus `label.png` and `confidence.png`.
+    """Write label shards: `label.png` and `confidence.png` under the keys of the mask shards.
 
     Labels depend on the image alone, not on its archive, and are cached by the image's SHA-256.
 
@@ -66,29 +64,23 @@ def run(
         raise PipelineError(f"{mask_dir}: no samples; run the mask stage again")
     for index in range(len(store)):
         _check_category(store, index, categories)
-    recipe = partial(LabelMaker, store, categories, background, params)
-    maker = recipe(runtime)
-    with StageRun("pseudo_label", stats_path=stats_path, total=len(store)) as stage:
-        run_shards(
-            out_dir,
-            slices(range(len(store)), params.shard_size),
-            key=plan_key([maker.settings, params.shard_size, store.manifest], ()),
-            recipe=recipe,
-            maker=maker,
-            executor=executor or LocalExecutor(),
-            stage=stage,
-            settings={"encoder": params.encoder.model_dump(), "denseclip": maker.settings},
-            remedy="Run the mask stage again",
-        )
+    job = Job(
+        "pseudo_label",
+        range(len(store)),
+        shard_size=params.shard_size,
+        load=partial(LabelMaker, store, Names(categories, background), params),
+        inputs=store.manifest,
+        remedy="Run the mask stage again",
+    )
+    run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
 
 
 class LabelMaker:
-    """Makes label shards from samples with masks: labels from the cache or by DenseCLIP.
+    """Makes shards of labels for the samples of mask shards: from the cache, or new.
 
     Args:
         store: the samples.
-        categories: names by label id; index 0 holds label id 1.
-        background: names whose embeddings are averaged for label id 0.
+        names: what is told apart.
         params: section `pseudo_label`.
         runtime: device, precision and cache.
 
@@ -97,38 +89,26 @@ class LabelMaker:
     """
 
     def __init__(
-        self,
-        store: SampleStore,
-        categories: Sequence[str],
-        background: Sequence[str],
-        params: PseudoLabelParams,
-        runtime: Runtime,
+        self, store: SampleStore, names: Names, params: PseudoLabelParams, runtime: Runtime
     ) -> None:
-        encoder = load_clip(
-            params.encoder.model,
-            params.encoder.pretrained,
-            runtime.device,
-            cache_dir=runtime.cache_dir,
-        )
+        self._labeller = load_dense_labeller(params, names, runtime)
         self.settings = {
-            "background": list(background),
-            "categories": list(categories),
-            **params.recipe(),
-            "weights": encoder.fingerprint(),
+            "background": list(names.background),
+            "categories": list(names.categories),
+            "method": params.method,
+            "encoder": params.encoder.model_dump(),
+            **self._labeller.settings,
             "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
         }
         self._store = store
-        self._model = build_denseclip(
-            encoder, categories=categories, background=background, params=params
-        )
-        self._num_categories = len(categories)
+        self._num_categories = len(names.categories)
         self._batch_size = params.batch_size
         self._runtime = runtime
         self._cache = BlobCache(runtime.cache_dir / "pseudo_label", self.settings)
         self._workers = Workers(params.workers)
 
     def make(self, items: Sequence[int], path: Path, tally: Tally) -> int:
-        """Write the samples of these numbers, with their labels."""
+        """Write the labels of the samples of these numbers."""
         return write_tar(path, self._samples(items, tally))
 
     def close(self) -> None:
@@ -138,11 +118,14 @@ class LabelMaker:
 
     def _samples(self, numbers: Sequence[int], tally: Tally) -> Iterator[dict[str, Any]]:
         for part in slices(numbers, BATCHES_AHEAD * self._batch_size):
-            samples = [self._store[number] for number in part]
-            blobs = self._blobs([sample["jpg"] for sample in samples], tally)
-            for sample, blob in zip(samples, blobs, strict=True):
+            blobs = self._blobs([self._store.member(number, "jpg") for number in part], tally)
+            for number, blob in zip(part, blobs, strict=True):
                 label, confidence = _unpack(blob)
-                yield {**sample, "label.png": label, "confidence.png": confidence}
+                yield {
+                    "__key__": self._store.keys[number],
+                    "label.png": label,
+                    "confidence.png": confidence,
+                }
                 tally.advance()
 
     def _blobs(self, jpegs: Sequence[bytes], tally: Tally) -> list[bytes]:
@@ -170,7 +153,7 @@ class LabelMaker:
             for batch in slices(group, self._batch_size):
                 pixels = torch.stack([_to_tensor(image) for _, image in batch])
                 with self._runtime.autocast():
-                    labels, confidence = self._model.label(pixels.to(self._runtime.device))
+                    labels, confidence = self._labeller.label(pixels.to(self._runtime.device))
                 maps = zip(labels.cpu().numpy(), confidence.cpu().numpy(), strict=True)
                 for (key, _), pair in zip(batch, maps, strict=True):
                     blobs[key] = self._workers.submit(self._encode, pair)

@@ -45,6 +45,7 @@ MAX_CHIPS = 100
 def run(
     *,
     archives_path: Path,
+    masks_dir: Path,
     labels_dir: Path,
     live_dir: Path,
     params_path: Path,
@@ -59,6 +60,7 @@ def run(
 
     Args:
         archives_path: Parquet table of the archives.
+        masks_dir: mask shards.
         labels_dir: label shards.
         live_dir: DVCLive's folder of the training run.
         params_path: params file of the run.
@@ -81,7 +83,7 @@ def run(
             "overlays": read_best_and_worst(reports_dir / "overlays", benches),
             "benches": read_benches(metrics_dir, reports_dir / "plots", benches),
             "audits": read_audits(metrics_dir, names.get("audit")),
-            "archives": read_samples(labels_dir, archives, _target_maker(params)),
+            "archives": read_samples(masks_dir, labels_dir, archives, _target_maker(params)),
             "curves": read_curves(live_dir),
         }
         if not (archives or has_run(stages) or any(results.values())):

@@ -207,7 +207,7 @@ def _text_embeddings(
             f"{shard}: embedded by {embedded_by}, but the texts are to be embedded by {wanted}; "
             "run `pipeline embed` again"
         )
-    clip = load_clip(encoder.model, encoder.pretrained, runtime.device, cache_dir=runtime.cache_dir)
+    clip = load_clip(encoder, runtime.device, cache_dir=runtime.cache_dir)
     if clip.embed_dim != dim:
         raise PipelineError(
             f"{shard}: embeddings of length {dim}, but {wanted} has {clip.embed_dim}; "

@@ -1,4 +1,4 @@
-"""Stage 5: label shards -> trained ZUTIS checkpoint and loss curves."""
+"""Stage 5: mask and label shards -> checkpoint of a trained student, and loss curves."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from dvclive import Live
 from scmrepo.exceptions import SCMError
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from pipeline.engine.cache import UseMark
@@ -23,52 +24,22 @@ from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.files import check_writable, digest, refuse_url
-from pipeline.formats.labels import IGNORE_INDEX
 from pipeline.formats.shards import read_manifest
-from pipeline.models.clip import ClipEncoder, label_embeddings, load_clip
-from pipeline.models.zutis.build import WEIGHTS_NAME, build_zutis, save_checkpoint
-from pipeline.models.zutis.losses import mask_loss, num_counted, num_pairs, semantic_loss
-from pipeline.models.zutis.network import IMAGENET_MEAN, IMAGENET_STD, Zutis
-from pipeline.models.zutis.schedule import param_groups, set_learning_rates
-from pipeline.models.zutis.training_state import read_state, restore, save_state
-from pipeline.params.sections import TrainParams
-from pipeline.training.training_set import Archives, Batch, Composition, TrainingSet, collate
-from pipeline.vocabulary.prompts import templates
+from pipeline.methods.dense import Names
+from pipeline.methods.students import MicroBatch, Student, TrainParams, fresh_student
+from pipeline.models.weights.checkpoint import WEIGHTS_NAME, save_checkpoint
+from pipeline.models.weights.training_state import read_state, restore, save_state
+from pipeline.training.training_set import Archives, Batch, TrainingSet, collate
 
 # To be raised with every change after which the same settings give other weights.
 TRAIN_VERSION = 2
 STATE_NAME = "last.safetensors"
-LOSSES = ("loss", "semantic", "mask")
-
-
-class _MicroBatch(NamedTuple):
-    """Images that go through the network at once, on its device.
-
-    Attributes:
-        numbers: B numbers of training images.
-        images: (B, 3, H, W) uint8, RGB.
-        semantic_masks: (B, H, W) int16 label ids; IGNORE_INDEX is void.
-        instance_masks: B boolean tensors (N, H, W).
-    """
-
-    numbers: list[int]
-    images: Tensor
-    semantic_masks: Tensor
-    instance_masks: Sequence[Tensor]
-
-
-class _Network(NamedTuple):
-    """A fresh ZUTIS, text embeddings (1 + K, C) by label id, and what decided both."""
-
-    model: Zutis
-    text_embeddings: Tensor
-    architecture: dict[str, Any]
-    encoder_fingerprint: str
 
 
 def run(
     *,
-    labels_dir: Path,
+    masks_dir: Path,
+    labels_dir: Path | None = None,
     out_dir: Path,
     live_dir: Path,
     stats_path: Path,
@@ -79,7 +50,7 @@ def run(
     resume: bool = True,
     group: Group | None = None,
 ) -> None:
-    """Train ZUTIS on pseudo-labels (ZUTIS paper, 3.2 to 4.1).
+    """Train a student on pseudo-labels (ZUTIS paper, 3.2 to 4.1).
 
     On the CPU, the same inputs and seed give the same bytes, whatever the number of workers and
     however often the run was cut off and started again. With every checkpoint the whole state of
@@ -87,17 +58,18 @@ def run(
     finished.
 
     Args:
-        labels_dir: Label shards of the pseudo-label stage.
-        out_dir: Folder of the checkpoint: model.safetensors and config.json, rewritten whole every
+        masks_dir: mask shards.
+        labels_dir: label shards, joined to them by key; only targets of dense labels need any.
+        out_dir: folder of the checkpoint: model.safetensors and config.json, rewritten whole every
             `checkpoint_every` iterations and at the end.
         live_dir: DVCLive's folder: metrics.json and plots/metrics/*.tsv.
-        stats_path: Counts of the stage.
-        categories: Names by label id, from 1.
-        background: Names whose mean is the text embedding of label id 0.
-        params: Section `train`.
-        runtime: Device, precision, seed.
-        resume: Continue from the last state of a run that was cut off.
-        group: The processes that share every batch; they need the same folders. The main one
+        stats_path: counts of the stage.
+        categories: names by label id, from 1.
+        background: names whose mean is the text embedding of label id 0.
+        params: section `train`.
+        runtime: device, precision, seed.
+        resume: continue from the last state of a run that was cut off.
+        group: the processes that share every batch; they need the same folders. The main one
             writes.
 
     Raises:
@@ -116,44 +88,45 @@ def run(
         unit="iteration",
         silent=not group.is_main,
     ) as stage:
-        archives = _open_archives(labels_dir, categories, params=params, stage=stage)
-        dataset = _training_set(archives, params=params, seed=runtime.seed)
-        network = _load_network(categories, background, params=params, runtime=runtime)
-        model = network.model
-        config = _checkpoint_config(
-            categories, background, network.architecture, params=params, seed=runtime.seed
-        )
-        optimizer = _make_optimizer(model, params)
-        state_path = _state_path(
-            labels_dir, categories, background, network, params=params, runtime=runtime
-        )
+        # What to learn from, and what learns.
+        archives = Archives(masks_dir, labels_dir, categories=categories, settings=params)
+        _count(archives, stage)
+        length = params.iterations * params.batch_size
+        dataset = TrainingSet(archives, params, seed=runtime.seed, length=length)
+        names = Names(categories, background)
+        student = fresh_student(params, names, runtime)
+        optimizer = student.make_optimizer()
+        config = _checkpoint_config(student, names, params=params, seed=runtime.seed)
+        shards_dirs = [masks_dir, *([labels_dir] if labels_dir and params.needs_labels else [])]
+        state_path = _state_path(shards_dirs, names, student, params=params, runtime=runtime)
         with (
             _open_live(live_dir) if group.is_main else nullcontext() as live,
             UseMark(state_path.parent) as mark,
         ):
-            log = _LossLog(live, stage, group, batch_size=params.batch_size)
-            start = _resume(state_path, model, optimizer, log, group) if resume else 0
+            # Where an earlier run was cut off.
+            log = _LossLog(live, stage, group, student.losses, batch_size=params.batch_size)
+            start = _resume(state_path, student, optimizer, log, group) if resume else 0
             _check_common_start(start, group, state_path)
             if start and group.is_main:
                 print(f"train: resumed at step {start} of {params.iterations}", flush=True)
                 stage.start_at(start)
-                save_checkpoint(out_dir, model, {**config, "step": start})
+                save_checkpoint(out_dir, student.network, {**config, "step": start})
             steps = _steps(dataset, start=start, params=params, runtime=runtime, group=group)
+            # One step: rates, gradients of all micro-batches of all processes, update.
             for step, batches in enumerate(steps, start=start + 1):
-                set_learning_rates(optimizer, step - 1, params.iterations)
+                student.set_learning_rates(optimizer, step - 1)
                 optimizer.zero_grad()
-                losses = _backward(
-                    network, batches, params=params, runtime=runtime, group=group, step=step
-                )
+                losses = _backward(student, batches, group=group, step=step)
                 optimizer.step()
                 log.add(losses)
+                # Reading the losses makes the CPU wait for the device, so now and then only.
                 saves = step == params.iterations or step % params.checkpoint_every == 0
                 if saves or step % params.log_every == 0:
                     log.write(step, learning_rate=optimizer.param_groups[-1]["lr"])
                 if saves and group.is_main:
-                    save_checkpoint(out_dir, model, {**config, "step": step})
+                    save_checkpoint(out_dir, student.network, {**config, "step": step})
                     # The log has just been written, so nothing of it is pending.
-                    save_state(state_path, model, optimizer, step=step, extra=log.rows)
+                    save_state(state_path, student.network, optimizer, step=step, extra=log.rows)
                     mark.take()
                 stage.advance()
     if group.is_main:
@@ -164,18 +137,25 @@ class _LossLog:
     """Means of the losses since the last line, to DVCLive and the progress bar.
 
     Attributes:
-        rows: All that was written: step, the three means, learning rate.
+        rows: all that was written: step, means of the loss and its parts, learning rate.
     """
 
     def __init__(
-        self, live: Live | None, stage: StageRun, group: Group, *, batch_size: int
+        self,
+        live: Live | None,
+        stage: StageRun,
+        group: Group,
+        parts: Sequence[str],
+        *,
+        batch_size: int,
     ) -> None:
         self.rows: list[tuple[int, list[float]]] = []
         self._live = live
         self._stage = stage
         self._group = group
         self._batch_size = batch_size
-        self._totals = torch.zeros(len(LOSSES), device=group.device)
+        self._names = ("loss", *parts)
+        self._totals = torch.zeros(len(self._names), device=group.device)
         self._restart()
 
     def _restart(self) -> None:
@@ -183,7 +163,7 @@ class _LossLog:
         self._num_summed, self._since = 0, time.monotonic()
 
     def add(self, losses: Tensor) -> None:
-        """Take in total, semantic and mask loss (3,) of one step, without waiting for them.
+        """Take in the loss of one step and its parts, without waiting for them.
 
         They are this process's part of the step's losses.
         """
@@ -209,7 +189,7 @@ class _LossLog:
             self.rows.append((step, values))
             if self._live is not None:
                 self._live.step = step
-                for name, value in zip((*LOSSES, "learning_rate"), values, strict=True):
+                for name, value in zip((*self._names, "learning_rate"), values, strict=True):
                     self._live.log_metric(f"train/{name}", value)
 
 
@@ -234,10 +214,9 @@ def _check_common_start(start: int, group: Group, state_path: Path) -> None:
 
 
 def _state_path(
-    labels_dir: Path,
-    categories: list[str],
-    background: list[str],
-    network: _Network,
+    shards_dirs: Sequence[Path],
+    names: Names,
+    student: Student,
     *,
     params: TrainParams,
     runtime: Runtime,
@@ -248,21 +227,21 @@ def _state_path(
     """
     settings = {
         "version": TRAIN_VERSION,
-        "train": params.model_dump(mode="json", exclude={"encoder", "workers"}),
-        "categories": categories,
-        "background": background,
+        "train": params.model_dump(mode="json", exclude={"encoder", "labels", "workers"}),
+        "categories": list(names.categories),
+        "background": list(names.background),
         "seed": runtime.seed,
-        "labels": [shard["sha256"] for shard in read_manifest(labels_dir)["shards"]],
-        "encoder": network.encoder_fingerprint,
+        "shards": [
+            shard["sha256"] for folder in shards_dirs for shard in read_manifest(folder)["shards"]
+        ],
+        "encoder": student.fingerprint,
         "device": runtime.device.type,
         "precision": str(runtime.amp_dtype),
     }
     return runtime.cache_dir / "train" / digest(settings)[:32] / STATE_NAME
 
 
-def _resume(
-    path: Path, model: Zutis, optimizer: torch.optim.Optimizer, log: _LossLog, group: Group
-) -> int:
+def _resume(path: Path, student: Student, optimizer: Optimizer, log: _LossLog, group: Group) -> int:
     """Continue from the state at `path`, if there is one; return the finished iterations."""
     try:
         state = read_state(path)
@@ -272,7 +251,7 @@ def _resume(
         return 0
     if state is None:
         return 0
-    restore(state, model, optimizer)
+    restore(state, student.network, optimizer)
     log.replay(state.extra)
     return state.step
 
@@ -284,32 +263,10 @@ def _remove_state(path: Path) -> None:
         path.parent.parent.rmdir()
 
 
-def _open_archives(
-    labels_dir: Path, categories: list[str], *, params: TrainParams, stage: StageRun
-) -> Archives:
-    """The archives of the label shards, counted."""
-    archives = Archives(
-        labels_dir,
-        categories=categories,
-        target=params.target,
-        confidence_threshold=params.confidence_threshold,
-        conflict=params.conflict,
-        split_components=params.split_components,
-    )
+def _count(archives: Archives, stage: StageRun) -> None:
     stage.count("archive_images", sum(len(part) for part in archives.objects.values()))
     stage.count("negatives", len(archives.negatives))
     stage.count("empty_masks", archives.num_empty)
-    return archives
-
-
-def _make_optimizer(model: Zutis, params: TrainParams) -> torch.optim.Optimizer:
-    groups = param_groups(
-        model,
-        lr=params.learning_rate,
-        encoder_lr=params.encoder_learning_rate,
-        weight_decay=params.weight_decay,
-    )
-    return torch.optim.AdamW(groups, fused=True)
 
 
 def _open_live(live_dir: Path) -> Live:
@@ -324,115 +281,29 @@ def _open_live(live_dir: Path) -> Live:
         ) from None
 
 
-def _backward(
-    network: _Network,
-    batches: list[_MicroBatch],
-    *,
-    params: TrainParams,
-    runtime: Runtime,
-    group: Group,
-    step: int,
-) -> Tensor:
+def _backward(student: Student, batches: list[MicroBatch], *, group: Group, step: int) -> Tensor:
     """Give the parameters the gradients of the loss of all micro-batches of all processes.
 
     Returns:
-        Total, semantic and mask loss (3,) of this process's micro-batches: its part of a sum.
+        The loss and its parts of this process's micro-batches: its share of a sum.
     """
-    divisors = _divisors(batches, params=params, group=group)
-    shares = torch.zeros(len(LOSSES), device=runtime.device)
+    counts = torch.stack([student.count(batch) for batch in batches]).sum(0)
+    divisors = group.all_reduce(counts).clamp(min=1)
+    shares: list[Tensor] = []
     for batch in batches:
-        losses = _losses(network, batch, divisors, params=params, runtime=runtime, step=step)
+        try:
+            losses = student.loss(batch, divisors)
+        except PipelineError as error:
+            raise PipelineError(f"step {step}: {error}") from None
         losses[0].backward()
-        shares += losses.detach()
-    group.reduce_gradients(network.model.parameters())
-    return shares
-
-
-def _divisors(
-    batches: list[_MicroBatch], *, params: TrainParams, group: Group
-) -> tuple[Tensor, Tensor]:
-    """What semantic and mask loss of the global batch are divided by."""
-    counts = torch.stack([_counts(batch, params=params) for batch in batches]).sum(0)
-    pixels, pairs = group.all_reduce(counts).clamp(min=1)
-    return pixels, pairs
-
-
-def _counts(batch: _MicroBatch, *, params: TrainParams) -> Tensor:
-    """Pixels and pairs, or images, of a micro-batch that count in its losses: (2,) int64."""
-    pixels = num_counted(batch.semantic_masks, ignore_index=IGNORE_INDEX)
-    if params.mask_loss_reduction == "mean":
-        pairs = num_pairs(
-            batch.instance_masks,
-            num_layers=params.decoder_layers,
-            num_queries=params.num_queries,
-        )
-    else:
-        pairs = torch.tensor(len(batch.numbers)).to(pixels.device, non_blocking=True)
-    return torch.stack((pixels, pairs))
-
-
-def _losses(
-    network: _Network,
-    batch: _MicroBatch,
-    divisors: tuple[Tensor, Tensor],
-    *,
-    params: TrainParams,
-    runtime: Runtime,
-    step: int,
-) -> Tensor:
-    """Total, semantic and mask loss of a micro-batch, stacked: (3,)."""
-    with runtime.autocast():
-        output = network.model(batch.images / 255)
-    semantic = semantic_loss(
-        output.patch_tokens,
-        network.text_embeddings,
-        batch.semantic_masks,
-        logit_scale=params.logit_scale,
-        ignore_index=IGNORE_INDEX,
-        divisor=divisors[0],
-    )
-    try:
-        mask = mask_loss(
-            output.mask_probs,
-            batch.instance_masks,
-            reduction=params.mask_loss_reduction,
-            matching=params.matching,
-            divisor=divisors[1],
-            generators=_generators(batch.numbers, seed=runtime.seed),
-        )
-    except PipelineError as error:
-        raise PipelineError(f"step {step}: {error}") from None
-    total = params.ce_weight * semantic + params.mask_weight * mask
-    return torch.stack((total, semantic, mask))
-
-
-def _generators(numbers: list[int], *, seed: int) -> list[torch.Generator]:
-    """A generator for each training image, whoever computes its loss."""
-    seeds = [int(digest([seed, number])[:15], 16) for number in numbers]
-    return [torch.Generator().manual_seed(value) for value in seeds]
-
-
-def _training_set(archives: Archives, *, params: TrainParams, seed: int) -> TrainingSet:
-    composition = Composition(
-        crop_size=params.crop_size,
-        scale_range=(params.scale_range[0], params.scale_range[1]),
-        flip=params.flip,
-        colour_jitter=params.colour_jitter,
-        greyscale=params.greyscale,
-        blur=params.blur,
-        max_paste=params.max_paste,
-        same_archive=params.same_archive,
-        negative_canvas=params.negative_canvas,
-        keep_last_row_column=params.keep_last_row_column,
-    )
-    return TrainingSet(
-        archives, composition, seed=seed, length=params.iterations * params.batch_size
-    )
+        shares.append(losses.detach())
+    group.reduce_gradients(student.network.parameters())
+    return torch.stack(shares).sum(0)
 
 
 def _steps(
     dataset: TrainingSet, *, start: int, params: TrainParams, runtime: Runtime, group: Group
-) -> Iterator[list[_MicroBatch]]:
+) -> Iterator[list[MicroBatch]]:
     """This process's micro-batches of every iteration after the first `start`."""
     shares = _shares(start, params, group)
     loader = DataLoader(
@@ -469,8 +340,8 @@ def _shares(start: int, params: TrainParams, group: Group) -> list[list[int]]:
     ]
 
 
-def _to_device(numbers: list[int], batch: Batch, device: torch.device) -> _MicroBatch:
-    return _MicroBatch(
+def _to_device(numbers: list[int], batch: Batch, device: torch.device) -> MicroBatch:
+    return MicroBatch(
         numbers,
         batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2),
         batch.semantic_masks.to(device, non_blocking=True),
@@ -478,62 +349,17 @@ def _to_device(numbers: list[int], batch: Batch, device: torch.device) -> _Micro
     )
 
 
-def _load_network(
-    categories: list[str], background: list[str], *, params: TrainParams, runtime: Runtime
-) -> _Network:
-    """A fresh ZUTIS around the encoder, with its text embeddings."""
-    clip = load_clip(
-        params.encoder.model,
-        params.encoder.pretrained,
-        runtime.device,
-        cache_dir=runtime.cache_dir,
-    )
-    if params.crop_size < clip.patch_size:
-        raise PipelineError(
-            f"train.crop_size: {params.crop_size} is less than one patch of "
-            f"{params.encoder.model} ({clip.patch_size} pixels)"
-        )
-    text_embeddings = label_embeddings(
-        clip, background=background, categories=categories, templates=templates(params.templates)
-    )
-    architecture = _architecture(params, clip)
-    fingerprint = clip.fingerprint()
-    model = build_zutis(clip.visual.requires_grad_(True), **architecture)
-    return _Network(model.to(runtime.device).train(), text_embeddings, architecture, fingerprint)
-
-
-def _architecture(params: TrainParams, clip: ClipEncoder) -> dict[str, Any]:
-    """The arguments of `build_zutis` beside the encoder."""
-    own = params.normalisation == "clip"
-    return {
-        "num_queries": params.num_queries,
-        "decoder_layers": params.decoder_layers,
-        "num_heads": params.num_heads,
-        "feedforward_dim": params.feedforward_dim,
-        "stop_gradient": params.stop_gradient,
-        "mean": clip.mean.flatten().tolist() if own else list(IMAGENET_MEAN),
-        "std": clip.std.flatten().tolist() if own else list(IMAGENET_STD),
-        "position_resize": params.position_resize,
-        "token_norm": params.token_norm,
-    }
-
-
 def _checkpoint_config(
-    categories: list[str],
-    background: list[str],
-    architecture: dict[str, Any],
-    *,
-    params: TrainParams,
-    seed: int,
+    student: Student, names: Names, *, params: TrainParams, seed: int
 ) -> dict[str, Any]:
     """What a checkpoint says of itself; `step` comes at saving."""
     return {
-        "architecture": architecture,
+        "student": params.student,
+        **student.config,
         "encoder": params.encoder.model_dump(mode="json"),
-        "categories": categories,
-        "background": background,
+        "categories": list(names.categories),
+        "background": list(names.background),
         "templates": params.templates,
-        "logit_scale": params.logit_scale,
         "seed": seed,
         "train": params.model_dump(mode="json"),
     }

@@ -1,4 +1,4 @@
-"""What ZUTIS trains on: archive samples from label shards, composed into batches.
+"""What students train on: archive samples from mask shards, composed into batches.
 
 Letters: B batch, N instances, H W pixels.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +21,10 @@ from torch.utils.data import Dataset
 
 from pipeline.errors import PipelineError
 from pipeline.formats.images import ImageError, decode_label, decode_png, load_image
-from pipeline.formats.labels import BACKGROUND, Conflict, Target, decode_confidence
-from pipeline.formats.shards import open_samples
+from pipeline.formats.labels import BACKGROUND, decode_confidence
+from pipeline.formats.shards import SampleStore, open_samples
 from pipeline.training.copy_paste import Canvas, Cutout, copy_paste, cut_out, make_canvas
+from pipeline.training.settings import Composition, TargetSettings
 from pipeline.training.targets import saliency_target, training_target
 from pipeline.training.transforms import (
     Box,
@@ -35,7 +36,8 @@ from pipeline.training.transforms import (
     draw_view,
 )
 
-MEMBERS = ("jpg", "mask.png", "label.png", "confidence.png", "json")
+MASK_MEMBERS = ("jpg", "mask.png", "json")
+LABEL_MEMBERS = ("label.png", "confidence.png")
 SPECK = 0.01
 # What is kept in memory: decoded samples, and packed pseudo-masks of about a kilobyte each.
 SAMPLE_BYTES, MASK_BYTES = 10**9, 5 * 10**8
@@ -93,7 +95,7 @@ class PackedMask(NamedTuple):
 
 
 class Archives:
-    """Decoded access to the archive images of a folder of label shards.
+    """Decoded access to the archive images of a folder of mask shards.
 
     A sample's semantic mask is what `training_target` makes of it; its instance is its
     pseudo-mask or, with `split_components`, every connected component of the pseudo-mask that
@@ -102,12 +104,13 @@ class Archives:
     pseudo-masks of some 500,000 more.
 
     Args:
-        labels_dir: Folder of label shards.
-        categories: Names by label id, from 1.
-        target: As for `training_target`, like the next two.
-        confidence_threshold: Likewise.
-        conflict: Likewise.
-        split_components: Make every component an instance of its own.
+        masks_dir: folder of mask shards.
+        labels_dir: folder of label shards, joined by key; not looked at where the target needs
+            none.
+        categories: names by label id, from 1.
+        settings: what training sees of a sample.
+        sample_bytes: decoded samples kept in memory.
+        mask_bytes: packed pseudo-masks kept in memory.
 
     Attributes:
         objects: Label id -> indices of its samples that show an object; no archive is empty.
@@ -115,36 +118,34 @@ class Archives:
         num_empty: Samples left out, for want of an object in their pseudo-mask.
 
     Raises:
-        PipelineError: shards are missing or damaged, belong to other categories, or no sample
-            shows an object.
+        PipelineError: shards are missing or damaged, belong to other categories or images, or no
+            sample shows an object.
     """
 
     def __init__(
         self,
-        labels_dir: Path,
+        masks_dir: Path,
+        labels_dir: Path | None = None,
         *,
         categories: Sequence[str],
-        target: Target,
-        confidence_threshold: float,
-        conflict: Conflict,
-        split_components: bool,
+        settings: TargetSettings,
+        sample_bytes: int = SAMPLE_BYTES,
+        mask_bytes: int = MASK_BYTES,
     ) -> None:
-        self._labels_dir = labels_dir
-        self._store = open_samples(labels_dir, members=MEMBERS)
-        self._target: Target = target
-        self._confidence_threshold = confidence_threshold
-        self._conflict: Conflict = conflict
-        self._split_components = split_components
+        self._masks_dir = masks_dir
+        self._store = open_samples(masks_dir, members=MASK_MEMBERS)
+        self._settings = settings
+        self._labels = self._open_labels(labels_dir) if settings.needs_labels else None
         self._label_ids = [self._label_id(i, categories) for i in range(len(self._store))]
         self.objects: dict[int, list[int]] = {}
         self.negatives: list[int] = []
         self.num_empty = 0
         self._memory: dict[int, Sample] = {}
         self._masks: dict[int, PackedMask] = {}
-        self._sort()
+        self._sort(sample_bytes, mask_bytes)
         if not self.objects:
             raise PipelineError(
-                f"{labels_dir}: none of {len(self._store)} samples has an object in its "
+                f"{masks_dir}: none of {len(self._store)} samples has an object in its "
                 "pseudo-mask; look at the settings of the mask stage"
             )
 
@@ -152,9 +153,27 @@ class Archives:
         """The decoded sample, whole and as stored; it is not to be written to."""
         return self._memory[index] if index in self._memory else self._decode(index)
 
-    def _sort(self) -> None:
+    def _open_labels(self, labels_dir: Path | None) -> SampleStore:
+        """The label shards, which must have a sample for every one of the mask shards."""
+        if labels_dir is None:
+            raise PipelineError("train.labels: the target needs dense labels; name their folder")
+        try:
+            labels = open_samples(labels_dir, members=LABEL_MEMBERS)
+        except PipelineError as error:
+            raise PipelineError(
+                f"{error} (train.labels, which target {self._settings.target} reads, is the folder "
+                "that `pipeline pseudo_label` writes)"
+            ) from None
+        if missing := set(self._store.keys) - set(labels.keys):
+            raise PipelineError(
+                f"{labels_dir}: no labels of {len(missing)} of {len(self._store)} masks, such as "
+                f"{min(missing)}; run `pipeline pseudo_label` again"
+            )
+        self._label_places = {key: place for place, key in enumerate(labels.keys)}
+        return labels
+
+    def _sort(self, free_for_samples: int, free_for_masks: int) -> None:
         """Tell samples with an object from those without, and keep the first ones in memory."""
-        free_for_samples, free_for_masks = SAMPLE_BYTES, MASK_BYTES
         for index, label_id in enumerate(self._label_ids):
             if label_id == BACKGROUND:
                 self.negatives.append(index)
@@ -174,7 +193,7 @@ class Archives:
                     self._memory[index] = _without_metadata(sample)
 
     def _shows_object(self, mask: np.ndarray) -> bool:
-        return bool(self._instances(mask).any() if self._split_components else mask.any())
+        return bool(self._instances(mask).any() if self._settings.split_components else mask.any())
 
     def _decode(self, index: int) -> Sample:
         label_id = self._label_ids[index]
@@ -205,21 +224,22 @@ class Archives:
 
     def _semantic(self, index: int, mask: np.ndarray) -> np.ndarray:
         """What training sees of a sample; only `saliency` does without its dense labels."""
-        if self._target == "saliency":
+        if self._labels is None:
             return saliency_target(mask, self._label_ids[index])
+        place = self._label_places[self._store.keys[index]]
         return training_target(
             mask,
             self._label_ids[index],
-            decode_label(self._store.member(index, "label.png")),
-            decode_confidence(decode_png(self._store.member(index, "confidence.png"))),
-            target=self._target,
-            confidence_threshold=self._confidence_threshold,
-            conflict=self._conflict,
+            decode_label(self._labels.member(place, "label.png")),
+            decode_confidence(decode_png(self._labels.member(place, "confidence.png"))),
+            target=self._settings.target,
+            confidence_threshold=self._settings.confidence_threshold,
+            conflict=self._settings.conflict,
         )
 
     def _instances(self, mask: np.ndarray) -> np.ndarray:
         """Instance ids (H, W), uint8, of a pseudo-mask."""
-        if not self._split_components:
+        if not self._settings.split_components:
             return mask.view(np.uint8)
         instances = np.zeros(mask.shape, dtype=np.uint8)
         box = bounding_box(mask)
@@ -248,36 +268,7 @@ class Archives:
         return int(label_id)
 
     def _complaint(self, index: int, reason: str) -> PipelineError:
-        return PipelineError(f"{self._labels_dir}: sample {self._store.keys[index]}: {reason}")
-
-
-@dataclass(frozen=True)
-class Composition:
-    """How samples become a training image (ZUTIS paper, 3.2, 4.1 and appendix B.2).
-
-    Attributes:
-        crop_size: Side of the training image.
-        scale_range: Range of the random resizing.
-        flip: Probability of mirroring.
-        colour_jitter: Probability of a change of colours.
-        greyscale: Probability of losing all colour.
-        blur: Probability of a blur.
-        max_paste: Largest number of archive images in one training image.
-        same_archive: Probability that they all come from one archive, drawn uniformly.
-        negative_canvas: Probability that the objects are pasted onto a negative.
-        keep_last_row_column: As for `object_box`.
-    """
-
-    crop_size: int
-    scale_range: tuple[float, float]
-    flip: float
-    colour_jitter: float
-    greyscale: float = 0.0
-    blur: float = 0.0
-    max_paste: int = 10
-    same_archive: float = 0.5
-    negative_canvas: float = 0.0
-    keep_last_row_column: bool = False
+        return PipelineError(f"{self._masks_dir}: sample {self._store.keys[index]}: {reason}")
 
 
 class TrainingSet(Dataset[Composed]):
@@ -298,7 +289,7 @@ class TrainingSet(Dataset[Composed]):
     ) -> None:
         if composition.negative_canvas > 0 and not archives.negatives:
             raise PipelineError(
-                f"train.negative_canvas: {composition.negative_canvas}, but the labels hold no "
+                f"train.negative_canvas: {composition.negative_canvas}, but the masks hold no "
                 "negatives; raise retrieve.num_negatives or set it to 0"
             )
         self._archives = archives
@@ -350,7 +341,7 @@ class TrainingSet(Dataset[Composed]):
         composition = self._composition
         view = draw_view(
             *sample.semantic.shape,
-            scale_range=composition.scale_range,
+            scale_range=(composition.scale_range[0], composition.scale_range[1]),
             crop_size=composition.crop_size,
             flip=composition.flip,
             rng=rng,

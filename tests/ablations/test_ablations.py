@@ -172,9 +172,8 @@ def test_variants_run_as_experiments_and_leave_the_workspace_as_it_was(
 
 def test_ctrl_c_stops_the_stage_and_brings_the_workspace_back(project: Path) -> None:
     before = state(project)
-    code = "import typer; from pipeline.cli.ablate import ablate; typer.run(ablate)"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "stop_gradient"],
+        [sys.executable, "-m", "pipeline", "ablate", "stop_gradient"],
         cwd=project,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

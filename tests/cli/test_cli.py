@@ -16,6 +16,9 @@ import pytest
 
 from pipeline import __version__
 from pipeline.cli import main
+from pipeline.cli.common import Session
+from pipeline.engine.ray_executor import RayExecutor
+from pipeline.engine.shard_run import LocalExecutor
 from pipeline.params.reading import read_params
 from pipeline.presets import list_presets
 from tests.paths import ROOT
@@ -121,6 +124,65 @@ def test_wrong_usage_exits_with_2(cli: Cli, args: list[str], named: str) -> None
     assert "Traceback" not in done.stderr
 
 
+def test_help_waits_for_no_large_package() -> None:
+    code = "import sys; from pipeline.cli import app; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert {"torch", "numpy", "pyarrow", "pydantic"}.isdisjoint(done.stdout.split())
+
+
+def test_an_option_of_all_commands_stands_before_the_command(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(TINY_WORLD)
+    done = cli("demo", "world", "--params", "mine.yaml")
+    assert done.returncode == 2
+    assert done.stderr.endswith("--params, --executor, --ray-workers: before the command's name\n")
+    assert cli("--params", "mine.yaml", "demo", "world").returncode == 0
+    assert (tmp_path / "data/demo/voc").is_dir()
+
+
+def test_the_environment_can_choose_the_params(
+    tmp_path: Path, mistake: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_PARAMS", "mine.yaml")
+    assert mistake("demo", "world").startswith("error: mine.yaml: no such file")
+    assert mistake("--params", "other.yaml", "demo", "world").startswith("error: other.yaml: no")
+    # DVC would store what comes out under the settings of params.yaml.
+    monkeypatch.setenv("DVC_STAGE", "world@demo")
+    message = "error: PIPELINE_PARAMS: mine.yaml: DVC tracks params.yaml; unset the variable"
+    assert mistake("demo", "world") == message
+    assert names(tmp_path) == []
+
+
+def test_the_environment_can_choose_the_executor(
+    mistake: Callable[..., str], cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_EXECUTOR", "cloud")
+    done = cli("mask")
+    assert done.returncode == 2
+    assert "'cloud'" in done.stderr
+    assert mistake("--executor", "local", "mask").startswith("error: params.yaml: no such file")
+    monkeypatch.setenv("PIPELINE_EXECUTOR", "ray")
+    monkeypatch.setenv("PIPELINE_RAY_WORKERS", "0")
+    assert "--ray-workers" in cli("mask").stderr
+
+
+def test_a_session_makes_the_executor_that_was_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    path = tmp_path / "params.yaml"
+    path.write_text(TINY_WORLD)
+    local = Session(params_path=path, executor_name="local", ray_workers=None)
+    assert isinstance(local.executor(), LocalExecutor)
+    ray = Session(params_path=path, executor_name="ray", ray_workers=2)
+    assert isinstance(ray.executor(), RayExecutor)
+
+
+def test_ablations_vary_the_params_of_the_dag(mistake: Callable[..., str]) -> None:
+    assert mistake("--params", "mine.yaml", "ablate", "k") == (
+        "error: --params: mine.yaml: DVC's experiments vary params.yaml; leave it out"
+    )
+
+
 def test_a_mistake_in_the_params_is_one_line_on_stderr(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(f"{TINY_WORLD}train: {{iteratoins: 3}}\n")
     done = cli("demo", "world")
@@ -154,7 +216,7 @@ def test_an_unknown_name_lists_the_known_ones(
     (tmp_path / "mine.yaml").write_text(
         f"{TINY_WORLD}benches: {{voc: {{format: voc, root: data/voc}}}}\n"
     )
-    assert mistake(*args, "--params", "mine.yaml") == (
+    assert mistake("--params", "mine.yaml", *args) == (
         f"error: mine.yaml: 'nope' is not under `{section}:`; there are: {known}"
     )
     assert names(tmp_path) == ["mine.yaml"]

@@ -15,6 +15,7 @@ from pipeline.engine.runtime import Runtime, make_runtime
 from pipeline.errors import PipelineError
 from pipeline.models.clip import load_clip
 from pipeline.models.masks.selfmask import load_selfmask
+from pipeline.params.base import EncoderParams
 
 PHASES = (
     Phase(24, 2, 1e-3, singles_only=True, typical_from=1.0, typical_to=1.0),
@@ -42,8 +43,10 @@ def test_networks_and_card(tmp_path: Path) -> None:
     assert "--seed 3" in first["README.md"].decode()
 
     encoder = load_clip(
-        str(tmp_path / "out/tiny_clip.json"),
-        str(tmp_path / "out/tiny_clip.safetensors"),
+        EncoderParams(
+            model=str(tmp_path / "out/tiny_clip.json"),
+            pretrained=str(tmp_path / "out/tiny_clip.safetensors"),
+        ),
         runtime.device,
     )
     features = encoder.encode_texts(["a photo of a cat.", "the potted plant and tv"])

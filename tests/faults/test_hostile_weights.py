@@ -19,6 +19,7 @@ from pipeline.models.masks.selfmask import load_selfmask
 from pipeline.models.weights.acquire import add
 from pipeline.models.weights.weights import load_state, read_weights
 from pipeline.models.weights.zoo import manifest, published
+from pipeline.params.base import EncoderParams
 from tests.faults.hostile import write_payload
 
 CPU = torch.device("cpu")
@@ -51,7 +52,11 @@ LOADERS: dict[str, Callable[[Path], object]] = {
     "load_state": load_state,
     "read_weights": read_weights,
     "selfmask": load_selfmask,
-    "dino": lambda path: load_dino("dino_vits16", str(path), CPU, cache_dir=path.parent / "cache"),
+    "dino": lambda path: load_dino(
+        EncoderParams(model="dino_vits16", pretrained=str(path)),
+        CPU,
+        cache_dir=path.parent / "cache",
+    ),
     **{
         f"add {name}": lambda path, name=name: add(published(name), path, path.parent / "cache")
         for name in ONE_OF_A_KIND
@@ -79,7 +84,7 @@ def test_code_in_the_weights_of_clip(
 ) -> None:
     write_payload(form, tmp_path / "evil.pt", trap)
     with pytest.raises(PipelineError, match=r"evil\.pt: cannot be read as weights"):
-        load_clip(str(tiny_clip[0]), str(tmp_path / "evil.pt"), CPU)
+        load_clip(EncoderParams(model=str(tiny_clip[0]), pretrained=str(tmp_path / "evil.pt")), CPU)
     assert not trap.exists()
 
 

@@ -18,6 +18,7 @@ from pipeline.models.clip import VOCABULARY_SPECIALS, ClipEncoder, load_clip
 from pipeline.models.weights.weights import load_strict
 from pipeline.models.zutis.build import build_zutis
 from pipeline.models.zutis.network import Zutis
+from pipeline.params.base import EncoderParams
 
 HEAD_WIDTH = 64  # of every attention head of a CLIP
 
@@ -98,4 +99,6 @@ def clip_encoder(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Clip
         config_path, weights_path = Path(folder, "clip.json"), Path(folder, "clip.safetensors")
         config_path.write_text(json.dumps(settings | own_settings))
         save_file({name: value.contiguous() for name, value in tensors.items()}, weights_path)
-        return load_clip(str(config_path), str(weights_path), torch.device("cpu"))
+        return load_clip(
+            EncoderParams(model=str(config_path), pretrained=str(weights_path)), torch.device("cpu")
+        )

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from pipeline.formats.predictions import Instance
 from pipeline.models.zutis.postprocess import (
-    Instance,
     instance_predictions,
     semantic_logits,
     semantic_prediction,

@@ -13,10 +13,10 @@ import pytest
 
 from pipeline.benchmarks import InstanceTarget
 from pipeline.errors import PipelineError
+from pipeline.formats.predictions import PredictionStore, StoredPrediction, write_predictions
 from pipeline.formats.rle import RleObject, encode_mask
 from pipeline.formats.shards import shard_entry, shard_name, write_manifest
 from pipeline.scoring.board import ScoreBoard
-from pipeline.scoring.predictions import PredictionStore, StoredPrediction, write_predictions
 from pipeline.scoring.task import ScoringTask
 
 TWO = ScoringTask(["cat", "dog"])

@@ -90,7 +90,7 @@ def test_rows_of_a_folder(
     ]
     assert (stats["items"], stats["skipped"], stats["counts"]) == (8, 0, {"cached": 0})
 
-    encoder = load_clip(params.encoder.model, params.encoder.pretrained, torch.device("cpu"))
+    encoder = load_clip(params.encoder, torch.device("cpu"))
     for row, ref in zip(rows, refs, strict=True):
         pixels = encoder.preprocess(Image.open(ref.path).convert("RGB"))
         expected = encoder.encode_images(pixels.unsqueeze(0))[0].numpy()
@@ -188,7 +188,7 @@ def test_cache_is_of_one_encoder(
 ) -> None:
     source = SourceParams(root=make_image_folder(count=3))
     before, _ = run(source)
-    encoder = load_clip(params.encoder.model, params.encoder.pretrained, torch.device("cpu"))
+    encoder = load_clip(params.encoder, torch.device("cpu"))
     state = {name: tensor + 0.1 for name, tensor in encoder.clip.state_dict().items()}
     torch.save(state, tmp_path / "other.pt")
     other = EncoderParams(model=params.encoder.model, pretrained=str(tmp_path / "other.pt"))

@@ -26,17 +26,16 @@ from pipeline.errors import PipelineError
 from pipeline.files import digest
 from pipeline.formats.images import load_image
 from pipeline.formats.labels import IGNORE_INDEX
+from pipeline.formats.predictions import PredictionStore
 from pipeline.formats.rle import coco_annotation, encode_mask
 from pipeline.formats.shards import read_shards
 from pipeline.inference.segmenter import Prediction, Segmenter
 from pipeline.methods.dense import build_denseclip
-from pipeline.methods.inputs import PredictionSettings
 from pipeline.models.clip import load_clip
-from pipeline.params.base import EncoderParams
+from pipeline.params.base import EncoderParams, PredictionSettings
 from pipeline.params.benches import CocoBench, CubBench, VocBench
 from pipeline.params.sections import EvaluateParams, PseudoLabelParams
 from pipeline.scoring.confusion import ConfusionMatrix
-from pipeline.scoring.predictions import PredictionStore
 from pipeline.stages import evaluate
 from tests.benchmarks.fixtures import (
     COCA_CATEGORIES,
@@ -198,9 +197,7 @@ def test_the_best_object_as_truth_scores_ap_100(bench: Bench, tmp_path: Path) ->
 
 def test_the_baseline_is_denseclip_alone(bench: Bench, tmp_path: Path) -> None:
     bench.write(from_predictions(bench))
-    encoder = load_clip(
-        bench.baseline.encoder.model, bench.baseline.encoder.pretrained, torch.device("cpu")
-    )
+    encoder = load_clip(bench.baseline.encoder, torch.device("cpu"))
     model = build_denseclip(
         encoder, categories=CATEGORIES, background=["background"], params=bench.baseline
     )

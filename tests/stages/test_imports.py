@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from pipeline.cli.imports import import_app
+from pipeline.cli import app
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.formats.shards import MANIFEST, read_shards
@@ -50,7 +50,7 @@ def pool(make_image_folder: Callable[..., Path]) -> SourceParams:
 
 def clip_embeddings(encoder: EncoderParams, paths: list[Path]) -> torch.Tensor:
     """Unit embeddings (N, C) float32, each computed as the published code does it."""
-    clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+    clip = load_clip(encoder, torch.device("cpu"))
     images = torch.stack([clip.preprocess(Image.open(path)) for path in paths])
     with torch.no_grad():
         features = clip.encode_images(images)
@@ -758,7 +758,7 @@ def test_the_commands_write_where_the_stages_do(
     write_clip_retrieval(Path("theirs"), parts, ["0"])
 
     def run(*words: str) -> None:
-        result = CliRunner().invoke(import_app, words, catch_exceptions=False)
+        result = CliRunner().invoke(app, ["import", *words], catch_exceptions=False)
         assert result.exit_code == 0, result.output
 
     prefixes = ["--prefix", f"/a={pool.root}", "--prefix", f"/b={pool.root}"]

@@ -19,7 +19,8 @@ from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.formats.images import ImageError
 from pipeline.inference.segmenter import Segmenter
-from pipeline.methods.inputs import PredictionSettings, input_size, prediction_settings
+from pipeline.inference.inputs import input_size, prediction_settings
+from pipeline.params.base import PredictionSettings
 from pipeline.params.sections import EvaluateParams
 from pipeline.stages import predict
 from tests.conftest import encoded_image, noise_image

@@ -112,7 +112,7 @@ def test_samples_keep_their_members_and_get_labels_of_denseclip(
     assert [path.name for path in sorted(out_dir.glob("*.tar"))] == ["00000.tar", "00001.tar"]
     assert (stats["items"], stats["skipped"], stats["counts"]) == (4, 0, {"cached": 0})
     model = build_denseclip(
-        load_clip(encoder_params.model, encoder_params.pretrained, runtime.device),
+        load_clip(encoder_params, runtime.device),
         categories=CATEGORIES,
         background=["background"],
         params=PseudoLabelParams(encoder=encoder_params),
@@ -230,7 +230,7 @@ def test_published_slips_have_a_param(
     before: dict[str, Any],
     change: dict[str, Any],
 ) -> None:
-    clip = load_clip(encoder_params.model, encoder_params.pretrained, runtime.device)
+    clip = load_clip(encoder_params, runtime.device)
     images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
     published, changed = (
         build_denseclip(

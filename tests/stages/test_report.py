@@ -23,6 +23,7 @@ from pipeline.files import write_json
 from pipeline.formats.images import encode_jpeg, encode_label, encode_png
 from pipeline.formats.shards import write_shards
 from pipeline.formats.tables import ArchiveRow, read_archives, write_archives
+from pipeline.params.reading import read_section
 from pipeline.pictures.report import (
     category_colour,
     enlarge_image,
@@ -34,7 +35,6 @@ from pipeline.pictures.report import (
 from pipeline.report.charts import line_chart, nice_ticks
 from pipeline.report.published import Published, read_published
 from pipeline.stages.report import run
-from pipeline.typed_yaml import read_record
 from tests.paths import ROOT
 
 CATEGORIES = ["cat", 'dog & <b>"pup"</b>', "bird"]
@@ -814,7 +814,7 @@ def test_two_tables_of_one_id_are_refused() -> None:
 
 def test_shipped_tables_agree_with_themselves(tmp_path: Path) -> None:
     """The papers' harmonic means, and the gains that ZUTIS prints, follow from the numbers."""
-    tables = {table.id: table for table in read_record(PUBLISHED, Published).tables}
+    tables = {table.id: table for table in read_section(PUBLISHED, Published).tables}
     assert len(tables) == len(read_published(PUBLISHED, tmp_path)) == 20
     means = 0
     for table in tables.values():

@@ -39,7 +39,7 @@ BACKGROUND = ["background", "house"]
 @pytest.fixture
 def texts(encoder: EncoderParams) -> np.ndarray:
     """(K, C) text embeddings of CATEGORIES."""
-    clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+    clip = load_clip(encoder, torch.device("cpu"))
     return text_embeddings(clip, CATEGORIES, templates("name")).numpy()
 
 
@@ -482,7 +482,7 @@ def test_negatives_are_the_images_of_no_archive_nearest_to_the_background(
     embeddings, keys = random_index(rng, 40)
     write_shards("a/00000", list(embeddings), keys)
     rows, stats = run(4, num_negatives=6, block_rows=block_rows)
-    clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+    clip = load_clip(encoder, torch.device("cpu"))
     background = text_embeddings(clip, BACKGROUND, templates("name")).numpy()
     margins = (embeddings @ background.T).max(axis=1) - (embeddings @ texts.T).max(axis=1)
     archived = {row.key for row in rows if row.label_id}
@@ -499,7 +499,7 @@ def test_under_best_an_image_nearer_to_the_background_leaves_its_archive(
     run: Callable, write_shards: Callable, encoder: EncoderParams, texts: np.ndarray
 ) -> None:
     """With k as large as the index every image is in every list; the house is still a negative."""
-    clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+    clip = load_clip(encoder, torch.device("cpu"))
     house = text_embeddings(clip, ["house"], templates("name")).numpy()[0]
     write_shards("a/00000", [texts[0], house, texts[1]], ["cat", "house", "dog"])
     rows, stats = run(3, categories=["cat", "dog"], overlap="best", num_negatives=2)
@@ -522,7 +522,7 @@ def test_negatives_end_where_the_archives_begin(
 def test_templates_are_averaged(
     run: Callable, write_shards: Callable, encoder: EncoderParams
 ) -> None:
-    clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+    clip = load_clip(encoder, torch.device("cpu"))
     averaged = text_embeddings(clip, ["cat"], templates("prompts85"))[0].numpy()
     write_shards("a/00000", [averaged], ["0"])
     rows, _ = run(1, categories=["cat"], templates="prompts85")

@@ -124,7 +124,7 @@ def test_the_loss_falls(labels_dir: Path, encoder: EncoderParams, tmp_path: Path
 def test_stop_gradient_and_weights_decide_what_is_trained(
     labels_dir: Path, encoder: EncoderParams, tmp_path: Path
 ) -> None:
-    start = load_clip(encoder.model, encoder.pretrained, torch.device("cpu")).visual.proj
+    start = load_clip(encoder, torch.device("cpu")).visual.proj
     moved = {}
     for stop_gradient in (True, False):
         params = small_params(encoder, ce_weight=0.0, stop_gradient=stop_gradient)
@@ -133,7 +133,7 @@ def test_stop_gradient_and_weights_decide_what_is_trained(
         root = run(labels_dir, tmp_path / str(stop_gradient), params)
         state = load_state(root / "zutis/model.safetensors")
         key = "encoder.transformer.resblocks.0.mlp.c_fc.weight"
-        clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+        clip = load_clip(encoder, torch.device("cpu"))
         moved[stop_gradient] = not torch.equal(
             state[key], clip.visual.state_dict()[key.removeprefix("encoder.")]
         )
@@ -201,7 +201,7 @@ def test_a_checkpoint_stores_the_variant_it_needs(
 ) -> None:
     root = run(labels_dir, tmp_path, small_params(encoder, **VARIANT))
     stored = json.loads((root / "zutis/config.json").read_text())["architecture"]
-    clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+    clip = load_clip(encoder, torch.device("cpu"))
     assert stored["mean"] == clip.mean.flatten().tolist()
     assert stored["std"] == clip.std.flatten().tolist()
     right = tokens_under(root, stored, encoder)
@@ -226,7 +226,7 @@ def test_a_checkpoint_that_names_no_variant_is_the_published_one(
 
 def tokens_under(root: Path, architecture: dict[str, Any], encoder: EncoderParams) -> torch.Tensor:
     """Embeddings of the trained weights in a network of some architecture."""
-    clip = load_clip(encoder.model, encoder.pretrained, torch.device("cpu"))
+    clip = load_clip(encoder, torch.device("cpu"))
     model = build_zutis(clip.visual, **architecture).eval()
     load_strict(model, load_state(root / "zutis/model.safetensors"), root)
     images = torch.rand(1, 3, 24, 40, generator=torch.Generator().manual_seed(0))

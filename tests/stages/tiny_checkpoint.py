@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from pipeline.models.clip import load_clip
-from pipeline.models.zutis.build import build_zutis, save_checkpoint
+from pipeline.models.weights.checkpoint import save_checkpoint
+from pipeline.models.zutis.build import build_zutis
+from pipeline.params.base import EncoderParams
 
 ARCHITECTURE = {"num_queries": 12, "decoder_layers": 2, "num_heads": 2, "feedforward_dim": 16}
 CATEGORIES = ["cat", "dog", "bird"]
@@ -18,7 +20,9 @@ def write_checkpoint(folder: Path, tiny_clip: tuple[Path, Path]) -> Path:
     model_path, weights_path = map(str, tiny_clip)
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        clip = load_clip(model_path, weights_path, torch.device("cpu"))
+        clip = load_clip(
+            EncoderParams(model=model_path, pretrained=weights_path), torch.device("cpu")
+        )
         network = build_zutis(clip.visual, **ARCHITECTURE)
         torch.nn.init.normal_(network.ffn1.layers[-1].weight, std=0.5)
     config = {

@@ -122,11 +122,11 @@ def start_training(
         "--out": root / "zutis",
         "--live": root / "live",
         "--stats": root / "stats.json",
-        "--params": params_path,
     }
+    before = ["--params", str(params_path)]
     words = [str(word) for option in options.items() for word in option]
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "pipeline", "train", *words],
+        [sys.executable, *launcher, "-m", "pipeline", *before, "train", *words],
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),

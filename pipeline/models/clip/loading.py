@@ -22,6 +22,7 @@ from pipeline.models.clip.features import square_side
 from pipeline.models.clip.tokenizer import first_line, load_tokenizer
 from pipeline.models.weights.weights import load_strict, read_weights
 from pipeline.models.weights.zoo import cached_clip, published_clip, resolve_weights
+from pipeline.params.base import EncoderParams
 
 MODEL_PREFIX = "open_clip:"
 QUICK_GELU_SUFFIX = "-quickgelu"
@@ -45,18 +46,20 @@ LIST_TAGS_HINT = 'python -c "import open_clip; print(open_clip.list_pretrained(T
 
 
 def load_clip(
-    model: str, pretrained: str, device: torch.device, *, cache_dir: Path | None = None
+    encoder: EncoderParams, device: torch.device, *, cache_dir: Path | None = None
 ) -> ClipEncoder:
     """Build a CLIP and load its weights.
 
+    Its `model` is an open_clip architecture (`ViT-B-16-quickgelu`), clip-retrieval's
+    `open_clip:ARCHITECTURE/TAG` (then `pretrained` is empty), or the path of a model-config JSON
+    file of open_clip's form (embed_dim, vision_cfg, text_cfg, quick_gelu). Such a file may also
+    hold `vocabulary` (sorted BPE token ids that the text tower was cut to) and `preprocess` (mean,
+    std, size). `pretrained` is an open_clip tag (`openai`), the path of a weights file in
+    open_clip's or OpenAI's layout (.safetensors, .pt, .pth, .bin), or a name of
+    `pipeline weights list`.
+
     Args:
-        model: an open_clip architecture (`ViT-B-16-quickgelu`), clip-retrieval's
-            `open_clip:ARCHITECTURE/TAG` (then `pretrained` is empty), or the path of a model-config
-            JSON file of open_clip's form (embed_dim, vision_cfg, text_cfg, quick_gelu). Such a file
-            may also hold `vocabulary` (sorted BPE token ids that the text tower was cut to) and
-            `preprocess` (mean, std, size).
-        pretrained: an open_clip tag (`openai`), the path of a weights file in open_clip's or
-            OpenAI's layout (.safetensors, .pt, .pth, .bin), or a name of `pipeline weights list`.
+        encoder: model and weights.
         device: where the encoder goes.
         cache_dir: the cache folder. Weights of a tag that `pipeline weights` has put there are
             read from there, without a network; those of other tags, and all if it is None, are
@@ -69,7 +72,7 @@ def load_clip(
         PipelineError: unknown architecture or tag, unreadable file, weights of another
             architecture, or no network.
     """
-    model, pretrained = _split_model_string(model, pretrained)
+    model, pretrained = _split_model_string(encoder.model, encoder.pretrained)
     local = model.endswith(".json")
     config = _read_config(Path(model)) if local else _named_config(model)
     weights = _find_weights(model, pretrained, local=local, cache_dir=cache_dir)
@@ -85,13 +88,13 @@ def load_clip(
         )
     clip = _build(config, source=model)
     load_strict(clip, to_open_clip_layout(clip, state), f"{pretrained} (encoder.model: {model})")
-    encoder = ClipEncoder(
+    loaded = ClipEncoder(
         clip,
         config=config,
         preprocess=_preprocess_config(clip, config, weights.preprocess, source=model),
         tokenizer=load_tokenizer(config, name="" if local else model, source=model),
     )
-    return encoder.to(device)
+    return loaded.to(device)
 
 
 @dataclass(frozen=True)

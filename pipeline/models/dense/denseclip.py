@@ -9,7 +9,8 @@ Letters: B images, H W pixels, h w patch grid, D tower width, C joint embedding,
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +20,20 @@ from pipeline.models.clip import (
     ClipEncoder,
     ModifiedResNet,
     VisionTransformer,
+    label_embeddings,
+    load_clip,
     pad_to_multiple,
     require_plain_vit,
 )
 from pipeline.models.clip.tokens import PositionResize, resize_positions
+from pipeline.vocabulary.prompts import templates
+
+if TYPE_CHECKING:
+    from pipeline.engine.runtime import Runtime
+    from pipeline.methods.dense import DenseClipParams, Names
 
 DenseAttention = Literal["maskclip", "value_only"]
 KeyAffinity = Literal["published", "cosine"]
-Normalisation = Literal["imagenet", "clip"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -44,49 +51,39 @@ class DenseClip(nn.Module):
     std: Tensor
     text: Tensor
 
-    def __init__(
-        self,
-        encoder: ClipEncoder,
-        text: Tensor,
-        *,
-        normalisation: Normalisation = "imagenet",
-        published_activation: bool = True,
-        dense_attention: DenseAttention = "maskclip",
-        prompt_denoising: float | None = None,
-        key_smoothing: float | None = None,
-        key_affinity: KeyAffinity = "published",
-        position_resize: PositionResize = "size",
-        logit_scale: float = LOGIT_SCALE,
-    ) -> None:
+    def __init__(self, encoder: ClipEncoder, text: Tensor, params: DenseClipParams) -> None:
         """Put an encoder and label embeddings together.
 
         Args:
             encoder: its image tower is used.
             text: (K, C) unit rows by label id.
-            normalisation: of the input; DenseCLIP's code uses ImageNet's mean and std.
-            published_activation: see `dense_features`.
-            dense_attention: see `dense_features`.
-            prompt_denoising: threshold, or None for off (as published).
-            key_smoothing: threshold, or None for off (as published).
-            key_affinity: see `key_smoothing`.
-            position_resize: see `resize_positions`; "size" is the published code's.
-            logit_scale: factor of cosines in every softmax.
+            params: normalisation, refinements and what differs between paper and code.
         """
         super().__init__()
         self.visual = encoder.visual
-        self.published_activation = published_activation
-        self.dense_attention = dense_attention
-        self.prompt_denoising = prompt_denoising
-        self.key_smoothing = key_smoothing
-        self.key_affinity = key_affinity
-        self.position_resize = position_resize
-        self.logit_scale = logit_scale
-        imagenet = normalisation == "imagenet"
+        self.patch_size = encoder.patch_size
+        self.params = params
+        self._encoder = encoder
+        imagenet = params.normalisation == "imagenet"
         mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) if imagenet else encoder.mean
         std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) if imagenet else encoder.std
         self.register_buffer("mean", mean.to(encoder.mean.device), persistent=False)
         self.register_buffer("std", std.to(encoder.mean.device), persistent=False)
         self.register_buffer("text", text.to(encoder.mean.device), persistent=False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that labels depend on besides image and names."""
+        return {**self.params.recipe(), "weights": self._encoder.fingerprint()}
+
+    def select(self, label_ids: Sequence[int]) -> DenseClip:
+        """The same for some label ids, in this order."""
+        return DenseClip(self._encoder, self.text[list(label_ids)], self.params).eval()
+
+    def scores(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w), see `forward`."""
+        scores: Tensor = self(images)
+        return scores
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -94,25 +91,23 @@ class DenseClip(nn.Module):
 
         Scores are cosines; after key smoothing, smoothed probabilities.
         """
+        scale = self.params.logit_scale
         features, keys = dense_features(
             self.visual,
             (images - self.mean) / self.std,
-            published_activation=self.published_activation,
-            dense_attention=self.dense_attention,
-            position_resize=self.position_resize,
+            published_activation=self.params.published_activation,
+            dense_attention=self.params.dense_attention,
+            position_resize=self.params.position_resize,
         )
         # Cosines are multiplied by 100 before their softmax: float32 even where CLIP ran in less.
         with torch.autocast(features.device.type, enabled=False):
             scores = dense_logits(features, self.text)
-            if self.prompt_denoising is not None:
-                scores = prompt_denoising(scores, self.prompt_denoising, scale=self.logit_scale)
-            if self.key_smoothing is not None:
+            if self.params.prompt_denoising is not None:
+                scores = prompt_denoising(scores, self.params.prompt_denoising, scale=scale)
+            if self.params.key_smoothing is not None:
+                affinity = self.params.key_affinity
                 scores = key_smoothing(
-                    scores,
-                    keys,
-                    self.key_smoothing,
-                    affinity=self.key_affinity,
-                    scale=self.logit_scale,
+                    scores, keys, self.params.key_smoothing, affinity=affinity, scale=scale
                 )
         return scores
 
@@ -120,8 +115,24 @@ class DenseClip(nn.Module):
     def label(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> label ids (B, H, W) int64, confidence (B, H, W)."""
         height, width = images.shape[-2:]
-        scale = self.logit_scale if self.key_smoothing is None else None
+        scale = self.params.logit_scale if self.params.key_smoothing is None else None
         return label_and_confidence(self(images), (height, width), scale=scale)
+
+
+def load_denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> DenseClip:
+    """DenseCLIP with the encoder of its params, for some names.
+
+    Raises:
+        PipelineError: an encoder that cannot be loaded, or a name that it does not know.
+    """
+    encoder = load_clip(params.encoder, runtime.device, cache_dir=runtime.cache_dir)
+    text = label_embeddings(
+        encoder,
+        background=names.background,
+        categories=names.categories,
+        templates=templates(params.templates),
+    )
+    return DenseClip(encoder, text, params).eval()
 
 
 def dense_features(

@@ -27,6 +27,7 @@ from pipeline.models.masks.selfmask import (
 )
 from pipeline.models.weights.weights import hash_tensors, load_strict, read_weights
 from pipeline.models.weights.zoo import resolve_weights
+from pipeline.params.base import EncoderParams
 
 DINO_MODELS = {
     "dino_vits8": SelfMaskConfig(patch_size=8, grid=28),
@@ -110,20 +111,20 @@ def build_dino(model: str) -> ViTEncoder:
     return ViTEncoder(DINO_MODELS[model])
 
 
-def load_dino(model: str, pretrained: str, device: torch.device, *, cache_dir: Path) -> DinoEncoder:
+def load_dino(encoder: EncoderParams, device: torch.device, *, cache_dir: Path) -> DinoEncoder:
     """Build a DINO ViT and load its weights.
 
     Args:
-        model: name of `DINO_MODELS`.
-        pretrained: a weights file (the authors' backbone .pth, or safetensors) or a name of
-            `pipeline weights list`; empty for the published weights of `model`.
+        encoder: `model` is a name of `DINO_MODELS`; `pretrained` a weights file (the authors'
+            backbone .pth, or safetensors) or a name of `pipeline weights list`, empty for the
+            published weights of the model.
         device: where the encoder goes.
         cache_dir: cache folder with the published weights.
 
     Raises:
         PipelineError: the weights are not there, or are of another architecture.
     """
-    path = resolve_weights(pretrained or model, cache_dir)
-    vit = build_dino(model)
+    path = resolve_weights(encoder.pretrained or encoder.model, cache_dir)
+    vit = build_dino(encoder.model)
     load_strict(vit, read_weights(path), path)
-    return DinoEncoder(vit, DINO_MODELS[model]).to(device)
+    return DinoEncoder(vit, DINO_MODELS[encoder.model]).to(device)

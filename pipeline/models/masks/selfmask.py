@@ -12,23 +12,29 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.files import atomic_path, read_json, write_json
+from pipeline.files import atomic_path, file_sha256, read_json, write_json
 from pipeline.models.layers.decoder import Memory, TransformerDecoder
 from pipeline.models.layers.perceptron import Perceptron
 from pipeline.models.weights.weights import load_state, load_strict, save_tensors
+from pipeline.models.weights.zoo import resolve_weights
+
+if TYPE_CHECKING:
+    from pipeline.engine.runtime import Runtime
+    from pipeline.methods.masks import SelfMaskParams
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ENCODER_NORM_EPS = 1e-6
 FEATURE_SCALE = 2  # features are upsampled by this much before they meet the queries
 CLS_TOKENS = 1
+MAX_TOKENS = 16_384  # bound on what one image may cost: attention is quadratic in its area
 
 
 @dataclass(frozen=True)
@@ -310,6 +316,29 @@ def _target_cells(output: SelfMaskOutput, target_masks: Tensor) -> Tensor:
         )
     padded = F.pad(target_masks.float(), (0, missing[1], 0, missing[0]))
     return F.avg_pool2d(padded[:, None], output.cell_size)[:, 0]
+
+
+class SelfMaskSource:
+    """SelfMask as a mask source, see `pipeline.methods.masks.MaskSource`."""
+
+    def __init__(self, params: SelfMaskParams, runtime: Runtime) -> None:
+        weights = resolve_weights(params.weights, runtime.cache_dir)
+        self._model = load_selfmask(weights, runtime.device)
+        self._runtime = runtime
+        self.threshold = params.threshold
+        self.max_pixels = MAX_TOKENS * self._model.config.patch_size**2
+        self.settings = {
+            "source": params.source,
+            "weights": file_sha256(weights),
+            "architecture": asdict(self._model.config),
+            "threshold": params.threshold,
+            "precision": str(runtime.amp_dtype),
+        }
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> probabilities (B, H, W) of the salient object."""
+        with self._runtime.autocast():
+            return self._model.saliency(images.to(self._runtime.device)).cpu()
 
 
 def load_selfmask(weights: Path, device: torch.device | str = "cpu") -> SelfMask:

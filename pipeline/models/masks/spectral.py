@@ -7,8 +7,10 @@ positions, H W pixels, N candidates.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +22,13 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from pipeline.models.clip import load_clip
+from pipeline.models.masks.dino import DINO_MODELS, load_dino
+
+if TYPE_CHECKING:
+    from pipeline.engine.runtime import Runtime
+    from pipeline.methods.masks import SpectralParams
+
 IOU_EPS = 1e-7
 MIN_AREA = 0.05
 MAX_BOX_AREA = 0.95
@@ -27,6 +36,48 @@ KMEANS_RESTARTS = 10
 KMEANS_STEPS = 300
 # A full decomposition costs n^3; Lanczos iteration finds the same few vectors at n^2 each.
 MAX_DENSE_POSITIONS = 1024
+# Bound on what one image may cost: the affinity matrix is quadratic in its area.
+MAX_POSITIONS, POSITIONS_PER_PATCH = 6_144, 4
+
+
+class SpectralSource:
+    """Voting clusters as a mask source, see `pipeline.methods.masks.MaskSource`."""
+
+    def __init__(self, params: SpectralParams, runtime: Runtime) -> None:
+        load = load_dino if params.encoder.model in DINO_MODELS else load_clip
+        self._encoder = load(params.encoder, runtime.device, cache_dir=runtime.cache_dir)
+        self._params = params
+        self._runtime = runtime
+        self.threshold = 0.5
+        self.max_pixels = MAX_POSITIONS // POSITIONS_PER_PATCH * self._encoder.patch_size**2
+        self.settings = {
+            "source": params.source,
+            "encoder": self._encoder.fingerprint(),
+            "facet": params.facet,
+            "clusters": list(params.clusters),
+            "seed": runtime.seed,
+            "precision": str(runtime.amp_dtype),
+        }
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> masks (B, H, W) of 0 and 1."""
+        height, width = images.shape[-2:]
+        patch = self._encoder.patch_size
+        with self._runtime.autocast():
+            features = self._encoder.patch_features(
+                images.to(self._runtime.device), facet=self._params.facet
+            )
+        masks = [
+            spectral_mask(
+                [feature_map],
+                size=(height, width),
+                padded_size=(math.ceil(height / patch) * patch, math.ceil(width / patch) * patch),
+                clusters=self._params.clusters,
+                seed=self._runtime.seed,
+            )
+            for feature_map in features.float().cpu()
+        ]
+        return torch.from_numpy(np.stack(masks)).float()
 
 
 def spectral_mask(

@@ -20,10 +20,11 @@ from pipeline.files import atomic_path, file_sha256, read_json, write_json
 from pipeline.models.clip import OPENAI_SCALARS, build_clip, to_open_clip_layout
 from pipeline.models.masks.dino import build_dino
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig
+from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from pipeline.models.weights.download import discard, download
 from pipeline.models.weights.weights import check_strict, read_weights, save_tensors
 from pipeline.models.weights.zoo import Published, cached_path, card_path, damage, is_cached
-from pipeline.models.zutis.build import CONFIG_NAME, WEIGHTS_NAME, build_zutis
+from pipeline.models.zutis.build import build_zutis
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import nn
 
 from pipeline.errors import PipelineError
-from pipeline.files import atomic_path, write_json
 from pipeline.models.clip.tokens import PositionResize, vision_tower
 from pipeline.models.layers.blocks import with_lean_parts
 from pipeline.models.layers.decoder import TransformerDecoder
 from pipeline.models.layers.perceptron import Perceptron
-from pipeline.models.weights.weights import save_tensors
 from pipeline.models.zutis.network import IMAGENET_MEAN, IMAGENET_STD, TokenNorm, Zutis
 
-WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
 FFN_HIDDEN = 256
 
 
@@ -79,23 +74,3 @@ def build_zutis(
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise PipelineError(f"{name}: {value!r}; known are {', '.join(known)}")
-
-
-def save_checkpoint(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Write `model.safetensors` and `config.json`; neither changes unless both could be written.
-
-    Args:
-        folder: Made if absent; other files in it stay.
-        model: Its state dict is stored, under its own keys.
-        config: JSON-serialisable: architecture, categories, step, settings.
-    """
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
-    }
-    folder = Path(folder)
-    with (
-        atomic_path(folder / CONFIG_NAME) as config_path,
-        atomic_path(folder / WEIGHTS_NAME) as weights_path,
-    ):
-        save_tensors(tensors, weights_path)
-        write_json(config_path, dict(config))

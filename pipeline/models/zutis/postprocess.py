@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.formats.predictions import Instance
 from pipeline.models.layers.interpolate import Taps, bilinear_taps, interpolate, upsample
 
 Suppression = Literal["none", "hard", "linear", "gaussian"]
@@ -25,33 +26,6 @@ BACKGROUND = 0
 EPSILON = 1e-7
 CATEGORY_CHUNK = 64
 MASK_CHUNK = 16
-
-
-@dataclass(frozen=True)
-class Instance:
-    """One predicted object.
-
-    Attributes:
-        label_id: 1 or more.
-        score: in [0, 1], after suppression.
-        crop: (y1 - y0 + 1, x1 - x0 + 1) boolean, its mask within the box.
-        bbox_xyxy: x0, y0, x1, y1 of the outermost mask pixels, both ends inclusive.
-        size: (H, W) of the image.
-    """
-
-    label_id: int
-    score: float
-    crop: NDArray[np.bool_]
-    bbox_xyxy: tuple[int, int, int, int]
-    size: tuple[int, int]
-
-    @property
-    def mask(self) -> NDArray[np.bool_]:
-        """(H, W) boolean, not empty; made anew at each call."""
-        mask = np.zeros(self.size, dtype=bool)
-        x0, y0, x1, y1 = self.bbox_xyxy
-        mask[y0 : y1 + 1, x0 : x1 + 1] = self.crop
-        return mask
 
 
 @dataclass(frozen=True)

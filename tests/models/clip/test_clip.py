@@ -22,6 +22,7 @@ from pipeline.models.clip import (
     load_clip,
     text_embeddings,
 )
+from pipeline.params.base import EncoderParams
 from pipeline.vocabulary.prompts import NAME_ONLY, PROMPTS_85
 from tests.paths import REFERENCE
 
@@ -55,7 +56,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(weights: Path) -> ClipEncoder:
-    return load_clip(str(write_config(weights.parent)), str(weights), CPU)
+    return load_clip(
+        EncoderParams(model=str(write_config(weights.parent)), pretrained=str(weights)), CPU
+    )
 
 
 def write_config(folder: Path, name: str = "config.json", **changes: Any) -> Path:
@@ -105,13 +108,13 @@ class TestText:
         self, encoder: ClipEncoder, tmp_path: Path
     ) -> None:
         config, weights = write_cut_clip(tmp_path)
-        cut = load_clip(str(config), str(weights), CPU)
+        cut = load_clip(EncoderParams(model=str(config), pretrained=str(weights)), CPU)
         actual = text_embeddings(cut, WORLD_NAMES, PROMPTS_85)
         assert_close(actual, text_embeddings(encoder, WORLD_NAMES, PROMPTS_85), 1e-6)
 
     def test_a_word_outside_the_cut_vocabulary_is_named(self, tmp_path: Path) -> None:
         config, weights = write_cut_clip(tmp_path)
-        cut = load_clip(str(config), str(weights), CPU)
+        cut = load_clip(EncoderParams(model=str(config), pretrained=str(weights)), CPU)
         with pytest.raises(PipelineError, match=r"'zebra' of 'a fire zebra'.*vocabulary was cut"):
             cut.encode_texts(["fire truck", "a fire zebra"])
 
@@ -121,12 +124,12 @@ class TestText:
     def test_a_bad_vocabulary_is_refused(self, tmp_path: Path, vocabulary: list[int]) -> None:
         config, weights = write_cut_clip(tmp_path, vocabulary=vocabulary)
         with pytest.raises(PipelineError, match=r"cut\.json: vocabulary must be sorted"):
-            load_clip(str(config), str(weights), CPU)
+            load_clip(EncoderParams(model=str(config), pretrained=str(weights)), CPU)
 
     def test_a_vocabulary_of_another_size_than_the_tower_is_refused(self, tmp_path: Path) -> None:
         config, weights = write_cut_clip(tmp_path, vocabulary=[0, 49406, 49407])
         with pytest.raises(PipelineError, match=r"3 tokens in vocabulary.*vocab_size"):
-            load_clip(str(config), str(weights), CPU)
+            load_clip(EncoderParams(model=str(config), pretrained=str(weights)), CPU)
 
 
 class TestImages:
@@ -145,7 +148,12 @@ class TestImages:
 
     def test_own_mean_and_std_are_used(self, weights: Path, tmp_path: Path) -> None:
         own = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.5, 1.0], "size": 64}
-        encoder = load_clip(str(write_config(tmp_path, preprocess=own)), str(weights), CPU)
+        encoder = load_clip(
+            EncoderParams(
+                model=str(write_config(tmp_path, preprocess=own)), pretrained=str(weights)
+            ),
+            CPU,
+        )
         assert encoder.normalise(torch.ones(1, 3, 1, 1)).flatten().tolist() == [2.0, 1.0, 0.5]
 
     def test_a_preprocess_size_of_another_network_is_refused(
@@ -153,7 +161,7 @@ class TestImages:
     ) -> None:
         config = write_config(tmp_path, preprocess={"size": 96})
         with pytest.raises(PipelineError, match=r"preprocess\.size 96 is not the network's 64"):
-            load_clip(str(config), str(weights), CPU)
+            load_clip(EncoderParams(model=str(config), pretrained=str(weights)), CPU)
 
     def test_attributes(self, encoder: ClipEncoder) -> None:
         assert (encoder.embed_dim, encoder.image_size, encoder.patch_size) == (48, 64, 16)
@@ -198,7 +206,12 @@ class TestQuickGelu:
     ) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            plain = load_clip(str(write_config(tmp_path, quick_gelu=False)), str(weights), CPU)
+            plain = load_clip(
+                EncoderParams(
+                    model=str(write_config(tmp_path, quick_gelu=False)), pretrained=str(weights)
+                ),
+                CPU,
+            )
         difference = plain.encode_images(self.IMAGES) - encoder.encode_images(self.IMAGES)
         assert difference.abs().max() > 1e-3
 
@@ -209,14 +222,24 @@ class TestQuickGelu:
         path = tmp_path / "any-name.pt"
         torch.save(reference_state() | {k: torch.tensor(v) for k, v in scalars.items()}, path)
         with pytest.warns(UserWarning, match='QuickGELU.*"quick_gelu": true'):
-            loaded = load_clip(str(write_config(tmp_path, quick_gelu=False)), str(path), CPU)
+            loaded = load_clip(
+                EncoderParams(
+                    model=str(write_config(tmp_path, quick_gelu=False)), pretrained=str(path)
+                ),
+                CPU,
+            )
         assert torch.equal(loaded.encode_images(self.IMAGES), encoder.encode_images(self.IMAGES))
 
     def test_openais_file_names_switch_it_on(self, encoder: ClipEncoder, tmp_path: Path) -> None:
         path = tmp_path / "ViT-B-16.safetensors"
         save_file(reference_state(), path)
         with pytest.warns(UserWarning, match="QuickGELU"):
-            loaded = load_clip(str(write_config(tmp_path, quick_gelu=False)), str(path), CPU)
+            loaded = load_clip(
+                EncoderParams(
+                    model=str(write_config(tmp_path, quick_gelu=False)), pretrained=str(path)
+                ),
+                CPU,
+            )
         assert torch.equal(loaded.encode_images(self.IMAGES), encoder.encode_images(self.IMAGES))
 
     def test_a_tag_trained_with_it_switches_it_on(
@@ -235,10 +258,12 @@ class TestQuickGelu:
         for name in ("Tiny-16", "Tiny-16-quickgelu"):
             monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"openai": tag})
         with pytest.warns(UserWarning, match=r"QuickGELU.*write Tiny-16-quickgelu"):
-            plain = load_clip("Tiny-16", "openai", CPU)
+            plain = load_clip(EncoderParams(model="Tiny-16", pretrained="openai"), CPU)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            named = load_clip("open_clip:Tiny-16-quickgelu/openai", "", CPU)
+            named = load_clip(
+                EncoderParams(model="open_clip:Tiny-16-quickgelu/openai", pretrained=""), CPU
+            )
         expected = encoder.encode_images(self.IMAGES)
         assert torch.equal(plain.encode_images(self.IMAGES), expected)
         assert torch.equal(named.encode_images(self.IMAGES), expected)
@@ -276,7 +301,9 @@ class TestWeightFiles:
             torch.save({"epoch": 3, "state_dict": wrapped}, path)
         else:
             torch.jit.save(scripted(state), path)
-        loaded = load_clip(str(write_config(tmp_path)), str(path), CPU)
+        loaded = load_clip(
+            EncoderParams(model=str(write_config(tmp_path)), pretrained=str(path)), CPU
+        )
         assert loaded.fingerprint() == encoder.fingerprint()
 
     def test_the_fingerprint_sees_weights_and_configuration(
@@ -286,9 +313,16 @@ class TestWeightFiles:
         state["visual.proj"][0, 0] += 1
         save_file(state, tmp_path / "other.safetensors")
         config = str(write_config(tmp_path))
-        other = load_clip(config, str(tmp_path / "other.safetensors"), CPU)
+        other = load_clip(
+            EncoderParams(model=config, pretrained=str(tmp_path / "other.safetensors")), CPU
+        )
         own = {"mean": [0.5, 0.5, 0.5]}
-        mean = load_clip(str(write_config(tmp_path, preprocess=own)), str(weights), CPU)
+        mean = load_clip(
+            EncoderParams(
+                model=str(write_config(tmp_path, preprocess=own)), pretrained=str(weights)
+            ),
+            CPU,
+        )
         assert len({encoder.fingerprint(), other.fingerprint(), mean.fingerprint()}) == 3
 
     def test_another_architecture_is_refused_with_its_keys(
@@ -296,20 +330,33 @@ class TestWeightFiles:
     ) -> None:
         vision = {**CONFIG["vision_cfg"], "layers": 3, "patch_size": 8}
         with pytest.raises(PipelineError) as error:
-            load_clip(str(write_config(tmp_path, vision_cfg=vision)), str(weights), CPU)
+            load_clip(
+                EncoderParams(
+                    model=str(write_config(tmp_path, vision_cfg=vision)), pretrained=str(weights)
+                ),
+                CPU,
+            )
         message = str(error.value)
         assert str(weights) in message
         assert "visual.transformer.resblocks.2.ln_1.weight" in message
         assert "visual.conv1.weight" in message
         vision = {**CONFIG["vision_cfg"], "layers": 1}
         with pytest.raises(PipelineError, match=r"unexpected .*resblocks\.1\."):
-            load_clip(str(write_config(tmp_path, vision_cfg=vision)), str(weights), CPU)
+            load_clip(
+                EncoderParams(
+                    model=str(write_config(tmp_path, vision_cfg=vision)), pretrained=str(weights)
+                ),
+                CPU,
+            )
 
     @pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
     def test_a_damaged_file_is_refused(self, tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_bytes(b"PK\x03\x04 not weights")
         with pytest.raises(PipelineError, match=name):
-            load_clip(str(write_config(tmp_path)), str(tmp_path / name), CPU)
+            load_clip(
+                EncoderParams(model=str(write_config(tmp_path)), pretrained=str(tmp_path / name)),
+                CPU,
+            )
 
     def test_code_in_a_pickle_is_not_run(self, tmp_path: Path) -> None:
         class Evil:
@@ -318,13 +365,23 @@ class TestWeightFiles:
 
         (tmp_path / "evil.pt").write_bytes(pickle.dumps({"weight": Evil()}, protocol=2))
         with pytest.raises(PipelineError, match=r"evil\.pt: cannot be read as weights"):
-            load_clip(str(write_config(tmp_path)), str(tmp_path / "evil.pt"), CPU)
+            load_clip(
+                EncoderParams(
+                    model=str(write_config(tmp_path)), pretrained=str(tmp_path / "evil.pt")
+                ),
+                CPU,
+            )
         assert not (tmp_path / "ran").exists()
 
     def test_a_list_is_no_state_dict(self, tmp_path: Path) -> None:
         torch.save([torch.zeros(1)], tmp_path / "list.pt")
         with pytest.raises(PipelineError, match=r"list\.pt.*state_dict"):
-            load_clip(str(write_config(tmp_path)), str(tmp_path / "list.pt"), CPU)
+            load_clip(
+                EncoderParams(
+                    model=str(write_config(tmp_path)), pretrained=str(tmp_path / "list.pt")
+                ),
+                CPU,
+            )
 
 
 class TestNames:
@@ -345,7 +402,7 @@ class TestNames:
         self, model: str, pretrained: str, words: list[str]
     ) -> None:
         with pytest.raises(PipelineError) as error:
-            load_clip(model, pretrained, CPU)
+            load_clip(EncoderParams(model=model, pretrained=pretrained), CPU)
         assert [word for word in words if word not in str(error.value)] == []
 
     @pytest.mark.parametrize(
@@ -360,7 +417,7 @@ class TestNames:
 
         monkeypatch.setattr(open_clip, "download_pretrained", no_network)
         with pytest.raises(PipelineError) as error:
-            load_clip(model, pretrained, CPU)
+            load_clip(EncoderParams(model=model, pretrained=pretrained), CPU)
         message = str(error.value)
         assert "'laion2b_s34b_b79k' of ViT-B-32" in message
         assert "no route to host" in message
@@ -375,19 +432,29 @@ class TestNames:
     ) -> None:
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(PipelineError, match=f"bad.json.*{words}"):
-            load_clip(str(tmp_path / "bad.json"), str(weights), CPU)
+            load_clip(EncoderParams(model=str(tmp_path / "bad.json"), pretrained=str(weights)), CPU)
 
     def test_a_config_file_with_a_foreign_tokenizer_is_refused(
         self, weights: Path, tmp_path: Path
     ) -> None:
         text = {**CONFIG["text_cfg"], "hf_tokenizer_name": "bert-base-uncased"}
         with pytest.raises(PipelineError, match=r"config\.json.*bert-base-uncased"):
-            load_clip(str(write_config(tmp_path, text_cfg=text)), str(weights), CPU)
+            load_clip(
+                EncoderParams(
+                    model=str(write_config(tmp_path, text_cfg=text)), pretrained=str(weights)
+                ),
+                CPU,
+            )
 
     def test_an_unknown_config_field_is_refused(self, weights: Path, tmp_path: Path) -> None:
         vision = {**CONFIG["vision_cfg"], "depth": 3}
         with pytest.raises(PipelineError, match=r"config\.json.*depth"):
-            load_clip(str(write_config(tmp_path, vision_cfg=vision)), str(weights), CPU)
+            load_clip(
+                EncoderParams(
+                    model=str(write_config(tmp_path, vision_cfg=vision)), pretrained=str(weights)
+                ),
+                CPU,
+            )
 
 
 @pytest.mark.parametrize(
@@ -406,4 +473,7 @@ def test_a_model_config_with_wrong_values_is_named(
     content = 3 if change is None else json.loads(model.read_text()) | change
     (tmp_path / "wrong.json").write_text(json.dumps(content))
     with pytest.raises(PipelineError, match=rf"encoder\.model: .*wrong\.json: .*{message}"):
-        load_clip(str(tmp_path / "wrong.json"), str(weights), torch.device("cpu"))
+        load_clip(
+            EncoderParams(model=str(tmp_path / "wrong.json"), pretrained=str(weights)),
+            torch.device("cpu"),
+        )

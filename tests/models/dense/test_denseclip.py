@@ -22,6 +22,7 @@ from pipeline.models.dense.denseclip import (
     label_and_confidence,
     prompt_denoising,
 )
+from pipeline.params.base import EncoderParams
 from tests.paths import REFERENCE
 
 CPU = torch.device("cpu")
@@ -56,7 +57,12 @@ def _load_reference(folder: Path, name: str) -> ClipEncoder:
         if key.startswith("visual."):
             state[key] = tensor.float() if tensor.is_floating_point() else tensor
     save_file({key: t.contiguous() for key, t in state.items()}, folder / f"{name}.safetensors")
-    return load_clip(str(folder / f"{name}.json"), str(folder / f"{name}.safetensors"), CPU)
+    return load_clip(
+        EncoderParams(
+            model=str(folder / f"{name}.json"), pretrained=str(folder / f"{name}.safetensors")
+        ),
+        CPU,
+    )
 
 
 class TestDenseFeatures:

@@ -43,7 +43,9 @@ def backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def encoder(backbone: Path, tmp_path: Path) -> DinoEncoder:
-    return load_dino("dino_reference", str(backbone), CPU, cache_dir=tmp_path)
+    return load_dino(
+        EncoderParams(model="dino_reference", pretrained=str(backbone)), CPU, cache_dir=tmp_path
+    )
 
 
 def images_of(case: str, encoder: DinoEncoder) -> Tensor:
@@ -83,7 +85,9 @@ def test_one_pixel_is_one_patch(encoder: DinoEncoder) -> None:
 
 def test_the_fingerprint_follows_the_weights(backbone: Path, tmp_path: Path) -> None:
     def fingerprint(path: Path) -> str:
-        return load_dino("dino_reference", str(path), CPU, cache_dir=tmp_path).fingerprint()
+        return load_dino(
+            EncoderParams(model="dino_reference", pretrained=str(path)), CPU, cache_dir=tmp_path
+        ).fingerprint()
 
     state = torch.load(backbone, weights_only=True)
     save_file(state, tmp_path / "same.safetensors")
@@ -96,12 +100,16 @@ def test_the_fingerprint_follows_the_weights(backbone: Path, tmp_path: Path) -> 
 def test_weights_of_another_patch_size_are_refused(tmp_path: Path) -> None:
     torch.save(build_dino("dino_vits8").state_dict(), tmp_path / "s8.pth")
     with pytest.raises(PipelineError, match=r"s8\.pth: .*(?s:.*)pos_embed is \[1, 785, 384\]"):
-        load_dino("dino_vits16", str(tmp_path / "s8.pth"), CPU, cache_dir=tmp_path)
+        load_dino(
+            EncoderParams(model="dino_vits16", pretrained=str(tmp_path / "s8.pth")),
+            CPU,
+            cache_dir=tmp_path,
+        )
 
 
 def test_published_weights_are_found_by_the_models_name(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="pipeline weights fetch dino_vits16"):
-        load_dino("dino_vits16", "", CPU, cache_dir=tmp_path)
+        load_dino(EncoderParams(model="dino_vits16", pretrained=""), CPU, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("facet", ["key", "token"])

@@ -40,6 +40,7 @@ from pipeline.models.weights.zoo import (
     resolve_weights,
 )
 from pipeline.models.zutis.build import build_zutis
+from pipeline.params.base import EncoderParams
 from pipeline.params.sections import MaskParams
 from pipeline.vocabulary.categories import load_category_set
 from tests.paths import REFERENCE as DATA
@@ -462,14 +463,24 @@ class TestUse:
     ) -> None:
         message = "could not download|no tag of|are not in the cache"
         with pytest.raises(PipelineError, match=message):
-            load_clip("Tiny-8-quickgelu", pretrained, CPU, cache_dir=tiny_zoo)
+            load_clip(
+                EncoderParams(model="Tiny-8-quickgelu", pretrained=pretrained),
+                CPU,
+                cache_dir=tiny_zoo,
+            )
         fetch(published("clip_tiny"), tiny_zoo)
         expected = tiny_clip_reference(files)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            loaded = load_clip("Tiny-8-quickgelu", pretrained, CPU, cache_dir=tiny_zoo)
+            loaded = load_clip(
+                EncoderParams(model="Tiny-8-quickgelu", pretrained=pretrained),
+                CPU,
+                cache_dir=tiny_zoo,
+            )
         with pytest.warns(UserWarning, match="lacks QuickGELU"):
-            corrected = load_clip("Tiny-8", pretrained, CPU, cache_dir=tiny_zoo)
+            corrected = load_clip(
+                EncoderParams(model="Tiny-8", pretrained=pretrained), CPU, cache_dir=tiny_zoo
+            )
         with torch.no_grad():
             features = expected.encode_image(loaded.normalise(IMAGES))
         unit = features / features.norm(dim=-1, keepdim=True)
@@ -479,14 +490,16 @@ class TestUse:
 
     def test_the_copies_file_gets_quick_gelu_by_its_path_too(self, tiny_zoo: Path) -> None:
         path = fetch(published("clip_tiny"), tiny_zoo)
-        by_name = load_clip("Tiny-8-quickgelu", "clip_tiny", CPU, cache_dir=tiny_zoo)
+        by_name = load_clip(
+            EncoderParams(model="Tiny-8-quickgelu", pretrained="clip_tiny"), CPU, cache_dir=tiny_zoo
+        )
         with pytest.warns(UserWarning, match="lacks QuickGELU"):
-            by_path = load_clip("Tiny-8", str(path), CPU)
+            by_path = load_clip(EncoderParams(model="Tiny-8", pretrained=str(path)), CPU)
         assert by_path.fingerprint() == by_name.fingerprint()
 
     def test_a_failed_download_names_the_way_without_a_network(self, tiny_zoo: Path) -> None:
         with pytest.raises(PipelineError, match=r"or run `pipeline weights add clip_tiny FILE`"):
-            load_clip("Tiny-8", "openai", CPU, cache_dir=tiny_zoo)
+            load_clip(EncoderParams(model="Tiny-8", pretrained="openai"), CPU, cache_dir=tiny_zoo)
 
     def test_masks_by_name(self, tiny_zoo: Path, files: Path, runtime: Runtime) -> None:
         params = MaskParams(weights=Path("selfmask_tiny"))

@@ -12,8 +12,9 @@ from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 
 from pipeline.errors import PipelineError
+from pipeline.models.weights.checkpoint import save_checkpoint
 from pipeline.models.weights.weights import load_state, load_strict, save_tensors
-from pipeline.models.zutis.build import build_zutis, save_checkpoint
+from pipeline.models.zutis.build import build_zutis
 from pipeline.models.zutis.network import Zutis
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import PipelineError
+from pipeline.formats.predictions import PredictionStore, StoredPrediction, write_predictions
 from pipeline.formats.rle import RleObject, encode_mask
 from pipeline.formats.shards import (
     read_manifest,
@@ -19,7 +20,6 @@ from pipeline.formats.shards import (
     shard_name,
     write_manifest,
 )
-from pipeline.scoring.predictions import PredictionStore, StoredPrediction, write_predictions
 
 LABELS = np.array([[0, 1, 2], [2, 2, 0]], np.int16)
 OBJECTS = [

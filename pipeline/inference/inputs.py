@@ -1,9 +1,8 @@
-"""From an image to the input of a network, and the settings of a prediction."""
+"""From an image to the input of a network."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,38 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.formats.images import load_image
-from pipeline.models.zutis.postprocess import ScoreResolution, Suppression
-from pipeline.params.sections import EvaluateParams
+from pipeline.params.base import PredictionSettings
 
 ROUNDING = 1e-6
 ImageInput = Image.Image | Path | str | NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class PredictionSettings:
-    """How the network's output becomes a prediction; defaults of the ZUTIS paper.
-
-    Attributes:
-        threshold: probability above which a pixel belongs to an object.
-        temperature: factor of the cosine in an object's category score.
-        suppression: non-maximum suppression among the objects of a category.
-        score_resolution: see `instance_predictions`.
-        resize_to: short side of the network's input in pixels; None keeps the image's.
-        max_side: bound on its long side; None for no bound.
-        whole_patches: see `input_size`.
-        background: whether a pixel may be background; if not, the best category has it.
-        instances: whether to look for objects; without, a prediction has none.
-    """
-
-    threshold: float = 0.5
-    temperature: float = 5.0
-    suppression: Suppression = "hard"
-    score_resolution: ScoreResolution = "token"
-    resize_to: int | None = None
-    max_side: int | None = None
-    whole_patches: bool = False
-    background: bool = True
-    instances: bool = True
 
 
 def input_size(
@@ -96,16 +67,3 @@ def to_rgb(image: ImageInput) -> Image.Image:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"{image.dtype} array {image.shape}: expected uint8 (H, W, 3)")
     return Image.fromarray(image)
-
-
-def prediction_settings(params: EvaluateParams) -> PredictionSettings:
-    """The part of section `evaluate` that decides a prediction."""
-    return PredictionSettings(
-        threshold=params.threshold,
-        temperature=params.temperature,
-        suppression=params.suppression,
-        score_resolution=params.score_resolution,
-        resize_to=params.resize_to,
-        max_side=params.max_side,
-        whole_patches=params.whole_patches,
-    )

@@ -1,7 +1,7 @@
 """Predictions on disk: WebDataset shards with one sample an image, in the order of the benchmark.
 
 label.png       label ids (H, W)
-baseline.png    DenseCLIP's label ids; only where a baseline is asked for
+baseline.png    label ids of a dense labeller; only where a baseline is asked for
 instances.json  COCO results: image_id, category_id (label id), segmentation (RLE), score; only
                 where instances are asked for
 json            image_id and the image's number in the benchmark, which is also the sample key
@@ -15,9 +15,10 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError
 from pipeline.formats.images import decode_label, encode_label
@@ -27,7 +28,47 @@ from pipeline.formats.shards import Sample, open_samples, write_tar
 
 SHARD_SIZE = 100  # what a killed evaluation loses at most
 KEY_DIGITS = 8
+HEADER_END = b"\n"
 LABEL, BASELINE, INSTANCES = "label.png", "baseline.png", "instances.json"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One predicted object.
+
+    Attributes:
+        label_id: 1 or more.
+        score: in [0, 1], after suppression.
+        crop: (y1 - y0 + 1, x1 - x0 + 1) boolean, its mask within the box.
+        bbox_xyxy: x0, y0, x1, y1 of the outermost mask pixels, both ends inclusive.
+        size: (H, W) of the image.
+    """
+
+    label_id: int
+    score: float
+    crop: NDArray[np.bool_]
+    bbox_xyxy: tuple[int, int, int, int]
+    size: tuple[int, int]
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """(H, W) boolean, not empty; made anew at each call."""
+        mask = np.zeros(self.size, dtype=bool)
+        x0, y0, x1, y1 = self.bbox_xyxy
+        mask[y0 : y1 + 1, x0 : x1 + 1] = self.crop
+        return mask
+
+
+class Segmentation(NamedTuple):
+    """What a network says of one image, at the image's size.
+
+    Attributes:
+        semantic: (H, W) int16 label ids, 0 is background.
+        instances: objects by falling score.
+    """
+
+    semantic: LabelMap
+    instances: list[Instance]
 
 
 @dataclass(frozen=True)
@@ -37,7 +78,7 @@ class StoredPrediction:
     Attributes:
         image_id: of its example.
         labels: (H, W) label ids, 0 is background.
-        baseline: DenseCLIP's, or None.
+        baseline: those of a dense labeller, or None.
         objects: by falling score, or None where there was no need for them.
     """
 
@@ -47,22 +88,55 @@ class StoredPrediction:
     objects: Sequence[RleObject] | None = None
 
 
+def encode_prediction(prediction: StoredPrediction, num_categories: int) -> bytes:
+    """A prediction as bytes, whichever image it is of; the same one gives the same bytes.
+
+    Args:
+        prediction: of any image.
+        num_categories: K, the largest label id.
+    """
+    members = {LABEL: encode_label(np.asarray(prediction.labels), num_categories)}
+    if prediction.baseline is not None:
+        members[BASELINE] = encode_label(np.asarray(prediction.baseline), num_categories)
+    if prediction.objects is not None:
+        objects = [
+            {"category_id": item.label_id, "segmentation": item.rle, "score": item.score}
+            for item in prediction.objects
+        ]
+        members[INSTANCES] = json.dumps(objects, separators=(",", ":")).encode()
+    header = json.dumps({name: len(data) for name, data in members.items()}).encode()
+    return b"".join([header, HEADER_END, *members.values()])
+
+
+def write_encoded(path: Path, predictions: Iterable[tuple[int, str, bytes]]) -> int:
+    """Write a shard of predictions as they come.
+
+    Args:
+        path: the shard.
+        predictions: number in the benchmark, which increases, image id, and the bytes of
+            `encode_prediction`.
+
+    Returns:
+        How many there were.
+    """
+    return write_tar(path, (_to_sample(*prediction) for prediction in predictions))
+
+
 def write_predictions(
     path: Path, predictions: Iterable[tuple[int, StoredPrediction]], *, num_categories: int
 ) -> int:
-    """Write predictions as they come; the same ones give the same bytes.
+    """Write a shard of predictions; see `write_encoded`.
 
     Args:
         path: the shard.
         predictions: with their number in the benchmark, which increases.
         num_categories: K, the largest label id.
-
-    Returns:
-        How many there were.
     """
-    return write_tar(
-        path, (_to_sample(number, item, num_categories) for number, item in predictions)
+    encoded = (
+        (number, item.image_id, encode_prediction(item, num_categories))
+        for number, item in predictions
     )
+    return write_encoded(path, encoded)
 
 
 class PredictionStore:
@@ -77,6 +151,11 @@ class PredictionStore:
         self._dir = shard_dir
         self._samples = open_samples(shard_dir, members=[LABEL, "json"])
         self._places = {key: place for place, key in enumerate(self._samples.keys)}
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Content of the manifest, see `pipeline.stages.predict_bench`."""
+        return self._samples.manifest
 
     def __len__(self) -> int:
         return len(self._places)
@@ -94,7 +173,7 @@ class PredictionStore:
         if prediction.image_id != image_id:
             raise PipelineError(
                 f"{self._dir}: prediction {number} is of image {prediction.image_id}, but the "
-                f"benchmark has {image_id} there; run `pipeline evaluate` again"
+                f"benchmark has {image_id} there; run `pipeline predict_bench` again"
             )
         return prediction
 
@@ -110,26 +189,19 @@ def _key(number: int) -> str:
     return f"{number:0{KEY_DIGITS}d}"
 
 
-def _to_sample(number: int, prediction: StoredPrediction, num_categories: int) -> Sample:
-    image_id = prediction.image_id
+def _to_sample(number: int, image_id: str, encoded: bytes) -> Sample:
+    header, _, content = encoded.partition(HEADER_END)
     sample: Sample = {
         "__key__": _key(number),
         "json": {"image_id": image_id, "number": number},
-        LABEL: encode_label(np.asarray(prediction.labels), num_categories),
     }
-    if prediction.baseline is not None:
-        sample[BASELINE] = encode_label(np.asarray(prediction.baseline), num_categories)
-    if prediction.objects is not None:
-        results = [
-            {
-                "image_id": image_id,
-                "category_id": item.label_id,
-                "segmentation": item.rle,
-                "score": item.score,
-            }
-            for item in prediction.objects
-        ]
-        sample[INSTANCES] = json.dumps(results, separators=(",", ":")).encode()
+    start = 0
+    for name, length in json.loads(header).items():
+        sample[name] = content[start : start + length]
+        start += length
+    if INSTANCES in sample:
+        objects = [{"image_id": image_id, **entry} for entry in json.loads(sample[INSTANCES])]
+        sample[INSTANCES] = json.dumps(objects, separators=(",", ":")).encode()
     return sample
 
 

@@ -1,4 +1,4 @@
-"""What `config.json` of a checkpoint says."""
+"""Checkpoints of students: weights, and what they are of."""
 
 from __future__ import annotations
 
@@ -7,10 +7,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from pipeline.errors import PipelineError
-from pipeline.files import read_json
-from pipeline.models.zutis.build import CONFIG_NAME
+from pipeline.files import atomic_path, read_json, write_json
+from pipeline.models.weights.weights import save_tensors
+from pipeline.params.base import EncoderParams
 from pipeline.vocabulary.prompts import TEMPLATE_SETS
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+DEFAULT_STUDENT = "zutis"  # what a checkpoint is that does not say
+
+
+def save_checkpoint(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Write `model.safetensors` and `config.json`; neither changes unless both could be written.
+
+    Args:
+        folder: Made if absent; other files in it stay.
+        model: Its state dict is stored, under its own keys.
+        config: JSON-serialisable: architecture, categories, step, settings.
+    """
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
+    folder = Path(folder)
+    with (
+        atomic_path(folder / CONFIG_NAME) as config_path,
+        atomic_path(folder / WEIGHTS_NAME) as weights_path,
+    ):
+        save_tensors(tensors, weights_path)
+        write_json(config_path, dict(config))
 
 
 @dataclass(frozen=True)
@@ -18,17 +45,18 @@ class CheckpointConfig:
     """What `config.json` of a checkpoint says.
 
     Attributes:
-        architecture: keyword arguments of `build_zutis`.
-        encoder_model: see `load_clip`; so is `encoder_pretrained`.
+        student: the kind of network, a name of `STUDENTS`; ZUTIS where nothing says so.
+        architecture: what its network is built with.
+        encoder: the CLIP that it came from, and whose text encoder it needs.
         categories: names it was trained with, in the order of the label ids from 1.
         background: names whose mean embedding is label id 0.
         templates: name of the prompt templates of its text embeddings.
         step: training steps made.
     """
 
+    student: str
     architecture: Mapping[str, Any]
-    encoder_model: str
-    encoder_pretrained: str
+    encoder: EncoderParams
     categories: list[str]
     background: list[str]
     templates: str
@@ -49,11 +77,13 @@ def read_checkpoint_config(checkpoint_dir: Path) -> CheckpointConfig:
         )
     content = read_json(path)
     try:
-        encoder = content["encoder"]
         config = CheckpointConfig(
+            student=str(content.get("student", DEFAULT_STUDENT)),
             architecture=dict(content["architecture"]),
-            encoder_model=str(encoder["model"]),
-            encoder_pretrained=str(encoder["pretrained"]),
+            encoder=EncoderParams(
+                model=str(content["encoder"]["model"]),
+                pretrained=str(content["encoder"]["pretrained"]),
+            ),
             categories=_names(content["categories"]),
             background=_names(content["background"]),
             templates=str(content["templates"]),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.models.zutis.training_state import read_state, restore, save_state
+from pipeline.models.weights.training_state import read_state, restore, save_state
 
 
 def training() -> tuple[nn.Module, torch.optim.Optimizer]:

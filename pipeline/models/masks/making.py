@@ -1,0 +1,56 @@
+"""From images to masks by a mask source, and on to masks that follow the edges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.models.masks.bilateral import MAX_STEPS, bilateral_solve
+
+if TYPE_CHECKING:
+    from pipeline.methods.masks import MaskSource
+
+
+def coarse_masks(images: Sequence[Image.Image], *, source: MaskSource) -> NDArray[np.bool_]:
+    """Masks (B, H, W) of B RGB images of one size (W, H), as the network has them."""
+    pixels = np.stack([np.asarray(image) for image in images])
+    height, width = pixels.shape[1:3]
+    tensors = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    shrink = math.sqrt(source.max_pixels / (height * width))
+    if shrink < 1:
+        smaller = (max(1, int(height * shrink)), max(1, int(width * shrink)))
+        tensors = F.interpolate(tensors, smaller, mode="bilinear", antialias=True)
+    probs = source.predict(tensors)
+    if shrink < 1:
+        probs = F.interpolate(probs[:, None], (height, width), mode="bilinear")[:, 0]
+    return (probs > source.threshold).numpy()
+
+
+def refine_mask(
+    image: Image.Image,
+    mask: NDArray[np.bool_],
+    *,
+    solver_iterations: int = MAX_STEPS,
+    solver_scale: float = 1.0,
+) -> NDArray[np.bool_]:
+    """Snap a mask (H, W) to the edges of its RGB image by the bilateral solver.
+
+    An empty mask stays empty.
+
+    Args:
+        image: of the size of the mask.
+        mask: a coarse one.
+        solver_iterations: bound on the solver's steps.
+        solver_scale: at which fraction of the size it runs.
+    """
+    if not mask.any():
+        return mask
+    pixels = np.asarray(image)
+    return bilateral_solve(pixels, mask, max_steps=solver_iterations, scale=solver_scale) > 0.5

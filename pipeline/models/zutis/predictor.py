@@ -1,0 +1,138 @@
+"""A trained ZUTIS, see `pipeline.methods.students.TrainedStudent`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import PipelineError
+from pipeline.formats.labels import LabelMap, label_map
+from pipeline.formats.predictions import Instance, Segmentation
+from pipeline.models.clip import label_embeddings, load_clip
+from pipeline.models.clip.tokens import vision_tower
+from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
+from pipeline.models.weights.weights import load_state, load_strict
+from pipeline.models.zutis.build import build_zutis
+from pipeline.models.zutis.network import Zutis
+from pipeline.models.zutis.postprocess import instance_predictions, semantic_prediction
+from pipeline.params.base import PredictionSettings
+from pipeline.vocabulary.prompts import TEMPLATE_SETS
+
+if TYPE_CHECKING:
+    from pipeline.engine.runtime import Runtime
+    from pipeline.methods.dense import Names
+
+
+def load_zutis(
+    folder: Path, config: CheckpointConfig, names: Names, runtime: Runtime
+) -> ZutisPredictor:
+    """The network of a checkpoint, with any names.
+
+    Raises:
+        PipelineError: weights or settings of another architecture, an encoder that cannot be
+            loaded, or a name that it does not know.
+    """
+    clip = load_clip(config.encoder, runtime.device, cache_dir=runtime.cache_dir)
+    text = label_embeddings(
+        clip,
+        background=names.background,
+        categories=names.categories,
+        templates=TEMPLATE_SETS[config.templates],
+    )
+    try:
+        network = build_zutis(clip.visual, **config.architecture)
+    except (TypeError, PipelineError) as error:
+        reason = str(error).split("\n")[0]
+        raise PipelineError(f"{folder / CONFIG_NAME}: architecture: {reason}") from None
+    load_strict(network, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
+    return ZutisPredictor(
+        network.to(runtime.device), text, architecture=config.architecture, runtime=runtime
+    )
+
+
+class ZutisPredictor:
+    """A ZUTIS network with the text embeddings of some names.
+
+    Args:
+        network: on the device of `runtime`.
+        text_embeddings: (1 + K, C) unit rows by label id, the background's first.
+        architecture: what the network was built with.
+        runtime: device and precision.
+    """
+
+    def __init__(
+        self,
+        network: Zutis,
+        text_embeddings: Tensor,
+        *,
+        architecture: Mapping[str, Any],
+        runtime: Runtime,
+    ) -> None:
+        self.patch_size: int = vision_tower(network.encoder).conv1.weight.shape[-1]
+        self._network = network.eval()
+        self._text = text_embeddings.to(runtime.device)
+        self._architecture = architecture
+        self._runtime = runtime
+
+    def select(self, label_ids: Sequence[int]) -> ZutisPredictor:
+        """The same for some label ids, in this order, the background's first."""
+        text = self._text[list(label_ids)]
+        return ZutisPredictor(
+            self._network, text, architecture=self._architecture, runtime=self._runtime
+        )
+
+    @torch.no_grad()
+    def predict(
+        self, images: Tensor, sizes: Sequence[tuple[int, int]], settings: PredictionSettings
+    ) -> list[Segmentation]:
+        """Predictions at `sizes` (H, W) of images (B, 3, H', W') in [0, 1]."""
+        with self._runtime.autocast():
+            output = self._network(images.to(self._runtime.device))
+        mask_probs = output.mask_logits[:, -1].float().sigmoid()
+        patch_tokens = output.patch_tokens.float()
+        return [
+            Segmentation(
+                self._label_map(tokens, size, settings),
+                self._instances(probs, tokens, size, settings) if settings.instances else [],
+            )
+            for probs, tokens, size in zip(mask_probs, patch_tokens, sizes, strict=True)
+        ]
+
+    def protocol(self, settings: PredictionSettings) -> dict[str, Any]:
+        """The architecture, and how proposals become objects."""
+        return {
+            **{f"network_{name}": value for name, value in self._architecture.items()},
+            "threshold": settings.threshold,
+            "temperature": settings.temperature,
+            "suppression": settings.suppression,
+            "score_resolution": settings.score_resolution,
+        }
+
+    def _label_map(
+        self, patch_tokens: Tensor, size: tuple[int, int], settings: PredictionSettings
+    ) -> LabelMap:
+        first = 0 if settings.background else 1
+        semantic = semantic_prediction(patch_tokens[None], self._text[first:], size)[0]
+        return label_map(semantic.cpu().numpy(), first)
+
+    def _instances(
+        self,
+        mask_probs: Tensor,
+        patch_tokens: Tensor,
+        size: tuple[int, int],
+        settings: PredictionSettings,
+    ) -> list[Instance]:
+        return instance_predictions(
+            mask_probs,
+            patch_tokens,
+            self._text,
+            size,
+            threshold=settings.threshold,
+            temperature=settings.temperature,
+            suppression=settings.suppression,
+            score_resolution=settings.score_resolution,
+        )
