@@ -19,8 +19,8 @@ from pipeline.formats.images import load_image
 from pipeline.formats.labels import LABEL_TYPE
 from pipeline.formats.predictions import SHARD_SIZE, PredictionStore
 from pipeline.inference.bench import NetworkPredictor, PredictionMaker, queries_of
-from pipeline.inference.segmenter import Segmenter
 from pipeline.inference.inputs import to_tensor
+from pipeline.inference.segmenter import Segmenter
 from pipeline.models.weights.checkpoint import save_checkpoint
 from pipeline.models.zutis.network import Zutis, ZutisOutput
 from pipeline.models.zutis.postprocess import semantic_prediction

@@ -22,12 +22,13 @@ from pipeline.formats.images import decode_label, decode_png, load_image
 from pipeline.formats.shards import read_shards
 from pipeline.formats.sources import sample_key
 from pipeline.formats.tables import ArchiveRow, embedding_matrix, write_archives
-from pipeline.methods.dense import build_denseclip
+from pipeline.methods.dense import DenseClipParams, build_denseclip
+from pipeline.methods.masks import SelfMaskParams
 from pipeline.models.clip import load_clip
 from pipeline.models.dense.denseclip import label_and_confidence
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, load_selfmask, save_selfmask
 from pipeline.params.base import EncoderParams
-from pipeline.params.sections import EmbedParams, MaskParams, PseudoLabelParams, SourceParams
+from pipeline.params.sections import EmbedParams, SourceParams
 from pipeline.stages import embed, mask, pseudo_label
 from speed.bilateral import published_solve
 from speed.harness import Bench, Curve, Pair, Timed
@@ -153,7 +154,7 @@ def prepare_mask(
         mask.run(
             archives_path=archives_path,
             out_dir=out_dir,
-            params=MaskParams(
+            params=SelfMaskParams(
                 weights=weights, threshold=threshold, batch_size=batch_size, workers=workers
             ),
             runtime=make(cache_dir),
@@ -220,7 +221,7 @@ def prepare_pseudo_label(
     """Bare forward, and the stage, on the device of the runtime."""
     files = _write_index(folder, count, quick=quick)
     runtime = make(folder / "cache")
-    params = PseudoLabelParams(
+    params = DenseClipParams(
         encoder=_write_encoder(folder, VIT_B_16, quick=quick),
         templates="name",
         batch_size=batch_size,
@@ -264,7 +265,7 @@ def _write_masks(folder: Path, files: list[bytes]) -> None:
     mask.run(
         archives_path=_write_archives(folder, files),
         out_dir=folder / "masks",
-        params=MaskParams(weights=_write_selfmask(folder, TINY_SELFMASK), refine=False),
+        params=SelfMaskParams(weights=_write_selfmask(folder, TINY_SELFMASK), refine=False),
         runtime=cpu_runtime(folder / "mask-cache"),
         stats_path=folder / "mask-stats.json",
     )
@@ -288,7 +289,7 @@ def _mask_many(folder: Path) -> None:
     mask.run(
         archives_path=folder / "archives.parquet",
         out_dir=folder / "out",
-        params=MaskParams(weights=folder / "selfmask.safetensors", workers=0),
+        params=SelfMaskParams(weights=folder / "selfmask.safetensors", workers=0),
         runtime=cpu_runtime(folder / "cache"),
         stats_path=folder / "stats.json",
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
@@ -24,14 +24,15 @@ from pipeline.formats.images import encode_label, encode_png
 from pipeline.formats.labels import IGNORE_INDEX
 from pipeline.formats.shards import write_shards
 from pipeline.training import training_set
-from pipeline.training.training_set import Archives, Composition, TrainingSet
+from pipeline.training.settings import Composition, TargetSettings
+from pipeline.training.training_set import Archives, TrainingSet
 from speed.harness import Bench, Pair
 from speed.inputs import ellipses, jpeg, photo
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PAPER = Composition(
     crop_size=384,
-    scale_range=(0.1, 1.0),
+    scale_range=[0.1, 1.0],
     flip=0.5,
     colour_jitter=0.8,
     greyscale=0.2,
@@ -39,7 +40,7 @@ PAPER = Composition(
     max_paste=10,
     same_archive=0.5,
 )
-WITHOUT_JITTER = replace(PAPER, colour_jitter=0.0)
+WITHOUT_JITTER = PAPER.model_copy(update={"colour_jitter": 0.0})
 CATEGORIES = ["first", "second", "third", "fourth"]
 SEED = 0
 
@@ -193,10 +194,7 @@ def _prepare(folder: Path, quick: bool) -> Pair:
         archives = Archives(
             folder / "labels",
             categories=CATEGORIES,
-            target="saliency",
-            confidence_threshold=0.5,
-            conflict="ignore",
-            split_components=False,
+            settings=TargetSettings(),
         )
 
     def published(composition: Composition = PAPER) -> list[Training]:

@@ -37,6 +37,7 @@ def run(
     runtime: Runtime,
     stats_path: Path,
     open_vocabulary: bool = False,
+    shard_size: int = SHARD_SIZE,
     executor: Executor | None = None,
 ) -> None:
     """Write one prediction for each image of a benchmark, see `pipeline.formats.predictions`.
@@ -56,6 +57,7 @@ def run(
         runtime: device, precision, cache folder, and seed of corruptions.
         stats_path: counts of this run, JSON.
         open_vocabulary: score categories that the checkpoint was not trained with.
+        shard_size: predictions of a shard.
         executor: where predictions are made; here by default.
 
     Raises:
@@ -93,7 +95,7 @@ def run(
     job = Job(
         "predict_bench",
         queries,
-        shard_size=SHARD_SIZE,
+        shard_size=shard_size,
         load=partial(PredictionMaker, prediction),
         inputs=[params.batch_size, names],
         files=[str(query.image_path) for query in queries],

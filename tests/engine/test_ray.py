@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from pipeline.engine.progress import StageRun, Tally
+from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import CACHE_VARIABLE, Runtime
-from pipeline.engine.shard_run import ShardMaker, run_shards, slices
+from pipeline.engine.shard_run import Job, run_job
 from pipeline.errors import PipelineError
 from tests.stages.tiny_workspace import STAGES, Workspace, content, write_workspace
 
@@ -77,21 +78,10 @@ class Counter:
 
 def count(items: Sequence[str], out: Path, executor: RayExecutor, **limits: Any) -> dict[str, Any]:
     ray.cloudpickle.register_pickle_by_value(__import__(__name__))
-    recipe = partial(Counter, str(out.parent))
-    maker: ShardMaker = Counter(str(out.parent), None)
     stats = out.with_suffix(".json")
-    with StageRun("count", stats_path=stats, total=len(items), **limits) as stage:
-        run_shards(
-            out,
-            slices(items, 4),
-            key="0",
-            recipe=recipe,
-            maker=maker,
-            executor=executor,
-            stage=stage,
-            settings={},
-            remedy="",
-        )
+    job = Job("count", items, shard_size=4, load=partial(Counter, str(out.parent)), **limits)
+    runtime = Runtime(torch.device("cpu"), None, seed=0, cache_dir=out.parent / "cache")
+    run_job(job, out_dir=out, stats_path=stats, runtime=runtime, executor=executor)
     return json.loads(stats.read_text())
 
 

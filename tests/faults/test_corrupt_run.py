@@ -22,9 +22,10 @@ from pipeline.cli import main
 from pipeline.engine.runtime import Runtime
 from pipeline.formats.shards import MANIFEST, read_shards
 from pipeline.formats.tables import read_archives
+from pipeline.methods.masks import SelfMaskParams
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, save_selfmask
 from pipeline.params.base import EncoderParams
-from pipeline.params.sections import EmbedParams, MaskParams, RetrieveParams, SourceParams
+from pipeline.params.sections import EmbedParams, RetrieveParams, SourceParams
 from pipeline.stages import embed, mask, retrieve
 from tests.conftest import encoded_image, noise_image
 from tests.faults.hostile import (
@@ -116,7 +117,7 @@ class World:
         mask.run(
             archives_path=self.root / "archives.parquet",
             out_dir=self.root / out,
-            params=MaskParams(weights=weights, short_side=32, batch_size=8, workers=workers),
+            params=SelfMaskParams(weights=weights, short_side=32, batch_size=8, workers=workers),
             runtime=self.runtime(f"cache of {out}"),
             stats_path=self.root / f"{out}.json",
         )

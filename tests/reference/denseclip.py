@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.methods.dense import DenseClipParams
 from pipeline.models.clip import ClipEncoder
 from pipeline.models.dense.denseclip import (
     DenseClip,
@@ -89,13 +90,15 @@ def _dense_clip_part(vectors: Vectors, part: str, encoder: ClipEncoder) -> Itera
         # Sums of probabilities whose logits are scaled: as inexact as these, however large.
         bound = RELATIVE * float(theirs.abs().max()) if theirs.numel() else None
         yield close(f"{name}/{after}", ours, theirs, bound=bound)
-    own = DenseClip(encoder, text, logit_scale=scale)
+    own = DenseClip(encoder, text, DenseClipParams(logit_scale=scale))
     refined = DenseClip(
         encoder,
         text,
-        prompt_denoising=refinement.denoising,
-        key_smoothing=refinement.smoothing,
-        logit_scale=scale,
+        DenseClipParams(
+            prompt_denoising=refinement.denoising,
+            key_smoothing=refinement.smoothing,
+            logit_scale=scale,
+        ),
     )
     everywhere = torch.ones_like(decided)
     for key, model, patches in (

@@ -17,7 +17,8 @@ from pipeline.formats.images import encode_jpeg, encode_label, encode_png
 from pipeline.formats.labels import IGNORE_INDEX, encode_confidence
 from pipeline.formats.shards import write_shards
 from pipeline.formats.tables import ArchiveRow, write_archives
-from pipeline.params.sections import AuditParams, TrainParams
+from pipeline.methods.students import ZutisParams
+from pipeline.params.sections import AuditParams
 from pipeline.stages import audit
 
 CATEGORIES = ["dog", "cat"]
@@ -108,9 +109,10 @@ def run(
         name="demo",
         audit=params,
         archives_path=tmp_path / "archives.parquet",
+        masks_dir=tmp_path / "labels",
         labels_dir=tmp_path / "labels",
         metrics_path=tmp_path / "metrics.json",
-        params=TrainParams(confidence_threshold=0.5, conflict="category"),
+        params=ZutisParams(confidence_threshold=0.5, conflict="category"),
         runtime=runtime,
         stats_path=tmp_path / "stats.json",
     )

@@ -30,13 +30,12 @@ from pipeline.formats.predictions import PredictionStore
 from pipeline.formats.rle import coco_annotation, encode_mask
 from pipeline.formats.shards import read_shards
 from pipeline.inference.segmenter import Prediction, Segmenter
-from pipeline.methods.dense import build_denseclip
+from pipeline.methods.dense import DenseClipParams, PseudoLabelParams, build_denseclip
 from pipeline.models.clip import load_clip
 from pipeline.params.base import EncoderParams, PredictionSettings
 from pipeline.params.benches import CocoBench, CubBench, VocBench
-from pipeline.params.sections import EvaluateParams, PseudoLabelParams
+from pipeline.params.sections import EvaluateParams
 from pipeline.scoring.confusion import ConfusionMatrix
-from pipeline.stages import evaluate
 from tests.benchmarks.fixtures import (
     COCA_CATEGORIES,
     CONTEXT_CATEGORIES,
@@ -51,6 +50,7 @@ from tests.benchmarks.fixtures import (
     write_voc,
 )
 from tests.conftest import encoded_image, noise_image
+from tests.stages.evaluating import evaluate
 from tests.stages.tiny_checkpoint import CATEGORIES, write_checkpoint
 
 SIZES = ((40, 56), (64, 33), (48, 48))
@@ -94,7 +94,7 @@ class Bench:
         """Metrics of this benchmark with some fields changed."""
         fields = {"format": "voc", "root": self.root, "split": "val", "categories": CATEGORIES}
         entry = changes.pop("entry", None) or VocBench(**(fields | changes))
-        evaluate.run(
+        evaluate(
             bench_name="tiny",
             bench=entry,
             checkpoint_dir=None if denseclip else self.checkpoint_dir,
@@ -120,9 +120,7 @@ def bench(
 ) -> Bench:
     model_path, weights_path = map(str, tiny_clip)
     encoder = EncoderParams(model=model_path, pretrained=weights_path)
-    segmenter = Segmenter.load(
-        checkpoint_dir, runtime=runtime, settings=evaluate.prediction_settings(EvaluateParams())
-    )
+    segmenter = Segmenter.load(checkpoint_dir, runtime=runtime, settings=PredictionSettings())
     jpegs, predictions = {}, {}
     for number, (width, height) in enumerate(SIZES):
         jpegs[f"im{number}"] = encoded_image(noise_image(number, width, height), "JPEG")
@@ -131,7 +129,7 @@ def bench(
     return Bench(
         root=tmp_path / "voc",
         checkpoint_dir=checkpoint_dir,
-        baseline=PseudoLabelParams(encoder=encoder, templates="name"),
+        baseline=DenseClipParams(encoder=encoder, templates="name"),
         runtime=runtime,
         predictions=predictions,
         jpegs=jpegs,

@@ -28,9 +28,10 @@ from pipeline.formats.sources import sample_key
 from pipeline.formats.tables import ArchiveRow, encoder_name, read_archives, shard_encoder
 from pipeline.importers import archives, embeddings
 from pipeline.importers.images import parse_prefixes
+from pipeline.methods.masks import SpectralParams
 from pipeline.models.clip import load_clip
 from pipeline.params.base import EncoderParams
-from pipeline.params.sections import EmbedParams, MaskParams, RetrieveParams, SourceParams
+from pipeline.params.sections import EmbedParams, RetrieveParams, SourceParams
 from pipeline.stages import embed, mask, retrieve
 
 C = 16
@@ -723,7 +724,7 @@ def test_imported_archives_are_masked(
     mask.run(
         archives_path=tmp_path / "archives.parquet",
         out_dir=tmp_path / "masks",
-        params=MaskParams(source="spectral", encoder=encoder, clusters=[2], refine=False),
+        params=SpectralParams(source="spectral", encoder=encoder, clusters=[2], refine=False),
         runtime=runtime,
         stats_path=tmp_path / "mask.json",
     )

@@ -14,17 +14,10 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.formats.shards import MANIFEST
-from pipeline.stages import evaluate
 from tests.stages.tiny_workspace import SHARDED, STAGES, Workspace, content, write_workspace
 
 KILLS = 12
 IMAGES = 60
-
-
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards of ten predictions, as those of the other stages of this world."""
-    monkeypatch.setattr(evaluate, "SHARD_SIZE", 10)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +88,7 @@ def test_finished_shards_are_kept_and_damaged_ones_are_made_again(
 ) -> None:
     """A kill late in the run leaves shards with their rows; one is then cut, one edited."""
     whole = workspace.run(stage, tmp_path / "calm")
-    parent = tmp_path / "killed" / ("made" if stage == "evaluate" else "")
+    parent = tmp_path / "killed"
     process, rows = stopped_late(workspace, stage, tmp_path / "killed")
     shards = [row.with_name(row.name.removesuffix(".row.json")) for row in rows]
     shards[0].write_bytes(shards[0].read_bytes()[:-100])

@@ -23,10 +23,11 @@ from pipeline.formats.images import decode_png, load_image
 from pipeline.formats.shards import read_shards
 from pipeline.formats.sources import sample_key
 from pipeline.formats.tables import ArchiveRow, write_archives
+from pipeline.methods.masks import SelfMaskParams, load_mask_source
 from pipeline.models.masks.bilateral import bilateral_solve
+from pipeline.models.masks.making import coarse_masks, refine_mask
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, load_selfmask, save_selfmask
 from pipeline.params.base import EncoderParams
-from pipeline.params.sections import MaskParams
 from pipeline.stages import mask
 
 MEMBERS = ("jpg", "mask.png", "json")
@@ -105,7 +106,7 @@ class World:
             dim=16, depth=1, num_heads=2, num_queries=3, decoder_layers=1, mlp_ratio=2, grid=4
         )
         save_selfmask(SelfMask(config), root / "selfmask.safetensors")
-        self.params = MaskParams(
+        self.params = SelfMaskParams(
             weights=root / "selfmask.safetensors", short_side=60, batch_size=2, shard_size=3
         )
         self.runtime = Runtime(
@@ -273,10 +274,11 @@ def test_an_image_that_changed_since_it_was_embedded_is_skipped(world: World) ->
 
 
 def test_very_long_images_are_masked_at_their_own_size(world: World) -> None:
-    masker = replace(mask.make_masker(world.params, world.runtime), max_pixels=1000)
+    source = load_mask_source(world.params, world.runtime)
+    source.max_pixels = 1000
     image = photo(900, 20, 5)
-    [coarse] = mask.coarse_masks([image], masker=masker)
-    assert coarse.shape == mask.refine_mask(image, coarse).shape == (20, 900)
+    [coarse] = coarse_masks([image], source=source)
+    assert coarse.shape == refine_mask(image, coarse).shape == (20, 900)
 
 
 def test_one_pixel_is_an_image_too(world: World) -> None:

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,8 @@ from pycocotools.coco import COCO
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.formats.images import ImageError
+from pipeline.inference.inputs import input_size
 from pipeline.inference.segmenter import Segmenter
-from pipeline.inference.inputs import input_size, prediction_settings
 from pipeline.params.base import PredictionSettings
 from pipeline.params.sections import EvaluateParams
 from pipeline.stages import predict
@@ -357,9 +356,9 @@ def test_params_become_settings_of_a_prediction() -> None:
         "max_side": 128,
         "whole_patches": True,
     }
-    assert prediction_settings(EvaluateParams(**changed)) == PredictionSettings(**changed)
-    assert not changed.items() & asdict(PredictionSettings()).items()
-    assert prediction_settings(EvaluateParams()) == PredictionSettings()
+    assert PredictionSettings.of(EvaluateParams(**changed)) == PredictionSettings(**changed)
+    assert not changed.items() & PredictionSettings().model_dump().items()
+    assert PredictionSettings.of(EvaluateParams()) == PredictionSettings()
 
 
 def test_scores_and_remainders_are_settings_of_the_segmenter(
@@ -371,8 +370,8 @@ def test_scores_and_remainders_are_settings_of_the_segmenter(
         Segmenter.load(checkpoint_dir, runtime=runtime, settings=settings)(image)
         for settings in (
             plain,
-            replace(plain, score_resolution="pixel"),
-            replace(plain, whole_patches=True),
+            plain.model_copy(update={"score_resolution": "pixel"}),
+            plain.model_copy(update={"whole_patches": True}),
         )
     ]
     scores = [[instance.score for instance in result.instances] for result in results]

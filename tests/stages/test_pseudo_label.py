@@ -17,10 +17,8 @@ from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.formats.images import decode_label, decode_png, encode_jpeg, encode_png, load_image
 from pipeline.formats.shards import read_manifest, read_shards, write_shards
-from pipeline.methods.dense import build_denseclip
-from pipeline.models.clip import load_clip
+from pipeline.methods.dense import DenseClipParams, Names, load_dense_labeller
 from pipeline.params.base import EncoderParams
-from pipeline.params.sections import PseudoLabelParams
 from pipeline.stages import pseudo_label
 
 CATEGORIES = ["cat", "dog"]
@@ -93,7 +91,7 @@ def run(
         out_dir=out_dir,
         categories=categories,
         background=["background"],
-        params=PseudoLabelParams(encoder=encoder, shard_size=3, **params),
+        params=DenseClipParams(encoder=encoder, shard_size=3, **params),
         runtime=runtime,
         stats_path=stats_path,
     )
@@ -104,22 +102,18 @@ def content(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def test_samples_keep_their_members_and_get_labels_of_denseclip(
+def test_every_sample_gets_labels_of_denseclip(
     mask_dir: Path, runtime: Runtime, encoder_params: EncoderParams
 ) -> None:
     out_dir, stats = run(mask_dir, runtime, encoder_params, batch_size=2)
     before, after = list(read_shards(mask_dir)), list(read_shards(out_dir))
     assert [path.name for path in sorted(out_dir.glob("*.tar"))] == ["00000.tar", "00001.tar"]
     assert (stats["items"], stats["skipped"], stats["counts"]) == (4, 0, {"cached": 0})
-    model = build_denseclip(
-        load_clip(encoder_params, runtime.device),
-        categories=CATEGORIES,
-        background=["background"],
-        params=PseudoLabelParams(encoder=encoder_params),
-    )
+    model = load_dense_labeller(DenseClipParams(encoder=encoder_params), Names(CATEGORIES), runtime)
     seen = set()
     for old, new in zip(before, after, strict=True):
-        assert {name: new[name] for name in old} == old
+        assert new.keys() == {"__key__", "label.png", "confidence.png"}
+        assert new["__key__"] == old["__key__"]
         image = load_image(old["jpg"])
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
         expected, confidence = model.label(pixels)
@@ -230,15 +224,11 @@ def test_published_slips_have_a_param(
     before: dict[str, Any],
     change: dict[str, Any],
 ) -> None:
-    clip = load_clip(encoder_params, runtime.device)
     images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
     published, changed = (
-        build_denseclip(
-            clip,
-            categories=CATEGORIES,
-            background=["background"],
-            params=PseudoLabelParams(encoder=encoder_params, **settings),
-        )(images)
+        load_dense_labeller(
+            DenseClipParams(encoder=encoder_params, **settings), Names(CATEGORIES), runtime
+        ).scores(images)
         for settings in (before, before | change)
     )
     assert not torch.allclose(published, changed, atol=1e-4)

@@ -78,6 +78,7 @@ class Tree:
         run(
             reports_dir=self.reports_dir,
             archives_path=self.archives_path,
+            masks_dir=self.labels_dir,
             labels_dir=self.labels_dir,
             live_dir=self.live_dir,
             params_path=self.params_path,

@@ -51,7 +51,7 @@ def test_writes_checkpoint_curves_and_stats(
     assert config["templates"] == "name"
     assert config["logit_scale"] == 1.0
     assert config["train"] == params.model_dump(mode="json")
-    clip = load_clip(**config["encoder"], device=torch.device("cpu"))
+    clip = load_clip(EncoderParams(**config["encoder"]), torch.device("cpu"))
     before = clip.visual.proj.clone()
     model = build_zutis(clip.visual, **config["architecture"])
     load_strict(model, load_state(root / "zutis/model.safetensors"), root)

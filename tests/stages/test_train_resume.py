@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from pipeline.engine.cache_store import collect
+from pipeline.methods.students import TrainParams
 from pipeline.params.base import EncoderParams
-from pipeline.params.sections import TrainParams
 from tests.stages.tiny_training import (
     PATIENCE_S,
     kill,

@@ -19,9 +19,9 @@ from PIL import Image
 from pipeline.engine.runtime import Runtime
 from pipeline.formats.images import encode_jpeg, encode_label, encode_png
 from pipeline.formats.shards import write_shards
+from pipeline.methods.students import TrainParams, ZutisParams
 from pipeline.params.base import EncoderParams
 from pipeline.params.reading import read_params
-from pipeline.params.sections import TrainParams
 from pipeline.stages import train
 from tests.paths import ROOT
 
@@ -32,7 +32,7 @@ PATIENCE_S = 240
 
 
 def write_labels(folder: Path, *, shard_size: int = 4) -> Path:
-    """Label shards: four squares a category, each category with its colour, and one negative."""
+    """Mask and label shards in one: four squares a category, of its colour, and one negative."""
     write_shards(_shard_samples(), folder, shard_size=shard_size)
     return folder
 
@@ -73,7 +73,7 @@ def small_params(encoder: EncoderParams, **changes: Any) -> TrainParams:
         "learning_rate": 1e-3,
         "encoder_learning_rate": 1e-3,
     }
-    return TrainParams(**{**settings, **changes})
+    return ZutisParams(**{**settings, **changes})
 
 
 def run(labels_dir: Path, root: Path, params: TrainParams, **changes: Any) -> Path:
@@ -85,7 +85,7 @@ def run(labels_dir: Path, root: Path, params: TrainParams, **changes: Any) -> Pa
         "background": BACKGROUND,
         "runtime": Runtime(torch.device("cpu"), None, seed=SEED, cache_dir=root / "cache"),
     }
-    train.run(labels_dir=labels_dir, params=params, **{**settings, **changes})
+    train.run(masks_dir=labels_dir, labels_dir=labels_dir, params=params, **{**settings, **changes})
     return root
 
 
@@ -118,6 +118,7 @@ def start_training(
     params_path.write_text(json.dumps(settings))
     assert read_params(params_path).train == params
     options = {
+        "--masks": labels_dir,
         "--labels": labels_dir,
         "--out": root / "zutis",
         "--live": root / "live",

@@ -15,22 +15,17 @@ from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor
 from pipeline.formats.sources import list_images
 from pipeline.formats.tables import ArchiveRow, write_archives
+from pipeline.methods.dense import DenseClipParams
+from pipeline.methods.masks import SelfMaskParams
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, save_selfmask
 from pipeline.params.base import EncoderParams
 from pipeline.params.benches import VocBench
-from pipeline.params.sections import (
-    EmbedParams,
-    EvaluateParams,
-    MaskParams,
-    PseudoLabelParams,
-    RetrieveParams,
-    SourceParams,
-)
-from pipeline.stages import embed, evaluate, mask, pseudo_label, retrieve
+from pipeline.params.sections import EmbedParams, EvaluateParams, RetrieveParams, SourceParams
+from pipeline.stages import embed, mask, predict_bench, pseudo_label, retrieve
 from tests.conftest import encoded_image, noise_image
 from tests.stages.tiny_checkpoint import CATEGORIES, write_checkpoint
 
-SHARDED = ("embed", "mask", "pseudo_label", "evaluate")
+SHARDED = ("embed", "mask", "pseudo_label", "predict_bench")
 STAGES = (*SHARDED, "retrieve")
 SELFMASK = SelfMaskConfig(
     dim=16, depth=1, num_heads=2, num_queries=3, decoder_layers=1, mlp_ratio=2, grid=4
@@ -95,7 +90,7 @@ class Workspace:
         mask.run(
             archives_path=self.root / "archives.parquet",
             out_dir=out,
-            params=MaskParams(
+            params=SelfMaskParams(
                 weights=self.root / "selfmask.safetensors", batch_size=2, shard_size=10, workers=1
             ),
             runtime=runtime,
@@ -110,7 +105,7 @@ class Workspace:
             mask_dir=self.root / "masks/made",
             out_dir=out,
             categories=CATEGORIES,
-            params=PseudoLabelParams(
+            params=DenseClipParams(
                 encoder=self.encoder, templates="name", batch_size=2, shard_size=10, workers=1
             ),
             runtime=runtime,
@@ -118,20 +113,20 @@ class Workspace:
             executor=executor,
         )
 
-    def _evaluate(
+    def _predict_bench(
         self, out: Path, runtime: Runtime, stats: Path, executor: Executor | None
     ) -> None:
-        evaluate.run(
+        predict_bench.run(
             bench_name="tiny",
             bench=VocBench(format="voc", root=self.root / "voc", categories=CATEGORIES),
             checkpoint_dir=self.root / "zutis",
-            out_dir=out / "reports",
-            predictions_dir=out / "predictions",
-            params=EvaluateParams(overlays=1, batch_size=2),
-            baseline=PseudoLabelParams(encoder=self.encoder, templates="name"),
+            out_dir=out,
+            params=EvaluateParams(batch_size=2),
+            baseline=DenseClipParams(encoder=self.encoder, templates="name"),
             background=["background"],
             runtime=runtime,
             stats_path=stats,
+            shard_size=10,
             executor=executor,
         )
 

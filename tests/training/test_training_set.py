@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import pipeline.training.training_set
 from pipeline.errors import PipelineError
 from pipeline.formats.images import encode_jpeg, encode_label, encode_png
 from pipeline.formats.shards import write_shards
-from pipeline.training.training_set import Archives, Composition, TrainingSet, collate
+from pipeline.training.settings import Composition, TargetSettings
+from pipeline.training.training_set import Archives, TrainingSet, collate
 from pipeline.training.transforms import bounding_box
 
 CATEGORIES = ["cat", "dog", "bus"]
+BOUNDS = ("sample_bytes", "mask_bytes")
 COMPOSITION = Composition(
-    crop_size=32, scale_range=(0.8, 1.2), flip=0.5, colour_jitter=0.5, max_paste=4
+    crop_size=32, scale_range=[0.8, 1.2], flip=0.5, colour_jitter=0.5, max_paste=4
 )
 
 
@@ -58,14 +58,10 @@ def all_samples() -> Iterator[dict[str, Any]]:
 
 def archives(folder: Path, samples: Any = None, **settings: Any) -> Archives:
     write_shards(all_samples() if samples is None else samples, folder, shard_size=5)
-    defaults = {
-        "categories": CATEGORIES,
-        "target": "saliency",
-        "confidence_threshold": 0.5,
-        "conflict": "ignore",
-        "split_components": False,
-    }
-    return Archives(folder, **{**defaults, **settings})
+    memory = {name: settings.pop(name) for name in BOUNDS if name in settings}
+    categories = settings.pop("categories", CATEGORIES)
+    target = TargetSettings(**settings)
+    return Archives(folder, folder, categories=categories, settings=target, **memory)
 
 
 def training_set(source: Archives, composition: Composition = COMPOSITION) -> TrainingSet:
@@ -115,12 +111,10 @@ def test_image_is_a_pure_function_of_seed_and_number(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("sample_bytes", "mask_bytes"), [(20_000, 10**6), (20_000, 100), (0, 0)])
 def test_samples_beyond_the_memory_are_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample_bytes: int, mask_bytes: int
+    tmp_path: Path, sample_bytes: int, mask_bytes: int
 ) -> None:
     kept = training_set(archives(tmp_path))
-    monkeypatch.setattr(pipeline.training.training_set, "SAMPLE_BYTES", sample_bytes)
-    monkeypatch.setattr(pipeline.training.training_set, "MASK_BYTES", mask_bytes)
-    read = training_set(archives(tmp_path))
+    read = training_set(archives(tmp_path, sample_bytes=sample_bytes, mask_bytes=mask_bytes))
     for number in range(8):
         for array, other in zip(kept[number], read[number], strict=True):
             np.testing.assert_array_equal(array, other)
@@ -129,11 +123,15 @@ def test_samples_beyond_the_memory_are_read_again(
 @pytest.mark.parametrize("mask_bytes", [0, 10**6])
 @pytest.mark.parametrize("split_components", [False, True])
 def test_objects_lie_in_the_occupied_box(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask_bytes: int, split_components: bool
+    tmp_path: Path, mask_bytes: int, split_components: bool
 ) -> None:
-    monkeypatch.setattr(pipeline.training.training_set, "MASK_BYTES", mask_bytes)
     mask = box_mask((1, 2, 9, 7), (30, 20, 6, 8), (39, 0, 1, 1))
-    source = archives(tmp_path, [shard_sample("a", 1, mask)], split_components=split_components)
+    source = archives(
+        tmp_path,
+        [shard_sample("a", 1, mask)],
+        split_components=split_components,
+        mask_bytes=mask_bytes,
+    )
     sample = source[0]
     assert sample.occupied == bounding_box(mask)
     assert sample.num_instances == (2 if split_components else 1)
@@ -147,7 +145,7 @@ def test_same_archive_always_or_never(tmp_path: Path) -> None:
     source = archives(tmp_path)
 
     def most_categories(probability: float) -> int:
-        images = training_set(source, replace(COMPOSITION, same_archive=probability))
+        images = training_set(source, COMPOSITION.model_copy(update={"same_archive": probability}))
         return max(len(set(np.unique(semantic)) - {-1, 0}) for _, semantic, _ in images)
 
     assert most_categories(1.0) == 1
@@ -155,9 +153,8 @@ def test_same_archive_always_or_never(tmp_path: Path) -> None:
 
 
 def test_negative_canvas_is_background_below_pasted_objects(tmp_path: Path) -> None:
-    composition = replace(
-        COMPOSITION, negative_canvas=1.0, scale_range=(1.0, 1.0), colour_jitter=0.0, crop_size=24
-    )
+    changes = {"scale_range": [1.0, 1.0], "colour_jitter": 0.0, "crop_size": 24}
+    composition = COMPOSITION.model_copy(update={"negative_canvas": 1.0, **changes})
     counts = set()
     for image, semantic, masks in training_set(archives(tmp_path), composition):
         counts.add(len(masks))
@@ -171,7 +168,7 @@ def test_negative_canvas_is_background_below_pasted_objects(tmp_path: Path) -> N
 def test_negative_canvas_needs_negatives(tmp_path: Path) -> None:
     source = archives(tmp_path, [shard_sample("a", 1, box_mask((0, 0, 9, 9)))])
     with pytest.raises(PipelineError, match=r"negative_canvas: 0\.5.*retrieve\.num_negatives"):
-        training_set(source, replace(COMPOSITION, negative_canvas=0.5))
+        training_set(source, COMPOSITION.model_copy(update={"negative_canvas": 0.5}))
 
 
 def test_components_become_instances_and_specks_none(tmp_path: Path) -> None:
@@ -188,7 +185,9 @@ def test_components_become_instances_and_specks_none(tmp_path: Path) -> None:
     assert sample.num_instances == 2
     assert np.bincount(sample.instances.ravel()).tolist() == [1200 - 114, 64, 50]
     assert sample.semantic.sum() == 118
-    composition = replace(COMPOSITION, crop_size=40, scale_range=(1.0, 1.0), max_paste=3)
+    composition = COMPOSITION.model_copy(
+        update={"crop_size": 40, "scale_range": [1.0, 1.0], "max_paste": 3}
+    )
     areas = {len(masks): masks for _, _, masks in training_set(source, composition)}
     assert sorted(areas) == [2, 3, 4]
 
@@ -225,11 +224,8 @@ def test_saliency_looks_at_no_dense_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("memory", [20_000, 10**9])
-def test_a_pickled_copy_gives_the_same_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
-) -> None:
-    monkeypatch.setattr(pipeline.training.training_set, "SAMPLE_BYTES", memory)
-    images = training_set(archives(tmp_path))
+def test_a_pickled_copy_gives_the_same_images(tmp_path: Path, memory: int) -> None:
+    images = training_set(archives(tmp_path, sample_bytes=memory))
     expected = [images[number] for number in range(6)]
     copy = pickle.loads(pickle.dumps(images))
     for number in range(6):
@@ -242,7 +238,7 @@ def test_one_pixel_images_and_more_than_a_byte_of_categories(tmp_path: Path) -> 
     sample = shard_sample("a", 1, np.ones((1, 1), dtype=bool))
     sample["json"] = {"category": "category 300", "label_id": 300}
     source = archives(tmp_path, [sample], categories=categories)
-    composition = replace(COMPOSITION, scale_range=(0.1, 3.0))
+    composition = COMPOSITION.model_copy(update={"scale_range": [0.1, 3.0]})
     for _, semantic, masks in training_set(source, composition):
         assert set(np.unique(semantic)) <= {-1, 300}
         assert masks[0].any()

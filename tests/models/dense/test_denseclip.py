@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.errors import PipelineError
+from pipeline.methods.dense import DenseClipParams
 from pipeline.models.clip import ClipEncoder, load_clip
 from pipeline.models.dense import denseclip
 from pipeline.models.dense.denseclip import (
@@ -105,7 +106,9 @@ class TestDenseFeatures:
         self, encoders: dict[str, ClipEncoder], tower: str, size: tuple[int, int]
     ) -> None:
         text = F.normalize(torch.randn(3, 48, generator=torch.Generator().manual_seed(0)), dim=1)
-        model = DenseClip(encoders[tower], text, prompt_denoising=0.5, key_smoothing=1.0)
+        model = DenseClip(
+            encoders[tower], text, DenseClipParams(prompt_denoising=0.5, key_smoothing=1.0)
+        )
         label, confidence = model.label(torch.full((1, 3, *size), 0.5))
         assert label.shape == confidence.shape == (1, *size)
         assert torch.isfinite(confidence).all()
@@ -118,14 +121,14 @@ class TestDenseFeatures:
         encoder = encoders["vit"]
         text = F.normalize(torch.randn(3, 48, generator=torch.Generator().manual_seed(0)), dim=1)
         features, _ = dense_features(encoder.visual, encoder.normalise(self.IMAGES))
-        clip = DenseClip(encoder, text, normalisation="clip")(self.IMAGES)
-        imagenet = DenseClip(encoder, text)(self.IMAGES)
+        clip = DenseClip(encoder, text, DenseClipParams(normalisation="clip"))(self.IMAGES)
+        imagenet = DenseClip(encoder, text, DenseClipParams())(self.IMAGES)
         assert torch.allclose(clip, dense_logits(features, text), atol=1e-6)
         assert not torch.allclose(clip, imagenet, atol=1e-3)
 
     def test_scores_are_float32_under_autocast(self, encoders: dict[str, ClipEncoder]) -> None:
         text = F.normalize(torch.randn(3, 48, generator=torch.Generator().manual_seed(0)), dim=1)
-        model = DenseClip(encoders["vit"], text)
+        model = DenseClip(encoders["vit"], text, DenseClipParams())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             scores = model(self.IMAGES)
         assert scores.dtype == torch.float32
@@ -207,8 +210,10 @@ def test_cosine_affinity_averages_probabilities_by_the_keys() -> None:
 def test_affinity_is_a_choice_of_the_model(encoders: dict[str, ClipEncoder]) -> None:
     text = F.normalize(torch.randn(3, 48, generator=torch.Generator().manual_seed(0)), dim=1)
     images = torch.rand(1, 3, 64, 80, generator=torch.Generator().manual_seed(0))
-    cosine = DenseClip(encoders["vit"], text, key_smoothing=1.0, key_affinity="cosine")(images)
-    published = DenseClip(encoders["vit"], text, key_smoothing=1.0)(images)
+    cosine = DenseClip(
+        encoders["vit"], text, DenseClipParams(key_smoothing=1.0, key_affinity="cosine")
+    )(images)
+    published = DenseClip(encoders["vit"], text, DenseClipParams(key_smoothing=1.0))(images)
     torch.testing.assert_close(cosine.sum(dim=1), torch.ones(1, 4, 5))
     assert not torch.allclose(cosine, published, atol=0.1)
 
@@ -223,7 +228,7 @@ def test_grids_of_the_native_number_but_another_shape_are_resized_on_request(
     text = F.normalize(torch.randn(3, 48, generator=torch.Generator().manual_seed(0)), dim=1)
     images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
     published, grid = (
-        DenseClip(encoders["vit"], text, position_resize=mode)(images)  # type: ignore[arg-type]
+        DenseClip(encoders["vit"], text, DenseClipParams(position_resize=mode))(images)  # type: ignore[arg-type]
         for mode in ("size", "grid")
     )
     assert torch.equal(published, grid) is same

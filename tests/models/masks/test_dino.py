@@ -13,12 +13,12 @@ from torch import Tensor
 
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
-from pipeline.methods.masks import coarse_masks, make_masker
+from pipeline.methods.masks import SpectralParams, load_mask_source
 from pipeline.models.masks import dino
 from pipeline.models.masks.dino import DinoEncoder, build_dino, load_dino
+from pipeline.models.masks.making import coarse_masks
 from pipeline.models.masks.selfmask import SelfMaskConfig
 from pipeline.params.base import EncoderParams
-from pipeline.params.sections import MaskParams
 from tests.paths import REFERENCE as DATA
 
 VECTORS = load_file(DATA / "selfmask_forward.io.safetensors")
@@ -115,11 +115,11 @@ def test_published_weights_are_found_by_the_models_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("facet", ["key", "token"])
 def test_the_mask_stage_clusters_its_features(facet: str, backbone: Path, runtime: Runtime) -> None:
     encoder = EncoderParams(model="dino_reference", pretrained=str(backbone))
-    params = MaskParams(source="spectral", encoder=encoder, facet=facet, refine=False)  # type: ignore[arg-type]
-    masker = make_masker(params, runtime)
+    params = SpectralParams(source="spectral", encoder=encoder, facet=facet, refine=False)  # type: ignore[arg-type]
+    masker = load_mask_source(params, runtime)
     pixels = np.full((40, 56, 3), 30, dtype=np.uint8)
     pixels[10:26, 16:40] = (250, 60, 200)
-    (mask,) = coarse_masks([Image.fromarray(pixels)], masker=masker)
+    (mask,) = coarse_masks([Image.fromarray(pixels)], source=masker)
     assert mask.shape == (40, 56)
     assert 0 < mask.sum() < mask.size
     assert masker.settings["encoder"] != ""

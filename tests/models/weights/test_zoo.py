@@ -26,7 +26,7 @@ from torch import Tensor
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.inference.segmenter import Segmenter
-from pipeline.methods.masks import make_masker
+from pipeline.methods.masks import SelfMaskParams, load_mask_source
 from pipeline.models.clip import OPENAI_SCALARS, build_clip, load_clip
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, load_selfmask
 from pipeline.models.weights import zoo
@@ -41,7 +41,6 @@ from pipeline.models.weights.zoo import (
 )
 from pipeline.models.zutis.build import build_zutis
 from pipeline.params.base import EncoderParams
-from pipeline.params.sections import MaskParams
 from pipeline.vocabulary.categories import load_category_set
 from tests.paths import REFERENCE as DATA
 
@@ -502,14 +501,16 @@ class TestUse:
             load_clip(EncoderParams(model="Tiny-8", pretrained="openai"), CPU, cache_dir=tiny_zoo)
 
     def test_masks_by_name(self, tiny_zoo: Path, files: Path, runtime: Runtime) -> None:
-        params = MaskParams(weights=Path("selfmask_tiny"))
+        params = SelfMaskParams(weights=Path("selfmask_tiny"))
         with pytest.raises(PipelineError, match="pipeline weights fetch selfmask_tiny"):
-            make_masker(params, runtime)
+            load_mask_source(params, runtime)
         fetch(published("selfmask_tiny"), tiny_zoo)
         assert runtime.cache_dir == tiny_zoo
         network = SelfMask(SelfMaskConfig(**TINY_SELFMASK)).eval()
         network.load_state_dict(torch.load(files / "selfmask.pt", weights_only=True))
-        assert torch.equal(make_masker(params, runtime).predict(IMAGES), network.saliency(IMAGES))
+        assert torch.equal(
+            load_mask_source(params, runtime).predict(IMAGES), network.saliency(IMAGES)
+        )
 
     def test_a_published_checkpoint_segments(
         self, tiny_zoo: Path, files: Path, runtime: Runtime
