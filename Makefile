@@ -45,7 +45,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed-demo
 	$(INSTALL) --no-deps --force-reinstall opencv-python-headless
 	touch $@
 
-# Resolves anew, as for an empty environment, and writes what came out; nothing is installed.
+# Resolves anew, as for an empty environment, and installs nothing. Take the oldest Python that is
+# supported: what it can install, later ones can.
 lock: $(VENV)/.installed-demo
 	$(PIP) install --dry-run --ignore-installed --report $(VENV)/resolved.json \
 		--editable '.[demo,dev]' opencv-python-headless
