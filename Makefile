@@ -1,26 +1,17 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Both set themselves up.
 PYTHON ?= python3
 VENV := .venv
+# Exact versions of all packages; `make test LOCK=` takes the newest that pyproject.toml allows.
+LOCK ?= requirements.lock
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+INSTALL := $(PIP) install $(if $(LOCK),--constraint $(LOCK))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # OpenMP threads that spin while they wait slow down small networks on few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test lint bench setup lock clean
 
-setup: $(VENV)/.installed
-
-$(VENV)/.installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: Python 3.11 or newer is needed; try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[demo,dev]'
-	# The same OpenCV without its windows, which need libGL: a bare server has none.
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --force-reinstall \
-		opencv-python-headless
-	touch $@
-
-demo: setup
+demo: $(VENV)/.installed-demo
 	dvc repro
 	@echo
 	pipeline metrics
@@ -33,9 +24,34 @@ lint: setup
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports
 
 bench: setup
 	python -m speed
+
+setup: $(VENV)/.installed-dev
+
+$(VENV)/.installed-demo: pyproject.toml $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(INSTALL) --editable '.[demo]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-demo
+	$(INSTALL) --editable '.[demo,dev]'
+	# The same OpenCV without its windows, which need libGL: a bare server has none.
+	$(INSTALL) --no-deps --force-reinstall opencv-python-headless
+	touch $@
+
+# Resolves anew, as for an empty environment, and installs nothing. Take the oldest Python that is
+# supported: what it can install, later ones can.
+lock: $(VENV)/.installed-demo
+	$(PIP) install --dry-run --ignore-installed --report $(VENV)/resolved.json \
+		--editable '.[demo,dev]' opencv-python-headless
+	python .ci/lock.py $(VENV)/resolved.json > requirements.lock.new
+	mv requirements.lock.new requirements.lock
 
 clean:
 	rm -rf $(VENV)

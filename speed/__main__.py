@@ -1,4 +1,4 @@
-"""python -m speed: the table of ratios, and `reports/bench.json`."""
+"""python -m speed: the table of ratios, and `speed/results/bench.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from speed.harness import Row, peak_memory, run_bench, serve_seconds, use_threads
 
-REPORT = Path("reports/bench.json")
+REPORT = Path("speed/results/bench.json")
 
 
 def main() -> int:

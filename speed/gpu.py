@@ -1,4 +1,4 @@
-"""python -m speed.gpu: images a second on a GPU, and `reports/bench-gpu.json`.
+"""python -m speed.gpu: images a second on a GPU, and `speed/results/bench-gpu.json`.
 
 Training is measured against the published step in float32, the stages against the bare forward of
 their networks, and the encoder against the peak of the device. `--quick --device cpu` tries it all
@@ -33,7 +33,7 @@ from speed.machine import describe_machine
 from speed.stages import VIT_B_32, VIT_L_14_336, prepare_embed, prepare_mask, prepare_pseudo_label
 from speed.train_step import prepare_step
 
-REPORT = Path("reports/bench-gpu.json")
+REPORT = Path("speed/results/bench-gpu.json")
 ENCODER_BATCH = 32
 # Dense bfloat16 TFLOP/s as their makers give them; --peak-tflops for others.
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "V100": 125.0}

@@ -1,8 +1,8 @@
 """python -m speed.projection: bytes, FLOPs and hours for pools of images, as Markdown tables.
 
 FLOPs are counted in the networks at their real sizes, bytes in files that are written for it, CPU
-rates on this machine. GPU hours divide FLOPs by the rate of `reports/bench-gpu.json`, or by an
-assumed one: the last column says which.
+rates on this machine. GPU hours divide FLOPs by the rate of `speed/results/bench-gpu.json`, or by
+an assumed one: the last column says which.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Costs:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m speed.projection", description=__doc__)
-    parser.add_argument("--scale", type=Path, default=Path("reports/scale.json"))
-    parser.add_argument("--gpu", type=Path, default=Path("reports/bench-gpu.json"))
+    parser.add_argument("--scale", type=Path, default=Path("speed/results/scale.json"))
+    parser.add_argument("--gpu", type=Path, default=Path("speed/results/bench-gpu.json"))
     parser.add_argument("--tflops", type=float, default=ASSUMED_TFLOPS, help="if none is measured")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""python -m speed.scale: time and memory against the size of the input, in reports/scale.json.
+"""python -m speed.scale: time and memory against input size, in `speed/results/scale.json`.
 
 Each size runs in a process of its own, on files that have just been written.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from speed.harness import Curve, track_peak, use_threads
 
-REPORT = Path("reports/scale.json")
+REPORT = Path("speed/results/scale.json")
 SPARE_DISK = 1.2
 
 
