@@ -15,6 +15,7 @@ demo: $(VENV)/.installed-demo
 	dvc repro
 	@echo
 	pipeline metrics
+	pipeline times
 	@echo "report: $(CURDIR)/reports/index.html"
 
 test: setup

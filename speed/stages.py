@@ -66,10 +66,10 @@ def _write_encoder(folder: Path, vision: Vision, *, quick: bool) -> EncoderParam
 
 def _stage(folder: Path, run: Callable[[Path, Path, Path], None]) -> Timed:
     """Run a stage without anything in its cache; `run` gets cache, output and stats paths."""
-    cache_dir, out_dir, stats_path = folder / "cache", folder / "out", folder / "stats.json"
+    cache_dir, out_dir, stats_path = folder / "cache", folder / "out", folder / "stats/stage.json"
     shutil.rmtree(cache_dir, ignore_errors=True)
     run(cache_dir, out_dir, stats_path)
-    return Timed(json.loads(stats_path.read_text())["seconds"], out_dir)
+    return Timed(json.loads((folder / "times/stage.json").read_text())["seconds"], out_dir)
 
 
 def _pixels(files: list[bytes]) -> Tensor:

@@ -399,6 +399,17 @@ def metrics(
             print(f"  {name:28} {'-' if value is None else value:>8}")
 
 
+@stages_app.command()
+def times(
+    reports: ReportsPath = PATHS["reports"],
+) -> None:
+    """Print how long each stage took when it last ran, longest first."""
+    seconds = {path.stem: read_json(path)["seconds"] for path in (reports / "times").glob("*.json")}
+    for name, value in sorted(seconds.items(), key=lambda pair: -pair[1]):
+        print(f"{name:28} {value:8.1f} s")
+    print(f"{'all':28} {sum(seconds.values()):8.1f} s")
+
+
 def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Numbers of nested metrics, named as DVC names them."""
     for key, value in tree.items():

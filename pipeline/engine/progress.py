@@ -78,13 +78,19 @@ class Tally:
         return tally
 
 
+def times_path(stats_path: Path) -> Path | None:
+    """Where the time of a run is kept: `times/NAME.json` beside `stats/NAME.json`, else nowhere."""
+    folder = stats_path.parent
+    return folder.with_name("times") / stats_path.name if folder.name == "stats" else None
+
+
 class StageRun(Tally):
     """Progress bar, counts and the closing line of one run of a stage.
 
-    On a clean exit it writes `stats_path` (JSON: stage, items, skipped, seconds,
-    items_per_second, counts, skipped_items) and prints one summary line; on an exception it
-    writes nothing. Until then no other process can start a run with the same `stats_path`, which
-    is to say the same stage in the same workspace.
+    On a clean exit it writes `stats_path` (JSON: stage, items, skipped, counts, skipped_items) and
+    prints one summary line; on an exception it writes nothing. The time goes to a file of its own,
+    see `times_path`, so that equal inputs give equal stats. Until then no other process can start
+    a run with the same `stats_path`, which is to say the same stage in the same workspace.
 
     Args:
         stage: its name.
@@ -119,6 +125,7 @@ class StageRun(Tally):
         self.stage = stage
         self._section = section or stage
         self._stats_path = stats_path
+        self._times_path = times_path(stats_path)
         self._total = total
         self._unit = unit
         self._max_error_rate = max_error_rate
@@ -207,12 +214,12 @@ class StageRun(Tally):
                 "stage": self.stage,
                 "items": self.items,
                 "skipped": len(self.skipped),
-                "seconds": round(seconds, 3),
-                "items_per_second": round(rate, 3),
                 "counts": dict(sorted(self.counts.items())),
                 "skipped_items": self.skipped[:LISTED_SKIPS],
             },
         )
+        if self._times_path is not None:
+            write_json(self._times_path, {"stage": self.stage, "seconds": round(seconds, 3)})
         extra = "".join(f", {name} {count}" for name, count in sorted(self.counts.items()))
         print(
             f"{self.stage}: {self.items} {self._unit}s, {len(self.skipped)} skipped, "

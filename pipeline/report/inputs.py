@@ -58,12 +58,3 @@ def score(percentage: Any) -> str:
 def integer(value: Any) -> str:
     """A whole number, its thousands apart; a dash where there is none."""
     return f"{int(value):,}" if is_number(value) else NO_VALUE
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 12.5 s, 24 min 20 s, 1 h 02 min."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"

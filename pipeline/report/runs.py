@@ -1,4 +1,4 @@
-"""What the stages did: times, counts and skipped items, from their stats files."""
+"""What the stages did: counts and skipped items, from their stats files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.report.inputs import duration, integer, is_wanted, read_object
+from pipeline.report.inputs import integer, is_wanted, read_object
 from pipeline.report.wording import ITEM_NAMES, STAGES
 
 OPTIONAL_STAGES = ("world",)
 # The page's own counts would change it with every run.
-STATS_OF_STAGE = {"evaluate": ("evaluate", "audit"), "report": ()}
+STATS_OF_STAGE = {"score": ("score", "audit"), "report": ()}
 LISTED_SKIPS = 200
 
 
@@ -28,15 +28,11 @@ def read_stages(
         PipelineError: a stats file is damaged.
     """
     runs = {stage: _runs(stats_dir, stage, names or {}) for stage in STAGES}
-    seconds = {stage: sum(run["seconds"] for run in runs[stage]) for stage in STAGES}
-    total = sum(seconds.values())
     return [
         {
             "name": stage,
             "purpose": purpose,
             "runs": runs[stage],
-            "time": duration(seconds[stage]),
-            "share": f"{100 * seconds[stage] / total:.1f}" if total else "0",
         }
         for stage, purpose in STAGES.items()
         if runs[stage] or stage not in OPTIONAL_STAGES
@@ -46,11 +42,6 @@ def read_stages(
 def has_run(stages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether any stage has left its counts."""
     return any(stage["runs"] for stage in stages)
-
-
-def time_of_all(stages: Sequence[Mapping[str, Any]]) -> str:
-    """Time that all runs of all stages took together."""
-    return duration(sum(run["seconds"] for stage in stages for run in stage["runs"]))
 
 
 def index_size(stages: Sequence[Mapping[str, Any]]) -> str:
@@ -75,7 +66,7 @@ def _runs(
 
 def _run(path: Path, name: str) -> dict[str, Any]:
     stats = read_object(path)
-    seconds, skipped = float(stats.get("seconds") or 0.0), stats.get("skipped") or 0
+    skipped = stats.get("skipped") or 0
     items = ITEM_NAMES.get(stats.get("stage", ""), "images")
     counts = {
         key.replace("_", " "): integer(value)
@@ -84,8 +75,6 @@ def _run(path: Path, name: str) -> dict[str, Any]:
     }
     return {
         "name": name,
-        "seconds": seconds,
-        "time": duration(seconds),
         "num_items": stats.get("items") or 0,
         "facts": {items: integer(stats.get("items")), "skipped": integer(skipped), **counts},
         "num_skipped": skipped,

@@ -9,7 +9,8 @@ STAGES = {
     "mask": "A pseudo-mask per archive image",
     "pseudo_label": "A label per pixel, training-free",
     "train": "The segmenter, on pseudo-labels alone",
-    "evaluate": "Scores on labelled images",
+    "predict_bench": "Predictions on labelled images",
+    "score": "Scores of the predictions",
     "report": "This page",
 }
 ITEM_NAMES = {"train": "iterations", "audit": "items"}

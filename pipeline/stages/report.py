@@ -30,7 +30,7 @@ from pipeline.report.curves import read_curves
 from pipeline.report.inputs import NO_VALUE, integer
 from pipeline.report.predictions import read_best_and_worst, read_typical
 from pipeline.report.published import read_published
-from pipeline.report.runs import has_run, index_size, read_stages, time_of_all
+from pipeline.report.runs import has_run, index_size, read_stages
 from pipeline.report.samples import TargetMaker, read_samples
 from pipeline.report.scores import bench_columns, read_audits, read_benches
 from pipeline.report.wording import AUDIT_MEASURES, GLOSSARY, GLOSSARY_OF_SCORES
@@ -76,7 +76,7 @@ def run(
         params = read_params(params_path) if params_path.is_file() else None
         archives = read_archives(archives_path) if archives_path.is_file() else []
         names = _names_by_prefix(params)
-        benches, metrics_dir = names.get("evaluate"), reports_dir / "metrics"
+        benches, metrics_dir = names.get("score"), reports_dir / "metrics"
         stages = read_stages(reports_dir / "stats", names)
         results: dict[str, Any] = {
             "typical": read_typical(reports_dir / "overlays", benches),
@@ -138,7 +138,8 @@ def _names_by_prefix(params: Params | None) -> dict[str, frozenset[str]]:
     return {
         "world": frozenset(params.worlds),
         "embed": frozenset(params.index),
-        "evaluate": frozenset(params.benches),
+        "predict_bench": frozenset(params.benches),
+        "score": frozenset(params.benches),
         "audit": frozenset(params.audits),
     }
 
@@ -175,8 +176,6 @@ def _facts(stages: Sequence[Mapping[str, Any]], params: Params | None) -> dict[s
     if params:
         facts["images per archive, k"] = integer(params.k)
         facts["training iterations"] = integer(params.train.iterations)
-    if has_run(stages):
-        facts["time of all stages"] = time_of_all(stages)
     return facts
 
 

@@ -413,9 +413,7 @@ def test_denseclip_alone_scores_like_the_baseline_beside_a_network(
     assert alone["miou"] == beside["baseline_miou"]
     assert "model: denseclip" in alone["protocol"]
     assert not {"ap", "baseline_miou"} & set(alone)
-    with pytest.raises(
-        PipelineError, match=r"benches\.tiny\.metrics: instance: this model"
-    ):
+    with pytest.raises(PipelineError, match=r"benches\.tiny\.metrics: instance: this model"):
         bench.evaluate(tmp_path / "objects", denseclip=True, metrics=["instance"])
 
 
