@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,21 @@ from torch import Tensor
 
 from pipeline.benchmarks import Benchmark, open_bench
 from pipeline.benchmarks.voc import VocWriter
-from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
-from pipeline.engine.shard_run import LocalExecutor, run_shards, slices
+from pipeline.engine.shard_run import Job, run_job
 from pipeline.formats.images import load_image
 from pipeline.formats.labels import LABEL_TYPE
 from pipeline.formats.predictions import SHARD_SIZE, PredictionStore
-from pipeline.inference.bench import NetworkPredictor, PredictionMaker, queries_of
+from pipeline.inference.bench import BenchRun, NetworkPredictor, PredictionMaker, queries_of
 from pipeline.inference.inputs import to_tensor
 from pipeline.inference.segmenter import Segmenter
+from pipeline.methods.dense import DenseClipParams
 from pipeline.models.weights.checkpoint import save_checkpoint
 from pipeline.models.zutis.network import Zutis, ZutisOutput
 from pipeline.models.zutis.postprocess import semantic_prediction
+from pipeline.models.zutis.predictor import ZutisPredictor
 from pipeline.params.base import PredictionSettings
+from pipeline.params.benches import VocBench
 from pipeline.scoring.board import ScoreBoard
 from pipeline.scoring.task import ScoringTask
 from speed.harness import Bench, Curve, Pair
@@ -79,13 +83,8 @@ def _segmenter(runtime: Runtime, *, quick: bool) -> tuple[Segmenter, Zutis, Tens
     network = zutis_network(quick=quick).to(runtime.device).eval()
     text = unit_rows(torch.Generator().manual_seed(0), 1 + len(CATEGORIES), text_dim(quick=quick))
     text = text.to(runtime.device)
-    segmenter = Segmenter(
-        network,
-        text,
-        categories=CATEGORIES,
-        runtime=runtime,
-        settings=PredictionSettings(),
-    )
+    student = ZutisPredictor(network, text, architecture={}, runtime=runtime)
+    segmenter = Segmenter(student, categories=CATEGORIES, settings=PredictionSettings())
     return segmenter, network, text
 
 
@@ -102,27 +101,35 @@ def _save_network(folder: Path, network: Zutis) -> None:
     save_checkpoint(folder / "zutis", network, config)
 
 
-def _maker(folder: Path, segmenter: Segmenter) -> PredictionMaker:
-    """What predicts, for the checkpoint in the folder."""
+def _evaluate(folder: Path, segmenter: Segmenter, benchmark: Benchmark) -> Evaluated:
+    """Predict to disk with nothing in the cache, then score from there, as the stages do."""
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    run = BenchRun(
+        bench_name="voc",
+        bench=VocBench(format="voc", root=folder / "voc", categories=CATEGORIES),
+        categories=CATEGORIES,
+        names=CATEGORIES,
+        metrics=METRICS,
+        checkpoint_dir=folder / "zutis",
+        settings=segmenter.settings,
+        has_baseline=False,
+        baseline=DenseClipParams(),
+        background=["background"],
+        batch_size=1,
+    )
     predictor = NetworkPredictor(segmenter, baseline=None, checkpoint_dir=folder / "zutis")
-    runtime = cpu_runtime(folder / "cache")
-    return PredictionMaker(lambda **_: predictor, CATEGORIES, 1, None, "voc", runtime)
-
-
-def _evaluate(folder: Path, maker: PredictionMaker, benchmark: Benchmark) -> Evaluated:
-    """Predict to disk, then score from there, as the stage does."""
-    with StageRun("evaluate", stats_path=folder / "stats.json") as stage:
-        run_shards(
-            folder / "predictions",
-            slices(queries_of(benchmark), SHARD_SIZE),
-            key="0",
-            recipe=lambda _: maker,
-            maker=maker,
-            executor=LocalExecutor(),
-            stage=stage,
-            settings={},
-            remedy="",
-        )
+    job = Job(
+        "predict_bench",
+        queries_of(benchmark),
+        shard_size=SHARD_SIZE,
+        load=partial(PredictionMaker, run, predictor=predictor),
+    )
+    run_job(
+        job,
+        out_dir=folder / "predictions",
+        stats_path=folder / "stats.json",
+        runtime=cpu_runtime(folder / "cache"),
+    )
     store = PredictionStore(folder / "predictions")
     board = ScoreBoard(ScoringTask(CATEGORIES), metrics=METRICS, groups={})
     for example, prediction in store.pair(benchmark):
@@ -140,7 +147,6 @@ def prepare_evaluation(
     runtime = make(folder / "cache")
     segmenter, network, text = _segmenter(runtime, quick=quick)
     _save_network(folder, network)
-    maker = _maker(folder, segmenter)
     paths = [folder / f"voc/JPEGImages/{image_id}.jpg" for image_id in image_ids]
     inputs = [
         to_tensor(load_image(path), segmenter.settings, patch_size=PATCH)[None].to(runtime.device)
@@ -153,7 +159,7 @@ def prepare_evaluation(
             return [network(image) for image in inputs]
 
     def ours() -> Evaluated:
-        return _evaluate(folder, maker, benchmark)
+        return _evaluate(folder, segmenter, benchmark)
 
     def check(outputs: list[ZutisOutput], evaluated: Evaluated) -> str:
         num_objects = 0
@@ -178,7 +184,7 @@ def _prepare_many(folder: Path, num_images: int, dim: int) -> None:
 
 def _evaluate_many(folder: Path) -> Evaluated:
     segmenter, _, _ = _segmenter(cpu_runtime(folder / "cache"), quick=True)
-    return _evaluate(folder, _maker(folder, segmenter), _open_voc(folder))
+    return _evaluate(folder, segmenter, _open_voc(folder))
 
 
 CURVE = Curve(

@@ -231,7 +231,7 @@ def test_no_dep_is_idle(stage: str) -> None:
 
 def test_every_data_file_of_the_package_belongs_to_a_module() -> None:
     known = [Path(path) for entries in PACKAGE_DATA.values() for path in entries]
-    known += [Path("pipeline/presets"), Path(PATHS_YAML)]
+    known += [Path("pipeline/presets"), Path("pipeline/py.typed"), Path(PATHS_YAML)]
     for path in (ROOT / "pipeline").rglob("*"):
         if path.is_file() and path.suffix not in (".py", ".pyc"):
             relative = path.relative_to(ROOT)

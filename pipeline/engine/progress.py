@@ -16,6 +16,8 @@ from pipeline.errors import PipelineError
 from pipeline.files import check_writable, claim, write_json
 
 LISTED_SKIPS = 1000
+# Counts that say how a run went, not what came out of it: what lay in the cache decides them.
+COUNTS_OF_RUN = ("cached", "masked", "ivf_built", "resumed_at_iteration")
 # So many errors never fail a stage by their rate, which says nothing about a handful of images.
 FORGIVEN_ERRORS = 10
 SHOWN_OFFENDERS, SHOWN_REASONS = 3, 8
@@ -88,9 +90,10 @@ class StageRun(Tally):
     """Progress bar, counts and the closing line of one run of a stage.
 
     On a clean exit it writes `stats_path` (JSON: stage, items, skipped, counts, skipped_items) and
-    prints one summary line; on an exception it writes nothing. The time goes to a file of its own,
-    see `times_path`, so that equal inputs give equal stats. Until then no other process can start
-    a run with the same `stats_path`, which is to say the same stage in the same workspace.
+    prints one summary line; on an exception it writes nothing. The time and what lay in the cache
+    go to a file of their own, see `times_path`, so that equal inputs give equal stats. Until then
+    no other process can start a run with the same `stats_path`, which is to say the same stage in
+    the same workspace.
 
     Args:
         stage: its name.
@@ -208,18 +211,21 @@ class StageRun(Tally):
         """Write the stats and print the summary line."""
         seconds = time.monotonic() - self._start
         rate = self.items / seconds if seconds > 0 else 0.0
+        counts = dict(sorted(self.counts.items()))
+        if self._times_path is not None:
+            of_run = {name: counts.pop(name) for name in COUNTS_OF_RUN if name in counts}
+            run = {"stage": self.stage, "seconds": round(seconds, 3), "counts": of_run}
+            write_json(self._times_path, run)
         write_json(
             self._stats_path,
             {
                 "stage": self.stage,
                 "items": self.items,
                 "skipped": len(self.skipped),
-                "counts": dict(sorted(self.counts.items())),
+                "counts": counts,
                 "skipped_items": self.skipped[:LISTED_SKIPS],
             },
         )
-        if self._times_path is not None:
-            write_json(self._times_path, {"stage": self.stage, "seconds": round(seconds, 3)})
         extra = "".join(f", {name} {count}" for name, count in sorted(self.counts.items()))
         print(
             f"{self.stage}: {self.items} {self._unit}s, {len(self.skipped)} skipped, "

@@ -63,7 +63,7 @@ if not train.get("stop_gradient", True):
     time.sleep(1000)
 if train.get("target") == "fused":
     sys.exit("out of luck")
-Path("model.txt").write_text(str(len(train)))
+Path("model.txt").write_text(str(len(train) - 1))
 """
 EVALUATE_PY = """\
 import json

@@ -35,6 +35,7 @@ def executor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayExecutor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("worker_cache")))
         patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        patch.setenv("RAY_raylet_start_wait_time_s", "180")  # other tests want the cores too
         yield RayExecutor(device="cpu", seed=0, workers=2)
         ray.shutdown()
 

@@ -171,6 +171,7 @@ def write_stats(tree: Tree) -> None:
     write("mask.json", 14, 4.0, cached=0, empty_masks=0)
     write("pseudo_label.json", 14, 2.0)
     write("train.json", 1234, 3725.0)
+    write("predict_bench-voc.json", 60, 10.0)
     write("score-voc.json", 60, 10.0)
     write("audit-photos.json", 28, 0.5)
     write_json(
@@ -317,7 +318,6 @@ def test_headline_names_categories_index_and_scores_beside_the_baseline(page: st
     assert "bird" in header
     for score in ("47.5", "36.5", "12.3", "+35.2"):
         assert score in header
-    assert "1 h 02 min" in header
 
 
 def test_values_are_escaped(page: str) -> None:
