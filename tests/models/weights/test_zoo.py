@@ -20,7 +20,6 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_clip import scripted
 from torch import Tensor
 
 from pipeline.engine.runtime import Runtime
@@ -42,6 +41,7 @@ from pipeline.models.weights.zoo import (
 from pipeline.models.zutis.build import build_zutis
 from pipeline.params.sections import MaskParams
 from pipeline.vocabulary.categories import load_category_set
+from tests.models.clip.test_clip import scripted
 from tests.paths import REFERENCE as DATA
 
 CPU = torch.device("cpu")
