@@ -22,14 +22,15 @@ from pipeline.formats.images import decode_label, decode_png, load_image
 from pipeline.formats.shards import read_shards
 from pipeline.formats.sources import sample_key
 from pipeline.formats.tables import ArchiveRow, embedding_matrix, write_archives
-from pipeline.methods.dense import DenseClipParams, build_denseclip
+from pipeline.methods.dense import DenseClipParams
 from pipeline.methods.masks import SelfMaskParams
 from pipeline.models.clip import load_clip
-from pipeline.models.dense.denseclip import label_and_confidence
+from pipeline.models.dense.denseclip import label_and_confidence, load_denseclip
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, load_selfmask, save_selfmask
 from pipeline.params.base import EncoderParams
 from pipeline.params.sections import EmbedParams, SourceParams
 from pipeline.stages import embed, mask, pseudo_label
+from pipeline.vocabulary.categories import Names
 from speed.bilateral import published_solve
 from speed.harness import Bench, Curve, Pair, Timed
 from speed.inputs import TINY_VISION, MakeRuntime, cpu_runtime, jpeg, photo, write_clip
@@ -227,10 +228,7 @@ def prepare_pseudo_label(
         batch_size=batch_size,
         workers=workers,
     )
-    encoder = load_clip(params.encoder, runtime.device)
-    model = build_denseclip(
-        encoder, categories=CATEGORIES, background=["background"], params=params
-    )
+    model = load_denseclip(params, Names(CATEGORIES), runtime)
     _write_masks(folder, files)
     images = _pixels(files).to(runtime.device)
 

@@ -150,7 +150,7 @@ def test_variants_run_as_experiments_and_leave_the_workspace_as_it_was(
     saliency, denseclip, fused = result.variants
     assert saliency.metrics == {"miou": 10.0, "ap": None, "ap50": None, "pixel_acc": None}
     assert denseclip.metrics["miou"] == 20.0
-    assert denseclip.params == {"train.target": "denseclip"}
+    assert denseclip.params == {"train.target": "denseclip", "train.labels": "data/labels"}
     assert denseclip.encoder == "tiny/tiny"
     assert fused.experiment is None
     assert fused.metrics == {}

@@ -42,7 +42,8 @@ def test_a_finished_run_writes_its_counts_and_one_line(
         "skipped_items",
     ]
     assert (stats["stage"], stats["items"], stats["skipped"]) == ("embed", 4, 2)
-    assert stats["counts"] == {"animated": 1, "cached": 3}
+    assert stats["counts"] == {"animated": 1}
+    assert read_json(tmp_path / "times/embed.json")["counts"] == {"cached": 3}
     assert stats["skipped_items"] == [
         {"item": "photos/broken.jpg", "reason": "truncated"},
         {"item": "photos/empty.png", "reason": "zero bytes"},

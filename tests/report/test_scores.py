@@ -1,0 +1,44 @@
+"""Scores on benchmarks, by class and group, and of audits."""
+
+from __future__ import annotations
+
+import re
+
+from pipeline.files import write_json
+from tests.report.helpers import Tree, section, text_of
+
+
+def test_scores_of_bench_groups_and_audit(page: str) -> None:
+    scores = section(page, "scores")
+    text = text_of(scores)
+    assert "voc 47.5 12.3 86.1 20.3 36.5 \u2013 25.0 44.0 22.0 60" in text
+    assert "known 50.0" in text
+    assert "unseen 44.4" in text
+    for measure in ("89.1", "70.2", "56.0", "14.0", "58.0"):
+        assert f"<td>{measure}</td>" in scores
+    assert "threshold 0.5 resize to none" in text
+
+
+def test_scores_have_the_columns_that_some_benchmark_has(tree: Tree) -> None:
+    scores = {"miou_seen": 40.0, "miou_unseen": 20.0, "hiou": 26.67, "n_images": 9}
+    write_json(tree.reports_dir / "metrics/zoo.json", scores | {"protocol": []})
+    tree.params_path.unlink()
+    page = tree.report()
+    table = section(page, "scores").split("<table>")[1].split("</table>")[0]
+    assert re.findall(r'<th scope="col">(.*?)</th>', table)[:6] == [
+        *("Benchmark", "mIoU", "DenseCLIP mIoU", "Seen mIoU", "Unseen mIoU", "hIoU")
+    ]
+    assert "mIoU MS" not in table
+    assert "hIoU is the harmonic mean" in page
+    assert "mIoU S, MS" not in page
+    assert "zoo \u2013 \u2013 40.0 20.0 26.7 \u2013" in text_of(table)
+
+
+def test_class_bars_are_sorted_and_carry_the_baseline(page: str) -> None:
+    bars = section(page, "scores").split('<ul class="bars">')[1].split("</ul>")[0]
+    assert re.findall(r">([\d.\u2013]+)</b>", bars) == ["77.8", "66.7", "33.3", "\u2013"]
+    assert 'width="77.8%"' in bars
+    assert 'x1="31.2%"' in bars
+    last = bars.split("<li>")[-1]
+    assert "fill" not in last
+    assert "mark" not in last
