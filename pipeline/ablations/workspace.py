@@ -16,8 +16,9 @@ from pipeline.errors import PipelineError
 from pipeline.files import read_json, write_bytes
 
 PARAMS, LOCK = "params.yaml", "dvc.lock"
-# What an ablation itself writes may differ from the last commit.
-OWN_FOLDER = "reports/ablations"
+# What ablations and `dvc repro` write may differ from the last commit: another processor rounds
+# otherwise. Code and params may not, for they decide what an experiment is.
+WRITTEN = ("reports/ablations", "reports/metrics", LOCK)
 LISTED, LAST_LINES = 5, 2
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -51,7 +52,8 @@ class Workspace:
                 "run `git init`, `git add` and `git commit`"
             )
         changed = self._git(
-            *("status", "--porcelain", "--untracked-files=no"), "--", ".", f":!{OWN_FOLDER}"
+            *("status", "--porcelain", "--untracked-files=no", "--", "."),
+            *(f":!{path}" for path in WRITTEN),
         ).stdout.splitlines()
         if changed:
             raise PipelineError(

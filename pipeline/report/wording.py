@@ -17,7 +17,7 @@ ITEM_NAMES = {"train": "iterations", "audit": "items"}
 
 BENCH_COLUMNS = {
     "miou": "mIoU",
-    "baseline_miou": "DenseCLIP mIoU",
+    "baseline_miou": "Baseline mIoU",
     "miou_seen": "Seen mIoU",
     "miou_unseen": "Unseen mIoU",
     "hiou": "hIoU",
@@ -51,18 +51,18 @@ AUDIT_MEASURES = {
         "Pseudo-label mIoU, saliency",
         "labels that are the archive's category inside the pseudo-mask, background outside",
     ),
-    "label_miou_denseclip": ("Pseudo-label mIoU, denseclip", "DenseCLIP's labels alone"),
+    "label_miou_denseclip": ("Pseudo-label mIoU, denseclip", "dense labels alone"),
     "label_miou_fused": (
         "Pseudo-label mIoU, fused",
-        "saliency, corrected or ignored where DenseCLIP is sure of something else",
+        "saliency, corrected or ignored where dense labels are sure of something else",
     ),
     "label_ignored_fused": ("Ignored by fused", "pixels that the target fused leaves out"),
 }
 GLOSSARY = {
     "mIoU": "overlap of predicted and true pixels of a class (intersection over union), averaged "
     "over all classes and background, from one confusion matrix over the whole benchmark.",
-    "DenseCLIP": "the training-free baseline: every patch of the image encoder takes the nearest "
-    "category name (Zhou, Loy and Dai; also called MaskCLIP).",
+    "Baseline": "a dense labeller alone, training-free: every patch of the image encoder takes the "
+    "nearest category name. The protocol says which one.",
     "Pixel acc.": "share of all labelled pixels whose class is predicted right.",
     "AP": "area under the precision-recall curve of whole objects, averaged over categories and "
     "over the overlaps from 0.50 to 0.95 at which an object counts as found.",
