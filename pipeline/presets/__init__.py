@@ -5,8 +5,12 @@
 from __future__ import annotations
 
 import difflib
+from functools import cache
 from io import StringIO
 from pathlib import Path
+from string import Template
+from textwrap import indent
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -15,12 +19,14 @@ from pipeline.files import write_bytes
 
 _FOLDER = Path(__file__).parent
 _BENCHES = _FOLDER / "benches"
+_PAPERS = _FOLDER / "papers"
 _OWN_IMAGES = "folder"
 
 
 def list_presets() -> list[tuple[str, str]]:
     """Names of the presets and the first line of each file's comment."""
-    return _summaries(_FOLDER)
+    papers = [(name, fields["summary"]) for name, fields in _differences().items()]
+    return sorted(_summaries(_FOLDER) + papers)
 
 
 def list_benches() -> list[tuple[str, str]]:
@@ -53,6 +59,8 @@ def preset_text(name: str) -> str:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise PipelineError(f"--preset: {name!r} is unknown; {hint}known: {', '.join(names)}")
+    if name in _differences():
+        return _paper_text(_differences()[name])
     return (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -85,6 +93,21 @@ def _summaries(folder: Path) -> list[tuple[str, str]]:
         (path.stem, path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
         for path in sorted(folder.glob("*.yaml"))
     ]
+
+
+@cache
+def _differences() -> dict[str, dict[str, Any]]:
+    """What the papers' presets put into their common base, by preset."""
+    content: dict[str, dict[str, Any]] = YAML(typ="safe", pure=True).load(
+        (_PAPERS / "differences.yaml").read_text(encoding="utf-8")
+    )
+    return content
+
+
+def _paper_text(fields: dict[str, Any]) -> str:
+    benches = [f"  {name}:\n{indent(bench_text(name), '    ')}" for name in fields["benches"]]
+    base = Template((_PAPERS / "base.yaml").read_text(encoding="utf-8"))
+    return base.substitute(fields, benches="".join(benches))
 
 
 def _filled_in(text: str, images: Path | None, categories: list[str] | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from pipeline.cli.benches import shipped_bench
 from pipeline.errors import PipelineError
@@ -44,6 +45,41 @@ def test_a_papers_preset_has_the_papers_settings(tmp_path: Path, name: str) -> N
     assert (params.train.learning_rate, params.train.encoder_learning_rate) == (5e-5, 5e-6)
     assert params.train.iterations in (20_000, 80_000)
     assert params.benches == {bench: shipped_bench(bench) for bench in params.benches} != {}
+
+
+DIFFERENCES: dict[str, dict[str, object]] = {
+    "zutis-coca": {"categories": "coca"},
+    "zutis-coco": {"categories": "coco"},
+    "zutis-imagenet-s": {
+        "categories": "imagenet_s919",
+        "index": {"imagenet1k": {"format": "folder", "root": "data/raw/imagenet1k/train"}},
+        "pseudo_label": {
+            "encoder": {"model": "ViT-B-32-quickgelu", "pretrained": "openai"},
+        },
+        "train": {
+            "encoder": {"model": "ViT-B-32-quickgelu", "pretrained": "openai"},
+            "iterations": 80_000,
+        },
+    },
+}
+BENCHES = {
+    "zutis-coca": ["coca"],
+    "zutis-coco": ["coco", "coco20k"],
+    "zutis-imagenet-s": ["imagenet_s919"],
+    "zutis-voc": ["voc"],
+}
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_the_papers_presets_differ_in_little(name: str) -> None:
+    yaml = YAML(typ="safe", pure=True)
+    expected, content = yaml.load(preset_text("zutis-voc")), yaml.load(preset_text(name))
+    for key, value in DIFFERENCES.get(name, {}).items():
+        is_section = key in ("pseudo_label", "train")
+        expected[key] = expected[key] | value if is_section else value
+    assert list(content.pop("benches")) == BENCHES[name]
+    expected.pop("benches")
+    assert content == expected
 
 
 def test_a_preset_is_summarised_by_its_first_line() -> None:
