@@ -10,15 +10,18 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.files import Location, is_url
 from pipeline.formats.labels import IGNORE_INDEX, LABEL_TYPE, MAX_CATEGORIES, LabelMap
+
+Item = TypeVar("Item", bound=np.generic)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_ELONGATION = 200
@@ -143,6 +146,13 @@ def shrink_short_side(image: Image.Image, side: int) -> Image.Image:
         return image
     width, height = (max(1, round(length * side / short)) for length in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def resize_nearest(values: NDArray[Item], size: tuple[int, int]) -> NDArray[Item]:
+    """Values (h, w) at `size` (H, W): each pixel takes the value its centre falls on."""
+    rows = (2 * np.arange(size[0]) + 1) * values.shape[0] // (2 * size[0])
+    columns = (2 * np.arange(size[1]) + 1) * values.shape[1] // (2 * size[1])
+    return values[rows[:, None], columns]
 
 
 def is_plain_jpeg(data: bytes, image: Image.Image) -> bool:

@@ -52,13 +52,6 @@ def paint_labels(image: NDArray[np.uint8], labels: NDArray[np.integer]) -> NDArr
     return painted.round().astype(np.uint8)
 
 
-def fit_labels(labels: NDArray[np.integer], size: tuple[int, int]) -> NDArray[np.integer]:
-    """Nearest-neighbour resize of a label map to `size`, (width, height)."""
-    columns = (np.arange(size[0]) * 2 + 1) * labels.shape[1] // (2 * size[0])
-    rows = (np.arange(size[1]) * 2 + 1) * labels.shape[0] // (2 * size[1])
-    return labels[rows[:, None], columns[None, :]]
-
-
 def fit_image(image: Image.Image, side: int) -> Image.Image:
     """Shrink an image so that its long side is at most `side` pixels; smaller ones stay."""
     scale = side / max(image.size)

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.formats.images import decode_label, decode_png, load_image
+from pipeline.formats.images import decode_label, decode_png, load_image, resize_nearest
 from pipeline.formats.labels import decode_confidence
 from pipeline.formats.shards import MANIFEST, SampleStore, open_samples
 from pipeline.formats.tables import ArchiveRow
-from pipeline.pictures.report import enlarge_image, fit_image, fit_labels, paint_labels, picture
+from pipeline.pictures.report import enlarge_image, fit_image, paint_labels, picture
 from pipeline.report.inputs import integer
 
 THUMBS_PER_ARCHIVE, THUMBS_IN_ALL, MAX_ARCHIVES = 10, 200, 100
@@ -136,7 +136,7 @@ def _sample(
             maps["training saw"] = make_target(mask, row.label_id, *dense)
     pictures = {"image": picture(image, alt=f"Image of {row.category}", max_bytes=SAMPLE_BYTES)}
     for title, values in maps.items():
-        painted = paint_labels(np.asarray(image), fit_labels(values, image.size))
+        painted = paint_labels(np.asarray(image), resize_nearest(values, image.size[::-1]))
         alt = f"{title} over the image of {row.category}"
         pictures[title] = picture(Image.fromarray(painted), alt=alt, max_bytes=SAMPLE_BYTES)
     return {

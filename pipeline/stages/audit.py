@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
-from pipeline.formats.images import decode_label, decode_png
+from pipeline.formats.images import decode_label, decode_png, resize_nearest
 from pipeline.formats.labels import (
     BACKGROUND,
     IGNORE_INDEX,
@@ -38,8 +38,6 @@ from pipeline.vocabulary.categories import load_category_set
 MASK_MEMBERS = ("mask.png", "json")
 LABEL_MEMBERS = ("label.png", "confidence.png")
 TARGETS: tuple[Target, ...] = get_args(Target)
-
-Item = TypeVar("Item", bound=np.generic)
 
 
 def run(
@@ -274,17 +272,10 @@ def _read_pseudo(
             f"{size[1]}x{size[0]}"
         )
     return _PseudoMasks(
-        mask=_resize_nearest(decode_png(mask_png) > 0, size),
-        labels=_resize_nearest(decode_label(labels["label.png"]), size),
-        confidence=_resize_nearest(decode_confidence(decode_png(labels["confidence.png"])), size),
+        mask=resize_nearest(decode_png(mask_png) > 0, size),
+        labels=resize_nearest(decode_label(labels["label.png"]), size),
+        confidence=resize_nearest(decode_confidence(decode_png(labels["confidence.png"])), size),
     )
-
-
-def _resize_nearest(values: NDArray[Item], size: tuple[int, int]) -> NDArray[Item]:
-    """Values (h, w) at `size` (H, W): each pixel takes the value its centre falls on."""
-    rows = (2 * np.arange(size[0]) + 1) * values.shape[0] // (2 * size[0])
-    columns = (2 * np.arange(size[1]) + 1) * values.shape[1] // (2 * size[1])
-    return values[rows[:, None], columns]
 
 
 def _iou(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:

@@ -21,6 +21,7 @@ from pipeline.formats.images import (
     encode_png,
     is_plain_jpeg,
     load_image,
+    resize_nearest,
     shrink_short_side,
 )
 
@@ -360,3 +361,10 @@ def test_labels_out_of_range_are_refused() -> None:
         decode_label(encode_png(GRADIENT))
     with pytest.raises(ImageError, match="label id 32768"):
         decode_label(encode_png(np.array([[0, 32_768, 65_535]], np.uint16)))
+
+
+def test_resize_takes_the_nearest_label() -> None:
+    labels = np.array([[1, 2], [3, -1]])
+    assert resize_nearest(labels, (2, 4)).tolist() == [[1, 1, 2, 2], [3, 3, -1, -1]]
+    assert resize_nearest(labels, (1, 1)).shape == (1, 1)
+    assert resize_nearest(labels, (2, 2)).tolist() == labels.tolist()

@@ -12,7 +12,6 @@ from pipeline.pictures.report import (
     category_colour,
     enlarge_image,
     fit_image,
-    fit_labels,
     paint_labels,
     picture,
 )
@@ -35,13 +34,6 @@ def test_painted_labels_tell_background_category_and_ignored_apart() -> None:
 def test_painting_labels_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 2\)"):
         paint_labels(np.zeros((2, 2, 3), dtype=np.uint8), np.zeros((2, 3), dtype=int))
-
-
-def test_fit_labels_takes_the_nearest_label() -> None:
-    labels = np.array([[1, 2], [3, -1]])
-    assert fit_labels(labels, (4, 2)).tolist() == [[1, 1, 2, 2], [3, 3, -1, -1]]
-    assert fit_labels(labels, (1, 1)).shape == (1, 1)
-    assert fit_labels(labels, (2, 2)).tolist() == labels.tolist()
 
 
 @pytest.mark.parametrize(
