@@ -8,18 +8,21 @@ Letters: H, W height and width in pixels.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from os import fsdecode
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+import ijson
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from pipeline.benchmarks.example import Example, InstanceTarget
-from pipeline.benchmarks.json_stream import visit_arrays
 from pipeline.benchmarks.lists import check_folder, read_lines
 from pipeline.errors import PipelineError
 from pipeline.formats.labels import LABEL_TYPE, LabelMap
@@ -172,24 +175,19 @@ class CocoBenchmark:
     def _read_images_and_categories(self) -> tuple[dict[int, _Image], dict[int, int | None]]:
         """Images by COCO id, and label ids by COCO id (None: a category that is not asked for)."""
         images: dict[int, _Image] = {}
-        names: dict[int, str] = {}
-
-        def add_image(entry: Any) -> None:
+        for entry in _elements(self._json_path, "images"):
             coco_id, image = self._parsed(entry, "image", _parse_image)
             if coco_id in images:
                 raise PipelineError(f"{self._json_path}: image {coco_id} is listed twice")
             images[coco_id] = image
-
-        def add_category(entry: Any) -> None:
-            coco_id, name = self._parsed(entry, "category", _parse_category)
-            names[coco_id] = name
-
-        found = visit_arrays(self._json_path, {"images": add_image, "categories": add_category})
+        names: dict[int, str] = dict(
+            self._parsed(entry, "category", _parse_category)
+            for entry in _elements(self._json_path, "categories")
+        )
         for key, entries in (("images", images), ("categories", names)):
             if not entries:
-                problem = "is empty" if key in found else "is missing"
                 raise PipelineError(
-                    f"{self._json_path}: {key!r} {problem}; expected COCO's instance annotations"
+                    f"{self._json_path}: {key!r} is empty; expected COCO's instance annotations"
                 )
         self._check_unique(images.values())
         return dict(sorted(images.items())), self._label_ids(names)
@@ -219,17 +217,10 @@ class CocoBenchmark:
     ) -> None:
         """Attach the annotations to their images."""
         parse = partial(_parse_annotation, images=images, label_ids=label_ids)
-
-        def add(entry: Any) -> None:
+        for entry in _elements(self._json_path, "annotations"):
             annotation = self._parsed(entry, "annotation", parse)
             if annotation is not None:
                 images[entry["image_id"]].annotations.append(annotation)
-
-        if "annotations" not in visit_arrays(self._json_path, {"annotations": add}):
-            raise PipelineError(
-                f"{self._json_path}: 'annotations' is missing; expected COCO's instance "
-                "annotations, not its list of test images"
-            )
 
     def _parsed(self, entry: Any, kind: str, parse: Callable[[Any], Any]) -> Any:
         """`parse(entry)`; what is wrong with the entry becomes an error that names it."""
@@ -284,6 +275,49 @@ class CocoBenchmark:
                 f"{self._image_dir / missing[0]}: no such file, but {self._json_path.name} has it; "
                 f"{len(missing)} of {len(self._images)} images are missing"
             )
+
+
+def _elements(path: Path, key: str) -> Iterator[Any]:
+    """The elements of an array of a JSON object, of which memory holds one at a time.
+
+    Raises:
+        PipelineError: no such file, not JSON, or the object has no array of this name.
+    """
+    is_empty = True
+    with _open_json(path) as file:
+        for element in ijson.items(file, f"{key}.item", use_float=True):
+            is_empty = False
+            yield element
+    if is_empty:
+        with _open_json(path) as file:
+            events = (event for prefix, event, _ in ijson.parse(file) if prefix == key)
+            if next(events, None) != "start_array":
+                raise PipelineError(
+                    f"{path}: {key!r} is missing, or is not an array; expected COCO's instance "
+                    "annotations, not its list of test images"
+                )
+
+
+@contextmanager
+def _open_json(path: Path) -> Iterator[BinaryIO]:
+    """A JSON file from its first byte that is no byte order mark; errors in it name it."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                file.seek(0)
+            try:
+                yield file
+            except ijson.JSONError as error:
+                # Its later lines quote the place, as bytes if it is not text.
+                problem = fsdecode(error.args[0]).splitlines()[0].rstrip(".")
+                raise PipelineError(
+                    f"{path}: not valid JSON before byte {file.tell()}: {problem}; if the file is "
+                    "cut short or damaged, unpack or download it again"
+                ) from None
+    except FileNotFoundError:
+        raise PipelineError(f"{path}: no such file; expected annotations as JSON") from None
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _parse_image(entry: Mapping[str, Any]) -> tuple[int, _Image]:

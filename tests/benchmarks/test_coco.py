@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from ruamel.yaml import YAML
 
 import pipeline.presets
 from pipeline.benchmarks import Benchmark, open_bench
-from pipeline.benchmarks.json_stream import visit_arrays
 from pipeline.errors import PipelineError
 from pipeline.formats.images import load_image
 from pipeline.formats.labels import IGNORE_INDEX
@@ -323,7 +323,7 @@ LARGE = {"size": [5, 6], "counts": [5, 26]}
         (changed("images", []), ["'images' is empty"]),
         (changed("categories", ...), ["'categories' is missing"]),
         (changed("annotations", ...), ["'annotations' is missing"]),
-        (changed("annotations", {"id": 1}), ["expected '['"]),
+        (changed("annotations", {"id": 1}), ["'annotations' is", "not an array"]),
         (changed("images.0", 5), ["image 5", "expected an object"]),
         (changed("images.0.height", ...), ["image 724", "no 'height'"]),
         (changed("images.0.height", 0), ["image 724", "7x0"]),
@@ -341,7 +341,10 @@ LARGE = {"size": [5, 6], "counts": [5, 26]}
         (changed("annotations.0.segmentation", [[1, 2, 3, 4, 5, 6, 7]]), ["x, y"]),
         (changed("annotations.0.segmentation", [[1, 2, 3, 4, 5, "a"]]), ["x, y"]),
         (changed("annotations.0.segmentation", [[0, 0, 1e9, 0, 1e9, 1e9]]), ["outside", "6x5"]),
-        (changed("annotations.0.segmentation", [[0, 0, float("nan"), 0, 1, 1]]), ["outside"]),
+        (
+            changed("annotations.0.segmentation", [[0, 0, float("nan"), 0, 1, 1]]),
+            ["not valid JSON"],
+        ),
         (changed("annotations.0.segmentation", LARGE), ["annotation 11", "31 pixels", "30"]),
         (changed("annotations.0.segmentation", LARGE | {"size": [6, 5]}), ["[6, 5]", "[5, 6]"]),
         (changed("annotations.0.segmentation", LARGE | {"counts": [-1, 31]}), ["whole numbers"]),
@@ -364,21 +367,23 @@ def test_a_wrong_entry_is_named(
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     text = json.dumps(coco_json())
     for broken, word in (
-        (text[:-30], "character"),
-        (text + "]", "end of the file"),
-        (text.replace('"annotations": [', '"annotations": [,'), "character"),
-        ("", "expected '{'"),
-        ("[]", "expected '{'"),
-        ('{"images" 1}', "expected ':'"),
-        ("{1: 2}", "expected a key"),
+        (text[:-30], "premature EOF"),
+        (text + "]", "trailing garbage"),
+        (text.replace('"annotations": [', '"annotations": [,'), "unallowed token"),
+        ("", "premature EOF"),
+        ('{"images" 1}', "colon"),
+        ("{1: 2}", "object key"),
     ):
         with pytest.raises(PipelineError, match="not valid JSON") as raised:
             open_coco(write_bench(tmp_path, broken))
         assert word in str(raised.value)
         assert "instances_val2017.json" in str(raised.value)
-    (tmp_path / "annotations/instances_val2017.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PipelineError, match="UTF-8"):
-        open_coco(tmp_path)
+    for not_text in (b"\xff\xfe\x00", b'{"images": ["\xff"]}'):
+        (tmp_path / "annotations/instances_val2017.json").write_bytes(not_text)
+        with pytest.raises(PipelineError, match=r"instances_val2017.json: not valid JSON"):
+            open_coco(tmp_path)
+    with pytest.raises(PipelineError, match=r"'images' is missing, or is not an array"):
+        open_coco(write_bench(tmp_path, "[]"))
 
 
 def test_annotations_of_other_images_are_left_out(tmp_path: Path) -> None:
@@ -387,18 +392,43 @@ def test_annotations_of_other_images_are_left_out(tmp_path: Path) -> None:
     assert len(open_coco(write_bench(tmp_path, content))) == 4
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 64, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_json_is_read_the_same_whatever_the_pieces(
-    tmp_path: Path, chunk_size: int, indent: int | None
-) -> None:
-    content = {"n": 12345, "a": [1.5, 12, "é]}", {"b": [[]]}, None], "skipped": [{}], "e": []}
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8-sig")
-    seen: dict[str, list[Any]] = {"a": [], "e": [], "absent": []}
-    visitors = {key: values.append for key, values in seen.items()}
-    assert visit_arrays(path, visitors, chunk_size=chunk_size) == {"a", "e"}
-    assert seen == {"a": content["a"], "e": [], "absent": []}
+def test_json_is_read_the_same_however_it_is_written(tmp_path: Path, indent: int | None) -> None:
+    """With a byte order mark, keys in another order, and what no benchmark looks at."""
+    content = {"n": 1e5, "odd": [{"a": [[], 'é]}"', None, -0.5e-3]}], **coco_json()}
+    reverse = dict(reversed(content.items()))
+    text = json.dumps(reverse, indent=indent) + "\n"
+    write_bench(tmp_path, content)
+    expected = [(e.semantic().tolist(), len(e.instances())) for e in open_coco(tmp_path)]
+    path = tmp_path / "annotations/instances_val2017.json"
+    path.write_text(text, encoding="utf-8-sig")
+    found = [(e.semantic().tolist(), len(e.instances())) for e in open_coco(tmp_path)]
+    assert found == expected
+
+
+def test_numbers_keep_their_kinds(tmp_path: Path) -> None:
+    content = coco_json()
+    areas = [2, 2.0, 0.1, 1e5, 2**53 + 1]
+    content["annotations"] = [
+        annotation(2**60 + n, 139, CAT, [box(0, 0, 1, 1)]) | {"area": area}
+        for n, area in enumerate(areas)
+    ]
+    (example,) = (e for e in open_coco(write_bench(tmp_path, content)) if e.instances())
+    found = [instance.area for instance in example.instances()]
+    assert found == areas
+    assert list(map(type, found)) == list(map(type, areas))
+
+
+def test_memory_holds_a_piece_of_the_file(tmp_path: Path) -> None:
+    content = coco_json()
+    stranger = annotation(1, 139, CAT, [[1.5] * 2000]) | {"image_id": 1}
+    content["annotations"] += [stranger] * 500
+    path = write_bench(tmp_path, content) / "annotations/instances_val2017.json"
+    tracemalloc.start()
+    open_coco(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 4
 
 
 def shipped(name: str, root: Path) -> BenchSection:
