@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli.imports import import_app
+from pipeline.cli import app
 from pipeline.formats.tables import encoder_name, read_archives
 from pipeline.params.base import EncoderParams
 from pipeline.params.sections import SourceParams
@@ -49,7 +49,7 @@ def test_the_commands_write_where_the_stages_do(
     write_clip_retrieval(Path("theirs"), parts, ["0"])
 
     def run(*words: str) -> None:
-        result = CliRunner().invoke(import_app, words, catch_exceptions=False)
+        result = CliRunner().invoke(app, ["import", *words], catch_exceptions=False)
         assert result.exit_code == 0, result.output
 
     prefixes = ["--prefix", f"/a={pool.root}", "--prefix", f"/b={pool.root}"]
