@@ -57,7 +57,7 @@ def prepare_step(folder: Path, quick: bool, *, batch: int, make: MakeRuntime) ->
 def _same_groups(
     groups: list[dict], network: torch.nn.Module, weights: dict[str, Tensor]
 ) -> list[dict]:
-    """The optimiser's groups for the copies of the weights."""
+    """The optimizer's groups for the copies of the weights."""
     names = {id(value): name for name, value in network.named_parameters()}
     settings = [{key: deepcopy(group[key]) for key in group if key != "params"} for group in groups]
     return [

@@ -209,23 +209,23 @@ def _accuracy(
 def _train_phase(encoder: ClipEncoder, phase: Phase, state_path: Path, *, seed: int) -> None:
     """Contrastive training with AdamW, a cosine schedule and a short warm-up."""
     clip = encoder.clip.train().requires_grad_(True)
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         clip.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
     )
-    step = resume(state_path, clip, optimiser)
+    step = resume(state_path, clip, optimizer)
     loader = DataLoader(
         PairBatches(phase, seed=seed, start=step), batch_size=None, num_workers=1, prefetch_factor=8
     )
     bar = tqdm(total=phase.iterations, initial=step, desc=f"tiny CLIP, {phase.size} px")
     for images, captions in loader:
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = phase.learning_rate * _cosine(step, phase.iterations)
         pixels = images.to(encoder.mean.device) / 255
         loss = contrastive_loss(encoder, pixels, captions)
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         with torch.no_grad():
             clip.logit_scale.clamp_(max=math.log(100))
         step += 1
@@ -233,7 +233,7 @@ def _train_phase(encoder: ClipEncoder, phase: Phase, state_path: Path, *, seed: 
         if step % 100 == 0 or step == phase.iterations:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if step % 250 == 0 or step == phase.iterations:
-            checkpoint(state_path, clip, optimiser, step)
+            checkpoint(state_path, clip, optimizer, step)
     bar.close()
     clip.eval().requires_grad_(False)
 

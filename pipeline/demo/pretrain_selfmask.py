@@ -155,28 +155,28 @@ def _train(
     iterations: int,
     seed: int,
 ) -> None:
-    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    step = resume(state_path, model, optimiser)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+    step = resume(state_path, model, optimizer)
     model.train()
     bar = tqdm(total=iterations, initial=step, desc="tiny SelfMask, training")
     while step < iterations:
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(
                 1.0, (step + 1) / 50, 0.5 * (1.02 + math.cos(math.pi * step / iterations))
             )
         pixels, targets = _batch(images, votes, np.random.default_rng([seed, TRAIN_STREAM, step]))
         device = next(model.parameters()).device
         loss = selfmask_loss(model(pixels.to(device)), targets.to(device))["total"]
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         step += 1
         bar.update()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if step % 200 == 0 or step == iterations:
-            checkpoint(state_path, model, optimiser, step)
+            checkpoint(state_path, model, optimizer, step)
     bar.close()
     model.eval()
 

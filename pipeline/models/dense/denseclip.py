@@ -26,6 +26,7 @@ from pipeline.models.clip import (
     require_plain_vit,
 )
 from pipeline.models.clip.tokens import PositionResize, resize_positions
+from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.vocabulary.prompts import templates
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 DenseAttention = Literal["maskclip", "value_only"]
 KeyAffinity = Literal["published", "cosine"]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 PUBLISHED_EPS = 1e-6
 LOGIT_SCALE = 100.0
 REMOVED_LOGIT = -100.0

@@ -22,6 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, file_sha256, read_json, write_json
 from pipeline.models.layers.decoder import Memory, TransformerDecoder
 from pipeline.models.layers.perceptron import Perceptron
+from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.models.weights.weights import load_state, load_strict, save_tensors
 from pipeline.models.weights.zoo import resolve_weights
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
     from pipeline.methods.masks import SelfMaskParams
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 ENCODER_NORM_EPS = 1e-6
 FEATURE_SCALE = 2  # features are upsampled by this much before they meet the queries
 CLS_TOKENS = 1

@@ -46,7 +46,7 @@ def save_state(
 ) -> None:
     """Write all that training depends on after `step` iterations.
 
-    The settings of the optimiser's groups are not stored: the caller makes them anew.
+    The settings of the optimizer's groups are not stored: the caller makes them anew.
 
     Args:
         path: File to write; its folder is made.
@@ -89,7 +89,7 @@ def read_state(path: Path) -> TrainingState | None:
 
 
 def restore(state: TrainingState, model: nn.Module, optimizer: Optimizer) -> None:
-    """Put weights, optimiser and torch's random generators into the state.
+    """Put weights, optimizer and torch's random generators into the state.
 
     Raises:
         PipelineError: the state is that of another network.

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from pipeline.models.clip.tokens import PositionResize, encode_patches, vision_tower
 from pipeline.models.layers.decoder import Memory, TransformerDecoder, sine_codes
 from pipeline.models.layers.perceptron import Perceptron
+from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 TokenNorm = Literal["map", "token", "none"]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ZutisOutput(NamedTuple):

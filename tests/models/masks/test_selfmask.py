@@ -137,11 +137,11 @@ def test_training_learns_to_find_a_square() -> None:
         top, left = 8 * (index // 3), 8 * (index % 3)
         images[index, :, top : top + 16, left : left + 16] = 0.8
         targets[index, top : top + 16, left : left + 16] = 1
-    optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(60):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         selfmask_loss(model(images), targets)["total"].backward()
-        optimiser.step()
+        optimizer.step()
     masks = model.eval().saliency(images) > 0.5
     wanted = targets.bool()
     iou = (masks & wanted).sum((1, 2)) / (masks | wanted).sum((1, 2))

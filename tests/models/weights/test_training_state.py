@@ -13,7 +13,7 @@ from pipeline.models.weights.training_state import read_state, restore, save_sta
 
 
 def training() -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A small network with a buffer and an unused parameter, and its optimiser."""
+    """A small network with a buffer and an unused parameter, and its optimizer."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     model.register_parameter("unused", nn.Parameter(torch.ones(2)))
     groups = [{"params": [parameter], "lr": 0.1} for parameter in model.parameters()]
