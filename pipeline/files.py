@@ -1,6 +1,6 @@
 """Atomic files and folders: a reader sees the old content or the new one, never a half.
 
-And locks of the kernel, which end with the process that holds them, however it ends.
+And claims, which end with the process that holds them, however it ends.
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked there
-    fcntl = None  # type: ignore[assignment]
+from pipeline.errors import PipelineError
 
 SCHEME = "://"
 URL_AS_PATH = re.compile(r"[a-z][a-z0-9+.-]+:/")
@@ -184,20 +181,6 @@ def _swap_in(temporary: Path, path: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-_CLAIMS: set[int] = set()
-
-
-def _leave_claims() -> None:
-    """In a forked process, which would hold its parent's locks beyond the parent's end."""
-    for descriptor in _CLAIMS:
-        os.close(descriptor)
-    _CLAIMS.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_claims)
-
-
 @contextmanager
 def claim(path: Path) -> Iterator[None]:
     """Keep other processes of this machine from claiming `path`, a file or folder, in the block.
@@ -210,46 +193,25 @@ def claim(path: Path) -> Iterator[None]:
     """
     name = f"zutis-pipeline-{digest(str(Path(path).resolve()))[:32]}.lock"
     lock_path = Path(tempfile.gettempdir()) / name
-    descriptor = _lock_claim(path, lock_path)
-    if descriptor is None:
-        yield
-        return
-    _CLAIMS.add(descriptor)
+    # The holder may just be removing the file: not only one try.
+    lock = FileLock(lock_path, timeout=0.1, fallback_to_soft=False)
+    try:
+        lock.acquire()
+        lock_path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    except Timeout:
+        raise PipelineError(
+            f"{path}: another run is writing it ({_holder(lock_path)}); wait until it has ended, "
+            "or stop it"
+        ) from None
+    except OSError:  # a full disk takes the lock, but not who holds it
+        pass
     try:
         yield
     finally:
-        if descriptor in _CLAIMS:  # a fork has none
-            _CLAIMS.remove(descriptor)
-            if _lies_at(descriptor, lock_path):
+        if lock.is_locked:  # not in a fork
+            with suppress(OSError):
                 lock_path.unlink()
-            os.close(descriptor)
-
-
-def open_locked(path: Path, *, shared: bool = False) -> int | None:
-    """Open `path`, made if need be, and lock it; closing the descriptor ends the lock.
-
-    Several processes may hold a shared lock, and taking one waits for the end of an exclusive one.
-    An exclusive lock is taken at once or not at all: None if another process holds one.
-
-    Raises:
-        OSError: the file cannot be opened or made, or its file system has no locks.
-    """
-    if fcntl is None:
-        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), str(path))
-    access = os.O_RDONLY if shared else os.O_RDWR
-    while True:
-        descriptor = os.open(path, access | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _lies_at(descriptor, path):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # its holder has removed the file: the lock is of no use
+            lock.release()
 
 
 def check_writable(path: Path) -> None:
@@ -331,36 +293,11 @@ def _named_after(path: Path) -> Iterator[None]:
         raise
 
 
-def _lock_claim(path: Path, lock_path: Path) -> int | None:
-    """Lock the file of a claim and write into it whose it is; None where it cannot be made."""
-    try:
-        descriptor = open_locked(lock_path)
-    except OSError:
-        return None
-    if descriptor is None:
-        raise PipelineError(
-            f"{path}: another run is writing it ({_owner(lock_path)}); wait until it has ended, "
-            "or stop it"
-        )
-    with suppress(OSError):  # a full disk takes the lock, but not who holds it
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return descriptor
-
-
-def _owner(lock_path: Path) -> str:
-    """Who holds a claim, in words; its holder may just be about to write it, or to remove it."""
+def _holder(lock_path: Path) -> str:
+    """Who holds a claim, in words; it may just be about to write that, or to remove it."""
     with suppress(OSError):
         return lock_path.read_text(encoding="utf-8") or "process unknown"
     return "process unknown"
-
-
-def _lies_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one that `path` leads to."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
-        return False
 
 
 def _finite(value: Any) -> Any:

@@ -309,9 +309,10 @@ def test_a_claim_outlives_what_is_claimed(tmp_path: Path, lock_dir: Path) -> Non
 def test_without_a_place_for_its_lock_a_claim_lets_all_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     with claim(tmp_path / "out"), claim(tmp_path / "out"):
-        assert names(tmp_path) == []
+        assert names(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("ending", ["part", "old"])

@@ -7,6 +7,7 @@ under fixed settings; other settings are another folder.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -20,7 +21,12 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.files import digest, open_locked, write_bytes, write_json
+from pipeline.files import digest, write_bytes, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None  # type: ignore[assignment]
 
 CHUNK_NAME = re.compile(r"[0-9a-f]{32}\.parquet")
 CHUNK_ENTRIES, CHUNK_BYTES = 256, 64 << 20  # many small chunks would be slow to open
@@ -194,6 +200,36 @@ class UseMark:
 
     def __del__(self) -> None:
         self.release()
+
+
+def open_locked(path: Path, *, shared: bool = False) -> int | None:
+    """Open `path`, made if need be, and lock it; closing the descriptor ends the lock.
+
+    Several processes may hold a shared lock, and taking one waits for the end of an exclusive one.
+    An exclusive lock is taken at once or not at all: None if another process holds one. The file's
+    time stays.
+
+    Raises:
+        OSError: the file cannot be opened or made, or its file system has no locks.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), str(path))
+    access = os.O_RDONLY if shared else os.O_RDWR
+    while True:
+        descriptor = os.open(path, access | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), path.lstat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its holder has removed the file: the lock is of no use
 
 
 def _bytes_digest(data: bytes) -> str:

@@ -21,9 +21,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.engine.cache import CHUNK_NAME, IN_USE
+from pipeline.engine.cache import CHUNK_NAME, IN_USE, open_locked
 from pipeline.errors import PipelineError
-from pipeline.files import open_locked, read_json
+from pipeline.files import read_json
 
 DIGEST = re.compile(r"[0-9a-f]{32}")
 LEFTOVER = re.compile(r"\.(.+)\.[0-9a-z_]{8}\.(?:tmp|old)")
