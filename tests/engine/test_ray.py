@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,7 @@ class Counter:
 
 
 def count(items: Sequence[str], out: Path, executor: RayExecutor, **limits: Any) -> dict[str, Any]:
-    ray.cloudpickle.register_pickle_by_value(__import__(__name__))
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     stats = out.with_suffix(".json")
     job = Job("count", items, shard_size=4, load=partial(Counter, str(out.parent)), **limits)
     runtime = Runtime(torch.device("cpu"), None, seed=0, cache_dir=out.parent / "cache")
