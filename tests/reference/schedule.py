@@ -45,7 +45,7 @@ def _groups(vectors: Vectors) -> Iterator[Result]:
     groups = param_groups(
         model, encoder_lr=rates[0], lr=rates[1], weight_decay=published[0]["weight_decay"]
     )
-    optimizer = getattr(torch.optim, record["optimizer"])(groups)
+    optimizer = getattr(torch.optim, record["optimiser"])(groups)
     ours = [_describe(group, names) for group in optimizer.param_groups]
     if len(ours) != len(published):
         yield failure(f"{name}/param_groups", f"{len(ours)} groups, published {len(published)}")
