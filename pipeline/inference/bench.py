@@ -75,6 +75,10 @@ class BenchPredictor(Protocol):
     def protocol(self) -> dict[str, Any]:
         """How it predicts, see `pipeline.inference.protocol`."""
 
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of what decides its predictions and has only a name in the protocol."""
+
     def select(self, categories: Sequence[str]) -> Self:
         """The same for some of its categories; their label ids are their places from 1.
 
@@ -103,6 +107,11 @@ class NetworkPredictor:
             **network_protocol(self.segmenter, self.checkpoint_dir),
             **{f"baseline_{name}": value for name, value in baseline.items()},
         }
+
+    @property
+    def fingerprints(self) -> list[str]:
+        baseline = [self.baseline.fingerprint] if self.baseline else []
+        return [self.segmenter.student.fingerprint, *baseline]
 
     def select(self, categories: Sequence[str]) -> NetworkPredictor:
         baseline = self.baseline.select(categories) if self.baseline else None
@@ -143,6 +152,10 @@ class LabellerPredictor:
     @property
     def protocol(self) -> dict[str, Any]:
         return labeller_protocol(self.labeller)
+
+    @property
+    def fingerprints(self) -> list[str]:
+        return [self.labeller.fingerprint]
 
     def select(self, categories: Sequence[str]) -> LabellerPredictor:
         return LabellerPredictor(self.labeller.select(categories))
@@ -247,6 +260,7 @@ class PredictionMaker:
         decides = {
             "version": PREDICTION_VERSION,
             "predictor": protocol,
+            "fingerprints": self._predictor.fingerprints,
             "settings": run.settings.model_dump(mode="json"),
             "categories": list(run.categories),
             "precision": described["precision"],

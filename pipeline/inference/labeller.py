@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from pipeline.engine.runtime import Runtime
+from pipeline.files import digest
 from pipeline.formats.labels import LabelMap, label_map
 from pipeline.inference.inputs import to_tensor
 from pipeline.methods.dense import DenseLabeller, PseudoLabelParams, load_dense_labeller
@@ -65,6 +66,11 @@ class Labeller:
         names = Names(list(categories), unasked_names(background, categories))
         model = load_dense_labeller(params, names, runtime)
         return cls(model, names, params=params, settings=settings, runtime=runtime)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that its labels depend on besides image and names, weights included."""
+        return digest(self._all.settings)
 
     def select(self, categories: Sequence[str]) -> Labeller:
         """A labeller for some of the categories, which shares the networks.

@@ -93,6 +93,10 @@ class TrainedStudent(Protocol):
 
     patch_size: int
 
+    @property
+    def fingerprint(self) -> str:
+        """Of what its names became; with the checkpoint it decides the predictions."""
+
     def select(self, label_ids: Sequence[int]) -> Self:
         """The same for some label ids, in this order, the background's first."""
 

@@ -123,6 +123,7 @@ class Colour:
 
 class TrainedColour:
     patch_size = 1
+    fingerprint = "none"
 
     def __init__(self, network: nn.Module, label_ids: Sequence[int]) -> None:
         self._network = network

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from safetensors.torch import load_file, save_file
 
 from pipeline.benchmarks.corruptions import corrupt
 from pipeline.benchmarks.voc import VocWriter
@@ -402,6 +403,35 @@ def test_predictions_are_kept_as_they_were_made(bench: Bench, tmp_path: Path) ->
         results = json.loads(sample["instances.json"])
         assert [result["score"] for result in results] == [i.score for i in prediction.instances]
         assert {result["image_id"] for result in results} <= {name}
+
+
+def test_other_weights_of_the_same_name_predict_anew(
+    bench: Bench, tmp_path: Path, tiny_clip: tuple[Path, Path]
+) -> None:
+    bench.write(from_predictions(bench))
+    bench.evaluate(tmp_path / "out")
+    before = list(read_shards(predictions_of(tmp_path / "out")))
+    weights = {
+        name: value.flip(-1) for name, value in load_file(tiny_clip[1]).items() if value.ndim
+    }
+    other = tmp_path / "other" / tiny_clip[1].name
+    other.parent.mkdir()
+    save_file({**load_file(tiny_clip[1]), **weights}, other)
+    encoder = EncoderParams(model=str(tiny_clip[0]), pretrained=str(other))
+    checkpoint_dir = tmp_path / "checkpoint"
+    shutil.copytree(bench.checkpoint_dir, checkpoint_dir)
+    config = json.loads((checkpoint_dir / "config.json").read_text())
+    config["encoder"] = encoder.model_dump()
+    (checkpoint_dir / "config.json").write_text(json.dumps(config))
+    changed = replace(
+        bench,
+        checkpoint_dir=checkpoint_dir,
+        baseline=bench.baseline.model_copy(update={"encoder": encoder}),
+    )
+    changed.evaluate(tmp_path / "again")
+    after = list(read_shards(predictions_of(tmp_path / "again")))
+    for member in ("label.png", "baseline.png"):
+        assert [sample[member] for sample in before] != [sample[member] for sample in after]
 
 
 def test_denseclip_alone_scores_like_the_baseline_beside_a_network(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from pipeline.formats.predictions import Instance, Segmentation
 from pipeline.models.clip import label_embeddings, load_clip
 from pipeline.models.clip.tokens import vision_tower
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
-from pipeline.models.weights.weights import load_state, load_strict
+from pipeline.models.weights.weights import hash_tensors, load_state, load_strict
 from pipeline.models.zutis.build import build_zutis
 from pipeline.models.zutis.network import Zutis
 from pipeline.models.zutis.postprocess import instance_predictions, semantic_prediction
@@ -77,6 +78,13 @@ class ZutisPredictor:
         self._text = text_embeddings.to(runtime.device)
         self._architecture = architecture
         self._runtime = runtime
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the text embeddings."""
+        hasher = hashlib.sha256()
+        hash_tensors(hasher, {"text": self._text})
+        return hasher.hexdigest()
 
     def select(self, label_ids: Sequence[int]) -> ZutisPredictor:
         """The same for some label ids, in this order, the background's first."""
