@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listing
 from pipeline.files import read_json, write_bytes
 
 PARAMS, LOCK = "params.yaml", "dvc.lock"
@@ -57,14 +57,14 @@ class Workspace:
         ).stdout.splitlines()
         if changed:
             raise PipelineError(
-                f"{_listing([line[3:] for line in changed])}: differ from the last commit, and an "
-                "ablation starts from it: commit them; after an ablation that was killed, run "
+                f"{listing([line[3:] for line in changed], LISTED)}: differ from the last commit, and "
+                "an ablation starts from it: commit them; after an ablation that was killed, run "
                 f"`git checkout {PARAMS} {LOCK} reports/metrics` and `dvc checkout --force`"
             )
         if differing := self._uncommitted_outputs():
             raise PipelineError(
-                f"{_listing(differing)}: differ from {LOCK} or are not in DVC's cache, so that "
-                "they could not be brought back; run `dvc repro` (or `dvc checkout`) first"
+                f"{listing(differing, LISTED)}: differ from {LOCK} or are not in DVC's cache, so "
+                "that they could not be brought back; run `dvc repro` (or `dvc checkout`) first"
             )
 
     def run(self, words: Sequence[str]) -> dict[str, Any] | None:
@@ -188,8 +188,3 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             return
         except KeyboardInterrupt:
             continue
-
-
-def _listing(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more

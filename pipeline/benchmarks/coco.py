@@ -24,7 +24,7 @@ from pycocotools import mask as coco_mask
 
 from pipeline.benchmarks.example import Example, InstanceTarget
 from pipeline.benchmarks.lists import check_folder, read_lines
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listing
 from pipeline.formats.labels import LABEL_TYPE, LabelMap
 
 MIN_POLYGON = 6  # numbers: three points
@@ -196,8 +196,8 @@ class CocoBenchmark:
         missing = [name for name in self.categories if name not in names.values()]
         if missing:
             raise PipelineError(
-                f"{self._json_path}: no category is named {_listed(missing)}; its categories: "
-                f"{_listed(names.values())}"
+                f"{self._json_path}: no category is named {listing(missing, LISTED_NAMES)}; its "
+                f"categories: {listing(list(names.values()), LISTED_NAMES)}"
             )
         wanted = {name: label_id for label_id, name in enumerate(self.categories, start=1)}
         return {coco_id: wanted.get(name) for coco_id, name in names.items()}
@@ -450,9 +450,3 @@ def _encode_polygons(polygons: list[Any], size: tuple[int, int]) -> bytes:
 def _within(coordinates: NDArray[np.float64], side: int) -> bool:
     """Whether all lie within one image side of the image; NaN does not."""
     return bool(((coordinates >= -side) & (coordinates <= 2 * side)).all())
-
-
-def _listed(names: Iterable[str]) -> str:
-    every = list(names)
-    more = f" and {len(every) - LISTED_NAMES} more" if len(every) > LISTED_NAMES else ""
-    return ", ".join(every[:LISTED_NAMES]) + more

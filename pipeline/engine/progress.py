@@ -146,12 +146,6 @@ class StageRun(Tally):
     def __enter__(self) -> Self:
         return self
 
-    def total(self, count: int) -> None:
-        """Set the expected number of items."""
-        self._total = count
-        self._bar.total = count
-        self._bar.refresh()
-
     def start_at(self, count: int) -> None:
         """Show `count` items as finished by an earlier run; they are no items of this one."""
         self.count(f"resumed_at_{self._unit}", count)

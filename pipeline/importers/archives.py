@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.engine.progress import StageRun
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listing
 from pipeline.files import read_json
 from pipeline.formats.sources import ImageRef, SourceSpec, image_name
 from pipeline.formats.tables import ArchiveRow, write_archives
@@ -108,17 +108,16 @@ def _check_categories(path: Path, found: Collection[str], wanted: Collection[str
         "the file lacks": [name for name in wanted if name not in found],
         "the params lack": [name for name in found if name not in wanted],
     }
-    complaints = [f"{what} {_listed(names)}" for what, names in differences.items() if names]
+    complaints = [
+        f"{what} {listing(list(map(repr, names)), LISTED_NAMES)}"
+        for what, names in differences.items()
+        if names
+    ]
     if complaints:
         raise PipelineError(
             f"{path}: its categories are not those of the params: {'; '.join(complaints)}; make "
             "`categories` name the same"
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
-    return ", ".join(map(repr, names[:LISTED_NAMES])) + more
 
 
 def _readable(

@@ -65,18 +65,17 @@ def parse_params(content: Any, *, name: str = "params.yaml") -> Params:
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise PipelineError(f"{name}: expected `key: value` lines, found {found}")
     complaints: list[str] = []
-    methods: dict[str, Section] = {}
+    sections = dict(content)
     for key, door in DOORS.items():
-        if isinstance(section := content.get(key, {}), dict):
+        if isinstance(section := sections.pop(key, {}), dict):
             try:
-                methods[key] = _parse_method(name, key, door, section)
+                sections[key] = _parse_method(name, key, door, section)
             except PipelineError as error:
                 complaints.append(str(error))
-    checked = {key: value for key, value in content.items() if key not in DOORS}
-    wrong = {key: content[key] for key in DOORS if key in content and key not in methods}
-    wrong = {key: value for key, value in wrong.items() if not isinstance(value, dict)}
+        else:
+            sections[key] = section  # no section at all, as the check below says
     try:
-        params = Params.model_validate({**checked, **methods, **wrong})
+        params = Params.model_validate(sections)
     except ValidationError as error:
         complaints = [*_complaints(name, error, Params), *complaints]
     if complaints:

@@ -66,17 +66,13 @@ def run(
     """
     benchmark = open_benchmark(bench_name, bench, background)
     names = _asked_names(benchmark)
-    config = None
+    with_objects = False
     if checkpoint_dir is not None:
         checkpoint_dir = resolve_weights(checkpoint_dir, runtime.cache_dir)
         config = read_checkpoint_config(checkpoint_dir)
         if not open_vocabulary and names == benchmark.categories:
             _check_categories(bench_name, bench, names, config, checkpoint_dir)
-    with_objects = (
-        checkpoint_dir is not None
-        and config is not None
-        and student_of(checkpoint_dir, config).gives_objects
-    )
+        with_objects = student_of(checkpoint_dir, config).gives_objects
     metrics = _metrics(bench_name, bench, with_objects=with_objects)
     prediction = BenchRun(
         bench_name=bench_name,

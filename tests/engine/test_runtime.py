@@ -23,8 +23,7 @@ def test_a_finished_run_writes_its_counts_and_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stats_path = tmp_path / "stats" / "embed.json"
-    with StageRun("embed", stats_path=stats_path, unit="image") as run:
-        run.total(6)
+    with StageRun("embed", stats_path=stats_path, total=6, unit="image") as run:
         run.advance(3)
         run.advance()
         run.skip("photos/broken.jpg", "truncated")
