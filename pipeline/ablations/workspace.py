@@ -57,9 +57,9 @@ class Workspace:
         ).stdout.splitlines()
         if changed:
             raise PipelineError(
-                f"{listing([line[3:] for line in changed], LISTED)}: differ from the last commit, and "
-                "an ablation starts from it: commit them; after an ablation that was killed, run "
-                f"`git checkout {PARAMS} {LOCK} reports/metrics` and `dvc checkout --force`"
+                f"{listing([line[3:] for line in changed], LISTED)}: differ from the last commit, "
+                "and an ablation starts from it: commit them; after an ablation that was killed, "
+                f"run `git checkout {PARAMS} {LOCK} reports/metrics` and `dvc checkout --force`"
             )
         if differing := self._uncommitted_outputs():
             raise PipelineError(
