@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.formats.images import decode_label, decode_png, load_image, resize_nearest
-from pipeline.formats.labels import decode_confidence
+from pipeline.formats.dense_labels import LabelStore
+from pipeline.formats.images import decode_png, load_image, resize_nearest
 from pipeline.formats.shards import MANIFEST, SampleStore, open_samples
 from pipeline.formats.tables import ArchiveRow
 from pipeline.pictures.report import enlarge_image, fit_image, paint_labels, picture
@@ -54,7 +54,7 @@ def read_samples(
     if not archives or not (masks_dir / MANIFEST).is_file():
         return {}
     store = open_samples(masks_dir)
-    labels = _Labels(labels_dir)
+    labels = LabelStore(labels_dir) if (labels_dir / MANIFEST).is_file() else None
     index_of = {key: index for index, key in enumerate(store.keys)}
     found: dict[int, list[Place]] = {}
     for row in sorted(archives, key=lambda row: row.label_id == 0):
@@ -102,26 +102,9 @@ def _spread(found: Mapping[int, Sequence[Place]]) -> list[Place]:
     return list(chosen.values())
 
 
-class _Labels:
-    """Dense labels and confidence by sample key, where there are label shards."""
-
-    def __init__(self, labels_dir: Path) -> None:
-        self._store = open_samples(labels_dir) if (labels_dir / MANIFEST).is_file() else None
-        self._places = (
-            {key: place for place, key in enumerate(self._store.keys)} if self._store else {}
-        )
-
-    def find(self, key: str) -> tuple[NDArray[np.integer], NDArray[np.floating]] | None:
-        if self._store is None or key not in self._places:
-            return None
-        sample = self._store[self._places[key]]
-        confidence = decode_confidence(decode_png(sample["confidence.png"]))
-        return decode_label(sample["label.png"]), confidence
-
-
 def _sample(
     store: SampleStore,
-    labels: _Labels,
+    labels: LabelStore | None,
     row: ArchiveRow,
     index: int,
     make_target: TargetMaker | None,
@@ -130,10 +113,11 @@ def _sample(
     image = _image(store, index, SAMPLE_SIDE)
     mask = decode_png(store.member(index, "mask.png")) > 127
     maps: dict[str, NDArray[np.integer]] = {"pseudo-mask": mask * row.label_id}
-    if (dense := labels.find(store.keys[index])) is not None:
-        maps["dense labels"] = dense[0]
+    if labels is not None and store.keys[index] in labels:
+        dense_labels, confidence = labels.get(store.keys[index])
+        maps["dense labels"] = dense_labels
         if make_target is not None:
-            maps["training saw"] = make_target(mask, row.label_id, *dense)
+            maps["training saw"] = make_target(mask, row.label_id, dense_labels, confidence)
     pictures = {"image": picture(image, alt=f"Image of {row.category}", max_bytes=SAMPLE_BYTES)}
     for title, values in maps.items():
         painted = paint_labels(np.asarray(image), resize_nearest(values, image.size[::-1]))

@@ -18,16 +18,10 @@ from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
-from pipeline.formats.images import decode_label, decode_png, resize_nearest
-from pipeline.formats.labels import (
-    BACKGROUND,
-    IGNORE_INDEX,
-    LABEL_TYPE,
-    LabelMap,
-    Target,
-    decode_confidence,
-)
-from pipeline.formats.shards import MANIFEST, SampleStore, open_samples
+from pipeline.formats.dense_labels import LabelStore
+from pipeline.formats.images import decode_png, resize_nearest
+from pipeline.formats.labels import BACKGROUND, IGNORE_INDEX, LABEL_TYPE, LabelMap, Target
+from pipeline.formats.shards import open_samples
 from pipeline.formats.tables import read_archives
 from pipeline.params.sections import AuditParams
 from pipeline.scoring.confusion import ConfusionMatrix
@@ -36,7 +30,6 @@ from pipeline.training.targets import training_target
 from pipeline.vocabulary.categories import load_category_set
 
 MASK_MEMBERS = ("mask.png", "json")
-LABEL_MEMBERS = ("label.png", "confidence.png")
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 
@@ -82,11 +75,9 @@ def run(
     """
     rows = read_archives(archives_path)
     store = open_samples(masks_dir, members=MASK_MEMBERS)
-    labels = open_samples(labels_dir, members=LABEL_MEMBERS)
-    place_of = {key: place for place, key in enumerate(labels.keys)}
-    categories = _label_categories(labels, labels_dir)
-    truth = _Truth(name, audit, categories)
-    metrics = _Metrics(len(categories), params)
+    labels = LabelStore(labels_dir)
+    truth = _Truth(name, audit, labels.categories)
+    metrics = _Metrics(len(labels.categories), params)
     with StageRun(
         "audit", stats_path=stats_path, total=len(rows) + len(store), unit="item"
     ) as stage:
@@ -108,13 +99,8 @@ def run(
             if masks is None:  # listed above already
                 continue
             if fields["label_id"] != BACKGROUND:
-                place = place_of.get(store.keys[index])
-                if place is None:
-                    raise PipelineError(
-                        f"{labels_dir}: no labels of {store.keys[index]}; run "
-                        "`pipeline pseudo_label` again"
-                    )
-                pseudo = _read_pseudo(fields, store.member(index, "mask.png"), labels[place], masks)
+                dense = labels.get(store.keys[index])
+                pseudo = _read_pseudo(fields, store.member(index, "mask.png"), dense, masks)
                 metrics.add_sample(fields["label_id"], pseudo, masks)
             stage.advance()
         write_json(metrics_path, metrics.compute())
@@ -251,18 +237,11 @@ class _Metrics:
         }
 
 
-def _label_categories(store: SampleStore, labels_dir: Path) -> list[str]:
-    """Category names by label id from 1, as the pseudo-label stage noted them."""
-    try:
-        return [str(category) for category in store.manifest["pseudo_label"]["categories"]]
-    except (KeyError, TypeError):
-        raise PipelineError(
-            f"{labels_dir / MANIFEST}: names no categories; run `pipeline pseudo_label` again"
-        ) from None
-
-
 def _read_pseudo(
-    fields: Mapping[str, Any], mask_png: bytes, labels: Mapping[str, bytes], truth: _TrueMasks
+    fields: Mapping[str, Any],
+    mask_png: bytes,
+    dense: tuple[LabelMap, NDArray[np.float32]],
+    truth: _TrueMasks,
 ) -> _PseudoMasks:
     size = (fields["original_height"], fields["original_width"])
     if truth.semantic.shape != size:
@@ -271,10 +250,11 @@ def _read_pseudo(
             f"{truth.path}: {width}x{height} pixels, but its image {fields['path']} has "
             f"{size[1]}x{size[0]}"
         )
+    labels, confidence = dense
     return _PseudoMasks(
         mask=resize_nearest(decode_png(mask_png) > 0, size),
-        labels=resize_nearest(decode_label(labels["label.png"]), size),
-        confidence=resize_nearest(decode_confidence(decode_png(labels["confidence.png"])), size),
+        labels=resize_nearest(labels, size),
+        confidence=resize_nearest(confidence, size),
     )
 
 

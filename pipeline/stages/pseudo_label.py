@@ -20,6 +20,7 @@ from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, Job, run_job, slices
 from pipeline.errors import PipelineError
+from pipeline.formats.dense_labels import CONFIDENCE, LABEL
 from pipeline.formats.images import encode_label, encode_png, load_image
 from pipeline.formats.labels import BACKGROUND, encode_confidence
 from pipeline.formats.shards import SampleStore, open_samples, write_tar
@@ -124,8 +125,8 @@ class LabelMaker:
                 label, confidence = _unpack(blob)
                 yield {
                     "__key__": self._store.keys[number],
-                    "label.png": label,
-                    "confidence.png": confidence,
+                    LABEL: label,
+                    CONFIDENCE: confidence,
                 }
                 tally.advance()
 

@@ -19,10 +19,11 @@ from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.errors import PipelineError
-from pipeline.formats.images import ImageError, decode_label, decode_png, load_image
-from pipeline.formats.labels import BACKGROUND, decode_confidence
-from pipeline.formats.shards import SampleStore, open_samples
+from pipeline.errors import PipelineError, listing
+from pipeline.formats.dense_labels import LabelStore
+from pipeline.formats.images import ImageError, decode_png, load_image
+from pipeline.formats.labels import BACKGROUND
+from pipeline.formats.shards import open_samples
 from pipeline.training.copy_paste import Canvas, Cutout, copy_paste, cut_out, make_canvas
 from pipeline.training.settings import Composition, TargetSettings
 from pipeline.training.targets import saliency_target, training_target
@@ -37,7 +38,6 @@ from pipeline.training.transforms import (
 )
 
 MASK_MEMBERS = ("jpg", "mask.png", "json")
-LABEL_MEMBERS = ("label.png", "confidence.png")
 SPECK = 0.01
 # What is kept in memory: decoded samples, and packed pseudo-masks of about a kilobyte each.
 SAMPLE_BYTES, MASK_BYTES = 10**9, 5 * 10**8
@@ -135,7 +135,7 @@ class Archives:
         self._masks_dir = masks_dir
         self._store = open_samples(masks_dir, members=MASK_MEMBERS)
         self._settings = settings
-        self._labels = self._open_labels(labels_dir) if settings.needs_labels else None
+        self._labels = self._open_labels(labels_dir, categories) if settings.needs_labels else None
         self._label_ids = [self._label_id(i, categories) for i in range(len(self._store))]
         self.objects: dict[int, list[int]] = {}
         self.negatives: list[int] = []
@@ -153,23 +153,27 @@ class Archives:
         """The decoded sample, whole and as stored; it is not to be written to."""
         return self._memory[index] if index in self._memory else self._decode(index)
 
-    def _open_labels(self, labels_dir: Path | None) -> SampleStore:
-        """The label shards, which must have a sample for every one of the mask shards."""
+    def _open_labels(self, labels_dir: Path | None, categories: Sequence[str]) -> LabelStore:
+        """The labels, which must be of these categories and of every one of the masks."""
         if labels_dir is None:
             raise PipelineError("train.labels: the target needs dense labels; name their folder")
         try:
-            labels = open_samples(labels_dir, members=LABEL_MEMBERS)
+            labels = LabelStore(labels_dir)
         except PipelineError as error:
             raise PipelineError(
                 f"{error} (train.labels, which target {self._settings.target} reads, is the folder "
                 "that `pipeline pseudo_label` writes)"
             ) from None
-        if missing := set(self._store.keys) - set(labels.keys):
+        if labels.categories != list(categories):
+            raise PipelineError(
+                f"{labels_dir}: labels of other categories than those of params.yaml: "
+                f"{listing(labels.categories)}; run `pipeline pseudo_label` again"
+            )
+        if missing := [key for key in self._store.keys if key not in labels]:
             raise PipelineError(
                 f"{labels_dir}: no labels of {len(missing)} of {len(self._store)} masks, such as "
-                f"{min(missing)}; run `pipeline pseudo_label` again"
+                f"{missing[0]}; run `pipeline pseudo_label` again"
             )
-        self._label_places = {key: place for place, key in enumerate(labels.keys)}
         return labels
 
     def _sort(self, free_for_samples: int, free_for_masks: int) -> None:
@@ -226,12 +230,12 @@ class Archives:
         """What training sees of a sample; only `saliency` does without its dense labels."""
         if self._labels is None:
             return saliency_target(mask, self._label_ids[index])
-        place = self._label_places[self._store.keys[index]]
+        dense_labels, confidence = self._labels.get(self._store.keys[index])
         return training_target(
             mask,
             self._label_ids[index],
-            decode_label(self._labels.member(place, "label.png")),
-            decode_confidence(decode_png(self._labels.member(place, "confidence.png"))),
+            dense_labels,
+            confidence,
             target=self._settings.target,
             confidence_threshold=self._settings.confidence_threshold,
             conflict=self._settings.conflict,

@@ -124,7 +124,8 @@ def write_archive_shards(
                 }
             )
     write_archives(tree.archives_path, rows)
-    write_shards(samples, tree.labels_dir, shard_size=5)
+    noted = {"pseudo_label": {"categories": list(categories)}}
+    write_shards(samples, tree.labels_dir, shard_size=5, settings=noted)
 
 
 def write_stats(tree: Tree) -> None:

@@ -33,7 +33,8 @@ PATIENCE_S = 240
 
 def write_labels(folder: Path, *, shard_size: int = 4) -> Path:
     """Mask and label shards in one: four squares a category, of its colour, and one negative."""
-    write_shards(_shard_samples(), folder, shard_size=shard_size)
+    noted = {"pseudo_label": {"categories": CATEGORIES}}
+    write_shards(_shard_samples(), folder, shard_size=shard_size, settings=noted)
     return folder
 
 

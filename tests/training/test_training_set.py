@@ -63,7 +63,12 @@ def all_samples() -> Iterator[dict[str, Any]]:
 
 
 def archives(folder: Path, samples: Any = None, **settings: Any) -> Archives:
-    write_shards(all_samples() if samples is None else samples, folder, shard_size=5)
+    write_shards(
+        all_samples() if samples is None else samples,
+        folder,
+        shard_size=5,
+        settings={"pseudo_label": {"categories": CATEGORIES}},
+    )
     memory = {name: settings.pop(name) for name in BOUNDS if name in settings}
     categories = settings.pop("categories", CATEGORIES)
     target = TargetSettings(**settings)
@@ -282,3 +287,24 @@ def test_collate_stacks_and_counts(tmp_path: Path) -> None:
     parts = batch.instance_masks.split(batch.num_instances)
     for part, (_, _, masks) in zip(parts, composed, strict=True):
         np.testing.assert_array_equal(part.numpy(), masks)
+
+
+def test_labels_that_do_not_fit_the_masks_are_refused(tmp_path: Path) -> None:
+    masks, settings = tmp_path / "masks", TargetSettings(target="fused")
+    write_shards(all_samples(), masks, shard_size=5)
+
+    def labelled(name: str, samples: list[dict[str, Any]], categories: list[str]) -> Path:
+        noted = {"pseudo_label": {"categories": categories}}
+        write_shards(samples, tmp_path / name, shard_size=5, settings=noted)
+        return tmp_path / name
+
+    every = list(all_samples())
+    for labels, complaint in (
+        (labelled("others", every, ["cat", "dog", "car"]), r"other categories.*car; run `pipeline"),
+        (labelled("fewer", every[1:], CATEGORIES), r"no labels of 1 of \d+ masks, such as empty_1"),
+        (masks, r"names no categories.*train\.labels, which target fused reads"),
+        (None, r"train\.labels: the target needs dense labels"),
+    ):
+        with pytest.raises(PipelineError, match=complaint):
+            Archives(masks, labels, categories=CATEGORIES, settings=settings)
+    assert Archives(masks, None, categories=CATEGORIES, settings=TargetSettings()).objects
