@@ -78,18 +78,18 @@ def corrupt(image: Image.Image, *, name: str, level: int, seed: int) -> Image.Im
     return Image.fromarray(np.ascontiguousarray(corrupted[:height, :width]))
 
 
-def check_corruption(name: str, level: int) -> None:
-    """Refuse a corruption that `corrupt` does not know.
+def check_corruption(name: str, level: int, *, field: str = "corruption") -> None:
+    """Refuse a corruption that `corrupt` does not know; `field` is where it was written.
 
     Raises:
         PipelineError: unknown name or level outside 1..5.
     """
     if name not in CORRUPTIONS:
         raise PipelineError(
-            f"corruption: {name!r} is not known; choose one of {', '.join(CORRUPTIONS)}"
+            f"{field}: {name!r} is not known; choose one of {', '.join(CORRUPTIONS)}"
         )
     if level not in LEVELS:
-        raise PipelineError(f"corruption {name}: level {level!r} is not one of 1, 2, 3, 4, 5")
+        raise PipelineError(f"{field}: {name}: level {level!r} is not one of 1, 2, 3, 4, 5")
 
 
 def _load_library() -> Callable[..., Any]:
@@ -138,11 +138,9 @@ class BenchImageReader:
     """
 
     def __init__(self, corruption: CorruptionParams | None, *, bench_name: str, seed: int) -> None:
-        if corruption is not None and corruption.name not in CORRUPTIONS:
-            raise PipelineError(
-                f"benches.{bench_name}.corruption.name: {corruption.name!r} is not known; choose "
-                f"one of {', '.join(CORRUPTIONS)}"
-            )
+        if corruption is not None:
+            field = f"benches.{bench_name}.corruption"
+            check_corruption(corruption.name, corruption.level, field=field)
         self._corruption = corruption
         self._seed = seed
 

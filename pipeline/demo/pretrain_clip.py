@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from pipeline.demo.glyphs import KNOWN_FAMILIES, UNSEEN_FAMILY, glyph_names, load_glyphs
-from pipeline.demo.resume import checkpoint, resume
 from pipeline.demo.scene import BACKGROUNDS, OUTLINED, Scene, Style, choose_names, draw_scene
 from pipeline.files import atomic_path, write_json
 from pipeline.models.clip import ClipEncoder, load_clip, text_embeddings
+from pipeline.models.weights.training_state import resume, save_state
 from pipeline.models.weights.weights import save_tensors
 from pipeline.params.base import EncoderParams
 from pipeline.vocabulary.prompts import PROMPTS_85
@@ -150,7 +150,7 @@ def pretrain_clip(
     for index, phase in enumerate(phases):
         if index:
             encoder = _grown(encoder, work_dir, phase.size, device)
-        _train_phase(encoder, phase, work_dir / f"clip-{phase.size}.pt", seed=seed)
+        _train_phase(encoder, phase, work_dir / f"clip-{phase.size}-state.safetensors", seed=seed)
     weights, config = out_dir / "tiny_clip.safetensors", out_dir / "tiny_clip.json"
     _save(encoder, phases[-1].size, weights, config)
     seconds = time.monotonic() - start
@@ -233,7 +233,7 @@ def _train_phase(encoder: ClipEncoder, phase: Phase, state_path: Path, *, seed: 
         if step % 100 == 0 or step == phase.iterations:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if step % 250 == 0 or step == phase.iterations:
-            checkpoint(state_path, clip, optimizer, step)
+            save_state(state_path, clip, optimizer, step=step, extra=None)
     bar.close()
     clip.eval().requires_grad_(False)
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.demo.glyphs import KNOWN_FAMILIES, glyph_names, load_glyphs
-from pipeline.demo.resume import checkpoint, resume
 from pipeline.demo.scene import Style, choose_names, draw_scene
 from pipeline.files import atomic_path, write_json
 from pipeline.models.clip import ClipEncoder
@@ -32,6 +31,7 @@ from pipeline.models.masks.selfmask import (
     selfmask_loss,
 )
 from pipeline.models.masks.spectral import spectral_mask
+from pipeline.models.weights.training_state import resume, save_state
 
 ARCHITECTURE = SelfMaskConfig(
     dim=64,
@@ -81,7 +81,7 @@ def pretrain_selfmask(
         model,
         images,
         votes,
-        work_dir / "selfmask.pt",
+        work_dir / "selfmask-state.safetensors",
         iterations=schedule.iterations,
         seed=seed,
     )
@@ -176,7 +176,7 @@ def _train(
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if step % 200 == 0 or step == iterations:
-            checkpoint(state_path, model, optimizer, step)
+            save_state(state_path, model, optimizer, step=step, extra=None)
     bar.close()
     model.eval()
 

@@ -16,8 +16,6 @@ from pipeline.errors import PipelineError
 from pipeline.files import check_writable, claim, write_json
 
 LISTED_SKIPS = 1000
-# Counts that say how a run went, not what came out of it: what lay in the cache decides them.
-COUNTS_OF_RUN = ("cached", "masked", "ivf_built", "resumed_at_iteration")
 # So many errors never fail a stage by their rate, which says nothing about a handful of images.
 FORGIVEN_ERRORS = 10
 SHOWN_OFFENDERS, SHOWN_REASONS = 3, 8
@@ -33,12 +31,15 @@ class Tally:
         items: number of items that are finished.
         skipped: `item` and `reason` of each one that was left out.
         counts: further counts by name.
+        run_counts: counts that say how a run went, not what came out of it: what lay in the cache
+            decides them.
     """
 
     def __init__(self, whole: Tally | None = None) -> None:
         self.items = 0
         self.skipped: list[dict[str, str]] = []
         self.counts: Counter[str] = Counter()
+        self.run_counts: Counter[str] = Counter()
         self._whole = whole
 
     def advance(self, count: int = 1) -> None:
@@ -59,6 +60,12 @@ class Tally:
         if self._whole is not None:
             self._whole.count(name, count)
 
+    def count_in_run(self, name: str, count: int = 1) -> None:
+        """Add to a named count of this run, which another run over the same items may not have."""
+        self.run_counts[name] += count
+        if self._whole is not None:
+            self._whole.count_in_run(name, count)
+
     def add(self, other: Tally) -> None:
         """Take in the items of another tally."""
         self.advance(other.items)
@@ -66,10 +73,17 @@ class Tally:
             self.skip(entry["item"], entry["reason"])
         for name, count in other.counts.items():
             self.count(name, count)
+        for name, count in other.run_counts.items():
+            self.count_in_run(name, count)
 
     def as_dict(self) -> dict[str, Any]:
-        """`items`, `skipped` and `counts`, as JSON has them."""
-        return {"items": self.items, "skipped": self.skipped, "counts": dict(self.counts)}
+        """`items`, `skipped`, `counts` and `run_counts`, as JSON has them."""
+        return {
+            "items": self.items,
+            "skipped": self.skipped,
+            "counts": dict(self.counts),
+            "run_counts": dict(self.run_counts),
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Tally:
@@ -77,6 +91,7 @@ class Tally:
         tally = Tally()
         tally.items, tally.skipped = content["items"], content["skipped"]
         tally.counts.update(content["counts"])
+        tally.run_counts.update(content.get("run_counts", {}))
         return tally
 
 
@@ -148,7 +163,7 @@ class StageRun(Tally):
 
     def start_at(self, count: int) -> None:
         """Show `count` items as finished by an earlier run; they are no items of this one."""
-        self.count(f"resumed_at_{self._unit}", count)
+        self.count_in_run(f"resumed_at_{self._unit}", count)
         self._bar.initial = self._bar.n = count
         self._bar.refresh()
 
@@ -205,10 +220,12 @@ class StageRun(Tally):
         """Write the stats and print the summary line."""
         seconds = time.monotonic() - self._start
         rate = self.items / seconds if seconds > 0 else 0.0
-        counts = dict(sorted(self.counts.items()))
+        all_counts = dict(sorted({**self.counts, **self.run_counts}.items()))
+        stats_counts = all_counts
         if self._times_path is not None:
-            of_run = {name: counts.pop(name) for name in COUNTS_OF_RUN if name in counts}
-            run = {"stage": self.stage, "seconds": round(seconds, 3), "counts": of_run}
+            stats_counts = dict(sorted(self.counts.items()))
+            run_counts = dict(sorted(self.run_counts.items()))
+            run = {"stage": self.stage, "seconds": round(seconds, 3), "counts": run_counts}
             write_json(self._times_path, run)
         write_json(
             self._stats_path,
@@ -216,11 +233,11 @@ class StageRun(Tally):
                 "stage": self.stage,
                 "items": self.items,
                 "skipped": len(self.skipped),
-                "counts": counts,
+                "counts": stats_counts,
                 "skipped_items": self.skipped[:LISTED_SKIPS],
             },
         )
-        extra = "".join(f", {name} {count}" for name, count in sorted(self.counts.items()))
+        extra = "".join(f", {name} {count}" for name, count in all_counts.items())
         print(
             f"{self.stage}: {self.items} {self._unit}s, {len(self.skipped)} skipped, "
             f"{seconds:.1f} s, {rate:.1f} {self._unit}s/s{extra}",

@@ -12,10 +12,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from pipeline.engine.batching import slices
 from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
@@ -214,11 +215,6 @@ def _make(
     return [rows[number] for number in sorted(rows)]
 
 
-def slices(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """Cut items into parts of `size`, the last one perhaps smaller: the plan of a stage."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
 def _check_ours(out_dir: Path) -> None:
     """Refuse to replace a folder of something else."""
     if out_dir.is_dir():
@@ -274,9 +270,3 @@ def _nothing_usable(stage: StageRun, remedy: str) -> PipelineError:
         f"none of the {len(stage.skipped)} images can be read; the first, {first['item']}: "
         f"{first['reason']}. {remedy}"
     )
-
-
-def batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` consecutive items; the last one may be shorter."""
-    while batch := list(islice(items, size)):
-        yield batch

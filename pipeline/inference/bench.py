@@ -14,10 +14,10 @@ from PIL import Image
 
 from pipeline.benchmarks import Benchmark
 from pipeline.benchmarks.corruptions import BenchImageReader
+from pipeline.engine.batching import batches
 from pipeline.engine.cache import BlobCache
 from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
-from pipeline.engine.shard_run import batches
 from pipeline.files import digest
 from pipeline.formats.images import ImageError
 from pipeline.formats.predictions import StoredPrediction, encode_prediction, write_encoded
@@ -301,7 +301,7 @@ class PredictionMaker:
                     keys[query.number] = key
             except ImageError as error:
                 tally.skip(str(query.image_path), str(error))
-        tally.count("cached", len(known))
+        tally.count_in_run("cached", len(known))
         if unknown:
             asked, images = zip(*unknown, strict=True)
             predictions = predictor.predict([query.image_id for query in asked], images)

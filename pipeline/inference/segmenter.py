@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.engine.batching import equal_size_batches
 from pipeline.engine.runtime import Runtime, make_runtime
 from pipeline.formats.labels import LabelMap
 from pipeline.formats.predictions import Instance
@@ -118,11 +119,10 @@ class Segmenter:
         pictures = [to_rgb(image) for image in images]
         patch_size = self.student.patch_size
         inputs = [to_tensor(picture, self.settings, patch_size=patch_size) for picture in pictures]
-        groups: dict[torch.Size, list[int]] = {}
-        for index, tensor in enumerate(inputs):
-            groups.setdefault(tensor.shape, []).append(index)
         predictions: dict[int, Prediction] = {}
-        for members in groups.values():
+        for members in equal_size_batches(
+            range(len(inputs)), len(inputs), size_of=lambda index: inputs[index].shape
+        ):
             sizes = [(pictures[index].height, pictures[index].width) for index in members]
             batch = torch.stack([inputs[index] for index in members])
             found = self.student.predict(batch, sizes, self.settings)

@@ -22,10 +22,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from pipeline.engine.batching import slices
 from pipeline.engine.parallel import read_ahead
 from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
-from pipeline.engine.shard_run import Executor, Task, slices
+from pipeline.engine.shard_run import Executor, Task
 from pipeline.formats.tables import STATUS_OK, embedding_matrix, iter_embedding_rows
 from pipeline.retrieval.ivf import Skip
 

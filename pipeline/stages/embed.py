@@ -18,11 +18,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipeline.engine.batching import slices
 from pipeline.engine.cache import BlobCache
 from pipeline.engine.parallel import Workers
 from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
-from pipeline.engine.shard_run import Executor, Job, run_job, slices
+from pipeline.engine.shard_run import Executor, Job, run_job
 from pipeline.errors import PipelineError
 from pipeline.formats.images import ImageError, load_image
 from pipeline.formats.sources import ImageRef, image_name, list_images, read_image
@@ -281,5 +282,5 @@ def _counted(tally: Tally, refs: Iterable[ImageRef], images: Iterable[_Image]) -
             tally.skip(image_name(ref), image.error)
         else:
             tally.advance()
-            tally.count("cached", int(image.embedding is not None))
+            tally.count_in_run("cached", int(image.embedding is not None))
         yield image

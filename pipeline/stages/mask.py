@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.engine.batching import equal_size_batches
 from pipeline.engine.cache import BlobCache
 from pipeline.engine.parallel import Workers
 from pipeline.engine.progress import Tally
@@ -174,11 +174,13 @@ class MaskMaker:
             if (mask_png := self._cache.get(key)) is not None
         }
         unknown = {key: image for key, image in images.items() if key not in known}
-        tally.count("masked", len(unknown))
-        tally.count("cached", len(photos) - len(unknown))
+        tally.count_in_run("masked", len(unknown))
+        tally.count_in_run("cached", len(photos) - len(unknown))
         # While the network sees a batch, the workers refine the masks of the one before.
         files = {}
-        for batch in _equal_size_batches(unknown, self._params.batch_size):
+        for batch in equal_size_batches(
+            unknown, self._params.batch_size, size_of=lambda key: unknown[key].size
+        ):
             coarse = coarse_masks([unknown[key] for key in batch], source=self._source)
             for key, mask in zip(batch, coarse, strict=True):
                 files[key] = self._workers.submit(self._file, (unknown[key], mask))
@@ -223,16 +225,6 @@ def _readable(
             yield photo
         else:
             tally.skip(image_name(row), str(photo))
-
-
-def _equal_size_batches(images: dict[str, Image.Image], batch_size: int) -> Iterator[list[str]]:
-    """Keys of images in batches whose members have the same size."""
-    keys_of_size: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for key, image in images.items():
-        keys_of_size[image.size].append(key)
-    for keys in keys_of_size.values():
-        for start in range(0, len(keys), batch_size):
-            yield keys[start : start + batch_size]
 
 
 def _sample(photo: Photo, mask_png: bytes) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any, TextIO
 import numpy as np
 from PIL import Image
 
+from pipeline.engine.batching import batches
 from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
-from pipeline.engine.shard_run import batches
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, replace_dir
 from pipeline.formats.images import ImageError, load_image

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from hashlib import sha256
@@ -14,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.engine.batching import equal_size_batches, slices
 from pipeline.engine.cache import BlobCache
 from pipeline.engine.parallel import Workers
 from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
-from pipeline.engine.shard_run import Executor, Job, run_job, slices
+from pipeline.engine.shard_run import Executor, Job, run_job
 from pipeline.errors import PipelineError
 from pipeline.formats.dense_labels import CONFIDENCE, LABEL
 from pipeline.formats.images import encode_label, encode_png, load_image
@@ -134,7 +134,7 @@ class LabelMaker:
         """Label and confidence of each image, packed."""
         keys = [sha256(jpeg).hexdigest() for jpeg in jpegs]
         known = {key: blob for key in keys if (blob := self._cache.get(key)) is not None}
-        tally.count("cached", sum(key in known for key in keys))
+        tally.count_in_run("cached", sum(key in known for key in keys))
         new = self._compute(
             {key: jpeg for key, jpeg in zip(keys, jpegs, strict=True) if key not in known}
         )
@@ -145,20 +145,19 @@ class LabelMaker:
         return [blobs[key] for key in keys]
 
     def _compute(self, jpegs: dict[str, bytes]) -> dict[str, bytes]:
-        by_size: dict[tuple[int, int], list[tuple[str, Image.Image]]] = defaultdict(list)
-        images = self._workers.map(load_image, jpegs.values(), ahead=len(jpegs))
-        for key, image in zip(jpegs, images, strict=True):
-            by_size[image.size].append((key, image))
+        decoded = self._workers.map(load_image, jpegs.values(), ahead=len(jpegs))
+        images = dict(zip(jpegs, decoded, strict=True))
         # While the network sees a batch, the workers encode the labels of the one before.
         blobs = {}
-        for group in by_size.values():
-            for batch in slices(group, self._batch_size):
-                pixels = torch.stack([_to_tensor(image) for _, image in batch])
-                with self._runtime.autocast():
-                    labels, confidence = self._labeller.label(pixels.to(self._runtime.device))
-                maps = zip(labels.cpu().numpy(), confidence.cpu().numpy(), strict=True)
-                for (key, _), pair in zip(batch, maps, strict=True):
-                    blobs[key] = self._workers.submit(self._encode, pair)
+        for batch in equal_size_batches(
+            images, self._batch_size, size_of=lambda key: images[key].size
+        ):
+            pixels = torch.stack([_to_tensor(images[key]) for key in batch])
+            with self._runtime.autocast():
+                labels, confidence = self._labeller.label(pixels.to(self._runtime.device))
+            maps = zip(labels.cpu().numpy(), confidence.cpu().numpy(), strict=True)
+            for key, pair in zip(batch, maps, strict=True):
+                blobs[key] = self._workers.submit(self._encode, pair)
         return {key: blob.result() for key, blob in blobs.items()}
 
     def _encode(self, maps: tuple[np.ndarray, np.ndarray]) -> bytes:

@@ -142,7 +142,7 @@ def _index(
     for key, reason in index.skipped:
         stage_run.skip(key, reason)
     stage_run.advance(index.num_images)
-    stage_run.count("ivf_built", int(is_new))
+    stage_run.count_in_run("ivf_built", int(is_new))
     return index
 
 

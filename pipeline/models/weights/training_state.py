@@ -106,6 +106,19 @@ def restore(state: TrainingState, model: nn.Module, optimizer: Optimizer) -> Non
         torch.cuda.set_rng_state(state.tensors[CUDA_GENERATOR])
 
 
+def resume(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
+    """Restore what `save_state` wrote, if there is any; the number of finished iterations.
+
+    Raises:
+        PipelineError: the file is damaged or of another network.
+    """
+    state = read_state(path)
+    if state is None:
+        return 0
+    restore(state, model, optimizer)
+    return state.step
+
+
 def _below(state: TrainingState, prefix: str) -> dict[str, Tensor]:
     """The tensors whose name starts with `prefix`, by the rest of it."""
     return {
