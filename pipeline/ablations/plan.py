@@ -33,7 +33,7 @@ class Step:
         params: What it sets, by dotted key.
         overrides: Those of them, and of the ones set for all variants, that params.yaml has
             otherwise.
-        experiment: Name of its DVC experiment: equal names mean equal overrides.
+        experiment: Name of its DVC experiment: equal names mean equal overrides of equal data.
     """
 
     label: str
@@ -55,7 +55,13 @@ class Step:
 
 
 def plan(
-    name: str, ablation: Ablation, params: Params, *, bench: str, for_all: Settings | None = None
+    name: str,
+    ablation: Ablation,
+    params: Params,
+    *,
+    bench: str,
+    for_all: Settings | None = None,
+    data: str = "",
 ) -> list[Step]:
     """The variants of an ablation as experiments on these params.
 
@@ -66,6 +72,7 @@ def plan(
         params: What params.yaml says.
         bench: Name of the benchmark that is scored.
         for_all: Params set for every variant; a variant's own settings go before them.
+        data: What the data are, for the names of experiments.
 
     Raises:
         PipelineError: the benchmark is not in the params, the ablation has no variant for the
@@ -77,7 +84,7 @@ def plan(
     variants = ablation.variants_for(demo=bool(params.worlds))
     if not variants:
         raise PipelineError(f"ablation {name}: {' '.join(ablation.carries_over.split())}")
-    return [_step(name, variant, params, bench, for_all or {}) for variant in variants]
+    return [_step(name, variant, params, for_all or {}, (bench, data)) for variant in variants]
 
 
 def parse_settings(words: Sequence[str]) -> Settings:
@@ -118,7 +125,11 @@ def override_literal(value: Any) -> str:
 
 
 def _step(
-    name: str, variant: Variant, params: Params, bench: str, for_all: Mapping[str, Any]
+    name: str,
+    variant: Variant,
+    params: Params,
+    for_all: Mapping[str, Any],
+    scored: tuple[str, str],
 ) -> Step:
     wanted = {**for_all, **variant.params}
     before = params.model_dump(mode="json")
@@ -131,7 +142,7 @@ def _step(
         key: value for key, value in wanted.items() if value_at(after, key) != value_at(before, key)
     }
     slug = re.sub(r"[^a-z0-9]+", "-", variant.label.lower()).strip("-")
-    identity = digest({"bench": bench, "overrides": overrides})[:DIGITS]
+    identity = digest([*scored, overrides])[:DIGITS]
     return Step(
         label=variant.label,
         params=dict(variant.params),

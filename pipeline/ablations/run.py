@@ -16,8 +16,9 @@ from pipeline.ablations.results import (
     value_at,
     write_result,
 )
-from pipeline.ablations.workspace import PARAMS, Workspace
+from pipeline.ablations.workspace import LOCK, PARAMS, Workspace
 from pipeline.errors import PipelineError
+from pipeline.files import file_sha256
 from pipeline.params.reading import read_params
 from pipeline.params.sections import Params
 
@@ -34,8 +35,8 @@ def run(
 ) -> None:
     """Run every variant of an ablation and write `reports/ablations/NAME.json`.
 
-    A variant whose experiment was run from the last commit is not run again; what other
-    experiments have computed comes out of DVC's run cache. The file is written after every
+    A variant whose experiment was run from the last commit and this dvc.lock is not run again; what
+    other experiments have computed comes out of DVC's run cache. The file is written after every
     variant, so that a stopped ablation continues.
 
     Args:
@@ -113,7 +114,9 @@ def _plan(
     ablation = read_ablation(name)
     params = read_params(root / PARAMS)
     bench = bench or _first_bench(params)
-    return ablation, bench, plan(name, ablation, params, bench=bench, for_all=settings)
+    lock = root / LOCK
+    data = file_sha256(lock) if lock.is_file() else ""
+    return ablation, bench, plan(name, ablation, params, bench=bench, for_all=settings, data=data)
 
 
 def _first_bench(params: Params) -> str:

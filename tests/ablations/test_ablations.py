@@ -170,6 +170,16 @@ def test_variants_run_as_experiments_and_leave_the_workspace_as_it_was(
     assert sorted(listed) == sorted(str(variant.experiment) for variant in (saliency, denseclip))
 
 
+def test_data_that_changed_since_are_not_answered_from_old_experiments(project: Path) -> None:
+    run("temperature", root=project)
+    path = project / "reports/ablations/temperature.json"
+    before = {variant.experiment for variant in read_result(path).variants}
+    with (project / "dvc.lock").open("a") as lock:  # as `dvc repro` with other photos leaves it
+        lock.write("# other photos\n")
+    run("temperature", root=project)
+    assert not before & {variant.experiment for variant in read_result(path).variants}
+
+
 def test_ctrl_c_stops_the_stage_and_brings_the_workspace_back(project: Path) -> None:
     before = state(project)
     process = subprocess.Popen(

@@ -28,8 +28,8 @@ def test_a_finished_run_writes_its_counts_and_one_line(
         run.advance()
         run.skip("photos/broken.jpg", "truncated")
         run.skip("photos/empty.png", "zero bytes")
-        run.count("cached", 2)
-        run.count("cached")
+        run.count_in_run("cached", 2)
+        run.count_in_run("cached")
         run.count("animated")
 
     stats = read_json(stats_path)
