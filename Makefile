@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # OpenMP threads that spin while they wait slow down small networks on few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench setup lock clean
+.PHONY: demo test lint bench install setup lock clean
 
 demo: $(VENV)/.installed-demo
 	dvc repro
@@ -29,6 +29,8 @@ lint: setup
 
 bench: setup
 	python -m speed
+
+install: $(VENV)/.installed-demo
 
 setup: $(VENV)/.installed-dev
 
