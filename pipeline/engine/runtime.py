@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +16,9 @@ import torch
 from pipeline.errors import PipelineError
 
 CACHE_VARIABLE = "PIPELINE_CACHE"
+# glibc's malloc.h: options of mallopt.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+KEPT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ def make_runtime(*, device: str = "auto", seed: int = 0) -> Runtime:
         raise PipelineError("params.yaml: device: cuda, but no CUDA device was found; use auto")
     chosen = torch.device("cuda" if has_cuda and device != "cpu" else "cpu")
     amp_dtype = torch.bfloat16 if chosen.type == "cuda" else None
+    if chosen.type == "cpu":
+        _keep_freed_memory()
     return Runtime(device=chosen, amp_dtype=amp_dtype, seed=seed, cache_dir=default_cache_dir())
 
 
@@ -60,6 +67,19 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep up to `KEPT_BYTES` of freed memory for the next batch.
+
+    It hands large blocks back to the kernel at once and faults them in again, page by page: a
+    convolutional network, all of whose activations are such blocks, spends two thirds of its time
+    there. Elsewhere than on glibc nothing happens.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def default_cache_dir() -> Path:
