@@ -7,11 +7,11 @@ folder or none.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fsspec.callbacks import TqdmCallback
 from tqdm import tqdm
 
 from pipeline.errors import PipelineError
@@ -19,7 +19,6 @@ from pipeline.files import Location, atomic_path, digest, read_json, write_json
 from pipeline.formats.shards import MANIFEST, check_replaceable
 
 NOTE = ".fetched.json"
-COPY_BYTES = 1 << 20
 VERSION_FIELDS = ("size", "ETag", "etag", "md5Hash", "LastModified", "mtime", "updated")
 
 
@@ -62,7 +61,7 @@ def publishing(location: Location, cache_dir: Path) -> Iterator[Path]:
     made = _local(location, cache_dir, "made")
     yield made
     if made.is_file():
-        _copy(made, location)
+        location.fs.put_file(str(made), location.path)
     else:
         _send_folder(made, location)
 
@@ -81,13 +80,9 @@ def _check_target(location: Location) -> None:
         names = [path.relative_to(location).as_posix() for path in _files_below(location)]
         check_replaceable(location, names)
     probe = location.parent / f".{location.name}.probe"
-    _make_parent(probe)
+    probe.parent.mkdir(parents=True, exist_ok=True)
     probe.write_bytes(b"")
     probe.unlink()
-
-
-def _make_parent(location: Location) -> None:
-    location.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _fetch_files(files: dict[str, Location], folder: Path) -> None:
@@ -101,7 +96,7 @@ def _fetch_files(files: dict[str, Location], folder: Path) -> None:
             path.unlink()
     for name in tqdm([n for n in files if n not in kept], desc="fetch", unit="file", leave=False):
         with atomic_path(folder / name) as temporary:
-            _copy(files[name], temporary)
+            files[name].fs.get_file(files[name].path, str(temporary))
         note[name] = marks[name]
         write_json(note_path, note)
 
@@ -110,20 +105,21 @@ def _send_folder(folder: Path, location: Location) -> None:
     """Send the files of a folder, the manifest last, and remove all others there."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     (location / MANIFEST).unlink(missing_ok=True)
-    others = [name for name in names if name != MANIFEST]
-    for name in tqdm(others, desc="send", unit="file", leave=False):
-        _copy(folder / name, location / name)
+    _send(folder, location, [name for name in names if name != MANIFEST])
     for path in list(_files_below(location)):
         if path.relative_to(location).as_posix() not in names:
             path.unlink()
     if MANIFEST in names:
-        _copy(folder / MANIFEST, location / MANIFEST)
+        location.fs.put_file(str(folder / MANIFEST), (location / MANIFEST).path)
 
 
-def _copy(source: Location, target: Location) -> None:
-    _make_parent(target)
-    with source.open("rb") as read, target.open("wb") as written:
-        shutil.copyfileobj(read, written, COPY_BYTES)
+def _send(folder: Path, location: Location, names: list[str]) -> None:
+    """Send files by their names below `folder`, several at a time where the store can."""
+    for parent in {(location / name).parent for name in names}:
+        parent.mkdir(parents=True, exist_ok=True)
+    with TqdmCallback({"desc": "send", "unit": "file", "leave": False}) as bar:
+        sources = [str(folder / name) for name in names]
+        location.fs.put(sources, [(location / name).path for name in names], callback=bar)
 
 
 def _files_below(location: Location) -> Iterator[Location]:
