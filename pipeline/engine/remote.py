@@ -35,7 +35,7 @@ def fetch(location: Location, cache_dir: Path) -> Path:
     """
     if isinstance(location, Path):
         return location
-    copy = _local(location, cache_dir, "fetched")
+    copy = _local_path(location, cache_dir, "fetched")
     if location.is_file():
         _fetch_files({copy.name: location}, copy.parent)
         return copy
@@ -58,7 +58,7 @@ def publishing(location: Location, cache_dir: Path) -> Iterator[Path]:
         yield location
         return
     _check_target(location)
-    made = _local(location, cache_dir, "made")
+    made = _local_path(location, cache_dir, "made")
     yield made
     if made.is_file():
         location.fs.put_file(str(made), location.path)
@@ -66,7 +66,7 @@ def publishing(location: Location, cache_dir: Path) -> Iterator[Path]:
         _send_folder(made, location)
 
 
-def _local(location: Location, cache_dir: Path, purpose: str) -> Path:
+def _local_path(location: Location, cache_dir: Path, purpose: str) -> Path:
     """A place for what lies at a URL; what is made never touches what others read."""
     folder = cache_dir / "remote" / digest(str(location))[:32]
     if not (folder / "settings.json").exists():
@@ -89,15 +89,15 @@ def _fetch_files(files: dict[str, Location], folder: Path) -> None:
     """Bring files by their names below `folder`, and remove what else is there."""
     note_path = folder / NOTE
     note = read_json(note_path) if note_path.is_file() else {}
-    marks = {name: _mark(path) for name, path in files.items()}
-    kept = {n for n in files if note.get(n) == marks[n] and (folder / n).is_file()}
+    versions = {name: _version(path) for name, path in files.items()}
+    kept = {n for n in files if note.get(n) == versions[n] and (folder / n).is_file()}
     for path in list(folder.rglob("*")):
         if path.is_file() and path.relative_to(folder).as_posix() not in (*kept, NOTE):
             path.unlink()
     for name in tqdm([n for n in files if n not in kept], desc="fetch", unit="file", leave=False):
         with atomic_path(folder / name) as temporary:
             files[name].fs.get_file(files[name].path, str(temporary))
-        note[name] = marks[name]
+        note[name] = versions[name]
         write_json(note_path, note)
 
 
@@ -123,10 +123,11 @@ def _send(folder: Path, location: Location, names: list[str]) -> None:
 
 
 def _files_below(location: Location) -> Iterator[Location]:
+    """All files of a folder and of the folders in it."""
     return (path for path in location.rglob("*") if path.is_file())
 
 
-def _mark(path: Location) -> str:
+def _version(path: Location) -> str:
     """What tells versions of a file apart without reading it: its size, its time, its checksum."""
     info = path.fs.info(path.path)
     return " ".join(str(info.get(name)) for name in VERSION_FIELDS)
