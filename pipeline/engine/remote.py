@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fsspec.callbacks import TqdmCallback
 from tqdm import tqdm
 
 from pipeline.errors import PipelineError
@@ -19,6 +18,7 @@ from pipeline.files import Location, atomic_path, digest, read_json, write_json
 from pipeline.formats.shards import MANIFEST, check_replaceable
 
 NOTE = ".fetched.json"
+SENT_AT_ONCE = 4  # files; a store may hold each of them in memory
 VERSION_FIELDS = ("size", "ETag", "etag", "md5Hash", "LastModified", "mtime", "updated")
 
 
@@ -110,16 +110,19 @@ def _send_folder(folder: Path, location: Location) -> None:
         if path.relative_to(location).as_posix() not in names:
             path.unlink()
     if MANIFEST in names:
-        location.fs.put_file(str(folder / MANIFEST), (location / MANIFEST).path)
+        _send(folder, location, [MANIFEST])
 
 
 def _send(folder: Path, location: Location, names: list[str]) -> None:
     """Send files by their names below `folder`, several at a time where the store can."""
     for parent in {(location / name).parent for name in names}:
         parent.mkdir(parents=True, exist_ok=True)
-    with TqdmCallback({"desc": "send", "unit": "file", "leave": False}) as bar:
-        sources = [str(folder / name) for name in names]
-        location.fs.put(sources, [(location / name).path for name in names], callback=bar)
+    with tqdm(total=len(names), desc="send", unit="file", leave=False) as bar:
+        for start in range(0, len(names), SENT_AT_ONCE):
+            batch = names[start : start + SENT_AT_ONCE]
+            sources = [str(folder / name) for name in batch]
+            location.fs.put(sources, [(location / name).path for name in batch])
+            bar.update(len(batch))
 
 
 def _files_below(location: Location) -> Iterator[Location]:
