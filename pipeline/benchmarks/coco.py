@@ -245,19 +245,19 @@ class CocoBenchmark:
         for coco_id, image in images.items():
             ids[image.image_id] = ids[PurePosixPath(image.file_name).name] = coco_id
         selected: dict[int, _Image] = {}
-        strangers: list[str] = []
+        unknown: list[str] = []
         for line in read_lines(list_path, "one image file name a line"):
             name = PurePosixPath(line).name
             if name not in ids:
-                strangers.append(line)
+                unknown.append(line)
             elif ids[name] in selected:
                 raise PipelineError(f"{list_path}: image {line} is listed twice")
             else:
                 selected[ids[name]] = images[ids[name]]
-        if strangers:
+        if unknown:
             raise PipelineError(
-                f"{list_path}: {len(strangers)} images are not among those scored of "
-                f"{self._json_path}, for example {strangers[0]}"
+                f"{list_path}: {len(unknown)} images are not among those scored of "
+                f"{self._json_path}, for example {unknown[0]}"
             )
         return selected
 

@@ -62,12 +62,12 @@ class PublishedTable(Section):
     def _check_columns(self) -> Self:
         rows: list[PublishedRow | OurRow] = [*self.rows, *self.ours]
         for row in rows:
-            if strangers := row.values.keys() - self.columns.keys():
-                raise ValueError(f"row {row.model!r}: {min(strangers)!r} is no column of {self.id}")
+            if unknown := row.values.keys() - self.columns.keys():
+                raise ValueError(f"row {row.model!r}: {min(unknown)!r} is no column of {self.id}")
         return self
 
 
-class Published(Section):
+class PublishedResults(Section):
     """All tables."""
 
     tables: list[PublishedTable]
@@ -106,7 +106,7 @@ def read_published(path: Path, metrics_dir: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     files = [_read_file(file) for file in sorted(metrics_dir.glob("*.json"))]
-    tables = read_section(path, Published).tables
+    tables = read_section(path, PublishedResults).tables
     return {table.id: _table(table, files) for table in tables}
 
 
