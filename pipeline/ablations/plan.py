@@ -29,11 +29,11 @@ class Step:
     """One variant of an ablation.
 
     Attributes:
-        label: Its name in tables.
-        params: What it sets, by dotted key.
-        overrides: Those of them, and of the ones set for all variants, that params.yaml has
+        label: its name in tables.
+        params: what it sets, by dotted key.
+        overrides: those of them, and of the ones set for all variants, that params.yaml has
             otherwise.
-        experiment: Name of its DVC experiment: equal names mean equal overrides.
+        experiment: name of its DVC experiment: equal names mean equal overrides.
     """
 
     label: str
@@ -60,12 +60,12 @@ def plan(
     """The variants of an ablation as experiments on these params.
 
     Args:
-        name: The ablation's name.
-        ablation: Its definition; the variants of the embedded default where the params draw a
+        name: the ablation's name.
+        ablation: its definition; the variants of the embedded default where the params draw a
             world.
-        params: What params.yaml says.
-        bench: Name of the benchmark that is scored.
-        for_all: Params set for every variant; a variant's own settings go before them.
+        params: what params.yaml says.
+        bench: name of the benchmark that is scored.
+        for_all: params set for every variant; a variant's own settings go before them.
 
     Raises:
         PipelineError: the benchmark is not in the params, the ablation has no variant for the

@@ -30,12 +30,12 @@ class OurRow(Section):
     """Where a row of this project comes from.
 
     Attributes:
-        model: Name of the row.
-        backbone: Its encoder.
-        metrics: Pattern of a metrics file's name; `{column}` stands for the column.
-        images: Number of images that must have been scored.
-        protocol: Lines that the file's protocol must have, with one value or one of several.
-        values: Column -> key in the file, dots reach into it.
+        model: name of the row.
+        backbone: its encoder.
+        metrics: pattern of a metrics file's name; `{column}` stands for the column.
+        images: number of images that must have been scored.
+        protocol: lines that the file's protocol must have, with one value or one of several.
+        values: column -> key in the file, dots reach into it.
     """
 
     model: str = "this project"

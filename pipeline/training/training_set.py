@@ -66,8 +66,8 @@ class PackedMask(NamedTuple):
 
     Attributes:
         shape: (H, W).
-        box: The smallest one around the mask.
-        bits: What is in it, compressed.
+        box: the smallest one around the mask.
+        bits: what is in it, compressed.
     """
 
     shape: tuple[int, ...]
@@ -113,9 +113,9 @@ class Archives:
         mask_bytes: packed pseudo-masks kept in memory.
 
     Attributes:
-        objects: Label id -> indices of its samples that show an object; no archive is empty.
-        negatives: Indices of the samples of archive 0.
-        num_empty: Samples left out, for want of an object in their pseudo-mask.
+        objects: label id -> indices of its samples that show an object; no archive is empty.
+        negatives: indices of the samples of archive 0.
+        num_empty: samples left out, for want of an object in their pseudo-mask.
 
     Raises:
         PipelineError: shards are missing or damaged, belong to other categories or images, or no
@@ -279,10 +279,10 @@ class TrainingSet(Dataset[Composed]):
     """Composed training images; number i is a pure function of the seed and i.
 
     Args:
-        archives: Where the samples come from.
-        composition: How they are put together.
-        seed: Seed of all draws.
-        length: Number of training images.
+        archives: where the samples come from.
+        composition: how they are put together.
+        seed: seed of all draws.
+        length: number of training images.
 
     Raises:
         PipelineError: negatives are wanted as canvas and there are none.
