@@ -93,7 +93,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     file and the folders made for it are removed, and `path` keeps what it had.
     """
     path = Path(path)
-    with _parents_of(path):
+    with _making_parents(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
         temporary = Path(name)
@@ -110,14 +110,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
 @contextmanager
 def replace_dir(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`, swapped in once the block succeeds."""
-    path = _behind_link(path)
-    with _parents_of(path):
+    path = _link_target(path)
+    with _making_parents(path):
         _remove_abandoned(path)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
         try:
             yield temporary
             temporary.chmod(0o777 & ~_umask())
-            _swap_in(temporary, path)
+            _move_over(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -133,47 +133,47 @@ def resumable_dir(path: Path, key: str) -> Iterator[Path]:
         path: the folder that is made.
         key: digest of all that its content depends on.
     """
-    path = _behind_link(path)
+    path = _link_target(path)
     temporary = path.with_name(f".{path.name}.{key[:KEY_DIGITS]}.part")
-    with _parents_of(path):
-        for retired in _left_beside(path, f"[0-9a-f]{{{KEY_DIGITS}}}\\.old"):
+    with _making_parents(path):
+        for retired in _leftovers(path, f"[0-9a-f]{{{KEY_DIGITS}}}\\.old"):
             if path.exists():
                 shutil.rmtree(retired)
             else:  # killed between two moves
                 retired.replace(path)
-        for other in _left_beside(path, f"[0-9a-f]{{{KEY_DIGITS}}}\\.part"):
+        for other in _leftovers(path, f"[0-9a-f]{{{KEY_DIGITS}}}\\.part"):
             if other != temporary:
                 shutil.rmtree(other)
         temporary.mkdir(exist_ok=True)
         try:
             yield temporary
-            _swap_in(temporary, path)
+            _move_over(temporary, path)
         finally:
             with suppress(OSError):  # not empty, or moved
                 temporary.rmdir()
 
 
-def _behind_link(path: Path) -> Path:
-    """Where a folder is to be put so that a link to it stays a link."""
+def _link_target(path: Path) -> Path:
+    """The folder that a link leads to, so that the link stays one; any other path as it is."""
     return Path(path).resolve() if Path(path).is_symlink() else Path(path)
 
 
 def _remove_abandoned(path: Path) -> None:
     """Remove what killed runs have left beside `path`; a fresh folder may be another run's."""
-    for folder in _left_beside(path, r"\w{8}\.(tmp|old)"):
+    for folder in _leftovers(path, r"\w{8}\.(tmp|old)"):
         with suppress(FileNotFoundError):
             if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
                 shutil.rmtree(folder)
 
 
-def _left_beside(path: Path, pattern: str) -> list[Path]:
+def _leftovers(path: Path, pattern: str) -> list[Path]:
     """The temporary folders of exactly this name, of which the end matches a pattern."""
     name = re.compile(rf"\.{re.escape(path.name)}\.{pattern}")
     return [left for left in path.parent.iterdir() if name.fullmatch(left.name) and left.is_dir()]
 
 
-def _swap_in(temporary: Path, path: Path) -> None:
-    """Put a folder in the place of another one, which is removed."""
+def _move_over(temporary: Path, path: Path) -> None:
+    """Move a folder to `path`; one that is there is removed."""
     retired = temporary.with_suffix(".old")
     if path.is_dir():
         path.replace(retired)
@@ -225,7 +225,7 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     folder = next(parent for parent in path.parents if parent.exists())
-    with _named_after(path), tempfile.TemporaryFile(dir=folder, prefix=f".{path.name}."):
+    with _naming_in_errors(path), tempfile.TemporaryFile(dir=folder, prefix=f".{path.name}."):
         pass
 
 
@@ -237,7 +237,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to `path` atomically; NaN and infinities become null."""
-    text = json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_without_nan(value), indent=1, ensure_ascii=False, allow_nan=False)
     write_bytes(path, f"{text}\n".encode())
 
 
@@ -267,11 +267,11 @@ def digest(value: Any) -> str:
 
 
 @contextmanager
-def _parents_of(path: Path) -> Iterator[None]:
+def _making_parents(path: Path) -> Iterator[None]:
     """Make the folders above `path`; if the block fails, remove those that are still empty."""
     missing = [folder for folder in path.parents if not folder.exists()]
     try:
-        with _named_after(path):
+        with _naming_in_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield
     except BaseException:
@@ -282,7 +282,7 @@ def _parents_of(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _named_after(path: Path) -> Iterator[None]:
+def _naming_in_errors(path: Path) -> Iterator[None]:
     """Put `path` into an OSError about its temporary file, or about a full disk and no file."""
     try:
         yield
@@ -300,17 +300,19 @@ def _holder(lock_path: Path) -> str:
     return "process unknown"
 
 
-def _finite(value: Any) -> Any:
+def _without_nan(value: Any) -> Any:
+    """The value with None for every NaN and infinity in it."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_without_nan(item) for item in value]
     return value
 
 
 def _umask() -> int:
+    """The permissions that new files are to lack; they can be read by setting them only."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

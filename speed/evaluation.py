@@ -19,7 +19,7 @@ from pipeline.engine.shard_run import Job, run_job
 from pipeline.formats.images import load_image
 from pipeline.formats.labels import LABEL_TYPE
 from pipeline.formats.predictions import SHARD_SIZE, PredictionStore
-from pipeline.inference.bench import BenchRun, NetworkPredictor, PredictionMaker, queries_of
+from pipeline.inference.bench import BenchRun, NetworkPredictor, PredictionMaker, images_to_predict
 from pipeline.inference.inputs import to_tensor
 from pipeline.inference.segmenter import Segmenter
 from pipeline.methods.dense import DenseClipParams
@@ -120,7 +120,7 @@ def _evaluate(folder: Path, segmenter: Segmenter, benchmark: Benchmark) -> Evalu
     predictor = NetworkPredictor(segmenter, baseline=None, checkpoint_dir=folder / "zutis")
     job = Job(
         "predict_bench",
-        queries_of(benchmark),
+        images_to_predict(benchmark),
         shard_size=SHARD_SIZE,
         load=partial(PredictionMaker, run, predictor=predictor),
     )

@@ -140,8 +140,8 @@ def _prepare(folder: Path, quick: bool) -> Pair:
             similarities = ours[category]
             assert len(similarities) == len(names) == k, f"{category}: {len(similarities)} images"
             least = min(similarities.values())
-            strangers = [name for name in similarities if name not in set(names)]
-            assert all(similarities[name] <= least + TIE for name in strangers), category
+            others = [name for name in similarities if name not in set(names)]
+            assert all(similarities[name] <= least + TIE for name in others), category
             ranked = [similarities[name] for name in names if name in similarities]
             assert np.all(np.diff(ranked) <= TIE), f"{category}: another order"
         return f"same images in the same order, but for similarities closer than {TIE:.0e}"

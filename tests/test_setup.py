@@ -34,6 +34,18 @@ def test_the_lock_holds_a_version_that_is_allowed(requirement: Requirement) -> N
         assert requirement.specifier.contains(LOCK[canonicalize_name(requirement.name)])
 
 
+def test_every_dependency_has_a_lower_bound() -> None:
+    """Without one, a resolver answers a conflict with a release of years ago."""
+    texts = [*PROJECT["dependencies"], *(text for extra in EXTRAS.values() for text in extra)]
+    unbound = [
+        text
+        for text in texts
+        if Requirement(text).name != PROJECT["name"]
+        and ">=" not in str(Requirement(text).specifier)
+    ]
+    assert not unbound
+
+
 def test_the_lock_holds_names_and_versions_only() -> None:
     for line in LINES:
         assert re.fullmatch(r"#.*|[a-z0-9-]+==[\w.]+", line), line

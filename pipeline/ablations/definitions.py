@@ -29,13 +29,13 @@ class Ablation(Section):
     """What one ablation varies.
 
     Attributes:
-        description: One line.
-        metrics: Keys of a metrics file (dots reach into it) and their headings.
-        tables: Ids of the papers' tables in `reports/published.yaml`, if they have any.
-        variants: What the papers vary.
-        demo_variants: What stands for it where params.yaml draws a world; none: the same variants,
+        description: one line.
+        metrics: keys of a metrics file (dots reach into it) and their headings.
+        tables: ids of the papers' tables in `reports/published.yaml`, if they have any.
+        variants: what the papers vary.
+        demo_variants: what stands for it where params.yaml draws a world; none: the same variants,
             empty: the embedded default has nothing to vary.
-        carries_over: What of the embedded default's result carries over to photos, and what not.
+        carries_over: what of the embedded default's result carries over to photos, and what not.
     """
 
     description: Annotated[str, Field(pattern=r"\S")]

@@ -29,11 +29,11 @@ class Step:
     """One variant of an ablation.
 
     Attributes:
-        label: Its name in tables.
-        params: What it sets, by dotted key.
-        overrides: Those of them, and of the ones set for all variants, that params.yaml has
+        label: its name in tables.
+        params: what it sets, by dotted key.
+        overrides: those of them, and of the ones set for all variants, that params.yaml has
             otherwise.
-        experiment: Name of its DVC experiment: equal names mean equal overrides of equal data.
+        experiment: name of its DVC experiment: equal names mean equal overrides of equal data.
     """
 
     label: str
@@ -66,13 +66,13 @@ def plan(
     """The variants of an ablation as experiments on these params.
 
     Args:
-        name: The ablation's name.
-        ablation: Its definition; the variants of the embedded default where the params draw a
+        name: the ablation's name.
+        ablation: its definition; the variants of the embedded default where the params draw a
             world.
-        params: What params.yaml says.
-        bench: Name of the benchmark that is scored.
-        for_all: Params set for every variant; a variant's own settings go before them.
-        data: What the data are, for the names of experiments.
+        params: what params.yaml says.
+        bench: name of the benchmark that is scored.
+        for_all: params set for every variant; a variant's own settings go before them.
+        data: what the data are, for the names of experiments.
 
     Raises:
         PipelineError: the benchmark is not in the params, the ablation has no variant for the

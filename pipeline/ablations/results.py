@@ -18,11 +18,11 @@ class VariantResult(Section):
     """What one variant gave.
 
     Attributes:
-        label: Its name in tables.
-        params: What it sets, by dotted key.
-        experiment: Name of its DVC experiment; none before it has run, or where it failed.
-        encoder: The trained encoder, as the metrics file's protocol has it.
-        metrics: Scores by key; one that the metrics file lacks is none.
+        label: its name in tables.
+        params: what it sets, by dotted key.
+        experiment: name of its DVC experiment; none before it has run, or where it failed.
+        encoder: the trained encoder, as the metrics file's protocol has it.
+        metrics: scores by key; one that the metrics file lacks is none.
     """
 
     label: str

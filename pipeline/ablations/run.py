@@ -40,10 +40,10 @@ def run(
     variant, so that a stopped ablation continues.
 
     Args:
-        name: The ablation.
-        root: Folder of dvc.yaml and params.yaml.
-        bench: The benchmark that is scored; the first one of params.yaml without it.
-        settings: Params set for all variants.
+        name: the ablation.
+        root: folder of dvc.yaml and params.yaml.
+        bench: the benchmark that is scored; the first one of params.yaml without it.
+        settings: params set for all variants.
 
     Raises:
         PipelineError: as for `plan` and `Workspace.check`, or a variant failed (after the others

@@ -27,9 +27,9 @@ class Workspace:
     """A project folder in which experiments run, each from the state of the last commit.
 
     Args:
-        root: Folder of dvc.yaml.
-        metrics: The metrics file, relative to it, that experiments are run for.
-        log_path: Where DVC's output goes.
+        root: folder of dvc.yaml.
+        metrics: the metrics file, relative to it, that experiments are run for.
+        log_path: where DVC's output goes.
     """
 
     def __init__(self, root: Path, *, metrics: str, log_path: Path) -> None:

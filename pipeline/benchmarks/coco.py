@@ -27,6 +27,10 @@ from pipeline.benchmarks.lists import check_folder, read_lines
 from pipeline.errors import PipelineError, listing
 from pipeline.formats.labels import LABEL_TYPE, LabelMap
 
+MAX_DEPTH = 64  # brackets within brackets; COCO has 5
+MAX_KEY_LENGTH = 1000
+BUFFER_BYTES = 4096  # of JSON, whose paths are in memory together
+BRACKETS = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
 MIN_POLYGON = 6  # numbers: three points
 LISTED_NAMES = 20
 
@@ -150,6 +154,7 @@ class CocoBenchmark:
         check_folder(self.root, "a benchmark in COCO's layout")
         self._json_path = self.root / annotations.replace("{split}", split)
         self._image_dir = self.root / images.replace("{split}", split)
+        _check_paths(self._json_path)
         known, label_ids = self._read_images_and_categories()
         scored = known
         if image_list:
@@ -240,19 +245,19 @@ class CocoBenchmark:
         for coco_id, image in images.items():
             ids[image.image_id] = ids[PurePosixPath(image.file_name).name] = coco_id
         selected: dict[int, _Image] = {}
-        strangers: list[str] = []
+        unknown: list[str] = []
         for line in read_lines(list_path, "one image file name a line"):
             name = PurePosixPath(line).name
             if name not in ids:
-                strangers.append(line)
+                unknown.append(line)
             elif ids[name] in selected:
                 raise PipelineError(f"{list_path}: image {line} is listed twice")
             else:
                 selected[ids[name]] = images[ids[name]]
-        if strangers:
+        if unknown:
             raise PipelineError(
-                f"{list_path}: {len(strangers)} images are not among those scored of "
-                f"{self._json_path}, for example {strangers[0]}"
+                f"{list_path}: {len(unknown)} images are not among those scored of "
+                f"{self._json_path}, for example {unknown[0]}"
             )
         return selected
 
@@ -277,6 +282,31 @@ class CocoBenchmark:
             )
 
 
+def _check_paths(path: Path) -> None:
+    """Refuse a JSON file of deep brackets or long keys.
+
+    `ijson` keeps for each place in it the path there, and for all of a buffer at once: 100,000
+    brackets took 21 GB.
+
+    Raises:
+        PipelineError: no such file, not JSON, or beyond `MAX_DEPTH` or `MAX_KEY_LENGTH`.
+    """
+    depth = 0
+    with _open_json(path) as file:
+        for event, value in ijson.basic_parse(file, use_float=True):  # no paths yet
+            depth += BRACKETS.get(event, 0)
+            if depth > MAX_DEPTH:
+                problem = f"brackets are nested more than {MAX_DEPTH} deep"
+            elif event == "map_key" and len(value) > MAX_KEY_LENGTH:
+                problem = f"a key has {len(value)} characters, at most {MAX_KEY_LENGTH} are read"
+            else:
+                continue
+            raise PipelineError(
+                f"{path}: {problem}; expected COCO's instance annotations: if the file is damaged, "
+                "download it again"
+            )
+
+
 def _elements(path: Path, key: str) -> Iterator[Any]:
     """The elements of an array of a JSON object, of which memory holds one at a time.
 
@@ -290,7 +320,8 @@ def _elements(path: Path, key: str) -> Iterator[Any]:
             yield element
     if is_empty:
         with _open_json(path) as file:
-            events = (event for prefix, event, _ in ijson.parse(file) if prefix == key)
+            parsed = ijson.parse(file, buf_size=BUFFER_BYTES)
+            events = (event for prefix, event, _ in parsed if prefix == key)
             if next(events, None) != "start_array":
                 raise PipelineError(
                     f"{path}: {key!r} is missing, or is not an array; expected COCO's instance "

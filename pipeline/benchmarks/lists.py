@@ -78,11 +78,11 @@ def read_groups(
     for name, list_name in groups.items():
         path = list_path(list_name)
         read[name] = frozenset(read_ids(path))
-        strangers = sorted(read[name] - known)
-        if strangers:
+        unknown = sorted(read[name] - known)
+        if unknown:
             raise PipelineError(
-                f"{path}: group {name!r} holds {len(strangers)} images that are not in split "
-                f"{split!r}, for example {strangers[0]}"
+                f"{path}: group {name!r} holds {len(unknown)} images that are not in split "
+                f"{split!r}, for example {unknown[0]}"
             )
     return read
 

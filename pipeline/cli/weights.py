@@ -10,7 +10,7 @@ import typer
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
-    from pipeline.models.weights.zoo import Published
+    from pipeline.models.weights.zoo import PublishedWeights
 
 weights_app = typer.Typer(
     help="Published weights: CLIP, SelfMask, ZUTIS and DINO, by name. They are stored as "
@@ -100,14 +100,14 @@ def check() -> None:
     print(f"{len(cached)} in the cache, all intact")
 
 
-def _categories(entry: Published) -> list[str]:
+def _categories(entry: PublishedWeights) -> list[str]:
     """Names that the entry was trained with; empty if it knows none."""
     from pipeline.vocabulary.categories import load_category_set
 
     return load_category_set(entry.categories) if entry.categories else []
 
 
-def _report(entry: Published, path: Path) -> None:
+def _report(entry: PublishedWeights, path: Path) -> None:
     """Say where the copy is and whether its source is known to be the authors' file."""
     from pipeline.engine.runtime import default_cache_dir
     from pipeline.models.weights.acquire import is_published_file

@@ -149,7 +149,7 @@ def pretrain_clip(
     encoder = _initial_encoder(work_dir, phases[0].size, device)
     for index, phase in enumerate(phases):
         if index:
-            encoder = _grown(encoder, work_dir, phase.size, device)
+            encoder = _enlarged(encoder, work_dir, phase.size, device)
         _train_phase(encoder, phase, work_dir / f"clip-{phase.size}-state.safetensors", seed=seed)
     weights, config = out_dir / "tiny_clip.safetensors", out_dir / "tiny_clip.json"
     _save(encoder, phases[-1].size, weights, config)
@@ -262,7 +262,7 @@ def _initial_encoder(work_dir: Path, size: int, device: torch.device) -> ClipEnc
     return _through_files(clip.state_dict(), config, work_dir, device)
 
 
-def _grown(encoder: ClipEncoder, work_dir: Path, size: int, device: torch.device) -> ClipEncoder:
+def _enlarged(encoder: ClipEncoder, work_dir: Path, size: int, device: torch.device) -> ClipEncoder:
     """The same network for a larger image side: position embeddings resized."""
     state = dict(encoder.clip.state_dict())
     positions = state["visual.positional_embedding"]

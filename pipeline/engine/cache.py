@@ -233,10 +233,12 @@ def open_locked(path: Path, *, shared: bool = False) -> int | None:
 
 
 def _bytes_digest(data: bytes) -> str:
+    """The name of a chunk without suffix: what its bytes hash to."""
     return hashlib.sha256(data).hexdigest()[:32]
 
 
 def _encode_chunk(entries: dict[str, bytes]) -> bytes:
+    """The bytes of a Parquet file with these entries."""
     table = pa.table(
         {
             "key": pa.array(entries.keys(), pa.string()),

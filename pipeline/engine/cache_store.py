@@ -135,17 +135,19 @@ def _entries(kind: Path) -> Iterator[CacheEntry]:
         paths = tuple(group)
         yield _entry(kind.name, name, paths)
         for path in filter(_is_folder, paths):
-            yield from (_entry(kind.name, name, (left,), is_leftover=True) for left in _left(path))
-    for path in _left(kind):
+            for left in _leftovers(path):
+                yield _entry(kind.name, name, (left,), is_leftover=True)
+    for path in _leftovers(kind):
         yield _entry(kind.name, _stem(path), (path,), is_leftover=True)
 
 
 def _entry(
     kind: str, name: str, paths: tuple[Path, ...], *, is_leftover: bool = False
 ) -> CacheEntry:
+    """What lies at some paths of one kind, which belong together."""
     files = [file for path in paths for file in _files(path)]
-    stats = _lstats(files)
-    marks = _lstats([path / IN_USE for path in paths])
+    stats = _stats_of(files)
+    marks = _stats_of([path / IN_USE for path in paths])
     chunks = [file for file in files if CHUNK_NAME.fullmatch(file.name)]
     return CacheEntry(
         kind=kind,
@@ -153,7 +155,7 @@ def _entry(
         paths=paths,
         num_rows=sum(map(_num_rows, chunks)) if chunks else None,
         num_bytes=sum(stat.st_size for stat in stats),
-        last_used=max((stat.st_mtime for stat in marks or stats or _lstats(paths)), default=0.0),
+        last_used=max((stat.st_mtime for stat in marks or stats or _stats_of(paths)), default=0.0),
         is_marked=bool(marks),
         is_leftover=is_leftover,
         settings=_settings(paths),
@@ -175,11 +177,11 @@ def _remove(entry: CacheEntry, reason: str, *, age_s: float, dry_run: bool) -> V
     """Remove an entry unless something is at work with it."""
     if not entry.is_marked and age_s <= RECENT_S:
         return Verdict(entry, False, "written within the last hour")
-    with _out_of_use(entry.paths) as obstacle:
+    with _keeping_stages_out(entry.paths) as obstacle:
         if obstacle is not None:
             return Verdict(entry, False, obstacle)
-        set_aside = [] if dry_run else [_set_aside(path) for path in entry.paths]
-    for path in set_aside:
+        renamed = [] if dry_run else [_rename_as_leftover(path) for path in entry.paths]
+    for path in renamed:
         if _is_folder(path):
             shutil.rmtree(path)
         else:
@@ -188,7 +190,7 @@ def _remove(entry: CacheEntry, reason: str, *, age_s: float, dry_run: bool) -> V
 
 
 @contextmanager
-def _out_of_use(paths: Sequence[Path]) -> Iterator[str | None]:
+def _keeping_stages_out(paths: Sequence[Path]) -> Iterator[str | None]:
     """Keep stages from beginning to use folders in the block; yields why it cannot be had."""
     with ExitStack() as locks:
         for path in _existing([path / IN_USE for path in paths]):
@@ -204,16 +206,14 @@ def _out_of_use(paths: Sequence[Path]) -> Iterator[str | None]:
         yield None
 
 
-def _set_aside(path: Path) -> Path:
+def _rename_as_leftover(path: Path) -> Path:
     """Give a path the name of a leftover, so that it goes as a whole even if this run is killed."""
-    hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}{_suffix()}")
+    hidden = path
+    if not path.name.startswith("."):
+        hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with suppress(FileNotFoundError):  # someone was faster
         path.rename(hidden)
     return hidden
-
-
-def _suffix() -> str:
-    return f".{secrets.token_hex(4)}.tmp"
 
 
 def _settings(paths: Sequence[Path]) -> dict[str, Any]:
@@ -240,7 +240,8 @@ def _stem(path: Path) -> str:
     return path.name.removeprefix(".").partition(".")[0]
 
 
-def _left(folder: Path) -> list[Path]:
+def _leftovers(folder: Path) -> list[Path]:
+    """What killed runs have left in a folder."""
     return [path for path in _children(folder) if LEFTOVER.fullmatch(path.name)]
 
 
@@ -262,15 +263,17 @@ def _children(folder: Path) -> list[Path]:
 
 
 def _is_folder(path: Path) -> bool:
+    """Whether it is a folder, and no link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
 def _existing(paths: Sequence[Path]) -> list[Path]:
+    """Those of the paths that are files, and no links."""
     return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
-def _lstats(paths: Sequence[Path]) -> list[os.stat_result]:
-    """Of those paths that are there: another process may remove some at any time."""
+def _stats_of(paths: Sequence[Path]) -> list[os.stat_result]:
+    """Size and times of those paths that are there; others may remove some at any time."""
     stats = []
     for path in paths:
         with suppress(OSError):

@@ -81,7 +81,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
     if on_gpu:
         _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        _meet("nccl" if on_gpu else "gloo")
+        _join_group("nccl" if on_gpu else "gloo")
     except ValueError as error:
         raise PipelineError(
             f"RANK and WORLD_SIZE ({size}) are set, but {error}; start the processes with torchrun"
@@ -92,7 +92,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
     dist.destroy_process_group()
 
 
-def _meet(backend: str) -> None:
+def _join_group(backend: str) -> None:
     """Exchange addresses through the launcher's store.
 
     torchrun restarts processes with the store of the dead ones, where their addresses still lie

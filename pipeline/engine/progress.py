@@ -183,9 +183,9 @@ class StageRun(Tally):
         if self._max_error_rate is None or self._total is None:
             return
         if len(self.skipped) > max(FORGIVEN_ERRORS, self._max_error_rate * self._total):
-            raise PipelineError(self._complaint(self._max_error_rate, self._total))
+            raise PipelineError(self._too_many_skipped(self._max_error_rate, self._total))
 
-    def _complaint(self, max_error_rate: float, total: int) -> str:
+    def _too_many_skipped(self, max_error_rate: float, total: int) -> str:
         """That too many items were skipped: the reasons, most frequent first, with examples."""
         examples: dict[str, list[str]] = defaultdict(list)
         for entry in self.skipped:

@@ -163,7 +163,7 @@ def _connect() -> None:
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     address = os.environ.get(ADDRESS_VARIABLE)
     try:
-        _knock(address)
+        _check_reachable(address)
         ray.init(
             address=address or "local",
             include_dashboard=None if address else False,
@@ -175,7 +175,7 @@ def _connect() -> None:
         raise PipelineError(f"{ADDRESS_VARIABLE}={address}: no Ray cluster: {error}") from None
 
 
-def _knock(address: str | None) -> None:
+def _check_reachable(address: str | None) -> None:
     """Raise OSError soon where nobody listens; Ray itself tries for two minutes."""
     host, _, port = (address or "").rpartition(":")
     if host and port.isdigit():

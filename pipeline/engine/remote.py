@@ -7,7 +7,6 @@ folder or none.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from pipeline.files import Location, atomic_path, digest, read_json, write_json
 from pipeline.formats.shards import MANIFEST, check_replaceable
 
 NOTE = ".fetched.json"
-COPY_BYTES = 1 << 20
+SENT_AT_ONCE = 4  # files; a store may hold each of them in memory
 VERSION_FIELDS = ("size", "ETag", "etag", "md5Hash", "LastModified", "mtime", "updated")
 
 
@@ -36,7 +35,7 @@ def fetch(location: Location, cache_dir: Path) -> Path:
     """
     if isinstance(location, Path):
         return location
-    copy = _local(location, cache_dir, "fetched")
+    copy = _local_path(location, cache_dir, "fetched")
     if location.is_file():
         _fetch_files({copy.name: location}, copy.parent)
         return copy
@@ -59,15 +58,15 @@ def publishing(location: Location, cache_dir: Path) -> Iterator[Path]:
         yield location
         return
     _check_target(location)
-    made = _local(location, cache_dir, "made")
+    made = _local_path(location, cache_dir, "made")
     yield made
     if made.is_file():
-        _copy(made, location)
+        location.fs.put_file(str(made), location.path)
     else:
         _send_folder(made, location)
 
 
-def _local(location: Location, cache_dir: Path, purpose: str) -> Path:
+def _local_path(location: Location, cache_dir: Path, purpose: str) -> Path:
     """A place for what lies at a URL; what is made never touches what others read."""
     folder = cache_dir / "remote" / digest(str(location))[:32]
     if not (folder / "settings.json").exists():
@@ -81,28 +80,24 @@ def _check_target(location: Location) -> None:
         names = [path.relative_to(location).as_posix() for path in _files_below(location)]
         check_replaceable(location, names)
     probe = location.parent / f".{location.name}.probe"
-    _make_parent(probe)
+    probe.parent.mkdir(parents=True, exist_ok=True)
     probe.write_bytes(b"")
     probe.unlink()
-
-
-def _make_parent(location: Location) -> None:
-    location.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _fetch_files(files: dict[str, Location], folder: Path) -> None:
     """Bring files by their names below `folder`, and remove what else is there."""
     note_path = folder / NOTE
     note = read_json(note_path) if note_path.is_file() else {}
-    marks = {name: _mark(path) for name, path in files.items()}
-    kept = {n for n in files if note.get(n) == marks[n] and (folder / n).is_file()}
+    versions = {name: _version(path) for name, path in files.items()}
+    kept = {n for n in files if note.get(n) == versions[n] and (folder / n).is_file()}
     for path in list(folder.rglob("*")):
         if path.is_file() and path.relative_to(folder).as_posix() not in (*kept, NOTE):
             path.unlink()
     for name in tqdm([n for n in files if n not in kept], desc="fetch", unit="file", leave=False):
         with atomic_path(folder / name) as temporary:
-            _copy(files[name], temporary)
-        note[name] = marks[name]
+            files[name].fs.get_file(files[name].path, str(temporary))
+        note[name] = versions[name]
         write_json(note_path, note)
 
 
@@ -110,27 +105,32 @@ def _send_folder(folder: Path, location: Location) -> None:
     """Send the files of a folder, the manifest last, and remove all others there."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     (location / MANIFEST).unlink(missing_ok=True)
-    others = [name for name in names if name != MANIFEST]
-    for name in tqdm(others, desc="send", unit="file", leave=False):
-        _copy(folder / name, location / name)
+    _send(folder, location, [name for name in names if name != MANIFEST])
     for path in list(_files_below(location)):
         if path.relative_to(location).as_posix() not in names:
             path.unlink()
     if MANIFEST in names:
-        _copy(folder / MANIFEST, location / MANIFEST)
+        _send(folder, location, [MANIFEST])
 
 
-def _copy(source: Location, target: Location) -> None:
-    _make_parent(target)
-    with source.open("rb") as read, target.open("wb") as written:
-        shutil.copyfileobj(read, written, COPY_BYTES)
+def _send(folder: Path, location: Location, names: list[str]) -> None:
+    """Send files by their names below `folder`, several at a time where the store can."""
+    for parent in {(location / name).parent for name in names}:
+        parent.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(names), desc="send", unit="file", leave=False) as bar:
+        for start in range(0, len(names), SENT_AT_ONCE):
+            batch = names[start : start + SENT_AT_ONCE]
+            sources = [str(folder / name) for name in batch]
+            location.fs.put(sources, [(location / name).path for name in batch])
+            bar.update(len(batch))
 
 
 def _files_below(location: Location) -> Iterator[Location]:
+    """All files of a folder and of the folders in it."""
     return (path for path in location.rglob("*") if path.is_file())
 
 
-def _mark(path: Location) -> str:
+def _version(path: Location) -> str:
     """What tells versions of a file apart without reading it: its size, its time, its checksum."""
     info = path.fs.info(path.path)
     return " ".join(str(info.get(name)) for name in VERSION_FIELDS)

@@ -24,7 +24,7 @@ from pipeline.errors import PipelineError
 from pipeline.formats.images import decode_label, encode_label
 from pipeline.formats.labels import LabelMap
 from pipeline.formats.rle import RleObject
-from pipeline.formats.shards import Sample, open_samples, write_tar
+from pipeline.formats.shards import StoredSample, open_samples, write_tar
 
 SHARD_SIZE = 100  # what a killed evaluation loses at most
 KEY_DIGITS = 8
@@ -189,9 +189,9 @@ def _key(number: int) -> str:
     return f"{number:0{KEY_DIGITS}d}"
 
 
-def _to_sample(number: int, image_id: str, encoded: bytes) -> Sample:
+def _to_sample(number: int, image_id: str, encoded: bytes) -> StoredSample:
     header, _, content = encoded.partition(HEADER_END)
-    sample: Sample = {
+    sample: StoredSample = {
         "__key__": _key(number),
         "json": {"image_id": image_id, "number": number},
     }
@@ -205,7 +205,7 @@ def _to_sample(number: int, image_id: str, encoded: bytes) -> Sample:
     return sample
 
 
-def _from_sample(sample: Sample) -> StoredPrediction:
+def _from_sample(sample: StoredSample) -> StoredPrediction:
     objects = None
     if INSTANCES in sample:
         objects = [

@@ -29,7 +29,7 @@ TAR_BLOCK = 512
 MAX_OPEN = 128
 AGAIN = "run the stage that writes it again"
 
-Sample = dict[str, Any]
+StoredSample = dict[str, Any]
 
 
 class _TarHeader(tarfile.TarInfo):
@@ -148,11 +148,11 @@ def check_replaceable(folder: Any, names: Iterable[str]) -> None:
     Raises:
         PipelineError: something else is there; the message names it.
     """
-    strangers = [name for name in names if not OURS.fullmatch(name)]
-    if strangers:
+    others = [name for name in names if not OURS.fullmatch(name)]
+    if others:
         raise PipelineError(
             f"{folder}: would be replaced as a whole, but holds other things too, such as "
-            f"{strangers[0]}; give a folder of its own"
+            f"{others[0]}; give a folder of its own"
         )
 
 
@@ -170,7 +170,7 @@ def read_manifest(shard_dir: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_shards(shard_dir: Path, *, members: Iterable[str] = ()) -> Iterator[Sample]:
+def read_shards(shard_dir: Path, *, members: Iterable[str] = ()) -> Iterator[StoredSample]:
     """Yield the samples of a folder in order, each with `__key__` and the bytes of its members.
 
     Args:
@@ -220,10 +220,10 @@ class SampleStore:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> StoredSample:
         """`__key__` and the bytes of all members of one sample."""
         path, spans = self._locations[index]
-        sample: Sample = {"__key__": self.keys[index]}
+        sample: StoredSample = {"__key__": self.keys[index]}
         for name, span in spans.items():
             sample[name] = self._read(path, *span)
         return sample
@@ -277,7 +277,7 @@ def write_tar(
     return count
 
 
-def _checked_sample(sample: Mapping[str, Any], seen: set[str]) -> Sample:
+def _checked_sample(sample: Mapping[str, Any], seen: set[str]) -> StoredSample:
     key = sample["__key__"]
     if not KEY.fullmatch(key):
         raise ValueError(f"sample key {key!r} has characters other than 0-9 A-Z a-z _ -")

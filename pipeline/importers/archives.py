@@ -108,14 +108,14 @@ def _check_categories(path: Path, found: Collection[str], wanted: Collection[str
         "the file lacks": [name for name in wanted if name not in found],
         "the params lack": [name for name in found if name not in wanted],
     }
-    complaints = [
+    messages = [
         f"{what} {listing(list(map(repr, names)), LISTED_NAMES)}"
         for what, names in differences.items()
         if names
     ]
-    if complaints:
+    if messages:
         raise PipelineError(
-            f"{path}: its categories are not those of the params: {'; '.join(complaints)}; make "
+            f"{path}: its categories are not those of the params: {'; '.join(messages)}; make "
             "`categories` name the same"
         )
 

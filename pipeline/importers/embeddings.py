@@ -277,7 +277,7 @@ def _places(
 def _record(
     ref: ImageRef, facts: ImageFacts, embedding: NDArray[np.float16], stage_run: StageRun
 ) -> dict[str, object]:
-    error = facts.error or _fault(embedding)
+    error = facts.error or _problem(embedding)
     if error:
         stage_run.skip(image_name(ref), error)
     else:
@@ -298,7 +298,7 @@ def _record(
     }
 
 
-def _fault(embedding: NDArray[np.float16]) -> str | None:
+def _problem(embedding: NDArray[np.float16]) -> str | None:
     if not np.isfinite(embedding).all():
         return "embedding is not finite"
     return None if embedding.any() else "embedding is zero"

@@ -39,7 +39,7 @@ PREDICTION_VERSION = 1
 
 
 @dataclass(frozen=True)
-class BenchQuery:
+class ImageToPredict:
     """An image of a benchmark, without its masks.
 
     Attributes:
@@ -55,10 +55,10 @@ class BenchQuery:
     vocabulary: tuple[str, ...] | None
 
 
-def queries_of(benchmark: Benchmark) -> list[BenchQuery]:
+def images_to_predict(benchmark: Benchmark) -> list[ImageToPredict]:
     """What a predictor needs to know of a benchmark."""
     return [
-        BenchQuery(
+        ImageToPredict(
             number,
             example.image_id,
             example.image_path,
@@ -267,7 +267,7 @@ class PredictionMaker:
         }
         self._cache = BlobCache(runtime.cache_dir / "predictions", decides)
 
-    def make(self, items: Sequence[BenchQuery], path: Path, tally: Tally) -> int:
+    def make(self, items: Sequence[ImageToPredict], path: Path, tally: Tally) -> int:
         """Write the predictions of some images; one that cannot be read has none."""
         return write_encoded(path, self._encoded(items, tally))
 
@@ -276,44 +276,44 @@ class PredictionMaker:
         self._cache.close()
 
     def _encoded(
-        self, queries: Iterable[BenchQuery], tally: Tally
+        self, entries: Iterable[ImageToPredict], tally: Tally
     ) -> Iterator[tuple[int, str, bytes]]:
         """Number, image id and prediction of each image; a batch shares one vocabulary."""
-        for names, group in groupby(queries, key=lambda query: query.vocabulary):
+        for names, group in groupby(entries, key=lambda entry: entry.vocabulary):
             chosen = self._predictor.select(names or self._run.categories)
             for batch in batches(group, self._run.batch_size):
                 yield from self._batch(batch, chosen, tally)
 
     def _batch(
-        self, queries: Sequence[BenchQuery], predictor: BenchPredictor, tally: Tally
+        self, entries: Sequence[ImageToPredict], predictor: BenchPredictor, tally: Tally
     ) -> Iterator[tuple[int, str, bytes]]:
         known: dict[int, bytes] = {}
         keys: dict[int, str] = {}
-        unknown: list[tuple[BenchQuery, Image.Image]] = []
-        for query in queries:
+        unknown: list[tuple[ImageToPredict, Image.Image]] = []
+        for entry in entries:
             try:
-                data = self._reader.read(query)
-                key = self._key(query, data)
+                data = self._reader.read(entry)
+                key = self._key(entry, data)
                 if (blob := self._cache.get(key)) is not None:
-                    known[query.number] = blob
+                    known[entry.number] = blob
                 else:
-                    unknown.append((query, self._reader.decode(query, data)))
-                    keys[query.number] = key
+                    unknown.append((entry, self._reader.decode(entry, data)))
+                    keys[entry.number] = key
             except ImageError as error:
-                tally.skip(str(query.image_path), str(error))
+                tally.skip(str(entry.image_path), str(error))
         tally.count_in_run("cached", len(known))
         if unknown:
             asked, images = zip(*unknown, strict=True)
-            predictions = predictor.predict([query.image_id for query in asked], images)
-            for query, prediction in zip(asked, predictions, strict=True):
-                known[query.number] = encode_prediction(prediction, len(self._run.categories))
-                self._cache.put(keys[query.number], known[query.number])
+            predictions = predictor.predict([entry.image_id for entry in asked], images)
+            for entry, prediction in zip(asked, predictions, strict=True):
+                known[entry.number] = encode_prediction(prediction, len(self._run.categories))
+                self._cache.put(keys[entry.number], known[entry.number])
         self._cache.settle()
-        for query in queries:
-            if query.number in known:
-                yield query.number, query.image_id, known[query.number]
+        for entry in entries:
+            if entry.number in known:
+                yield entry.number, entry.image_id, known[entry.number]
                 tally.advance()
 
-    def _key(self, query: BenchQuery, data: bytes) -> str:
+    def _key(self, entry: ImageToPredict, data: bytes) -> str:
         """What a prediction depends on besides the settings."""
-        return digest([sha256(data).hexdigest(), query.vocabulary, self._reader.tag(query)])
+        return digest([sha256(data).hexdigest(), entry.vocabulary, self._reader.tag(entry)])

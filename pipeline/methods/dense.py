@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 from pipeline.params.base import (
     Count,
     EncoderParams,
+    NumWorkers,
     Positive,
     Probability,
     Section,
     Templates,
-    Workers,
 )
 from pipeline.vocabulary.categories import Names
 
@@ -57,7 +57,7 @@ class PseudoLabelParams(Section):
     encoder: EncoderParams = EncoderParams()
     templates: Templates = "prompts85"
     batch_size: Count = 16
-    workers: Workers = 2
+    workers: NumWorkers = 2
     shard_size: Count = 500
 
     def recipe(self) -> dict[str, Any]:

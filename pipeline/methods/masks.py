@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
-from pipeline.params.base import Count, EncoderParams, Probability, RelaxedPath, Section, Workers
+from pipeline.params.base import Count, EncoderParams, NumWorkers, Probability, RelaxedPath, Section
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class MaskParams(Section):
     solver_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     short_side: Count = 512
     batch_size: Count = 16
-    workers: Workers = 2
+    workers: NumWorkers = 2
     shard_size: Count = 500
     max_pixels: Count = 100_000_000
     max_error_rate: Probability = 0.01

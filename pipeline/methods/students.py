@@ -16,11 +16,11 @@ from pipeline.params.base import (
     Count,
     EncoderParams,
     NonNegative,
+    NumWorkers,
     Positive,
     PredictionSettings,
     RelaxedPath,
     Templates,
-    Workers,
 )
 from pipeline.training.settings import Composition, TargetSettings
 from pipeline.vocabulary.categories import Names
@@ -130,7 +130,7 @@ class TrainParams(Composition, TargetSettings):
     iterations: Count = 20_000
     batch_size: Count = 8
     accumulate: Count = 1
-    workers: Workers = 2
+    workers: NumWorkers = 2
     log_every: Count = 20
     checkpoint_every: Count = 1000
 

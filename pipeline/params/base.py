@@ -16,7 +16,7 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
-Workers = Annotated[int, Field(ge=0)]
+NumWorkers = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 # Names of entries become file names and words of commands (dvc.yaml).
 EntryName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]

@@ -64,22 +64,22 @@ def parse_params(content: Any, *, name: str = "params.yaml") -> Params:
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise PipelineError(f"{name}: expected `key: value` lines, found {found}")
-    complaints: list[str] = []
+    messages: list[str] = []
     sections = dict(content)
     for key, door in DOORS.items():
         if isinstance(section := sections.pop(key, {}), dict):
             try:
                 sections[key] = _parse_method(name, key, door, section)
             except PipelineError as error:
-                complaints.append(str(error))
+                messages.append(str(error))
         else:
             sections[key] = section  # no section at all, as the check below says
     try:
         params = Params.model_validate(sections)
     except ValidationError as error:
-        complaints = [*_complaints(name, error, Params), *complaints]
-    if complaints:
-        raise PipelineError("\n".join(complaints))
+        messages = [*_messages(name, error, Params), *messages]
+    if messages:
+        raise PipelineError("\n".join(messages))
     return params
 
 
@@ -94,7 +94,7 @@ def _parse_method(name: str, key: str, door: Door, section: Mapping[str, Any]) -
     try:
         return model.model_validate(section)
     except ValidationError as error:
-        raise PipelineError("\n".join(_complaints(name, error, model, (key,)))) from None
+        raise PipelineError("\n".join(_messages(name, error, model, (key,)))) from None
 
 
 class _BenchTable(Section):
@@ -131,7 +131,7 @@ def parse_section(content: Any, model: type[AnySection], *, name: str) -> AnySec
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise PipelineError("\n".join(_complaints(name, error, model))) from None
+        raise PipelineError("\n".join(_messages(name, error, model))) from None
 
 
 def _read_yaml(path: Path) -> Any:
@@ -147,7 +147,7 @@ def _read_yaml(path: Path) -> Any:
         raise PipelineError(f"{path}: not valid YAML: {error}") from None
 
 
-def _complaints(
+def _messages(
     name: str, error: ValidationError, model: type[BaseModel], prefix: Location = ()
 ) -> Iterator[str]:
     """A line for each offending place; `model` is checked, `prefix` where it stands."""

@@ -17,6 +17,7 @@ from pipeline.params.base import (
     Count,
     EncoderParams,
     EntryName,
+    NumWorkers,
     PredictionParams,
     Probability,
     RelaxedLocation,
@@ -25,7 +26,6 @@ from pipeline.params.base import (
     Seed,
     Templates,
     Text,
-    Workers,
 )
 from pipeline.params.benches import BenchParams
 
@@ -52,7 +52,7 @@ class EmbedParams(Section):
     encoder: EncoderParams = EncoderParams(model="ViT-L-14-336-quickgelu")
     batch_size: Count = 64
     shard_size: Count = 10_000
-    workers: Workers = 2
+    workers: NumWorkers = 2
     max_pixels: Count = 100_000_000
     max_error_rate: Probability = 0.01
 

@@ -17,8 +17,8 @@ def read_ablations(
     """Every ablation: what it varies, its results if it has run, and the papers' tables.
 
     Args:
-        results_dir: Folder of the files that `pipeline ablate` writes.
-        published: The papers' tables by id; those that are not there are left out.
+        results_dir: folder of the files that `pipeline ablate` writes.
+        published: the papers' tables by id; those that are not there are left out.
 
     Raises:
         PipelineError: a file of results is damaged.

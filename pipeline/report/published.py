@@ -30,12 +30,12 @@ class OurRow(Section):
     """Where a row of this project comes from.
 
     Attributes:
-        model: Name of the row.
-        backbone: Its encoder.
-        metrics: Pattern of a metrics file's name; `{column}` stands for the column.
-        images: Number of images that must have been scored.
-        protocol: Lines that the file's protocol must have, with one value or one of several.
-        values: Column -> key in the file, dots reach into it.
+        model: name of the row.
+        backbone: its encoder.
+        metrics: pattern of a metrics file's name; `{column}` stands for the column.
+        images: number of images that must have been scored.
+        protocol: lines that the file's protocol must have, with one value or one of several.
+        values: column -> key in the file, dots reach into it.
     """
 
     model: str = "this project"
@@ -62,12 +62,12 @@ class PublishedTable(Section):
     def _check_columns(self) -> Self:
         rows: list[PublishedRow | OurRow] = [*self.rows, *self.ours]
         for row in rows:
-            if strangers := row.values.keys() - self.columns.keys():
-                raise ValueError(f"row {row.model!r}: {min(strangers)!r} is no column of {self.id}")
+            if unknown := row.values.keys() - self.columns.keys():
+                raise ValueError(f"row {row.model!r}: {min(unknown)!r} is no column of {self.id}")
         return self
 
 
-class Published(Section):
+class PublishedResults(Section):
     """All tables."""
 
     tables: list[PublishedTable]
@@ -106,7 +106,7 @@ def read_published(path: Path, metrics_dir: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     files = [_read_file(file) for file in sorted(metrics_dir.glob("*.json"))]
-    tables = read_section(path, Published).tables
+    tables = read_section(path, PublishedResults).tables
     return {table.id: _table(table, files) for table in tables}
 
 

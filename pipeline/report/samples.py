@@ -62,7 +62,9 @@ def read_samples(
         if index is not None:
             found.setdefault(row.label_id, []).append((row, index))
     strips = [_strip(store, rows, len(found)) for rows in list(found.values())[:MAX_ARCHIVES]]
-    samples = [_sample(store, labels, row, index, make_target) for row, index in _spread(found)]
+    samples = [
+        _sample(store, labels, row, index, make_target) for row, index in _choose_places(found)
+    ]
     return {
         "strips": strips,
         "num_hidden": len(found) - len(strips),
@@ -89,7 +91,7 @@ def _strip(store: SampleStore, rows: Sequence[Place], num_archives: int) -> dict
     }
 
 
-def _spread(found: Mapping[int, Sequence[Place]]) -> list[Place]:
+def _choose_places(found: Mapping[int, Sequence[Place]]) -> list[Place]:
     """A dozen samples, spread over categories and over ranks from first to last."""
     archives = [rows for label_id, rows in found.items() if label_id > 0]
     total = min(NUM_SAMPLES, sum(len(rows) for rows in archives))

@@ -43,8 +43,8 @@ Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Query:
-    """What is searched for.
+class SearchTarget:
+    """What a scan searches for, and how much of it is kept.
 
     Attributes:
         texts: (K, C) float32 unit text embeddings of the categories.
@@ -62,13 +62,18 @@ class Query:
 
 
 def search(
-    shards: Sequence[Path], query: Query, *, executor: Executor, runtime: Runtime, tally: Tally
+    shards: Sequence[Path],
+    target: SearchTarget,
+    *,
+    executor: Executor,
+    runtime: Runtime,
+    tally: Tally,
 ) -> Scan:
     """Search embedding shards, part by part, and merge the lists of the parts.
 
     Args:
         shards: the shards; positions count their rows from the first one on.
-        query: what is searched for.
+        target: what is searched for.
         executor: where parts are searched, and how many they are.
         runtime: of this process.
         tally: learns what became of each image; skipped ones end up in the order of the shards.
@@ -76,8 +81,8 @@ def search(
     lengths = [pq.read_metadata(shard).num_rows for shard in shards]
     firsts = np.cumsum([0, *lengths[:-1]]).tolist()
     located = list(zip(shards, firsts, strict=True))
-    load = partial(PartSearch, query)
-    found = Scan(query)
+    load = partial(PartSearch, target)
+    found = Scan(target)
     skipped: dict[int, list[dict[str, str]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         tasks = [
@@ -97,21 +102,21 @@ class PartSearch:
     """Searches some shards and writes the lists; a `pipeline.engine.shard_run.ShardMaker`.
 
     Args:
-        query: what is searched for.
+        target: what is searched for.
         runtime: not used: matrix products on the CPU keep up with the disk.
     """
 
-    def __init__(self, query: Query, runtime: Runtime) -> None:
+    def __init__(self, target: SearchTarget, runtime: Runtime) -> None:
         del runtime
-        self._query = query
+        self._target = target
         self.settings: dict[str, Any] = {}
 
     def make(self, items: Sequence[tuple[Path, int]], path: Path, tally: Tally) -> int:
         """Search shards, of each its path and the position of its first row."""
-        scan = Scan(self._query)
+        scan = Scan(self._target)
         shards, firsts = zip(*items, strict=True)
         for block in iter_blocks(
-            shards, self._query.block_rows, tally.skip, first_position=firsts[0]
+            shards, self._target.block_rows, tally.skip, first_position=firsts[0]
         ):
             scan.add(block)
             tally.advance(len(block.positions))
@@ -175,22 +180,22 @@ class Scan:
     """Runs over embeddings once and keeps every category's candidates.
 
     Args:
-        query: what is searched for.
+        target: what is searched for.
 
     Attributes:
         candidates: of each category.
-        emptiest: images nearest to the background, from which negatives are chosen; none unless
-            negatives are wanted.
+        near_background: images nearest to the background, from which negatives are chosen; none
+            unless negatives are wanted.
     """
 
-    def __init__(self, query: Query) -> None:
-        self._texts = query.texts
-        self._background_texts = query.background_texts
-        self.candidates = [Candidates(query.k) for _ in query.texts]
+    def __init__(self, target: SearchTarget) -> None:
+        self._texts = target.texts
+        self._background_texts = target.background_texts
+        self.candidates = [Candidates(target.k) for _ in target.texts]
         # At most K k of these images can be in the lists themselves.
-        size = query.num_negatives + len(query.texts) * query.k if query.num_negatives else 0
-        self.emptiest = Candidates(size)
-        self._lists = [*self.candidates, self.emptiest]
+        size = target.num_negatives + len(target.texts) * target.k if target.num_negatives else 0
+        self.near_background = Candidates(size)
+        self._lists = [*self.candidates, self.near_background]
 
     def add(self, block: Block) -> None:
         """Take a block of images into account."""
@@ -200,16 +205,16 @@ class Scan:
             if len(chosen):
                 scores = inner_products(block.embeddings[chosen], text)
                 found.add(block.positions[chosen], scores)
-        if self.emptiest.size:
-            self._add_emptiest(block, similarities)
+        if self.near_background.size:
+            self._add_near_background(block, similarities)
 
-    def _add_emptiest(self, block: Block, similarities: Floats) -> None:
+    def _add_near_background(self, block: Block, similarities: Floats) -> None:
         background = _similarities(self._background_texts, block.embeddings)
-        chosen = self.emptiest.choose(background.max(axis=0) - similarities.max(axis=0))
+        chosen = self.near_background.choose(background.max(axis=0) - similarities.max(axis=0))
         embeddings = block.embeddings[chosen]
         scores = _greatest(background[:, chosen], embeddings, self._background_texts)
         scores -= _greatest(similarities[:, chosen], embeddings, self._texts)
-        self.emptiest.add(block.positions[chosen], scores)
+        self.near_background.add(block.positions[chosen], scores)
 
     def lists(self) -> dict[str, np.ndarray]:
         """All candidates: `positions`, `scores`, and the `lengths` of the lists that they form."""
@@ -220,7 +225,7 @@ class Scan:
         }
 
     def merge(self, lists: dict[str, np.ndarray]) -> None:
-        """Take the lists of another scan of the same query into account."""
+        """Take the lists of another scan of the same target into account."""
         ends = np.cumsum(lists["lengths"])[:-1]
         for found, positions, scores in zip(
             self._lists,

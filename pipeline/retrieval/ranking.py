@@ -70,16 +70,16 @@ def _positions(lists: Sequence[Ranking]) -> Rows:
 
 
 def _negatives(
-    emptiest: Ranking, lists: list[Ranking], num_negatives: int, *, contested: bool
+    near_background: Ranking, lists: list[Ranking], num_negatives: int, *, contested: bool
 ) -> Ranking:
     """The images nearest to a name of the background, in no list of a category.
 
     Ranked by how much nearer they are to it than to any category; that is their similarity. With
     `contested`, an image of a list counts too if it is nearer to the background.
     """
-    is_free = ~np.isin(emptiest.positions, _positions(lists))
+    is_free = ~np.isin(near_background.positions, _positions(lists))
     if contested:
-        is_free |= emptiest.similarities > 0
-    free = emptiest.only(is_free)
+        is_free |= near_background.similarities > 0
+    free = near_background.only(is_free)
     kept = slice(num_negatives)
     return Ranking(np.arange(1, len(free) + 1)[kept], free.similarities[kept], free.positions[kept])

@@ -48,8 +48,8 @@ class ScoreBoard:
         """
         self._task = task
         self._members = dict(groups)
-        self._whole = _Sum(task, metrics)
-        self._groups = {name: _Sum(task, metrics) for name in groups}
+        self._whole = _Scorers(task, metrics)
+        self._groups = {name: _Scorers(task, metrics) for name in groups}
         self.image_miou: dict[str, float] = {}
 
     def add(self, example: Example, prediction: StoredPrediction) -> None:
@@ -88,7 +88,7 @@ class ScoreBoard:
         return self._whole.per_class()
 
 
-class _Sum:
+class _Scorers:
     """Scorers over one set of images."""
 
     def __init__(self, task: ScoringTask, metrics: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, Job, run_job
 from pipeline.errors import PipelineError, listing
 from pipeline.formats.predictions import SHARD_SIZE
-from pipeline.inference.bench import BenchRun, PredictionMaker, queries_of
+from pipeline.inference.bench import BenchRun, PredictionMaker, images_to_predict
 from pipeline.methods.dense import PseudoLabelParams
 from pipeline.methods.students import student_of
 from pipeline.models.weights.checkpoint import CheckpointConfig, read_checkpoint_config
@@ -87,14 +87,14 @@ def run(
         background=background,
         batch_size=params.batch_size,
     )
-    queries = queries_of(benchmark)
+    entries = images_to_predict(benchmark)
     job = Job(
         "predict_bench",
-        queries,
+        entries,
         shard_size=shard_size,
         load=partial(PredictionMaker, prediction),
         inputs=[params.batch_size, names],
-        files=[str(query.image_path) for query in queries],
+        files=[str(entry.image_path) for entry in entries],
         remedy=f"They lie below {bench.root}: benches.{bench_name}.root",
         max_error_rate=params.max_error_rate,
         section="evaluate",

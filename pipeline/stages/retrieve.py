@@ -31,8 +31,8 @@ from pipeline.params.sections import RetrieveParams
 from pipeline.retrieval.exact import (
     Candidates,
     Floats,
-    Query,
     Rows,
+    SearchTarget,
     inner_products,
     iter_blocks,
     search,
@@ -106,21 +106,24 @@ def run(
         if params.search == "ivf":
             index = _index(shards, num_images, runtime.cache_dir / "retrieve", stage_run)
             candidates = _search(index, texts, k, params.probes, stage_run)
-            emptiest = Candidates(0)
+            near_background = Candidates(0)
         else:
             found = search(
                 shards,
-                Query(texts, background_texts, k, params.num_negatives, params.block_rows),
+                SearchTarget(texts, background_texts, k, params.num_negatives, params.block_rows),
                 executor=executor or LocalExecutor(),
                 runtime=runtime,
                 tally=stage_run,
             )
-            candidates, emptiest = found.candidates, found.emptiest
+            candidates, near_background = found.candidates, found.near_background
         _check_k(k, stage_run.items, source_dirs)
-        images = _Images(shards, [*candidates, emptiest])
+        images = _Images(shards, [*candidates, near_background])
         lists = [images.ranked(found) for found in candidates]
         negatives = _negatives(
-            images.ranked(emptiest), lists, params.num_negatives, contested=params.overlap == "best"
+            images.ranked(near_background),
+            lists,
+            params.num_negatives,
+            contested=params.overlap == "best",
         )
         archives = without(settle_overlaps(lists, params.overlap), negatives)
         _count_overlaps(stage_run, lists, archives)

@@ -33,7 +33,7 @@ class Canvas:
         image: (H, W, 3) uint8, RGB.
         semantic: (H, W) int16 label ids; 0 is background, IGNORE_INDEX is void.
         instances: (H, W) integer; 1 to `num_instances` name its own objects, 0 is none.
-        num_instances: Number of its objects, also of those that a crop has moved out of sight.
+        num_instances: number of its objects, also of those that a crop has moved out of sight.
     """
 
     image: np.ndarray
@@ -105,7 +105,7 @@ def object_box(semantic: np.ndarray, *, keep_last_row_column: bool = False) -> B
 
     Args:
         semantic: (H, W) integer label ids; those above 0 are the object.
-        keep_last_row_column: Keep the object whole. The published code, and so the default, cuts
+        keep_last_row_column: keep the object whole. The published code, and so the default, cuts
             off the last row and the last column of its box, of which none is left if it is one
             pixel high or wide.
     """
@@ -124,9 +124,9 @@ def copy_paste(
     two integers are drawn, top before left, even if its box has no pixel; None draws nothing.
 
     Args:
-        canvas: The canvas, (H, W).
-        cutouts: What to paste, none of it larger than the canvas.
-        rng: Source of the positions.
+        canvas: the canvas, (H, W).
+        cutouts: what to paste, none of it larger than the canvas.
+        rng: source of the positions.
 
     Returns:
         (H, W, 3) uint8 image, (H, W) semantic mask of the canvas's type, and (N, H, W) boolean

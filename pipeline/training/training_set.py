@@ -66,8 +66,8 @@ class PackedMask(NamedTuple):
 
     Attributes:
         shape: (H, W).
-        box: The smallest one around the mask.
-        bits: What is in it, compressed.
+        box: the smallest one around the mask.
+        bits: what is in it, compressed.
     """
 
     shape: tuple[int, ...]
@@ -113,9 +113,9 @@ class Archives:
         mask_bytes: packed pseudo-masks kept in memory.
 
     Attributes:
-        objects: Label id -> indices of its samples that show an object; no archive is empty.
-        negatives: Indices of the samples of archive 0.
-        num_empty: Samples left out, for want of an object in their pseudo-mask.
+        objects: label id -> indices of its samples that show an object; no archive is empty.
+        negatives: indices of the samples of archive 0.
+        num_empty: samples left out, for want of an object in their pseudo-mask.
 
     Raises:
         PipelineError: shards are missing or damaged, belong to other categories or images, or no
@@ -210,9 +210,9 @@ class Archives:
             mask = self._mask(index)
             semantic = self._semantic(index, mask)
         except (ImageError, ValueError) as error:
-            raise self._complaint(index, str(error)) from None
+            raise self._error(index, str(error)) from None
         if shape != mask.shape:
-            raise self._complaint(index, f"image {shape} and mask {mask.shape} differ")
+            raise self._error(index, f"image {shape} and mask {mask.shape} differ")
         instances = self._instances(mask)
         occupied = self._masks[index].box if index in self._masks else bounding_box(mask)
         return Sample(image, semantic, instances, int(instances.max()), occupied)
@@ -224,7 +224,7 @@ class Archives:
         try:
             return decode_png(self._store.member(index, "mask.png")) > 0
         except ImageError as error:
-            raise self._complaint(index, str(error)) from None
+            raise self._error(index, str(error)) from None
 
     def _semantic(self, index: int, mask: np.ndarray) -> np.ndarray:
         """What training sees of a sample; only `saliency` does without its dense labels."""
@@ -264,14 +264,14 @@ class Archives:
         expected = categories[label_id - 1] if 0 < label_id <= len(categories) else None
         if category != expected:
             wanted = f"{expected!r} there" if expected else f"{len(categories)} categories only"
-            raise self._complaint(
+            raise self._error(
                 index,
                 f"its category is {category!r}, label id {label_id}, but params.yaml has {wanted}; "
                 "run the earlier stages again (dvc repro)",
             )
         return int(label_id)
 
-    def _complaint(self, index: int, reason: str) -> PipelineError:
+    def _error(self, index: int, reason: str) -> PipelineError:
         return PipelineError(f"{self._masks_dir}: sample {self._store.keys[index]}: {reason}")
 
 
@@ -279,10 +279,10 @@ class TrainingSet(Dataset[Composed]):
     """Composed training images; number i is a pure function of the seed and i.
 
     Args:
-        archives: Where the samples come from.
-        composition: How they are put together.
-        seed: Seed of all draws.
-        length: Number of training images.
+        archives: where the samples come from.
+        composition: how they are put together.
+        seed: seed of all draws.
+        length: number of training images.
 
     Raises:
         PipelineError: negatives are wanted as canvas and there are none.

@@ -80,8 +80,8 @@ class Sample:
         image: RGB, H rows and W columns.
         semantic: (H, W) integer label ids; 0 is background, IGNORE_INDEX is void.
         instances: (H, W) integer; 1 to `num_instances` name this sample's objects, 0 is none.
-        num_instances: Number of its objects.
-        occupied: A box around all of its objects; None: they may be anywhere.
+        num_instances: number of its objects.
+        occupied: a box around all of its objects; None: they may be anywhere.
     """
 
     image: Image.Image
@@ -98,10 +98,10 @@ class View:
     Every box of a view counts rows and columns of that resized, mirrored image.
 
     Attributes:
-        height: Rows of the resized image.
-        width: Its columns.
-        crop: The square; where it reaches beyond the image there is padding.
-        mirrored: Whether left and right have changed places.
+        height: rows of the resized image.
+        width: its columns.
+        crop: the square; where it reaches beyond the image there is padding.
+        mirrored: whether left and right have changed places.
     """
 
     height: int
@@ -125,9 +125,9 @@ class ColourChange:
     """A change of the colours of a crop.
 
     Attributes:
-        jitter: Names and strengths of the steps of the jitter, in order; none, if there is none.
-        greyscale: Whether colours are replaced by their luma.
-        blur_sigma: In pixels; 0 is no blur.
+        jitter: names and strengths of the steps of the jitter, in order; none, if there is none.
+        greyscale: whether colours are replaced by their luma.
+        blur_sigma: in pixels; 0 is no blur.
     """
 
     jitter: tuple[tuple[str, float], ...] = ()
@@ -156,12 +156,12 @@ def draw_view(
     Args:
         height: H.
         width: W.
-        scale_range: The factor of both sides is uniform in it. Sides are rounded down, to one pixel
+        scale_range: the factor of both sides is uniform in it. Sides are rounded down, to one pixel
             at least.
-        crop_size: Side of the crop, which is uniform within the image. A side of the image that is
+        crop_size: side of the crop, which is uniform within the image. A side of the image that is
             too short is padded at one end, chosen at random.
-        flip: Probability of mirroring left and right.
-        rng: Source of the draws.
+        flip: probability of mirroring left and right.
+        rng: source of the draws.
     """
     factor = rng.uniform(*scale_range)
     height, width = max(int(height * factor), 1), max(int(width * factor), 1)
@@ -187,10 +187,10 @@ def draw_colour_change(
     circle. The sigma of the blur is uniform in [0.1, 2] pixels.
 
     Args:
-        jitter: Probability of the jitter.
-        greyscale: Probability of losing all colour.
-        blur: Probability of a blur.
-        rng: Source of the draws.
+        jitter: probability of the jitter.
+        greyscale: probability of losing all colour.
+        blur: probability of a blur.
+        rng: source of the draws.
     """
     steps = _draw_jitter(rng) if rng.random() < jitter else ()
     is_grey = rng.random() < greyscale
@@ -209,9 +209,9 @@ def view_image(image: Image.Image, view: View, change: ColourChange, box: Box) -
 
     Args:
         image: RGB.
-        view: What is seen of it.
-        change: The change of colours.
-        box: Within the view's crop, not in its padding alone; its sides may be 0.
+        view: what is seen of it.
+        change: the change of colours.
+        box: within the view's crop, not in its padding alone; its sides may be 0.
 
     Returns:
         (h, w, 3) uint8.

@@ -14,6 +14,7 @@ from pipeline.cli import app
 from pipeline.engine.remote import fetch, publishing
 from pipeline.errors import PipelineError
 from pipeline.files import as_location
+from pipeline.formats.shards import MANIFEST
 from pipeline.formats.sources import list_images, read_image
 from pipeline.params.sections import SourceParams
 from tests.stages.tiny_workspace import Workspace, content, write_workspace
@@ -207,6 +208,25 @@ def test_a_folder_that_is_not_there_is_made(tmp_path: Path) -> None:
         made.mkdir(parents=True)
         (made / "00000.tar").write_bytes(b"x")
     assert (tmp_path / "new/masks/00000.tar").read_bytes() == b"x"
+
+
+def test_a_folder_of_a_manifest_alone_is_made(tmp_path: Path) -> None:
+    target = as_location(f"file://{tmp_path}/new/masks")
+    with publishing(target, tmp_path / "cache") as made:
+        made.mkdir(parents=True)
+        (made / MANIFEST).write_bytes(b"{}")
+    assert (tmp_path / "new/masks" / MANIFEST).read_bytes() == b"{}"
+
+
+def test_many_files_of_many_folders_are_sent(store: str, tmp_path: Path) -> None:
+    target = as_location(f"{store}/many")
+    with publishing(target, tmp_path / "cache") as made:
+        for number in range(11):
+            path = made / f"{number % 3}/{number}.tar"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bytes([number]))
+    sent = {path.name: path.read_bytes() for path in target.rglob("*.tar")}
+    assert sent == {f"{number}.tar": bytes([number]) for number in range(11)}
 
 
 def test_unknown_schemes_and_missing_packages_are_told_apart() -> None:

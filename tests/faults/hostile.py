@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import struct
+import sys
 import threading
 import zlib
 from collections.abc import Callable
@@ -14,12 +15,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 Result = TypeVar("Result")
 TAR_END = bytes(1024)
 TIFF_DEFLATE = 8
+# For scripts of other processes. Not `ru_maxrss`, which begins at what the parent has had.
+PEAK_BYTES = """
+def peak_bytes():
+    status = open("/proc/self/status").read()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+"""
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def within(seconds: float, function: Callable[[], Result]) -> Result:

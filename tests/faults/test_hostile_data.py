@@ -33,11 +33,13 @@ from pipeline.formats.tables import (
 )
 from tests.conftest import encoded_image, noise_image
 from tests.faults.hostile import (
+    PEAK_BYTES,
     TAR_END,
     check_names,
     check_reason,
     cuts,
     flips,
+    on_linux,
     pax_header,
     tar_header,
     tar_member,
@@ -48,6 +50,20 @@ from tests.faults.hostile import (
 PATIENCE_S = 20
 NUM_FLIPS = 300
 JPEG = encoded_image(noise_image(0), "JPEG")
+
+
+MANY_KEYS = ",".join(f'"{number}": 1' for number in range(10_000))
+# Opens a benchmark and prints by how many bytes the memory of the process has grown at most.
+OPEN_COCO = f"""{PEAK_BYTES}
+import sys
+from pathlib import Path
+from pipeline.benchmarks.coco import CocoBenchmark
+before = peak_bytes()
+try:
+    CocoBenchmark(Path(sys.argv[1]), split="val", categories=["cat"], groups={{}})
+finally:
+    print(peak_bytes() - before)
+"""
 
 
 @dataclass(frozen=True)
@@ -292,6 +308,52 @@ class TestTars:
             path.write_bytes(tar_header(b"good.jpg", tar_number(size)) + JPEG)
             with pytest.raises(ImageError, match=rf"^too large: {size} bytes$"):
                 read_image(ref)
+
+
+@on_linux
+class TestAnnotations:
+    @pytest.mark.parametrize(
+        ("text", "problem"),
+        [
+            ("[" * 100_000 + "]" * 100_000, "brackets are nested more than 64 deep"),
+            ('{"a": ' * 100_000 + "1" + "}" * 100_000, "brackets are nested more than 64 deep"),
+            ("[" * 100_000, "brackets are nested more than 64 deep"),
+            (f'{{"{"k" * 10**6}": {{{MANY_KEYS}}}}}', "a key has 1000000 characters"),
+        ],
+        ids=["arrays", "objects", "cut", "long key"],
+    )
+    def test_deep_or_long_paths_of_a_json_are_refused_in_little_memory(
+        self, tmp_path: Path, text: str, problem: str
+    ) -> None:
+        path = tmp_path / "annotations/instances_val.json"
+        path.parent.mkdir()
+        path.write_text(f'{{"info": {text}, "images": [], "annotations": [], "categories": []}}')
+        done = subprocess.run(
+            [sys.executable, "-c", OPEN_COCO, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+        assert done.returncode == 1
+        assert f"{path}: {problem}" in done.stderr.splitlines()[-1]
+        assert "download it again" in done.stderr
+        assert int(done.stdout) < 20 << 20
+
+    def test_paths_at_the_bounds_are_read_in_little_memory(self, tmp_path: Path) -> None:
+        """Sixty keys within each other, as long as is allowed, and many keys below them."""
+        path = tmp_path / "annotations/instances_val.json"
+        path.parent.mkdir()
+        key = f'"{"k" * 1000}"'
+        text = f"{{{key}: " * 60 + f"{{{MANY_KEYS}}}" + "}" * 60
+        path.write_text(f'{{"info": {text}, "images": []}}')
+        done = subprocess.run(
+            [sys.executable, "-c", OPEN_COCO, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+        assert "'categories' is missing" in done.stderr
+        assert int(done.stdout) < 100 << 20
 
 
 class TestParquet:

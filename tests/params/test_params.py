@@ -25,7 +25,7 @@ def read(tmp_path: Path, text: str) -> Params:
     return read_params(write(tmp_path, MINIMAL + text))
 
 
-def complaint(tmp_path: Path, text: str) -> str:
+def message_of(tmp_path: Path, text: str) -> str:
     """The error message about the file, which it must name, without that name."""
     path = write(tmp_path, text)
     with pytest.raises(PipelineError) as caught:
@@ -89,17 +89,17 @@ def test_every_spelling_of_a_float_is_a_float(tmp_path: Path, number: str) -> No
 def test_an_unknown_key_is_named_with_the_likely_one(
     tmp_path: Path, text: str, key: str, hint: str
 ) -> None:
-    message = complaint(tmp_path, f"{MINIMAL}{text}\n")
+    message = message_of(tmp_path, f"{MINIMAL}{text}\n")
     assert message == f"unknown key {key!r}; did you mean {hint}?"
 
 
 def test_an_unknown_key_of_a_source_is_named_with_the_likely_one(tmp_path: Path) -> None:
-    message = complaint(tmp_path, "categories: [cat]\nindex: {demo: {root: x, fromat: folder}}\n")
+    message = message_of(tmp_path, "categories: [cat]\nindex: {demo: {root: x, fromat: folder}}\n")
     assert message == "unknown key 'index.demo.fromat'; did you mean 'format'?"
 
 
 def test_an_unknown_key_like_no_other_lists_its_section(tmp_path: Path) -> None:
-    message = complaint(tmp_path, f"{MINIMAL}worlds: {{demo: {{xyz: 3}}}}\n")
+    message = message_of(tmp_path, f"{MINIMAL}worlds: {{demo: {{xyz: 3}}}}\n")
     assert message == (
         "unknown key 'worlds.demo.xyz'; known keys: bench_images, index_images, size"
     )
@@ -115,7 +115,7 @@ def test_an_unknown_key_like_no_other_lists_its_section(tmp_path: Path) -> None:
     ],
 )
 def test_a_missing_key_is_named(tmp_path: Path, text: str, key: str) -> None:
-    assert complaint(tmp_path, text) == f"key {key!r} is missing"
+    assert message_of(tmp_path, text) == f"key {key!r} is missing"
 
 
 @pytest.mark.parametrize(
@@ -147,30 +147,30 @@ def test_a_missing_key_is_named(tmp_path: Path, text: str, key: str) -> None:
 def test_a_wrong_value_is_named_with_its_key(
     tmp_path: Path, text: str, key: str, value: str
 ) -> None:
-    message = complaint(tmp_path, f"{MINIMAL}{text}\n")
+    message = message_of(tmp_path, f"{MINIMAL}{text}\n")
     assert message.startswith(f"{key}: ")
     assert message.endswith(f", got {value}")
     assert "\n" not in message
 
 
 def test_a_list_of_categories_names_the_entry_that_is_no_name(tmp_path: Path) -> None:
-    message = complaint(tmp_path, "categories: [cat, 3]\nindex: {demo: {root: x}}\n")
+    message = message_of(tmp_path, "categories: [cat, 3]\nindex: {demo: {root: x}}\n")
     assert message == "categories.1: Input should be a valid string, got 3"
 
 
 def test_categories_are_a_name_or_a_list(tmp_path: Path) -> None:
-    message = complaint(tmp_path, "categories: 3\nindex: {demo: {root: x}}\n")
+    message = message_of(tmp_path, "categories: 3\nindex: {demo: {root: x}}\n")
     assert [line.split(":")[0] for line in message.splitlines()] == ["categories", "categories"]
     assert "string" in message
     assert "list" in message
 
 
 def test_an_index_needs_a_source(tmp_path: Path) -> None:
-    assert complaint(tmp_path, "categories: [cat]\nindex: {}\n").startswith("index: ")
+    assert message_of(tmp_path, "categories: [cat]\nindex: {}\n").startswith("index: ")
 
 
 def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
-    message = complaint(tmp_path, f"{MINIMAL}k: 0\nseed: x\ntrain: {{flip: 2, flop: 1}}\n")
+    message = message_of(tmp_path, f"{MINIMAL}k: 0\nseed: x\ntrain: {{flip: 2, flop: 1}}\n")
     assert {line.split(":")[0].split(";")[0] for line in message.splitlines()} == {
         "k",
         "seed",
@@ -183,7 +183,7 @@ def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
     ("text", "found"), [("", "nothing"), ("# nothing\n", "nothing"), ("- k\n- 3\n", "a list")]
 )
 def test_a_file_without_keys_is_refused(tmp_path: Path, text: str, found: str) -> None:
-    assert complaint(tmp_path, text) == f"expected `key: value` lines, found {found}"
+    assert message_of(tmp_path, text) == f"expected `key: value` lines, found {found}"
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_file_without_keys_is_refused(tmp_path: Path, text: str, found: str) -
 def test_a_file_that_is_no_yaml_is_refused_with_the_line(
     tmp_path: Path, text: str, line: int
 ) -> None:
-    message = complaint(tmp_path, text)
+    message = message_of(tmp_path, text)
     assert message.startswith(f"not valid YAML: line {line}, column ")
     assert "\n" not in message
 
@@ -236,7 +236,7 @@ def test_parsed_content_is_checked_under_the_name_given() -> None:
 def test_values_that_would_fail_later_are_refused_here(
     tmp_path: Path, text: str, said: str
 ) -> None:
-    assert complaint(tmp_path, MINIMAL + text).startswith(said)
+    assert message_of(tmp_path, MINIMAL + text).startswith(said)
 
 
 def test_the_defaults_are_those_of_the_published_code(tmp_path: Path) -> None:
@@ -272,5 +272,5 @@ def test_the_defaults_are_those_of_the_published_code(tmp_path: Path) -> None:
     ],
 )
 def test_an_unknown_variant_is_refused(tmp_path: Path, section: str, key: str) -> None:
-    message = complaint(tmp_path, f"{MINIMAL}{section}: {{{key}: better}}\n")
+    message = message_of(tmp_path, f"{MINIMAL}{section}: {{{key}: better}}\n")
     assert message.startswith(f"{section}.{key}: ")

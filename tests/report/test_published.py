@@ -12,7 +12,7 @@ from pipeline.ablations.definitions import list_ablations, read_ablation
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
 from pipeline.params.reading import read_section
-from pipeline.report.published import Published, read_published
+from pipeline.report.published import PublishedResults, read_published
 from tests.report.helpers import PUBLISHED, Tree, checked, section, text_of, write_published
 
 REAL_VOC = {
@@ -156,12 +156,12 @@ def test_wrong_published_tables_are_named_by_their_place(
 def test_two_tables_of_one_id_are_refused() -> None:
     (table,) = YAML(typ="safe", pure=True).load(ONE_TABLE)["tables"]
     with pytest.raises(ValueError, match="'some-1' comes twice"):
-        Published.model_validate({"tables": [table, table]})
+        PublishedResults.model_validate({"tables": [table, table]})
 
 
 def test_shipped_tables_agree_with_themselves(tmp_path: Path) -> None:
     """The papers' harmonic means, and the gains that ZUTIS prints, follow from the numbers."""
-    tables = {table.id: table for table in read_section(PUBLISHED, Published).tables}
+    tables = {table.id: table for table in read_section(PUBLISHED, PublishedResults).tables}
     assert len(tables) == len(read_published(PUBLISHED, tmp_path)) == 20
     means = 0
     for table in tables.values():

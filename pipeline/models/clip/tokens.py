@@ -69,8 +69,8 @@ def resize_positions(
 
     Args:
         positional_embedding: (1 + g * g, D), class token first.
-        height: Target rows h.
-        width: Target columns w.
+        height: target rows h.
+        width: target columns w.
         mode: "scale", "size" or "grid".
 
     Returns:

@@ -75,9 +75,9 @@ class TransformerDecoderLayer(nn.Module):
     """One DETR layer: self-attention, cross-attention, feed-forward, each followed by LayerNorm.
 
     Args:
-        dim: Width D of queries and memory.
-        num_heads: Attention heads, a divisor of `dim`.
-        feedforward_dim: Hidden width of the feed-forward part.
+        dim: width D of queries and memory.
+        num_heads: attention heads, a divisor of `dim`.
+        feedforward_dim: hidden width of the feed-forward part.
     """
 
     def __init__(self, dim: int, num_heads: int, feedforward_dim: int) -> None:
@@ -111,10 +111,10 @@ class TransformerDecoder(nn.Module):
     """DETR decoder with post-norm layers and one final LayerNorm shared by all layers.
 
     Args:
-        dim: Width D of queries and memory.
-        num_layers: Number of layers L, at least 1.
-        num_heads: Attention heads, a divisor of `dim`.
-        feedforward_dim: Hidden width of the feed-forward parts.
+        dim: width D of queries and memory.
+        num_layers: number of layers L, at least 1.
+        num_heads: attention heads, a divisor of `dim`.
+        feedforward_dim: hidden width of the feed-forward parts.
 
     Raises:
         PipelineError: `num_layers` is below 1 or `num_heads` does not divide `dim`.
@@ -166,10 +166,10 @@ def sine_codes(
     (0, 2 pi].
 
     Args:
-        height: Rows h of the grid.
-        width: Columns w of the grid.
-        dim: Features D, a multiple of 4.
-        device: Where the codes are made.
+        height: rows h of the grid.
+        width: columns w of the grid.
+        dim: features D, a multiple of 4.
+        device: where the codes are made.
 
     Returns:
         Codes of the rows (h, D/2) and of the columns (w, D/2), float32.

@@ -70,8 +70,10 @@ def interpolate(maps: Tensor, taps: Taps, dim: int) -> Tensor:
     """
     if dim == 0 and maps.stride(0) >= LONG_ROW and not maps.is_cuda:
         return _interpolate_rows(maps, taps)
-    upper = maps.index_select(dim, taps.upper).mul_(_spread(taps.upper_weight, maps, dim))
-    return upper.addcmul_(maps.index_select(dim, taps.lower), _spread(taps.lower_weight, maps, dim))
+    upper = maps.index_select(dim, taps.upper).mul_(_repeated(taps.upper_weight, maps, dim))
+    return upper.addcmul_(
+        maps.index_select(dim, taps.lower), _repeated(taps.lower_weight, maps, dim)
+    )
 
 
 def _interpolate_rows(maps: Tensor, taps: Taps) -> Tensor:
@@ -83,7 +85,7 @@ def _interpolate_rows(maps: Tensor, taps: Taps) -> Tensor:
     return result
 
 
-def _spread(weights: Tensor, maps: Tensor, dim: int) -> Tensor:
+def _repeated(weights: Tensor, maps: Tensor, dim: int) -> Tensor:
     """Weights (m,) repeated over the later axes of the maps: vectorised only if contiguous."""
     later = maps.shape[dim + 1 :]
     return weights.view(-1, *[1] * len(later)).expand(-1, *later).contiguous()

@@ -11,7 +11,7 @@ class Perceptron(nn.Module):
     """Linear layers with ReLU between them.
 
     Args:
-        *dims: Widths from input to output, at least three.
+        *dims: widths from input to output, at least three.
     """
 
     def __init__(self, *dims: int) -> None:

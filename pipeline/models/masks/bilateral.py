@@ -238,7 +238,7 @@ def largest_component(
 
     Args:
         soft_mask: (H, W) output of `bilateral_solve`.
-        count_background: As published, rank the background among the components and take the
+        count_background: as published, rank the background among the components and take the
             second largest: the background itself where an object is larger than that, and
             everything where there is no object. Otherwise the largest object, or nothing.
     """

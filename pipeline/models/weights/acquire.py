@@ -23,7 +23,7 @@ from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from pipeline.models.weights.download import discard, download
 from pipeline.models.weights.weights import check_strict, read_weights, save_tensors
-from pipeline.models.weights.zoo import Published, cached_path, card_path, damage, is_cached
+from pipeline.models.weights.zoo import PublishedWeights, cached_path, card_path, damage, is_cached
 from pipeline.models.zutis.build import build_zutis
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
@@ -32,7 +32,11 @@ State = dict[str, Tensor]
 
 
 def fetch(
-    entry: Published, cache_dir: Path, *, url: str | None = None, categories: Sequence[str] = ()
+    entry: PublishedWeights,
+    cache_dir: Path,
+    *,
+    url: str | None = None,
+    categories: Sequence[str] = (),
 ) -> Path:
     """Download published weights, unless an intact copy is in the cache.
 
@@ -72,7 +76,9 @@ def fetch(
     return path
 
 
-def add(entry: Published, file: Path, cache_dir: Path, *, categories: Sequence[str] = ()) -> Path:
+def add(
+    entry: PublishedWeights, file: Path, cache_dir: Path, *, categories: Sequence[str] = ()
+) -> Path:
     """Take weights from a file that the user has; it may hold them in another form.
 
     Args:
@@ -90,7 +96,7 @@ def add(entry: Published, file: Path, cache_dir: Path, *, categories: Sequence[s
     return _store(entry, file, cache_dir, origin=str(file), categories=categories)
 
 
-def is_published_file(entry: Published, cache_dir: Path) -> bool | None:
+def is_published_file(entry: PublishedWeights, cache_dir: Path) -> bool | None:
     """Whether the copy was made from the very file of the manifest; None where no hash is known."""
     if entry.sha256 is None:
         return None
@@ -108,7 +114,7 @@ def _local_path(url: str) -> Path | None:
     return path
 
 
-def _check_hash(entry: Published, file: Path, cache_dir: Path) -> None:
+def _check_hash(entry: PublishedWeights, file: Path, cache_dir: Path) -> None:
     """Compare a file with the manifest's hash, or with the one that the first fetch recorded.
 
     Raises:
@@ -134,7 +140,7 @@ def _recorded_hash(card: Path) -> str | None:
 
 
 def _store(
-    entry: Published, file: Path, cache_dir: Path, *, origin: str, categories: Sequence[str]
+    entry: PublishedWeights, file: Path, cache_dir: Path, *, origin: str, categories: Sequence[str]
 ) -> Path:
     """Verify and convert a file; the card comes last, and goes before an old copy is replaced."""
     label = f"{origin} (as {entry.name}: {entry.describe_architecture()})"
@@ -178,7 +184,7 @@ def _unshared(state: State, source: str) -> State:
     }
 
 
-def _checkpoint_config(entry: Published, categories: Sequence[str]) -> dict[str, Any]:
+def _checkpoint_config(entry: PublishedWeights, categories: Sequence[str]) -> dict[str, Any]:
     """`config.json` of a published ZUTIS: what `pipeline train` would have written."""
     training = dict(entry.training or {})
     return {

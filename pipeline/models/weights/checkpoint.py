@@ -24,8 +24,8 @@ def save_checkpoint(folder: Path, model: nn.Module, config: Mapping[str, Any]) -
     """Write `model.safetensors` and `config.json`; neither changes unless both could be written.
 
     Args:
-        folder: Made if absent; other files in it stay.
-        model: Its state dict is stored, under its own keys.
+        folder: made if absent; other files in it stay.
+        model: its state dict is stored, under its own keys.
         config: JSON-serialisable: architecture, categories, step, settings.
     """
     tensors = {

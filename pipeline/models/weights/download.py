@@ -38,11 +38,11 @@ def download(url: str, part: Path, *, size: int | None = None) -> None:
         OSError: the disk is full; `part` stays.
     """
     note = note_path(part)
-    begun = _begun(part, note, url)
-    received = part.stat().st_size if begun else 0
-    if begun and begun["total"] == received:
+    earlier = _note_of_earlier_call(part, note, url)
+    received = part.stat().st_size if earlier else 0
+    if earlier and earlier["total"] == received:
         return
-    with _request(url, received, begun.get("version")) as response:
+    with _request(url, received, earlier.get("version")) as response:
         if response.status != PARTIAL_CONTENT:
             received = 0
         total = _total(response.headers, received)
@@ -74,7 +74,7 @@ def note_path(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
-def _begun(part: Path, note: Path, url: str) -> dict[str, Any]:
+def _note_of_earlier_call(part: Path, note: Path, url: str) -> dict[str, Any]:
     """The note of an earlier call for the same URL; empty if there is nothing to continue."""
     if not part.is_file() or not note.is_file():
         return {}

@@ -49,11 +49,11 @@ def save_state(
     The settings of the optimizer's groups are not stored: the caller makes them anew.
 
     Args:
-        path: File to write; its folder is made.
-        model: Network under training.
-        optimizer: Over the parameters of `model`.
-        step: Finished iterations.
-        extra: Anything JSON can hold.
+        path: file to write; its folder is made.
+        model: network under training.
+        optimizer: over the parameters of `model`.
+        step: finished iterations.
+        extra: anything JSON can hold.
     """
     tensors = {f"{MODEL}{name}": value for name, value in model.state_dict().items()}
     for number, values in optimizer.state_dict()["state"].items():

@@ -152,9 +152,9 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: Path | st
     """Load `state` into `model` if every name and shape agrees; otherwise change nothing.
 
     Args:
-        model: Network in which the values end, on its device and in its dtype.
-        state: Names to tensors.
-        source: Where `state` comes from, for the message.
+        model: network in which the values end, on its device and in its dtype.
+        state: names to tensors.
+        source: where `state` comes from, for the message.
 
     Raises:
         PipelineError: as `check_strict`.

@@ -23,7 +23,7 @@ QUICK_GELU_SUFFIX = "-quickgelu"
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedWeights:
     """One entry of the manifest.
 
     Attributes:
@@ -68,13 +68,13 @@ class Published:
 
 
 @cache
-def manifest() -> dict[str, Published]:
+def manifest() -> dict[str, PublishedWeights]:
     """All published weights by name, in the order of the file."""
     content = YAML(typ="safe", pure=True).load(MANIFEST.read_text(encoding="utf-8"))
-    return {name: Published(name=name, **fields) for name, fields in content.items()}
+    return {name: PublishedWeights(name=name, **fields) for name, fields in content.items()}
 
 
-def published(name: str) -> Published:
+def published(name: str) -> PublishedWeights:
     """Look a name up.
 
     Raises:
@@ -86,18 +86,18 @@ def published(name: str) -> Published:
     return entries[name]
 
 
-def card_path(entry: Published, cache_dir: Path) -> Path:
+def card_path(entry: PublishedWeights, cache_dir: Path) -> Path:
     """The JSON beside the copy; written last, so without it there is no copy."""
     return Path(cache_dir) / FOLDER / f"{entry.name}.json"
 
 
-def cached_path(entry: Published, cache_dir: Path) -> Path:
+def cached_path(entry: PublishedWeights, cache_dir: Path) -> Path:
     """Where the copy is, or would be: a checkpoint folder for ZUTIS, else a safetensors file."""
     suffix = "" if entry.kind == "zutis" else ".safetensors"
     return Path(cache_dir) / FOLDER / f"{entry.name}{suffix}"
 
 
-def is_cached(entry: Published, cache_dir: Path) -> bool:
+def is_cached(entry: PublishedWeights, cache_dir: Path) -> bool:
     """Whether there is a copy; says nothing about its bytes."""
     return card_path(entry, cache_dir).is_file() and cached_path(entry, cache_dir).exists()
 
@@ -124,7 +124,7 @@ def resolve_weights(value: Path | str, cache_dir: Path) -> Path:
     return cached_path(entry, cache_dir)
 
 
-def published_clip(model: str, tag: str) -> Published | None:
+def published_clip(model: str, tag: str) -> PublishedWeights | None:
     """The published CLIP that open_clip calls `model` and `tag`, with or without `-quickgelu`."""
     wanted = (model.removesuffix(QUICK_GELU_SUFFIX), tag)
     for entry in manifest().values():
@@ -143,7 +143,7 @@ def cached_clip(model: str, tag: str, cache_dir: Path) -> Path | None:
     return cached_path(entry, cache_dir)
 
 
-def damage(entry: Published, cache_dir: Path) -> str | None:
+def damage(entry: PublishedWeights, cache_dir: Path) -> str | None:
     """What is wrong with the bytes of a copy, or None; reads all of them."""
     try:
         card = read_json(card_path(entry, cache_dir))

@@ -36,10 +36,10 @@ def build_zutis(
 
     Args:
         encoder: CLIP vision transformer; trained further, not copied.
-        num_queries: Learned queries Q.
-        decoder_layers: Decoder layers L.
-        num_heads: Attention heads of the decoder, a divisor of the encoder's width.
-        feedforward_dim: Hidden width of the decoder's feed-forward parts.
+        num_queries: learned queries Q.
+        decoder_layers: decoder layers L.
+        num_heads: attention heads of the decoder, a divisor of the encoder's width.
+        feedforward_dim: hidden width of the decoder's feed-forward parts.
         stop_gradient: see `Zutis`.
         query_norm: see `Zutis`; so are `mean`, `std`, `position_resize` and `token_norm`.
 

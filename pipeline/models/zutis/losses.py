@@ -43,10 +43,10 @@ def semantic_loss(
         patch_tokens: (B, h, w, C) of unit norm.
         text_embeddings: (K, C) of unit norm.
         semantic_masks: (B, H, W) label ids in [0, K), or `ignore_index`.
-        logit_scale: Factor on the similarities; 1 is the published value, in equation 4 as in the
+        logit_scale: factor on the similarities; 1 is the published value, in equation 4 as in the
             code. CLIP was trained with its learned temperature, a factor near 100.
-        ignore_index: Label of the pixels left out.
-        divisor: Scalar, pixels that count in the whole of which this is a part, at least 1; by
+        ignore_index: label of the pixels left out.
+        divisor: scalar, pixels that count in the whole of which this is a part, at least 1; by
             default those of `semantic_masks`.
 
     Returns:
@@ -91,14 +91,14 @@ def mask_loss(
         mask_probs: (B, L, Q, h, w) mask proposals in [0, 1], upsampled to the masks' size as
             probabilities.
         instance_masks: B boolean tensors (N, H, W); N may differ and be 0.
-        dice_weight: Weight of the dice part, in the matching and in the loss.
-        bce_weight: Weight of the binary cross-entropy part, likewise.
+        dice_weight: weight of the dice part, in the matching and in the loss.
+        bce_weight: weight of the binary cross-entropy part, likewise.
         reduction: "sum", as in the published code: over pairs, layers and images, divided by the
             batch size alone, so that it grows with layers and objects beside a cross-entropy that
             does not. "mean": over all pairs of all layers. The paper does not say.
-        matching: Where the costs of the matching are taken, see `mask_costs`; the losses of the
+        matching: where the costs of the matching are taken, see `mask_costs`; the losses of the
             matched pairs are always taken at every pixel.
-        divisor: Scalar, images ("sum") or pairs ("mean", at least 1) of the whole of which this is
+        divisor: scalar, images ("sum") or pairs ("mean", at least 1) of the whole of which this is
             a part; by default those of this batch.
         generators: B generators on the CPU for what `mask_costs` draws; by default torch's own.
 
@@ -146,8 +146,8 @@ def num_pairs(instance_masks: Sequence[Tensor], *, num_layers: int, num_queries:
 
     Args:
         instance_masks: B boolean tensors (N, H, W), as for `mask_loss`.
-        num_layers: Decoder layers L.
-        num_queries: Queries Q.
+        num_layers: decoder layers L.
+        num_queries: queries Q.
     """
     occupied = _occupied(instance_masks)
     pairs = [num_layers * min(len(masks), num_queries) for masks in instance_masks]

@@ -61,13 +61,13 @@ def mask_costs(
     Args:
         mask_probs: (L, Q, h, w) mask proposals of one image, in [0, 1].
         instance_masks: (N, H, W) boolean, on the same device.
-        dice_weight: Weight of the dice part.
-        bce_weight: Weight of the binary cross-entropy part.
-        samples: Where proposals and masks are compared. "pixels", as published: at every pixel,
+        dice_weight: weight of the dice part.
+        bce_weight: weight of the binary cross-entropy part.
+        samples: where proposals and masks are compared. "pixels", as published: at every pixel,
             proposals upsampled as probabilities. The others are faster and may match otherwise:
             "points": at the crossings of 64 rows and 64 columns, drawn anew each time;
             "tokens": on the token grid, with the share of each mask in a token.
-        generator: On the CPU, for what "points" draws; by default torch's own.
+        generator: on the CPU, for what "points" draws; by default torch's own.
 
     Returns:
         (L, N, Q) costs, float32.

@@ -46,15 +46,15 @@ class Zutis(nn.Module):
 
     Args:
         encoder: CLIP vision transformer in the key layout of OpenAI and open_clip.
-        decoder: Transformer decoder of width D.
-        ffn1: Perceptron D -> D that turns tokens into the decoder's memory and mask features.
-        ffn2: Perceptron D -> D on the decoded queries.
+        decoder: transformer decoder of width D.
+        ffn1: perceptron D -> D that turns tokens into the decoder's memory and mask features.
+        ffn2: perceptron D -> D on the decoded queries.
         query_embed: (Q, D) initial values of the learned queries.
-        stop_gradient: Keep the mask losses away from the encoder, as published.
-        query_norm: Scale the decoded queries to unit norm, as published.
-        mean: Of the channels R, G, B in [0, 1], taken off the input. The code takes ImageNet's,
+        stop_gradient: keep the mask losses away from the encoder, as published.
+        query_norm: scale the decoded queries to unit norm, as published.
+        mean: of the channels R, G, B in [0, 1], taken off the input. The code takes ImageNet's,
             though CLIP was trained with its own; the paper does not say.
-        std: Their standard deviation, likewise.
+        std: their standard deviation, likewise.
         position_resize: see `resize_positions`; "scale" is the code's.
         token_norm: see `project`; "map" is the code's.
 

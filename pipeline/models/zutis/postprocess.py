@@ -113,14 +113,14 @@ def instance_predictions(
         patch_tokens: (h, w, C) of unit norm.
         text_embeddings: (K, C) of unit norm, background first.
         size: (H, W) of the masks; None stays on the token grid.
-        threshold: Probability above which a pixel belongs to a mask.
-        temperature: Factor on the cosine inside the sigmoid of the category score.
-        suppression: Non-maximum suppression among masks of one label. "hard" removes masks that
+        threshold: probability above which a pixel belongs to a mask.
+        temperature: factor on the cosine inside the sigmoid of the category score.
+        suppression: non-maximum suppression among masks of one label. "hard" removes masks that
             overlap a better one, "linear" and "gaussian" lower their scores, "none" keeps all.
         max_overlap: IoU up to which "hard" and "linear" leave a score alone.
-        sigma: Width of "gaussian": the factor is exp(-IoU^2 / sigma).
-        min_score: Scores that fall to this or below are dropped by suppression.
-        score_resolution: Where labels and scores are decided. "token", as in the published code:
+        sigma: width of "gaussian": the factor is exp(-IoU^2 / sigma).
+        min_score: scores that fall to this or below are dropped by suppression.
+        score_resolution: where labels and scores are decided. "token", as in the published code:
             over the proposal thresholded on the token grid, another region than the final mask.
             "pixel": over the final mask. The paper does not say (Algorithm 1 leaves upsampling out
             "for readability").

@@ -31,7 +31,7 @@ from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, load_selfma
 from pipeline.models.weights import zoo
 from pipeline.models.weights.acquire import CONVERTERS, add, fetch, is_published_file
 from pipeline.models.weights.zoo import (
-    Published,
+    PublishedWeights,
     damage,
     is_cached,
     manifest,
@@ -542,4 +542,4 @@ def test_entries_are_described() -> None:
     assert sizes["clip_vit_b_32"] == "354.0 MB"
     assert sizes["zutis_coca_vit_b_16"] == "~537.9 MB"
     assert sizes["dino_vits16"] == "unknown"
-    assert isinstance(published("clip_rn50"), Published)
+    assert isinstance(published("clip_rn50"), PublishedWeights)
