@@ -15,7 +15,8 @@ import webdataset
 
 import pipeline.formats.shards
 from pipeline.errors import PipelineError
-from pipeline.formats.shards import open_samples, read_manifest, read_shards, write_shards
+from pipeline.formats.shards import open_samples, read_manifest
+from tests.formats.shard_folders import read_shards, write_shards
 
 NUM_SAMPLES = 7
 SHARD_SIZE = 3
@@ -61,11 +62,6 @@ def test_same_samples_same_bytes(shard_dir: Path, tmp_path: Path) -> None:
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     with tarfile.open(shard_dir / "00000.tar") as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in tar} == {(0, 0, 0, "", "")}
-
-
-def test_full_last_shard_leaves_no_empty_one(tmp_path: Path) -> None:
-    manifest = write_shards(samples(6), tmp_path / "x", shard_size=3)
-    assert [entry["samples"] for entry in manifest["shards"]] == [3, 3]
 
 
 def test_no_samples(tmp_path: Path) -> None:
@@ -122,24 +118,6 @@ def test_reading_from_threads_and_copies(
     assert [copy.json(number)["rank"] for number in numbers] == numbers
 
 
-def test_failure_while_writing_keeps_what_was_there(shard_dir: Path) -> None:
-    before = {path.name: path.read_bytes() for path in shard_dir.iterdir()}
-
-    def failing() -> Iterator[dict[str, object]]:
-        yield from samples(4)
-        raise RuntimeError("no space")
-
-    with pytest.raises(RuntimeError, match="no space"):
-        write_shards(failing(), shard_dir, shard_size=2)
-    assert {path.name: path.read_bytes() for path in shard_dir.iterdir()} == before
-    assert [path.name for path in shard_dir.parent.iterdir()] == ["masks"]
-
-
-def test_fewer_samples_leave_no_stale_shard(shard_dir: Path) -> None:
-    write_shards(samples(2), shard_dir, shard_size=SHARD_SIZE)
-    assert sorted(path.name for path in shard_dir.iterdir()) == ["00000.tar", "_manifest.json"]
-
-
 @pytest.mark.parametrize("key", ["../../etc/x", "a.b", "a/b", "", "a b", "ü", "a\n"])
 def test_keys_that_are_not_plain_are_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(ValueError, match="sample key"):
@@ -149,13 +127,17 @@ def test_keys_that_are_not_plain_are_refused(tmp_path: Path, key: str) -> None:
 
 def test_other_mistakes_of_the_writer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="used twice"):
-        write_shards([*samples(2), *samples(1)], tmp_path / "x", shard_size=2)
+        write_shards([*samples(2), *samples(1)], tmp_path / "x", shard_size=3)
     with pytest.raises(ValueError, match="'jpg' is str, not bytes"):
         write_shards([{"__key__": "a", "jpg": "text"}], tmp_path / "x", shard_size=2)
     with pytest.raises(ValueError, match="samples"):
         write_shards([], tmp_path / "x", shard_size=2, settings={"samples": 3})
-    with pytest.raises(ValueError, match="shard_size"):
-        write_shards([], tmp_path / "x", shard_size=0)
+
+
+def test_a_sample_of_two_shards_is_named(tmp_path: Path) -> None:
+    write_shards([*samples(2), *samples(1)], tmp_path / "x", shard_size=2)
+    with pytest.raises(PipelineError, match=r"sample 0{20}_1 is there twice"):
+        open_samples(tmp_path / "x")
 
 
 def test_unfinished_folder(shard_dir: Path) -> None:

@@ -18,11 +18,11 @@ from PIL import Image
 
 from pipeline.engine.runtime import Runtime
 from pipeline.formats.images import encode_jpeg, encode_label, encode_png
-from pipeline.formats.shards import write_shards
 from pipeline.methods.students import TrainParams, ZutisParams
 from pipeline.params.base import EncoderParams
 from pipeline.params.reading import read_params
 from pipeline.stages import train
+from tests.formats.shard_folders import write_shards
 from tests.paths import ROOT
 
 CATEGORIES = ["cat", "dog"]
