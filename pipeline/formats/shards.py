@@ -134,18 +134,21 @@ def read_manifest(shard_dir: Path) -> dict[str, Any]:
     return manifest
 
 
-def open_samples(shard_dir: Path, *, members: Iterable[str] = ()) -> SampleStore:
+def open_samples(
+    shard_dir: Path, *, members: Iterable[str] = (), max_open: int = MAX_OPEN
+) -> SampleStore:
     """Check a folder of shards against its manifest and index its samples.
 
     Args:
         shard_dir: the folder.
         members: names that every sample must have, by default those of the first one.
+        max_open: number of shards that stay open.
 
     Raises:
         PipelineError: a shard is missing, cut off or changed, or a sample lacks a member; the
             message names it.
     """
-    return SampleStore(Path(shard_dir), frozenset(members))
+    return SampleStore(Path(shard_dir), frozenset(members), max_open)
 
 
 class SampleStore:
@@ -159,7 +162,8 @@ class SampleStore:
         manifest: content of _manifest.json.
     """
 
-    def __init__(self, shard_dir: Path, members: frozenset[str]) -> None:
+    def __init__(self, shard_dir: Path, members: frozenset[str], max_open: int) -> None:
+        self._max_open = max_open
         self._descriptors: dict[Path, int] = {}
         self.manifest = read_manifest(shard_dir)
         self.keys: list[str] = []
@@ -202,7 +206,7 @@ class SampleStore:
             os.close(descriptor)
 
     def _read(self, path: Path, offset: int, size: int) -> bytes:
-        if path not in self._descriptors and len(self._descriptors) < MAX_OPEN:
+        if path not in self._descriptors and len(self._descriptors) < self._max_open:
             opened = os.open(path, os.O_RDONLY)
             if self._descriptors.setdefault(path, opened) != opened:  # another thread was faster
                 os.close(opened)

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import webdataset
 
-import pipeline.formats.shards
 from pipeline.errors import PipelineError
 from pipeline.formats.shards import open_samples, read_manifest
 from tests.formats.shard_folders import read_shards, write_shards
@@ -105,11 +104,8 @@ def test_random_access(shard_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("max_open", [0, 1, 128])
-def test_reading_from_threads_and_copies(
-    shard_dir: Path, max_open: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pipeline.formats.shards, "MAX_OPEN", max_open)
-    store = open_samples(shard_dir)
+def test_reading_from_threads_and_copies(shard_dir: Path, max_open: int) -> None:
+    store = open_samples(shard_dir, max_open=max_open)
     numbers = [number % NUM_SAMPLES for number in range(0, 900, 4)]
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda number: store.member(number, "mask.png"), numbers))

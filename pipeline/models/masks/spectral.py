@@ -157,10 +157,13 @@ def feature_affinity(features: Tensor) -> NDArray[np.float64]:
     return (cosine - low) / (high - low)
 
 
-def spectral_embedding(features: Tensor, count: int, *, seed: int = 0) -> NDArray[np.float64]:
+def spectral_embedding(
+    features: Tensor, count: int, *, seed: int = 0, max_dense: int = MAX_DENSE_POSITIONS
+) -> NDArray[np.float64]:
     """The `count` smallest generalised eigenvectors of L v = lambda D v, the constant one included.
 
-    D holds the row sums of the affinity A of (C, h, w) features and L = D - A.
+    D holds the row sums of the affinity A of (C, h, w) features and L = D - A. With more than
+    `max_dense` positions they are found by iteration, which starts at random from `seed`.
 
     Returns:
         (n, count), columns by ascending eigenvalue, each of unit length in the metric of D.
@@ -170,7 +173,7 @@ def spectral_embedding(features: Tensor, count: int, *, seed: int = 0) -> NDArra
     # With w = sqrt(D) v the problem is the ordinary one of the largest eigenvalues of this matrix.
     normalised = affinity * scale[:, None] * scale
     num_positions = len(affinity)
-    if num_positions <= max(MAX_DENSE_POSITIONS, count):
+    if num_positions <= max(max_dense, count):
         _, vectors = eigh(normalised, subset_by_index=(num_positions - count, num_positions - 1))
     else:
         start = np.random.default_rng(seed).standard_normal(num_positions)
