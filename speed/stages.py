@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.formats.images import decode_label, decode_png, load_image
-from pipeline.formats.shards import read_shards
+from pipeline.formats.shards import open_samples
 from pipeline.formats.sources import sample_key
 from pipeline.formats.tables import ArchiveRow, embedding_matrix, write_archives
 from pipeline.methods.dense import DenseClipParams
@@ -71,6 +71,12 @@ def _stage(folder: Path, run: Callable[[Path, Path, Path], None]) -> Timed:
     shutil.rmtree(cache_dir, ignore_errors=True)
     run(cache_dir, out_dir, stats_path)
     return Timed(json.loads((folder / "times/stage.json").read_text())["seconds"], out_dir)
+
+
+def _members(shard_dir: Path, name: str) -> Iterator[bytes]:
+    """One member of every sample of a folder of shards, in order."""
+    store = open_samples(shard_dir)
+    return (store.member(index, name) for index in range(len(store)))
 
 
 def _pixels(files: list[bytes]) -> Tensor:
@@ -163,7 +169,7 @@ def prepare_mask(
         )
 
     def check(_: Tensor, out_dir: Path) -> str:
-        masks = np.stack([decode_png(sample["mask.png"]) > 0 for sample in read_shards(out_dir)])
+        masks = np.stack([decode_png(data) > 0 for data in _members(out_dir, "mask.png")])
         expected = [
             published_solve(np.asarray(load_image(data)), mask) > 0.5
             for data, mask in zip(files, coarse, strict=True)
@@ -250,7 +256,7 @@ def prepare_pseudo_label(
 
     def check(scores: Tensor, out_dir: Path) -> str:
         expected, _ = label_and_confidence(scores, (images.shape[2], images.shape[3]))
-        stored = np.stack([decode_label(sample["label.png"]) for sample in read_shards(out_dir)])
+        stored = np.stack([decode_label(data) for data in _members(out_dir, "label.png")])
         agreement = float((stored == expected.numpy()).mean())
         assert agreement >= AGREEMENT, f"{1 - agreement:.1%} of the labels differ"
         return f"labels of the bare network's scores ({agreement:.2%} of the pixels)"

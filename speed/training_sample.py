@@ -10,7 +10,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from pipeline.formats.images import encode_label, encode_png
 from pipeline.formats.labels import IGNORE_INDEX
-from pipeline.formats.shards import write_shards
+from pipeline.formats.shards import shard_entry, shard_name, write_manifest, write_tar
 from pipeline.training import training_set
 from pipeline.training.settings import Composition, TargetSettings
 from pipeline.training.training_set import Archives, TrainingSet
@@ -181,7 +180,10 @@ def _write_archives(folder: Path, *, quick: bool) -> list[Source]:
                 "json": {"category": CATEGORIES[label_id - 1], "label_id": label_id},
             }
         )
-    write_shards(samples, folder / "labels", shard_size=count)
+    labels_dir = folder / "labels"
+    labels_dir.mkdir()
+    shard = labels_dir / shard_name(0)
+    write_manifest(labels_dir, [shard_entry(shard, write_tar(shard, samples))])
     # The order of the pipeline's pool: archive after archive.
     return sorted(sources, key=lambda source: source.label_id)
 
@@ -190,12 +192,9 @@ def _prepare(folder: Path, quick: bool) -> Pair:
     sources = _write_archives(folder, quick=quick)
     count = 4 if quick else 24
     # No image stays in memory: real archives are many times larger than what fits.
-    with patch.object(training_set, "SAMPLE_BYTES", 0):
-        archives = Archives(
-            folder / "labels",
-            categories=CATEGORIES,
-            settings=TargetSettings(),
-        )
+    archives = Archives(
+        folder / "labels", categories=CATEGORIES, settings=TargetSettings(), sample_bytes=0
+    )
 
     def published(composition: Composition = PAPER) -> list[Training]:
         return [published_sample(sources, composition, number) for number in range(count)]

@@ -122,23 +122,6 @@ def write_encoded(path: Path, predictions: Iterable[tuple[int, str, bytes]]) -> 
     return write_tar(path, (_to_sample(*prediction) for prediction in predictions))
 
 
-def write_predictions(
-    path: Path, predictions: Iterable[tuple[int, StoredPrediction]], *, num_categories: int
-) -> int:
-    """Write a shard of predictions; see `write_encoded`.
-
-    Args:
-        path: the shard.
-        predictions: with their number in the benchmark, which increases.
-        num_categories: K, the largest label id.
-    """
-    encoded = (
-        (number, item.image_id, encode_prediction(item, num_categories))
-        for number, item in predictions
-    )
-    return write_encoded(path, encoded)
-
-
 class PredictionStore:
     """Random access to the predictions of a folder; only the samples' places are in memory."""
 

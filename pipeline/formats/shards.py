@@ -1,4 +1,4 @@
-"""WebDataset shards of samples: written whole, described by a manifest, read in order or by index.
+"""WebDataset shards of samples: written whole, described by a manifest, read by index.
 
 A sample is a dict: `__key__` and one entry of bytes per member (`jpg`, `mask.png`, `json`, ...). A
 folder of shards holds `00000.tar`, `00001.tar`, ... and, written last, `_manifest.json`: for each
@@ -13,14 +13,13 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from webdataset.writer import TarWriter
 
 from pipeline.errors import PipelineError
-from pipeline.files import Location, file_sha256, read_json, replace_dir, write_json
+from pipeline.files import Location, file_sha256, read_json, write_json
 
 MANIFEST = "_manifest.json"  # readers of Parquet folders pass over names with an underscore
 KEY = re.compile(r"[0-9A-Za-z_-]+")
@@ -67,41 +66,6 @@ def tar_members(path: Location) -> Iterator[tuple[str, int, int]]:
         file.seek(end)
         if file.read(TAR_BLOCK) != bytes(TAR_BLOCK):
             raise tarfile.ReadError(f"cut off or damaged at byte {end}")
-
-
-def write_shards(
-    samples: Iterable[Mapping[str, Any]],
-    out_dir: Path,
-    *,
-    shard_size: int,
-    settings: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write samples to a new folder of shards and return its manifest.
-
-    The same samples give the same bytes. `out_dir` is replaced as a whole at the end; if `samples`
-    raises, it keeps what it had.
-
-    Args:
-        samples: `__key__` and members; members are bytes, `json` may be a dict.
-        out_dir: folder that only this call writes.
-        shard_size: number of samples in a shard.
-        settings: further entries of the manifest.
-
-    Raises:
-        ValueError: a key is used twice or has other characters than 0-9 A-Z a-z _ and -, a member
-            is not bytes, or a setting has the name of a manifest entry.
-    """
-    if shard_size < 1:
-        raise ValueError(f"shard_size must be at least 1, got {shard_size}")
-    shards: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    remaining = iter(samples)
-    with replace_dir(out_dir) as temporary_dir:
-        while first := list(islice(remaining, 1)):
-            path = temporary_dir / shard_name(len(shards))
-            count = write_tar(path, chain(first, islice(remaining, shard_size - 1)), seen)
-            shards.append(shard_entry(path, count))
-        return write_manifest(temporary_dir, shards, settings)
 
 
 def shard_name(number: int, suffix: str = ".tar") -> str:
@@ -170,25 +134,21 @@ def read_manifest(shard_dir: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_shards(shard_dir: Path, *, members: Iterable[str] = ()) -> Iterator[StoredSample]:
-    """Yield the samples of a folder in order, each with `__key__` and the bytes of its members.
+def open_samples(
+    shard_dir: Path, *, members: Iterable[str] = (), max_open: int = MAX_OPEN
+) -> SampleStore:
+    """Check a folder of shards against its manifest and index its samples.
 
     Args:
-        shard_dir: folder written by `write_shards`.
+        shard_dir: the folder.
         members: names that every sample must have, by default those of the first one.
+        max_open: number of shards that stay open.
 
     Raises:
         PipelineError: a shard is missing, cut off or changed, or a sample lacks a member; the
-            message names it. Every shard is checked before its first sample is yielded.
+            message names it.
     """
-    store = open_samples(shard_dir, members=members)
-    for index in range(len(store)):
-        yield store[index]
-
-
-def open_samples(shard_dir: Path, *, members: Iterable[str] = ()) -> SampleStore:
-    """Check a folder of shards against its manifest and index its samples; see `read_shards`."""
-    return SampleStore(Path(shard_dir), frozenset(members))
+    return SampleStore(Path(shard_dir), frozenset(members), max_open)
 
 
 class SampleStore:
@@ -202,7 +162,8 @@ class SampleStore:
         manifest: content of _manifest.json.
     """
 
-    def __init__(self, shard_dir: Path, members: frozenset[str]) -> None:
+    def __init__(self, shard_dir: Path, members: frozenset[str], max_open: int) -> None:
+        self._max_open = max_open
         self._descriptors: dict[Path, int] = {}
         self.manifest = read_manifest(shard_dir)
         self.keys: list[str] = []
@@ -245,7 +206,7 @@ class SampleStore:
             os.close(descriptor)
 
     def _read(self, path: Path, offset: int, size: int) -> bytes:
-        if path not in self._descriptors and len(self._descriptors) < MAX_OPEN:
+        if path not in self._descriptors and len(self._descriptors) < self._max_open:
             opened = os.open(path, os.O_RDONLY)
             if self._descriptors.setdefault(path, opened) != opened:  # another thread was faster
                 os.close(opened)
@@ -255,26 +216,27 @@ class SampleStore:
             return os.pread(file.fileno(), size, offset)
 
 
-def write_tar(
-    path: Path, samples: Iterable[Mapping[str, Any]], seen: set[str] | None = None
-) -> int:
+def write_tar(path: Path, samples: Iterable[Mapping[str, Any]]) -> int:
     """Write one shard to its final place and return its number of samples.
+
+    The same samples give the same bytes.
 
     Args:
         path: the file; it is not written atomically.
-        samples: see `write_shards`, which also has what it raises.
-        seen: keys of earlier shards, to which those of this one are added.
+        samples: `__key__` and members; members are bytes, `json` may be a dict.
+
+    Raises:
+        ValueError: a key is used twice or has other characters than 0-9 A-Z a-z _ and -, or a
+            member is not bytes.
     """
-    count = 0
-    seen = set() if seen is None else seen
+    seen: set[str] = set()
     with path.open("wb") as file:
         with TarWriter(file, user="", group="", encoder=False, mtime=0) as writer:
             for sample in samples:
                 writer.write(_checked_sample(sample, seen))
-                count += 1
         file.flush()
         os.fsync(file.fileno())
-    return count
+    return len(seen)
 
 
 def _checked_sample(sample: Mapping[str, Any], seen: set[str]) -> StoredSample:

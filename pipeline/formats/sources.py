@@ -11,7 +11,7 @@ import stat
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,8 +33,6 @@ KEY_DIGITS = 20
 MAX_WAYS = 1000
 # More rows than this, and than the file has bytes, are no images.
 ROWS_OF_ANY_FILE = 1_000_000
-
-Report = Callable[[str, str], None]
 
 
 class SourceSpec(Protocol):
@@ -92,9 +90,7 @@ def sample_key(source: str, path: str, member: str | None = None) -> str:
     return hashlib.sha1(text.encode()).hexdigest()[:KEY_DIGITS]
 
 
-def list_images(
-    name: str, source: SourceSpec, *, report: Report | None = None
-) -> Iterator[ImageRef]:
+def list_images(name: str, source: SourceSpec) -> Iterator[ImageRef]:
     """Yield all images of a source in a fixed order: by file name, within a file by position.
 
     Hidden files are left out, links are followed except those that lead back to a folder above.
@@ -105,8 +101,6 @@ def list_images(
         name: name of the source.
         source: format, root, and pattern of tars or Parquet files relative to the root; braces and
             wildcards are expanded, an empty pattern means all of them.
-        report: called with (file, reason) for a broken tar or Parquet file, of which then only what
-            could be read is used. By default a broken file is an error.
 
     Raises:
         PipelineError: the root is missing, a file named by the pattern is missing, a tar or Parquet
@@ -117,7 +111,7 @@ def list_images(
         raise PipelineError(f"index.{name}.root: {root}: no such folder")
     listers = {"folder": _list_folder, "webdataset": _list_tars, "parquet": _list_parquet}
     count = 0
-    for relative, member, offset, size in listers[source.format](name, source, report):
+    for relative, member, offset, size in listers[source.format](name, source):
         yield ImageRef(
             key=sample_key(name, relative, member),
             source=name,
@@ -172,7 +166,7 @@ def read_image(location: ImageLocation) -> bytes:
 Found = tuple[str, str | None, int | None, int | None]
 
 
-def _list_folder(name: str, source: SourceSpec, _report: Report | None) -> Iterator[Found]:
+def _list_folder(name: str, source: SourceSpec) -> Iterator[Found]:
     if source.pattern:
         raise PipelineError(
             f"index.{name}.pattern: {source.pattern!r} has no meaning for format folder; remove it"
@@ -243,7 +237,7 @@ def check_utf8(text: str, path: Path) -> None:
         raise PipelineError(f"{str(path)!a}: file name is not UTF-8; rename the file") from None
 
 
-def _list_tars(name: str, source: SourceSpec, report: Report | None) -> Iterator[Found]:
+def _list_tars(name: str, source: SourceSpec) -> Iterator[Found]:
     root = as_location(source.root)
     for path in _matching_files(name, source, ".tar"):
         relative = path.relative_to(root).as_posix()
@@ -266,7 +260,7 @@ def _list_tars(name: str, source: SourceSpec, report: Report | None) -> Iterator
         except PipelineError:
             raise
         except Exception as error:  # hostile headers make tarfile raise any exception
-            _broken(path, _tar_reason(path, error), report)
+            raise _broken(path, _tar_reason(path, error)) from None
 
 
 def _check_regular(path: Path) -> None:
@@ -283,7 +277,7 @@ def _tar_reason(path: Path, error: Exception) -> str:
     return one_line(error) or type(error).__name__
 
 
-def _list_parquet(name: str, source: SourceSpec, report: Report | None) -> Iterator[Found]:
+def _list_parquet(name: str, source: SourceSpec) -> Iterator[Found]:
     root = as_location(source.root)
     for path in _matching_files(name, source, ".parquet"):
         relative = path.relative_to(root).as_posix()
@@ -297,16 +291,13 @@ def _list_parquet(name: str, source: SourceSpec, report: Report | None) -> Itera
         except PipelineError:
             raise
         except Exception as error:  # damaged metadata makes Arrow raise any exception
-            _broken(path, one_line(error) or type(error).__name__, report)
-            continue
+            raise _broken(path, one_line(error) or type(error).__name__) from None
         for row in range(num_rows):
             yield relative, str(row), None, None
 
 
-def _broken(path: Path, reason: str, report: Report | None) -> None:
-    if report is None:
-        raise PipelineError(f"{path}: broken: {reason}; replace the file or leave it out")
-    report(path.as_posix(), reason)
+def _broken(path: Path, reason: str) -> PipelineError:
+    return PipelineError(f"{path}: broken: {reason}; replace the file or leave it out")
 
 
 def _matching_files(name: str, source: SourceSpec, suffix: str) -> list[Path]:

@@ -86,7 +86,6 @@ def overlay_semantic(
     palette: Pixels,
     *,
     names: Sequence[str] | None = None,
-    alpha: float = 0.55,
 ) -> Image.Image:
     """Label colours over a grey image, with a legend strip of the names that occur.
 
@@ -95,13 +94,12 @@ def overlay_semantic(
         labels: (H, W) label ids.
         palette: (K + 1, 3) uint8 by label id, see `colour_map`.
         names: K category names; without them there is no legend.
-        alpha: share of the colour where there is a label.
     """
     _check_sizes(image, labels)
     colours = np.zeros_like(image)
     colours[labels > 0] = palette[labels[labels > 0]]
     colours[labels == IGNORE_INDEX] = VOID_COLOUR
-    picture = _blend(_grey(image), colours, where=labels != 0, alpha=alpha)
+    picture = _blend(_grey(image), colours, where=labels != 0, alpha=0.55)
     if names is None:
         return picture
     present = [int(label_id) for label_id in np.unique(labels) if label_id > 0]
@@ -113,7 +111,6 @@ def overlay_instances(
     instances: Iterable[DrawnInstance],
     *,
     names: Sequence[str],
-    alpha: float = 0.5,
 ) -> Image.Image:
     """The best `DRAWN_INSTANCES` objects, each in a colour of its own, outlined and named.
 
@@ -121,7 +118,6 @@ def overlay_instances(
         image: (H, W, 3) uint8.
         instances: objects, the best first; it is drawn last, on top.
         names: category names in the order of the label ids from 1.
-        alpha: share of the colour inside an object.
     """
     drawn = list(islice(instances, DRAWN_INSTANCES))
     masks = [instance.mask for instance in drawn]
@@ -132,7 +128,7 @@ def overlay_instances(
         _check_sizes(image, mask)
         colours[mask] = palette[number]
         covered |= mask
-    picture = np.asarray(_blend(image, colours, where=covered, alpha=alpha)).copy()
+    picture = np.asarray(_blend(image, colours, where=covered, alpha=0.5)).copy()
     for number, mask in reversed(list(enumerate(masks, start=1))):
         picture[_outline(_resize(mask, picture.shape[:2]))] = palette[number]
     result = Image.fromarray(picture)

@@ -23,14 +23,12 @@ class SemanticScores:
         miou: mean of `iou` over the classes that occur in target or prediction.
         pixel_acc: share of pixels that are right.
         mean_acc: mean recall over the classes that occur in the target.
-        freq_weighted_iou: IoU weighted by the share of each class in the target.
         iou: (K,) intersection over union of each class; NaN for a class that never occurs.
     """
 
     miou: float
     pixel_acc: float
     mean_acc: float
-    freq_weighted_iou: float
     iou: NDArray[np.float64]
 
 
@@ -84,15 +82,10 @@ class ConfusionMatrix:
         in_target = self.counts.sum(axis=1)
         total = self.counts.sum()
         iou = _ratio(diagonal, in_target + self.counts.sum(axis=0) - diagonal)
-        frequency = _ratio(in_target, np.full(self.num_classes, total))
-        present = in_target > 0
         return SemanticScores(
             miou=mean_known(iou),
             pixel_acc=float(diagonal.sum() / total) if total else float("nan"),
             mean_acc=mean_known(_ratio(diagonal, in_target)),
-            freq_weighted_iou=(
-                float((frequency[present] * iou[present]).sum()) if total else float("nan")
-            ),
             iou=iou,
         )
 

@@ -100,7 +100,7 @@ class Archives:
     A sample's semantic mask is what `training_target` makes of it; its instance is its
     pseudo-mask or, with `split_components`, every connected component of the pseudo-mask that
     covers at least 1 % of the image. Samples of archive 0, the negatives, are background all over,
-    by definition. As many decoded samples as fit into a gigabyte are kept in memory, and the
+    by definition. As many decoded samples as fit into `sample_bytes` are kept in memory, and the
     pseudo-masks of some 500,000 more.
 
     Args:

@@ -124,7 +124,7 @@ def test_a_source_in_the_store_is_that_of_a_folder(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipeline.formats.shards import write_shards
+    from tests.formats.shard_folders import write_shards
 
     root = tmp_path / "pool"
     (root / "b/c").mkdir(parents=True)

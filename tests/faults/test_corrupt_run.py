@@ -20,7 +20,7 @@ import torch
 
 from pipeline.cli import main
 from pipeline.engine.runtime import Runtime
-from pipeline.formats.shards import MANIFEST, read_shards
+from pipeline.formats.shards import MANIFEST
 from pipeline.formats.tables import read_archives
 from pipeline.methods.masks import SelfMaskParams
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, save_selfmask
@@ -39,6 +39,7 @@ from tests.faults.hostile import (
     wide_gif,
     wide_webp,
 )
+from tests.formats.shard_folders import read_shards
 
 NUM_IMAGES = 200
 K = 40

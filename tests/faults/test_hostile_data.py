@@ -255,7 +255,7 @@ class TestTars:
             [sys.executable, "-c", code, str(tmp_path / "0.tar")],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             stderr=subprocess.PIPE,
-            timeout=4,
+            timeout=60,
             check=False,
         )
         assert b"ReadError" in done.stderr

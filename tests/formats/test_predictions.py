@@ -11,15 +11,10 @@ import numpy as np
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.formats.predictions import PredictionStore, StoredPrediction, write_predictions
+from pipeline.formats.predictions import PredictionStore, StoredPrediction
 from pipeline.formats.rle import RleObject, encode_mask
-from pipeline.formats.shards import (
-    read_manifest,
-    read_shards,
-    shard_entry,
-    shard_name,
-    write_manifest,
-)
+from pipeline.formats.shards import read_manifest
+from tests.formats.shard_folders import read_shards, write_predictions
 
 LABELS = np.array([[0, 1, 2], [2, 2, 0]], np.int16)
 OBJECTS = [
@@ -36,10 +31,7 @@ class Named:
 
 
 def write(folder: Path, items: Iterable[tuple[int, StoredPrediction]], num: int = 2) -> None:
-    folder.mkdir()
-    path = folder / shard_name(0)
-    count = write_predictions(path, items, num_categories=num)
-    write_manifest(folder, [shard_entry(path, count)], {"protocol": ["step: 7"]})
+    write_predictions(folder, items, num_categories=num, settings={"protocol": ["step: 7"]})
 
 
 def test_predictions_come_back(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import webdataset
 
-import pipeline.formats.shards
 from pipeline.errors import PipelineError
-from pipeline.formats.shards import open_samples, read_manifest, read_shards, write_shards
+from pipeline.formats.shards import open_samples, read_manifest
+from tests.formats.shard_folders import read_shards, write_shards
 
 NUM_SAMPLES = 7
 SHARD_SIZE = 3
@@ -63,11 +63,6 @@ def test_same_samples_same_bytes(shard_dir: Path, tmp_path: Path) -> None:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in tar} == {(0, 0, 0, "", "")}
 
 
-def test_full_last_shard_leaves_no_empty_one(tmp_path: Path) -> None:
-    manifest = write_shards(samples(6), tmp_path / "x", shard_size=3)
-    assert [entry["samples"] for entry in manifest["shards"]] == [3, 3]
-
-
 def test_no_samples(tmp_path: Path) -> None:
     manifest = write_shards([], tmp_path / "x", shard_size=3)
     assert manifest == {"shards": [], "samples": 0}
@@ -109,35 +104,14 @@ def test_random_access(shard_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("max_open", [0, 1, 128])
-def test_reading_from_threads_and_copies(
-    shard_dir: Path, max_open: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pipeline.formats.shards, "MAX_OPEN", max_open)
-    store = open_samples(shard_dir)
+def test_reading_from_threads_and_copies(shard_dir: Path, max_open: int) -> None:
+    store = open_samples(shard_dir, max_open=max_open)
     numbers = [number % NUM_SAMPLES for number in range(0, 900, 4)]
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda number: store.member(number, "mask.png"), numbers))
     assert found == [bytes([number]) * 600 for number in numbers]
     copy = pickle.loads(pickle.dumps(store))
     assert [copy.json(number)["rank"] for number in numbers] == numbers
-
-
-def test_failure_while_writing_keeps_what_was_there(shard_dir: Path) -> None:
-    before = {path.name: path.read_bytes() for path in shard_dir.iterdir()}
-
-    def failing() -> Iterator[dict[str, object]]:
-        yield from samples(4)
-        raise RuntimeError("no space")
-
-    with pytest.raises(RuntimeError, match="no space"):
-        write_shards(failing(), shard_dir, shard_size=2)
-    assert {path.name: path.read_bytes() for path in shard_dir.iterdir()} == before
-    assert [path.name for path in shard_dir.parent.iterdir()] == ["masks"]
-
-
-def test_fewer_samples_leave_no_stale_shard(shard_dir: Path) -> None:
-    write_shards(samples(2), shard_dir, shard_size=SHARD_SIZE)
-    assert sorted(path.name for path in shard_dir.iterdir()) == ["00000.tar", "_manifest.json"]
 
 
 @pytest.mark.parametrize("key", ["../../etc/x", "a.b", "a/b", "", "a b", "ü", "a\n"])
@@ -149,13 +123,17 @@ def test_keys_that_are_not_plain_are_refused(tmp_path: Path, key: str) -> None:
 
 def test_other_mistakes_of_the_writer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="used twice"):
-        write_shards([*samples(2), *samples(1)], tmp_path / "x", shard_size=2)
+        write_shards([*samples(2), *samples(1)], tmp_path / "x", shard_size=3)
     with pytest.raises(ValueError, match="'jpg' is str, not bytes"):
         write_shards([{"__key__": "a", "jpg": "text"}], tmp_path / "x", shard_size=2)
     with pytest.raises(ValueError, match="samples"):
         write_shards([], tmp_path / "x", shard_size=2, settings={"samples": 3})
-    with pytest.raises(ValueError, match="shard_size"):
-        write_shards([], tmp_path / "x", shard_size=0)
+
+
+def test_a_sample_of_two_shards_is_named(tmp_path: Path) -> None:
+    write_shards([*samples(2), *samples(1)], tmp_path / "x", shard_size=2)
+    with pytest.raises(PipelineError, match=r"sample 0{20}_1 is there twice"):
+        open_samples(tmp_path / "x")
 
 
 def test_unfinished_folder(shard_dir: Path) -> None:

@@ -12,12 +12,12 @@ import pytest
 
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
-from pipeline.formats.shards import read_shards
 from pipeline.formats.sources import sample_key
 from pipeline.methods.masks import SpectralParams
 from pipeline.params.base import EncoderParams
 from pipeline.params.sections import SourceParams
 from pipeline.stages import mask
+from tests.formats.shard_folders import read_shards
 from tests.importers.helpers import places
 
 

@@ -52,12 +52,12 @@ def test_colours_differ_and_are_never_grey() -> None:
 
 def test_semantic_colours_labels_only() -> None:
     labels = quadrants([0, 1, 2, IGNORE_INDEX])
-    picture = viz.overlay_semantic(grey(96, 96), labels, viz.colour_map(3), alpha=0.5)
+    picture = viz.overlay_semantic(grey(96, 96), labels, viz.colour_map(3))
     assert picture.size == (288, 288)
     assert pixel(picture, 10, 10) == [100, 100, 100]
-    assert pixel(picture, 10, 80) == mixed(viz.colour_map(3)[1], 0.5)
-    assert pixel(picture, 80, 10) == mixed(viz.colour_map(3)[2], 0.5)
-    assert pixel(picture, 80, 80) == mixed(viz.VOID_COLOUR, 0.5)
+    assert pixel(picture, 10, 80) == mixed(viz.colour_map(3)[1], 0.55)
+    assert pixel(picture, 80, 10) == mixed(viz.colour_map(3)[2], 0.55)
+    assert pixel(picture, 80, 80) == mixed(viz.VOID_COLOUR, 0.55)
 
 
 def test_the_legend_names_what_occurs() -> None:
@@ -94,7 +94,7 @@ def test_instances_are_outlined_and_the_best_lies_on_top() -> None:
     best, other = np.zeros((96, 96), bool), np.zeros((96, 96), bool)
     best[30:60, 30:60], other[30:90, 30:90] = True, True
     drawn = [Drawn(2, 0.9, best, (30, 30, 59, 59)), Drawn(1, 0.5, other, (30, 30, 89, 89))]
-    picture = viz.overlay_instances(grey(96, 96), drawn, names=NAMES, alpha=0.5)
+    picture = viz.overlay_instances(grey(96, 96), drawn, names=NAMES)
     first, second = (tuple(colour) for colour in viz.colour_map(3)[1:].tolist())
     assert pixel(picture, 10, 10) == [100, 100, 100]
     assert pixel(picture, 50, 50) == mixed(first, 0.5)

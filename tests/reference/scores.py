@@ -16,7 +16,6 @@ SCORE_BOUND = 1e-12
 SCORES = {
     "Pixel Acc": "pixel_acc",
     "Mean Acc": "mean_acc",
-    "FreqW Acc": "freq_weighted_iou",
     "Mean IoU": "miou",
 }
 
@@ -39,6 +38,9 @@ def _updates(vectors: Vectors) -> Iterator[Result]:
             value = getattr(scores, ours)
             label = f"{name}/{published}"
             yield close(label, value, step["scores"][published], bound=SCORE_BOUND)
+        weighted = float(np.nansum(matrix.counts.sum(axis=1) * scores.iou) / matrix.counts.sum())
+        expected = step["scores"]["FreqW Acc"]
+        yield close(f"{name}/FreqW Acc", weighted, expected, bound=SCORE_BOUND)
         iou = _with_nan([step["class_iou"][str(i)] for i in range(record["n_classes"])])
         yield equal(f"{name}/class_iou.absent", np.isnan(scores.iou), np.isnan(iou))
         present = ~np.isnan(iou)

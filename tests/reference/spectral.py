@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,11 +34,12 @@ def _voting(vectors: Vectors, setting: str) -> Iterator[Result]:
     name, record = f"{vectors.name}/{setting}", vectors.record["voting"][setting]
     own = f"{setting}.candidates"
     candidates = vectors.io[own if own in vectors.io else "candidates"].numpy().astype(bool)
-    options = {
-        "drop_long": record["remove_long_masks"],
-        "drop_small_large": record["remove_small_large_masks"],
-    }
-    winner, kept = vote(candidates, **options), _kept(candidates, options)
+    drop_long = record["remove_long_masks"]
+    admitted = np.arange(len(candidates))
+    if record["remove_small_large_masks"]:
+        admitted = np.flatnonzero(~_is_small_or_large(candidates))
+    winner = int(admitted[vote(candidates[admitted], drop_long=drop_long)])
+    kept = admitted[_kept(candidates[admitted], drop_long)].tolist()
     yield equal(f"{name}/kept_original_indices", kept, record["kept_original_indices"])
     yield equal(f"{name}/best_original_index", winner, record["best_original_index"])
     yield equal(
@@ -48,7 +48,20 @@ def _voting(vectors: Vectors, setting: str) -> Iterator[Result]:
     yield equal(f"{name}/best_mask", candidates[winner], vectors.io[f"{setting}.best_mask"])
 
 
-def _kept(candidates: NDArray[np.bool_], options: dict[str, Any]) -> list[int]:
+def _is_small_or_large(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(N,) whether a mask is below 5 % of the image, or its box (max - min) above 95 %.
+
+    The published code can leave such masks out, which no stage does.
+    """
+    image_area = masks.shape[1] * masks.shape[2]
+    box_areas = [
+        np.prod([np.ptp(places) if len(places) else 0 for places in mask.nonzero()])
+        for mask in masks
+    ]
+    return (masks.sum(axis=(1, 2)) < 0.05 * image_area) | (np.array(box_areas) > 0.95 * image_area)
+
+
+def _kept(candidates: NDArray[np.bool_], drop_long: bool) -> list[int]:
     """Which candidates vote: those of which three copies outvote a mask that surely does."""
     height, width = candidates.shape[1:]
     probe = np.zeros((height, width), bool)
@@ -56,7 +69,7 @@ def _kept(candidates: NDArray[np.bool_], options: dict[str, Any]) -> list[int]:
     kept = [
         index
         for index, mask in enumerate(candidates)
-        if vote(np.stack([probe, mask, mask, mask]), **options) != 0
+        if vote(np.stack([probe, mask, mask, mask]), drop_long=drop_long) != 0
     ]
     return kept or list(range(len(candidates)))
 

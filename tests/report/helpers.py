@@ -14,9 +14,9 @@ from PIL import Image
 
 from pipeline.files import write_json
 from pipeline.formats.images import encode_jpeg, encode_label, encode_png
-from pipeline.formats.shards import write_shards
 from pipeline.formats.tables import ArchiveRow, write_archives
 from pipeline.stages.report import run
+from tests.formats.shard_folders import write_shards
 from tests.paths import ROOT
 
 CATEGORIES = ["cat", 'dog & <b>"pup"</b>', "bird"]

@@ -13,11 +13,11 @@ import pytest
 
 from pipeline.benchmarks import InstanceTarget
 from pipeline.errors import PipelineError
-from pipeline.formats.predictions import PredictionStore, StoredPrediction, write_predictions
+from pipeline.formats.predictions import PredictionStore, StoredPrediction
 from pipeline.formats.rle import RleObject, encode_mask
-from pipeline.formats.shards import shard_entry, shard_name, write_manifest
 from pipeline.scoring.board import ScoreBoard
 from pipeline.scoring.task import ScoringTask
+from tests.formats.shard_folders import write_predictions
 
 TWO = ScoringTask(["cat", "dog"])
 
@@ -234,11 +234,8 @@ def test_scores_from_disk_are_those_from_memory(tmp_path: Path) -> None:
     metrics, groups = ("semantic", "instance", "size"), {"few": {"im1", "im4"}}
     in_memory = score(pairs, metrics=metrics, groups=groups)
     numbered = enumerate(prediction for _, prediction in pairs)
-    path = tmp_path / shard_name(0)
-    write_manifest(
-        tmp_path, [shard_entry(path, write_predictions(path, numbered, num_categories=2))]
-    )
-    store = PredictionStore(tmp_path)
+    write_predictions(tmp_path / "out", numbered)
+    store = PredictionStore(tmp_path / "out")
     streamed = score(store.pair([example for example, _ in pairs]), metrics=metrics, groups=groups)
     np.testing.assert_equal(streamed, in_memory)
     assert len(in_memory) > 20

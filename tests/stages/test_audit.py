@@ -15,11 +15,11 @@ from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.formats.images import encode_jpeg, encode_label, encode_png
 from pipeline.formats.labels import IGNORE_INDEX, encode_confidence
-from pipeline.formats.shards import write_shards
 from pipeline.formats.tables import ArchiveRow, write_archives
 from pipeline.params.sections import AuditParams
 from pipeline.stages import audit
 from pipeline.training.settings import TargetSettings
+from tests.formats.shard_folders import write_shards
 
 CATEGORIES = ["dog", "cat"]
 TRUE_CATEGORIES = ["cat", "horse", "dog"]  # other ids than those of the archives

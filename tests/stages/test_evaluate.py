@@ -29,7 +29,6 @@ from pipeline.formats.images import load_image
 from pipeline.formats.labels import IGNORE_INDEX
 from pipeline.formats.predictions import PredictionStore
 from pipeline.formats.rle import coco_annotation, encode_mask
-from pipeline.formats.shards import read_shards
 from pipeline.inference.segmenter import Prediction, Segmenter
 from pipeline.methods.dense import DenseClipParams, PseudoLabelParams, load_dense_labeller
 from pipeline.params.base import EncoderParams, PredictionSettings
@@ -51,6 +50,7 @@ from tests.benchmarks.fixtures import (
     write_voc,
 )
 from tests.conftest import encoded_image, noise_image
+from tests.formats.shard_folders import read_shards
 from tests.stages.evaluating import evaluate
 from tests.stages.tiny_checkpoint import CATEGORIES, write_checkpoint
 

@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.formats.images import decode_png, load_image
-from pipeline.formats.shards import read_shards
 from pipeline.formats.sources import sample_key
 from pipeline.formats.tables import ArchiveRow, write_archives
 from pipeline.methods.masks import MaskParams, SelfMaskParams, SpectralParams, load_mask_source
@@ -29,6 +28,7 @@ from pipeline.models.masks.making import coarse_masks, refine_mask
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, load_selfmask, save_selfmask
 from pipeline.params.base import EncoderParams
 from pipeline.stages import mask
+from tests.formats.shard_folders import read_shards
 
 MEMBERS = ("jpg", "mask.png", "json")
 ORIENTATION = 0x0112

@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.formats.images import decode_label, decode_png, encode_jpeg, encode_png, load_image
-from pipeline.formats.shards import read_manifest, read_shards, write_shards
+from pipeline.formats.shards import read_manifest
 from pipeline.methods.dense import DenseClipParams, load_dense_labeller
 from pipeline.params.base import EncoderParams
 from pipeline.stages import pseudo_label
 from pipeline.vocabulary.categories import Names
+from tests.formats.shard_folders import read_shards, write_shards
 
 CATEGORIES = ["cat", "dog"]
 SIZES = [(24, 16), (16, 24), (24, 16), (17, 9)]

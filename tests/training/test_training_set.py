@@ -11,10 +11,10 @@ from PIL import Image
 
 from pipeline.errors import PipelineError
 from pipeline.formats.images import encode_jpeg, encode_label, encode_png
-from pipeline.formats.shards import write_shards
 from pipeline.training.settings import Composition, TargetSettings
 from pipeline.training.training_set import Archives, TrainingSet, collate
 from pipeline.training.transforms import bounding_box
+from tests.formats.shard_folders import write_shards
 
 CATEGORIES = ["cat", "dog", "bus"]
 BOUNDS = ("sample_bytes", "mask_bytes")

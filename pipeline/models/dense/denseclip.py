@@ -229,7 +229,11 @@ def key_smoothing(
 
 
 def label_and_confidence(
-    scores: Tensor, size: tuple[int, int], *, scale: float | None = LOGIT_SCALE
+    scores: Tensor,
+    size: tuple[int, int],
+    *,
+    scale: float | None = LOGIT_SCALE,
+    max_elements: int = UPSAMPLED_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
     """Labels of pixels from scores of patches.
 
@@ -241,11 +245,12 @@ def label_and_confidence(
         size: (H, W).
         scale: the winner's confidence is its softmax(scale * score). None, for scores that key
             smoothing made probabilities: its share of the sum of all positive scores.
+        max_elements: number of upsampled scores held at a time, if one label has no more.
 
     Returns:
         Label ids (B, H, W), int64, and confidence (B, H, W) in [0, 1], float32.
     """
-    step = max(1, UPSAMPLED_ELEMENTS // (len(scores) * size[0] * size[1]))
+    step = max(1, max_elements // (len(scores) * size[0] * size[1]))
     best = scores.new_full((len(scores), *size), -torch.inf)
     label = torch.zeros_like(best, dtype=torch.int64)
     total = torch.full_like(best, -torch.inf) if scale is not None else torch.zeros_like(best)

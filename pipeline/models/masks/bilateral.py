@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage, sparse
+from scipy import sparse
 from scipy.sparse.linalg import cg
 
 Floats = NDArray[np.float64]
@@ -227,25 +227,3 @@ def _resized(values: NDArray[Any], size: tuple[int, ...]) -> NDArray[Any]:
     """An image or a float32 map at another size (H, W): averages if smaller, bilinear if larger."""
     height, width = size
     return np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR))
-
-
-def largest_component(
-    soft_mask: NDArray[np.floating], *, count_background: bool = True
-) -> NDArray[np.bool_]:
-    """The largest object of a (H, W) solver output, as SelfMask's demonstration picks it.
-
-    Holes of (soft_mask > 0.5) are filled first; components are 4-connected.
-
-    Args:
-        soft_mask: (H, W) output of `bilateral_solve`.
-        count_background: as published, rank the background among the components and take the
-            second largest: the background itself where an object is larger than that, and
-            everything where there is no object. Otherwise the largest object, or nothing.
-    """
-    labels, _ = ndimage.label(ndimage.binary_fill_holes(soft_mask > 0.5))
-    areas = np.bincount(labels.ravel())
-    if not count_background:
-        return labels == 1 + np.argmax(areas[1:]) if len(areas) > 1 else labels > 0
-    if len(areas) == 1:
-        return np.ones(soft_mask.shape, dtype=bool)
-    return labels == np.argsort(areas, kind="stable")[-2]

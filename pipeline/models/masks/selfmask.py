@@ -9,10 +9,9 @@ patches, H W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -359,13 +358,12 @@ def load_selfmask(weights: Path, device: torch.device | str = "cpu") -> SelfMask
     return model.to(device).eval()
 
 
-def save_selfmask(model: SelfMask, weights: Path, *, card: Mapping[str, Any] | None = None) -> None:
+def save_selfmask(model: SelfMask, weights: Path) -> None:
     """Write `weights` (.safetensors) and the JSON beside it, which `load_selfmask` reads.
 
     Args:
         model: the network.
         weights: file to write; its folder is made.
-        card: further entries of the JSON, such as command, seed and accuracy.
     """
     weights = Path(weights)
     state = {
@@ -374,7 +372,7 @@ def save_selfmask(model: SelfMask, weights: Path, *, card: Mapping[str, Any] | N
     with atomic_path(weights) as tmp_path:
         save_tensors(state, tmp_path)
     architecture = asdict(model.config)
-    write_json(weights.with_suffix(".json"), {"architecture": architecture, **(card or {})})
+    write_json(weights.with_suffix(".json"), {"architecture": architecture})
 
 
 def _read_config(path: Path) -> SelfMaskConfig:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from pipeline.methods.masks import SpectralParams
 
 IOU_EPS = 1e-7
-MIN_AREA = 0.05
-MAX_BOX_AREA = 0.95
 KMEANS_RESTARTS = 10
 KMEANS_STEPS = 300
 # A full decomposition costs n^3; Lanczos iteration finds the same few vectors at n^2 each.
@@ -159,10 +157,13 @@ def feature_affinity(features: Tensor) -> NDArray[np.float64]:
     return (cosine - low) / (high - low)
 
 
-def spectral_embedding(features: Tensor, count: int, *, seed: int = 0) -> NDArray[np.float64]:
+def spectral_embedding(
+    features: Tensor, count: int, *, seed: int = 0, max_dense: int = MAX_DENSE_POSITIONS
+) -> NDArray[np.float64]:
     """The `count` smallest generalised eigenvectors of L v = lambda D v, the constant one included.
 
-    D holds the row sums of the affinity A of (C, h, w) features and L = D - A.
+    D holds the row sums of the affinity A of (C, h, w) features and L = D - A. With more than
+    `max_dense` positions they are found by iteration, which starts at random from `seed`.
 
     Returns:
         (n, count), columns by ascending eigenvalue, each of unit length in the metric of D.
@@ -172,7 +173,7 @@ def spectral_embedding(features: Tensor, count: int, *, seed: int = 0) -> NDArra
     # With w = sqrt(D) v the problem is the ordinary one of the largest eigenvalues of this matrix.
     normalised = affinity * scale[:, None] * scale
     num_positions = len(affinity)
-    if num_positions <= max(MAX_DENSE_POSITIONS, count):
+    if num_positions <= max(max_dense, count):
         _, vectors = eigh(normalised, subset_by_index=(num_positions - count, num_positions - 1))
     else:
         start = np.random.default_rng(seed).standard_normal(num_positions)
@@ -191,18 +192,14 @@ def _kmeans(points: NDArray[np.float64], k: int, *, seed: int) -> NDArray[np.int
     return np.argsort(np.argsort(first_place))[label_rank]
 
 
-def vote(
-    candidates: NDArray[np.bool_], *, drop_long: bool = True, drop_small_large: bool = False
-) -> int:
+def vote(candidates: NDArray[np.bool_], *, drop_long: bool = True) -> int:
     """Index of the candidate mask that overlaps most with all others.
 
-    Empty masks do not vote. If the filters leave nothing, every candidate votes. The first of
-    equals wins.
+    Empty masks do not vote. If nobody is left, every candidate votes. The first of equals wins.
 
     Args:
         candidates: (N, H, W) masks.
         drop_long: leave out masks whose bounding box spans the whole height or the whole width.
-        drop_small_large: leave out masks below 5 % of the image, or with a box above 95 % of it.
 
     Returns:
         Index into `candidates` of the mask with the largest sum of IoU over all voters.
@@ -216,8 +213,6 @@ def vote(
     keep = masks.any(axis=(1, 2))
     if drop_long:
         keep &= ~_is_long(masks)
-    if drop_small_large:
-        keep &= ~_is_small_or_large(masks)
     kept = np.flatnonzero(keep) if keep.any() else np.arange(len(masks))
     flat = masks[kept].reshape(len(kept), -1).astype(np.float32)
     intersection = (flat @ flat.T).astype(np.float64)
@@ -232,19 +227,3 @@ def _is_long(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
     spans_height = masks[:, 0].any(axis=1) & masks[:, -1].any(axis=1)
     spans_width = masks[:, :, 0].any(axis=1) & masks[:, :, -1].any(axis=1)
     return np.asarray(spans_height | spans_width)
-
-
-def _is_small_or_large(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(N,) whether a mask is below 5 % of the image or its box (max - min) above 95 %."""
-    image_area = masks.shape[1] * masks.shape[2]
-    rows, columns = np.asarray(masks.any(axis=2)), np.asarray(masks.any(axis=1))
-    box_area = _extent(rows) * _extent(columns)
-    too_small = masks.sum(axis=(1, 2)) < MIN_AREA * image_area
-    return too_small | (box_area > MAX_BOX_AREA * image_area)
-
-
-def _extent(occupied: NDArray[np.bool_]) -> NDArray[np.signedinteger]:
-    """Last minus first true place of each row of (N, length); undefined for a row without any."""
-    length = occupied.shape[1]
-    last = length - 1 - occupied[:, ::-1].argmax(axis=1)
-    return np.asarray(last - occupied.argmax(axis=1))

@@ -68,9 +68,9 @@ class PublishedWeights:
 
 
 @cache
-def manifest() -> dict[str, PublishedWeights]:
+def manifest(path: Path = MANIFEST) -> dict[str, PublishedWeights]:
     """All published weights by name, in the order of the file."""
-    content = YAML(typ="safe", pure=True).load(MANIFEST.read_text(encoding="utf-8"))
+    content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     return {name: PublishedWeights(name=name, **fields) for name, fields in content.items()}
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from pipeline.errors import PipelineError
 from pipeline.methods.dense import DenseClipParams
 from pipeline.models.clip import ClipEncoder, load_clip
-from pipeline.models.dense import denseclip
 from pipeline.models.dense.denseclip import (
     DenseClip,
     dense_features,
@@ -166,11 +165,8 @@ class TestLabelAndConfidence:
     SCORES = torch.randn(2, 11, 3, 4, generator=torch.Generator().manual_seed(0)) / 50
 
     @pytest.mark.parametrize("elements", [1, 2 * 7 * 9 * 4, 2**26])
-    def test_labels_taken_in_parts_give_the_softmax_of_all(
-        self, monkeypatch: pytest.MonkeyPatch, elements: int
-    ) -> None:
-        monkeypatch.setattr(denseclip, "UPSAMPLED_ELEMENTS", elements)
-        label, confidence = label_and_confidence(self.SCORES, (7, 9))
+    def test_labels_taken_in_parts_give_the_softmax_of_all(self, elements: int) -> None:
+        label, confidence = label_and_confidence(self.SCORES, (7, 9), max_elements=elements)
         upsampled = F.interpolate(self.SCORES, size=(7, 9), mode="bilinear")
         expected, index = (100 * upsampled).softmax(dim=1).max(dim=1)
         assert torch.equal(label, index)
@@ -183,9 +179,8 @@ class TestLabelAndConfidence:
         label, confidence = label_and_confidence(-scores.abs(), (1, 1), scale=None)
         assert (label.item(), confidence.item()) == (2, 0.0)
 
-    def test_the_first_of_equal_labels_wins(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(denseclip, "UPSAMPLED_ELEMENTS", 1)
-        label, confidence = label_and_confidence(torch.ones(1, 4, 1, 1), (2, 2))
+    def test_the_first_of_equal_labels_wins(self) -> None:
+        label, confidence = label_and_confidence(torch.ones(1, 4, 1, 1), (2, 2), max_elements=1)
         assert (label == 0).all()
         assert torch.allclose(confidence, torch.full((1, 2, 2), 0.25))
 

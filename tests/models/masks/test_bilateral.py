@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.models.masks.bilateral import bilateral_grid, bilateral_solve, largest_component
+from pipeline.models.masks.bilateral import bilateral_grid, bilateral_solve
 
 
 def test_a_boolean_target_is_the_same_as_zeros_and_ones() -> None:
@@ -71,20 +71,6 @@ def test_a_mask_snaps_to_the_object() -> None:
     np.testing.assert_array_equal(bilateral_solve(image, coarse) > 0.5, truth)
 
 
-def test_largest_component_fills_holes_and_drops_small_objects() -> None:
-    soft = np.zeros((20, 20))
-    soft[2:9, 2:9] = 0.9
-    soft[4:6, 4:6] = 0.1
-    soft[12:15, 12:15] = 0.8
-    expected = np.zeros((20, 20), bool)
-    expected[2:9, 2:9] = True
-    np.testing.assert_array_equal(largest_component(soft), expected)
-
-
-def test_largest_component_without_an_object_is_everything() -> None:
-    assert largest_component(np.full((3, 5), 0.5)).all()
-
-
 @pytest.mark.parametrize(
     ("image", "target", "message"),
     [
@@ -118,22 +104,6 @@ def test_more_steps_converge_beyond_the_published_ones() -> None:
     )
     np.testing.assert_array_equal(converged, beyond)
     assert 1e-4 < np.abs(published - converged).max() < np.abs(first - converged).max()
-
-
-@pytest.mark.parametrize("rows", [3, 17, 20])
-def test_largest_object_without_the_background_is_an_object(rows: int) -> None:
-    soft = np.zeros((20, 20))
-    soft[:rows] = 0.9
-    np.testing.assert_array_equal(largest_component(soft, count_background=False), soft > 0.5)
-    soft[19, 19] = 0.9
-    expected = np.zeros((20, 20), bool)
-    expected[:rows] = True
-    if rows < 20:
-        np.testing.assert_array_equal(largest_component(soft, count_background=False), expected)
-
-
-def test_no_object_without_the_background_is_nothing() -> None:
-    assert not largest_component(np.zeros((3, 5)), count_background=False).any()
 
 
 def test_half_the_size_refines_almost_alike() -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from scipy.linalg import eigh
 
-from pipeline.models.masks import spectral
 from pipeline.models.masks.spectral import (
     feature_affinity,
     spectral_clusters,
@@ -60,15 +59,12 @@ def test_eigenvectors_solve_the_generalised_problem(k: int) -> None:
     np.testing.assert_allclose(vectors.T @ degrees @ vectors, np.eye(k + 1), atol=1e-10)
 
 
-def test_large_maps_take_another_solver_with_the_same_vectors(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_large_maps_take_another_solver_with_the_same_vectors() -> None:
     features = blob_features(12, 14)
     dense = spectral_embedding(features, 2)
-    monkeypatch.setattr(spectral, "MAX_DENSE_POSITIONS", 20)
-    iterative = spectral_embedding(features, 2)
+    iterative = spectral_embedding(features, 2, max_dense=20)
     np.testing.assert_allclose(np.abs(iterative), np.abs(dense), atol=1e-8)
-    np.testing.assert_array_equal(iterative, spectral_embedding(features, 2))
+    np.testing.assert_array_equal(iterative, spectral_embedding(features, 2, max_dense=20))
     affinity = feature_affinity(features)
     degrees = np.diag(affinity.sum(axis=1))
     textbook = eigh(degrees - affinity, degrees, eigvals_only=True, subset_by_index=(0, 1))

@@ -243,10 +243,8 @@ def server(files: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def tiny_zoo(
-    files: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
-    """A manifest of tiny networks that lie on the server; returns the (empty) cache folder."""
+def tiny_zoo(files: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Published tiny networks that lie on the server; returns the (empty) cache folder."""
     configs = tmp_path / "configs"
     configs.mkdir()
     (configs / "Tiny-8.json").write_text(json.dumps(TINY_CLIP))
@@ -285,10 +283,9 @@ def tiny_zoo(
     (tmp_path / "zoo.yaml").write_text(
         json.dumps({name: common | fields for name, fields in entries.items()})
     )
-    monkeypatch.setattr(zoo, "MANIFEST", tmp_path / "zoo.yaml")
-    manifest.cache_clear()
-    yield tmp_path / "cache"
-    manifest.cache_clear()
+    for name, entry in manifest(tmp_path / "zoo.yaml").items():
+        monkeypatch.setitem(manifest(), name, entry)
+    return tmp_path / "cache"
 
 
 def tiny_clip_reference(files: Path) -> Any:
