@@ -178,6 +178,8 @@ def test_ctrl_c_stops_the_stage_and_brings_the_workspace_back(project: Path) -> 
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        # A background job of a shell, as these tests may be one, has its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + PATIENCE_S
     while len(runs(project)) < 3:  # the first variant is being trained

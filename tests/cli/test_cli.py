@@ -51,6 +51,11 @@ def environment() -> dict[str, str]:
     }
 
 
+def default_interrupt() -> None:
+    """A background job of a shell, as these tests may be one, has its children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -309,6 +314,7 @@ def test_an_interrupted_stage_says_so_and_leaves_nothing(tmp_path: Path) -> None
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=default_interrupt,
     ) as process:
         give_up = time.monotonic() + PATIENCE_S
         while not list(tmp_path.glob("data/.endless.*/index/*.jpg")):

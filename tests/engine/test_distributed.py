@@ -84,7 +84,7 @@ def test_restarted_processes_do_not_call_the_dead_ones() -> None:
     }
     for attempt in ("0", "1"):
         ranks = on_two_processes(
-            lambda group: group.rank, late=1, TORCHELASTIC_RESTART_COUNT=attempt, **torchrun
+            lambda group: group.rank, late=0.3, TORCHELASTIC_RESTART_COUNT=attempt, **torchrun
         )
         assert ranks == [0, 1]
 

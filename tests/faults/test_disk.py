@@ -10,6 +10,7 @@ import errno
 import json
 import mmap
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -22,10 +23,9 @@ import torch
 from pipeline.cli import main
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, save_selfmask
 from tests.conftest import encoded_image, noise_image
-from tests.paths import ROOT
+from tests.processes import Fork
 
 PAGE = mmap.PAGESIZE  # these disks have no smaller files
-PATIENCE_S = 120
 NUM_IMAGES = 12
 
 PARAMS = """\
@@ -42,15 +42,6 @@ STAGES = {
     "mask": (["mask"], "data/masks", "masks"),
     "pseudo_label": (["pseudo_label"], "data/labels", "pseudo_label"),
 }
-
-# Runs `pipeline ARGS` with a limit on the size of every file that it writes.
-LIMITED = """
-import resource, sys
-size = int(sys.argv.pop(1))
-resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-from pipeline.cli import main
-main()
-"""
 
 
 class Workspace:
@@ -301,18 +292,16 @@ def test_a_limit_on_the_size_of_files_is_told_as_such(
     out, cache = tmp_path / "out", tmp_path / "cache"
     earlier = earlier_output(out)
     arguments = [*command, "--out", str(out), "--stats", str(tmp_path / "stats.json")]
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, "1500", *arguments],
-        cwd=workspace.root,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PIPELINE_CACHE": str(cache)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE_S,
-    )
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+        sys.exit(workspace.run(*arguments, cache=cache) or 0)
+
+    process = Fork(limited)
+    code, output = process.wait(), process.output()
+    assert code == 1
+    assert "Traceback" not in output
+    last = output.splitlines()[-1]
     assert last.startswith("error: a file is larger than the disk or `ulimit -f` allows (")
     assert str(tmp_path) in last
     assert files(out) == earlier

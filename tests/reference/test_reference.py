@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from tests.paths import ROOT
 
 from .__main__ import DEFAULT_FOLDER, main
 from .checks import MAX_BOUND, Result, close, equal, first_is_clear
@@ -402,15 +400,20 @@ def test_tensors_that_nobody_reads_or_wrote_fail(copied: Callable[..., Path]) ->
     assert "no check reads" in failed["running_score/confusion.9"]
 
 
-def test_the_module_runs_a_folder(copied: Callable[..., Path]) -> None:
+def test_the_module_runs_a_folder(
+    copied: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     folder = copied("poly_lr", "copy_paste")
     path = folder / f"poly_lr{RECORD}"
     change_record(path, lambda r: disturb_number(r, ("lr_per_step_per_group", 4, 2)))
-    command = [sys.executable, "-m", "tests.reference", str(folder)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 1, run.stderr
+    monkeypatch.setattr(sys, "argv", ["tests.reference", str(folder)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("tests.reference", run_name="__main__")
+    assert stop.value.code == 1
     good = re.compile(r"(copy_paste|poly_lr)/\S+ +abs \d\.\d\de[+-]\d\d  rel \d\.\d\de[+-]\d\d  ok")
-    [wrong] = [line for line in run.stdout.splitlines() if not good.fullmatch(line)]
+    [wrong] = [line for line in capsys.readouterr().out.splitlines() if not good.fullmatch(line)]
     assert re.fullmatch(r"poly_lr/lr_per_step_per_group .* not ok: error .*, allowed .*", wrong)
 
 

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +26,7 @@ from pipeline.models.clip import load_clip
 from pipeline.params.base import EncoderParams
 from pipeline.params.sections import EmbedParams, SourceParams
 from pipeline.stages import embed
+from tests.processes import Fork
 
 KILLED_IMAGES = 800
 
@@ -207,9 +203,7 @@ def test_lower_size_limit_applies_to_cached_images(
     assert table["error_message"].to_pylist() == [None, "too large: 21x29"]
 
 
-def test_a_killed_run_continues(
-    run: Callable, params: EmbedParams, runtime: Runtime, tmp_path: Path
-) -> None:
+def test_a_killed_run_continues(run: Callable, runtime: Runtime, tmp_path: Path) -> None:
     """SIGKILL once the first results are on disk; then the rest only, and the very same bytes."""
     root = tmp_path / "images"
     root.mkdir()
@@ -218,52 +212,16 @@ def test_a_killed_run_continues(
         pixels = generator.integers(0, 256, (8, 8, 3), np.uint8)
         Image.fromarray(pixels).save(root / f"{number:04d}.bmp")
     source = SourceParams(root=root)
-    params = params.model_copy(update={"batch_size": 32, "shard_size": 300})
-    arguments = {
-        "source": source.model_dump_json(),
-        "params": params.model_dump_json(),
-        "out_dir": str(tmp_path / "embeddings/pool"),
-        "cache": str(runtime.cache_dir),
-        "stats": str(tmp_path / "stats.json"),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, json.dumps(arguments)],
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    while not list(runtime.cache_dir.rglob("*.parquet")):
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = Fork(lambda: run(source, batch_size=32, shard_size=300))
+    process.wait_until(lambda: any(runtime.cache_dir.rglob("*.parquet")))
+    process.kill()
     assert not (tmp_path / "embeddings/pool").exists()
 
-    settings = params.model_dump(include={"batch_size", "shard_size"})
+    settings = {"batch_size": 32, "shard_size": 300}
     _, stats = run(source, **settings)
     assert 256 <= stats["counts"]["cached"] < KILLED_IMAGES
     run(source, out="fresh/pool", cache="fresh_cache", **settings)
     assert shard_bytes(tmp_path / "embeddings/pool") == shard_bytes(tmp_path / "fresh/pool")
-
-
-CHILD = """
-import json, sys, torch
-from pathlib import Path
-from pipeline.params.sections import EmbedParams, SourceParams
-from pipeline.engine.runtime import Runtime
-from pipeline.stages import embed
-a = json.loads(sys.argv[1])
-torch.set_num_threads(1)
-embed.run(
-    name="pool",
-    source=SourceParams.model_validate_json(a["source"]),
-    out_dir=Path(a["out_dir"]),
-    params=EmbedParams.model_validate_json(a["params"]),
-    runtime=Runtime(
-        device=torch.device("cpu"), amp_dtype=None, seed=0, cache_dir=Path(a["cache"])
-    ),
-    stats_path=Path(a["stats"]),
-)
-"""
 
 
 def test_tar_and_parquet_give_the_folder_s_embeddings(

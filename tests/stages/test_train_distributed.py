@@ -7,20 +7,21 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
 from pipeline.engine.distributed import Group
 from pipeline.errors import PipelineError
+from pipeline.methods.students import TrainParams
 from pipeline.models.weights.weights import load_state
 from pipeline.params.base import EncoderParams
+from tests.processes import Fork, run_pipeline
 from tests.stages.tiny_training import (
-    PATIENCE_S,
     curve,
     run,
     small_params,
-    start_training,
     states,
+    train_words,
     version,
-    wait_until,
     write_labels,
 )
 
@@ -78,6 +79,27 @@ def test_accumulated_gradients_train_as_one_batch(
         assert_same_training(root, roots[2], roots[3])
 
 
+def start_two(labels_dir: Path, root: Path, params: TrainParams) -> Fork:
+    """What `torchrun` does for two processes, which it restarts once."""
+    words = train_words(labels_dir, root, params)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id="two",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=1,
+        monitor_interval=0.05,
+        start_method="fork",
+    )
+
+    def work() -> None:
+        run_pipeline(*words, cwd=root, PIPELINE_CACHE=root / "cache")
+
+    return Fork(lambda: launch_agent(config, work, []))
+
+
 def test_two_processes_train_as_one_and_survive_the_death_of_one(
     labels_dir: Path, encoder: EncoderParams, tmp_path: Path
 ) -> None:
@@ -86,19 +108,18 @@ def test_two_processes_train_as_one_and_survive_the_death_of_one(
     one = run(labels_dir, tmp_path / "one", params)
     first = run(labels_dir, tmp_path / "first", small_params(encoder, iterations=1, **settings))
     root = tmp_path / "two"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launcher += ["--max-restarts", "1"]
     params = params.model_copy(update={"accumulate": 2})
 
-    process = start_training(labels_dir, root, params, launcher=launcher)
-    wait_until(lambda: version(root) != [], process)
+    process = start_two(labels_dir, root, params)
+    process.wait_until(lambda: version(root) != [])
     ranks = psutil.Process(process.pid).children()
     assert len(ranks) == 2
-    ranks[-1].kill()
-    stdout, stderr = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, stderr
-    assert stdout.count("train: resumed at step ") == 1
-    assert stdout.count("train: 1") == 1
+    for killed in [ranks[-1], *ranks[-1].children()]:
+        killed.kill()
+    code, output = process.wait(), process.output()
+    assert code == 0, output
+    assert output.count("train: resumed at step ") == 1
+    assert output.count(" iterations, 0 skipped") == 1
     assert_same_training(root, one, first)
     assert states(root) == []
 

@@ -15,15 +15,12 @@ from pipeline.engine.cache_store import collect
 from pipeline.methods.students import TrainParams
 from pipeline.params.base import EncoderParams
 from tests.stages.tiny_training import (
-    PATIENCE_S,
-    kill,
     outputs,
     run,
     small_params,
     start_training,
     states,
     version,
-    wait_until,
     write_labels,
 )
 
@@ -60,18 +57,18 @@ def test_killed_at_any_time_and_started_again_gives_the_same_bytes(
     for removes in (False, True):
         before = version(root)
         process = start_training(labels_dir, root, params)
-        wait_until(lambda before=before: version(root) not in ([], before), process)
+        process.wait_until(lambda before=before: version(root) not in ([], before))
         time.sleep(rng.uniform(0, 0.1))
-        kill(process)
+        process.kill()
         if removes:
             remove_outputs(root)
     assert states(root)
 
     process = start_training(labels_dir, root, params)
-    stdout, stderr = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, stderr
-    assert "train: resumed at step " in stdout
-    assert " of 50\n" in stdout
+    code, output = process.wait(), process.output()
+    assert code == 0, output
+    assert "train: resumed at step " in output
+    assert " of 50\n" in output
     finished = outputs(root)
     assert {name: finished[name] for name in undisturbed} == undisturbed
     assert not (root / "cache/train").exists()
@@ -86,9 +83,9 @@ def test_the_state_of_a_running_training_is_kept_from_gc(
 
     params = small_params(encoder, iterations=5000, checkpoint_every=1)
     process = start_training(labels_dir, tmp_path, params)
-    wait_until(lambda: any(tmp_path.glob("cache/train/*/in_use.lock")), process)
+    process.wait_until(lambda: bool(states(tmp_path)))
     assert collected() == ["in use by a running stage"]
-    kill(process)
+    process.kill()
     assert states(tmp_path)
     assert collected() == []
     assert not states(tmp_path)

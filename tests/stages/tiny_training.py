@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +18,11 @@ from pipeline.params.base import EncoderParams
 from pipeline.params.reading import read_params
 from pipeline.stages import train
 from tests.formats.shard_folders import write_shards
-from tests.paths import ROOT
+from tests.processes import Fork, fork_pipeline
 
 CATEGORIES = ["cat", "dog"]
 BACKGROUND = ["background", "grass"]
 SEED = 5
-PATIENCE_S = 240
 
 
 def write_labels(folder: Path, *, shard_size: int = 4) -> Path:
@@ -102,10 +96,8 @@ def outputs(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(files)}
 
 
-def start_training(
-    labels_dir: Path, root: Path, params: TrainParams, *, launcher: Sequence[str] = ()
-) -> subprocess.Popen[str]:
-    """`python [launcher] -m pipeline train` into `root`, as a process of its own."""
+def train_words(labels_dir: Path, root: Path, params: TrainParams) -> list[str]:
+    """Words of the command that trains into `root`, for which it writes a params file."""
     settings = {
         "seed": SEED,
         "device": "cpu",
@@ -125,20 +117,14 @@ def start_training(
         "--live": root / "live",
         "--stats": root / "stats.json",
     }
-    before = ["--params", str(params_path)]
     words = [str(word) for option in options.items() for word in option]
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "pipeline", *before, "train", *words],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "PIPELINE_CACHE": str(root / "cache"),
-            "OMP_NUM_THREADS": "1",  # as in the tests' own process: threads change the rounding
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return ["--params", str(params_path), "train", *words]
+
+
+def start_training(labels_dir: Path, root: Path, params: TrainParams) -> Fork:
+    """`pipeline train` into `root`, as a process of its own."""
+    words = train_words(labels_dir, root, params)
+    return fork_pipeline(*words, cwd=root, PIPELINE_CACHE=root / "cache")
 
 
 def states(root: Path) -> list[Path]:
@@ -148,17 +134,3 @@ def states(root: Path) -> list[Path]:
 def version(root: Path) -> list[int]:
     """What changes when a state is written."""
     return [path.stat().st_ino for path in states(root)]
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
