@@ -23,7 +23,9 @@ class Fork:
     """
 
     def __init__(self, call: Callable[[], object]) -> None:
-        self._output, writing = os.pipe()
+        reading, writing = os.pipe()
+        os.set_blocking(reading, False)
+        self._output = os.fdopen(reading, "rb", buffering=0)
         context = multiprocessing.get_context("fork")
         self._process = context.Process(target=_with_output_to, args=(writing, call))
         self._process.start()
@@ -60,11 +62,7 @@ class Fork:
 
     def output(self) -> str:
         """What it has written since the last call, on either stream; less than 64 kB."""
-        os.set_blocking(self._output, False)
-        try:
-            return os.read(self._output, 1 << 16).decode()
-        except BlockingIOError:
-            return ""
+        return (self._output.read(1 << 16) or b"").decode()
 
 
 def run_pipeline(*args: object, cwd: Path, **environment: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -14,6 +13,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.formats.shards import MANIFEST
+from tests.processes import Fork
 from tests.stages.tiny_workspace import SHARDED, STAGES, Workspace, content, write_workspace
 
 KILLS = 12
@@ -26,25 +26,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_clip: tuple[Path, P
     return write_workspace(root, tiny_clip, index=IMAGES, bench=IMAGES)
 
 
-def start(workspace: Workspace, stage: str, out: Path) -> int:
-    """Process id of a fork that runs the stage, and ends with 0 if that went well."""
-    process = os.fork()
-    if process:
-        return process
-    code = 1
-    try:
-        silent = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silent, 1)
-        os.dup2(silent, 2)
-        workspace.run(stage, out)
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def wait(process: int) -> int:
-    """The exit code of a fork; minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+def start(workspace: Workspace, stage: str, out: Path) -> Fork:
+    return Fork(lambda: workspace.run(stage, out))
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -56,29 +39,32 @@ def remove_temporaries(folder: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_any_moment(workspace: Workspace, tmp_path: Path, stage: str) -> None:
     begun = time.monotonic()
-    assert wait(start(workspace, stage, tmp_path / "calm")) == 0
+    assert start(workspace, stage, tmp_path / "calm").wait() == 0
     duration = time.monotonic() - begun
     rng = random.Random(f"kill {stage}")
     killed = 0
     for _ in range(KILLS):
         process = start(workspace, stage, tmp_path / "killed")
         time.sleep(rng.uniform(0, 1.2 * duration))
-        os.kill(process, signal.SIGKILL)
-        killed += wait(process) == -signal.SIGKILL
-    assert wait(start(workspace, stage, tmp_path / "killed")) == 0
+        process.kill()
+        killed += process.poll() == -signal.SIGKILL
+    assert start(workspace, stage, tmp_path / "killed").wait() == 0
     assert killed > 0
     remove_temporaries(tmp_path / "killed")
     assert content(tmp_path / "killed/made") == content(tmp_path / "calm/made")
     assert not list((tmp_path / "killed").glob(".*"))
 
 
-def stopped_late(workspace: Workspace, stage: str, out: Path) -> tuple[int, list[Path]]:
-    """A fork that stands still, and the rows of the shards that it has finished."""
+def finished_rows(out: Path) -> list[Path]:
+    return sorted(out.rglob("*.row.json"))
+
+
+def stopped_late(workspace: Workspace, stage: str, out: Path) -> tuple[Fork, list[Path]]:
+    """A process that stands still, and the rows of the shards that it has finished."""
     process = start(workspace, stage, out)
-    while len(rows := sorted(out.rglob("*.row.json"))) < 3:
-        assert os.waitpid(process, os.WNOHANG) == (0, 0)
-        time.sleep(0.001)
-    os.kill(process, signal.SIGSTOP)
+    process.wait_until(lambda: len(finished_rows(out)) >= 3)
+    rows = finished_rows(out)
+    process.send_signal(signal.SIGSTOP)
     return process, rows
 
 
@@ -95,8 +81,8 @@ def test_finished_shards_are_kept_and_damaged_ones_are_made_again(
     edited = bytearray(shards[-1].read_bytes())
     edited[len(edited) // 2] ^= 1
     shards[-1].write_bytes(edited)
-    os.kill(process, signal.SIGKILL)
-    assert wait(process) == -signal.SIGKILL
+    process.kill()
+    assert process.poll() == -signal.SIGKILL
     assert not (parent / "made" / MANIFEST).exists()
     made = workspace.run(stage, tmp_path / "killed")
     assert content(made) == content(whole)
@@ -107,8 +93,7 @@ def test_shards_of_images_that_have_changed_since_are_not_kept(
 ) -> None:
     workspace = write_workspace(tmp_path / "world", tiny_clip, index=IMAGES, bench=1)
     process, _ = stopped_late(workspace, "embed", tmp_path / "killed")
-    os.kill(process, signal.SIGKILL)
-    wait(process)
+    process.kill()
     first, second, *_ = sorted(workspace.images.iterdir())
     first.write_bytes(second.read_bytes())
     made = workspace.run("embed", tmp_path / "killed")
@@ -135,8 +120,7 @@ def test_finished_shards_are_kept_with_their_skipped_images(
     process, rows = stopped_late(workspace, "embed", tmp_path / "killed")
     kept = [row.with_name(row.name.removesuffix(".row.json")) for row in rows]
     numbers = [path.stat().st_ino for path in kept]
-    os.kill(process, signal.SIGKILL)
-    wait(process)
+    process.kill()
     made = workspace.run("embed", tmp_path / "killed")
     assert [(made / path.name).stat().st_ino for path in kept] == numbers
     assert content(made) == content(workspace.run("embed", tmp_path / "calm"))
