@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.files import replace_dir
 from pipeline.formats.predictions import StoredPrediction, encode_prediction, write_encoded
 from pipeline.formats.shards import (
-    Sample,
+    StoredSample,
     open_samples,
     shard_entry,
     shard_name,
@@ -35,7 +35,7 @@ def write_shards(
         return write_manifest(folder, entries, settings)
 
 
-def read_shards(shard_dir: Path, *, members: Iterable[str] = ()) -> Iterator[Sample]:
+def read_shards(shard_dir: Path, *, members: Iterable[str] = ()) -> Iterator[StoredSample]:
     """Yield the samples of a folder in order, each with `__key__` and the bytes of its members."""
     store = open_samples(shard_dir, members=members)
     for index in range(len(store)):
