@@ -45,13 +45,19 @@ class BenchSection(Section):
 
 
 class VocBench(BenchSection):
-    """PASCAL VOC's layout; `split` is a file of `ImageSets/Segmentation`."""
+    """PASCAL VOC's layout; `split` is a file of `ImageSets/Segmentation`.
+
+    Masks of objects are read for the metric `instance` only.
+    """
 
     format: Literal["voc"]
     metrics: Annotated[list[Literal["semantic", "instance", "size"]], Field(min_length=1)] = [
         "semantic",
         "instance",
     ]
+
+    def layout(self) -> dict[str, Any]:
+        return {"objects": "instance" in self.metrics}
 
 
 class IndexPngBench(BenchSection):
