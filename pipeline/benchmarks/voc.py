@@ -2,7 +2,8 @@
 
 ROOT/JPEGImages/ID.jpg                    the image
 ROOT/SegmentationClass/ID.png             palette index = label id, 255 = void
-ROOT/SegmentationObject/ID.png            palette index = number of the object, 255 = void
+ROOT/SegmentationObject/ID.png            palette index = number of the object, 255 = void; only
+                                          where objects are scored
 ROOT/ImageSets/Segmentation/SPLIT.txt     one ID a line
 """
 
@@ -38,6 +39,7 @@ class VocExample:
     root: Path
     image_id: str
     num_categories: int
+    has_objects: bool = True
     vocabulary: None = None
 
     @property
@@ -84,7 +86,8 @@ class VocExample:
         return targets
 
     def void(self) -> NDArray[np.bool_]:
-        return (self.semantic() == IGNORE_INDEX) | (self.objects() == IGNORE_INDEX)
+        void = self.semantic() == IGNORE_INDEX
+        return void | (self.objects() == IGNORE_INDEX) if self.has_objects else void
 
 
 class VocBenchmark:
@@ -97,14 +100,16 @@ class VocBenchmark:
         split: str,
         categories: list[str],
         groups: Mapping[str, str],
+        objects: bool = True,
     ) -> None:
-        """Read the lists and check that every image has its two masks.
+        """Read the lists and check that every image has its masks.
 
         Args:
             root: the folder that holds `JPEGImages` and its neighbours.
             split: name of a file of `ImageSets/Segmentation`, without `.txt`.
             categories: names in the order of the label ids, without background.
             groups: name -> another such file, whose images must be in `split`.
+            objects: whether there are masks of objects, which only scores of objects need.
 
         Raises:
             PipelineError: a folder, list, image or mask is missing, or a list is empty or repeats
@@ -112,6 +117,7 @@ class VocBenchmark:
         """
         self.root = Path(root)
         self.categories = list(categories)
+        self._has_objects = objects
         self._check_folders()
         self._ids = read_ids(self._list_path(split))
         self.groups = read_groups(groups, self._list_path, self._ids, split)
@@ -122,21 +128,26 @@ class VocBenchmark:
 
     def __iter__(self) -> Iterator[Example]:
         for image_id in self._ids:
-            yield VocExample(self.root, image_id, len(self.categories))
+            yield VocExample(
+                self.root, image_id, len(self.categories), has_objects=self._has_objects
+            )
 
     def _list_path(self, name: str) -> Path:
         return self.root / SPLITS / f"{name}.txt"
 
     def _check_folders(self) -> None:
         check_folder(self.root, "a benchmark in VOC's layout")
-        parts = (IMAGES, CLASSES, OBJECTS, SPLITS)
+        parts = (IMAGES, *self._mask_folders(), SPLITS)
         for part in parts:
             check_folder(self.root / part, f"VOC's layout: {', '.join(parts)}")
 
     def _check_files(self) -> None:
-        for part, suffix in ((IMAGES, ".jpg"), (CLASSES, ".png"), (OBJECTS, ".png")):
+        for part, suffix in ((IMAGES, ".jpg"), *((part, ".png") for part in self._mask_folders())):
             names = (f"{image_id}{suffix}" for image_id in self._ids)
             check_files(self.root / part, names, "the split lists its image")
+
+    def _mask_folders(self) -> tuple[str, ...]:
+        return (CLASSES, OBJECTS) if self._has_objects else (CLASSES,)
 
 
 class VocWriter:

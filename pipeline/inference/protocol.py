@@ -40,6 +40,8 @@ def bench_protocol(
         runtime: precision, and seed of corruptions.
     """
     corruption = bench.corruption
+    # Named where there are any, so that what is known of other benchmarks reads as before.
+    others = {"other_categories": "background"} if bench.scored else {}
     return {
         "split": bench.split,
         "num_categories": len(categories),
@@ -47,6 +49,7 @@ def bench_protocol(
         "asked_names": "categories" if list(names) == list(categories) else "of each image",
         "metrics": ", ".join(metrics),
         "background_scored": bench.background,
+        **others,
         "unseen": ", ".join(bench.unseen) or None,
         "corruption": f"{corruption.name} {corruption.level}" if corruption else None,
         "corruption_seed": runtime.seed if corruption else None,

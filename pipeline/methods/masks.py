@@ -1,4 +1,4 @@
-"""Mask sources: what makes one pseudo-mask an image, unsupervised.
+"""Mask sources: what makes one pseudo-mask an image.
 
 A new one is a file in `pipeline/models/masks/` with its network, and here its params and an entry
 in `MASK_SOURCES`.
@@ -11,14 +11,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from pipeline.params.base import Count, EncoderParams, NumWorkers, Probability, RelaxedPath, Section
+from pipeline.params.base import (
+    Count,
+    EncoderParams,
+    NumWorkers,
+    Positive,
+    Probability,
+    RelaxedPath,
+    Section,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.engine.runtime import Runtime
+
+
+def _both_sides(value: Any) -> Any:
+    """A side stands for height and width."""
+    return [value, value] if isinstance(value, int) else value
+
+
+# Height and width.
+InputSize = Annotated[list[Count], Field(min_length=2, max_length=2), BeforeValidator(_both_sides)]
 
 
 class MaskSource(Protocol):
@@ -79,6 +96,28 @@ class SpectralParams(MaskParams):
     clusters: Annotated[list[Count], Field(min_length=1)] = [2, 3, 4]
 
 
+class OnnxParams(MaskParams):
+    """Any saliency network in ONNX's format, the file `weights`; needs the extra `photos`.
+
+    Most are trained with masks that people drew, and then nothing that follows is unsupervised.
+
+    Images get the network's input `size` (a side, or height and width; null: its own): with
+    `resize` `stretch` whatever their shape, with `fit` in shape and centred on black. They are in
+    [0, 1], less `mean`, over `std`. `output` is the name of the map that becomes the mask, empty
+    for the first; its values are probabilities, or with `activation` `sigmoid` logits.
+    """
+
+    source: Literal["onnx"] = "onnx"
+    weights: RelaxedPath
+    size: InputSize | None = None
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)] = [0.485, 0.456, 0.406]
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [0.229, 0.224, 0.225]
+    resize: Literal["stretch", "fit"] = "stretch"
+    output: str = ""
+    activation: Literal["none", "sigmoid"] = "none"
+    threshold: Probability = 0.5
+
+
 @dataclass(frozen=True)
 class MaskMethod:
     """An entry of `MASK_SOURCES`: the class of its params, and what loads it by these."""
@@ -99,9 +138,16 @@ def _spectral(params: SpectralParams, runtime: Runtime) -> MaskSource:
     return SpectralSource(params, runtime)
 
 
+def _onnx(params: OnnxParams, runtime: Runtime) -> MaskSource:
+    from pipeline.models.masks.onnx_saliency import OnnxSource
+
+    return OnnxSource(params, runtime)
+
+
 MASK_SOURCES = {
     "selfmask": MaskMethod(SelfMaskParams, _selfmask),
     "spectral": MaskMethod(SpectralParams, _spectral),
+    "onnx": MaskMethod(OnnxParams, _onnx),
 }
 
 

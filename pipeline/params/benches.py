@@ -19,7 +19,9 @@ class CorruptionParams(Section):
 class BenchSection(Section):
     """What every benchmark has: folder, split, category list and protocol.
 
-    `categories` is a shipped set's name or a list, in the order of the label ids. Without
+    `categories` is a shipped set's name or a list, in the order of the label ids. `scored` names
+    those of them that are asked for and scored, all if it is empty: objects of the others are
+    background. Without
     `background`, label id 0 is neither predicted nor scored. `metrics` says what is scored:
     `semantic` masks, `instance` masks, semantic masks by object `size`. The categories of `unseen`
     are scored apart from the others. `groups` maps a name to an image list of the benchmark that is
@@ -29,6 +31,7 @@ class BenchSection(Section):
     root: RelaxedPath
     split: str = "val"
     categories: str | list[str] = "voc"
+    scored: list[str] = []
     background: bool = True
     metrics: Annotated[list[Literal["semantic", "instance", "size"]], Field(min_length=1)] = [
         "semantic"
@@ -45,13 +48,19 @@ class BenchSection(Section):
 
 
 class VocBench(BenchSection):
-    """PASCAL VOC's layout; `split` is a file of `ImageSets/Segmentation`."""
+    """PASCAL VOC's layout; `split` is a file of `ImageSets/Segmentation`.
+
+    Masks of objects are read for the metric `instance` only.
+    """
 
     format: Literal["voc"]
     metrics: Annotated[list[Literal["semantic", "instance", "size"]], Field(min_length=1)] = [
         "semantic",
         "instance",
     ]
+
+    def layout(self) -> dict[str, Any]:
+        return {"objects": "instance" in self.metrics}
 
 
 class IndexPngBench(BenchSection):

@@ -61,7 +61,8 @@ def run(
     Args:
         name: name of the audit, for messages.
         audit: its entry of params.yaml; `SegmentationClass/STEM.png` and
-            `SegmentationObject/STEM.png` below its root, STEM that of the image file.
+            `SegmentationObject/STEM.png` below its root, STEM that of the image file. Without the
+            second folder, objects are the pixels of any category.
         archives_path: Parquet table of the archives.
         masks_dir: mask shards.
         labels_dir: label shards, joined to them by key.
@@ -137,12 +138,12 @@ class _Truth:
 
     def __init__(self, name: str, audit: AuditParams, categories: Sequence[str]) -> None:
         self._root = audit.root
-        for part in (CLASSES, OBJECTS):
-            if not (self._root / part).is_dir():
-                raise PipelineError(
-                    f"audits.{name}.root: {self._root / part}: no such folder; expected true masks "
-                    "in PASCAL VOC's layout"
-                )
+        if not (self._root / CLASSES).is_dir():
+            raise PipelineError(
+                f"audits.{name}.root: {self._root / CLASSES}: no such folder; expected true masks "
+                "in PASCAL VOC's layout"
+            )
+        self._has_objects = (self._root / OBJECTS).is_dir()
         named = load_category_set(audit.categories)
         unknown = [category for category in categories if category not in named]
         if unknown:
@@ -167,7 +168,8 @@ class _Truth:
         example = VocExample(self._root, stem, self._num_categories)
         if not example.class_path.is_file():
             return None
-        semantic, objects = example.semantic(), example.objects()
+        semantic = example.semantic()
+        objects = example.objects() if self._has_objects else semantic
         void = (semantic == IGNORE_INDEX) | (objects == IGNORE_INDEX)
         return _TrueMasks(
             semantic=np.where(void, IGNORE_INDEX, self._to_ours[semantic]),

@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 from pipeline.benchmarks import open_bench
+from pipeline.benchmarks.opening import open_benchmark
 from pipeline.benchmarks.voc import VocWriter, read_index_png, voc_palette
 from pipeline.errors import PipelineError
 from pipeline.formats.images import load_image
 from pipeline.formats.labels import IGNORE_INDEX
+from pipeline.params.benches import VocBench
 from tests.benchmarks.fixtures import VOC_CATEGORIES, VOC_OBJECTS, VOC_SEMANTIC, write_voc
 from tests.conftest import encoded_image
 
@@ -117,6 +119,19 @@ def test_a_missing_folder_is_named(root: Path, part: str) -> None:
     moved.rename(root.parent / "moved")
     with pytest.raises(PipelineError, match=f"{moved}: no such folder"):
         open_voc(root)
+
+
+def test_masks_of_objects_are_not_needed_where_none_are_scored(root: Path) -> None:
+    (root / "SegmentationObject").rename(root.parent / "moved")
+    entry = VocBench(
+        format="voc", root=root, categories=VOC_CATEGORIES, metrics=["semantic", "size"]
+    )
+    first, *_ = open_benchmark("photos", entry, ["background"])
+    np.testing.assert_array_equal(first.semantic(), maps()[0])
+    np.testing.assert_array_equal(first.void(), maps()[0] == IGNORE_INDEX)
+    entry = entry.model_copy(update={"metrics": ["semantic", "instance"]})
+    with pytest.raises(PipelineError, match="SegmentationObject: no such folder"):
+        open_benchmark("photos", entry, ["background"])
 
 
 @pytest.mark.parametrize(

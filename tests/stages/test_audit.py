@@ -184,6 +184,18 @@ def test_images_without_truth_are_skipped_and_listed(
     assert stats["items"] == 2
 
 
+def test_without_masks_of_objects_the_pixels_of_any_category_are_objects(
+    tmp_path: Path, root: Path, runtime: Runtime
+) -> None:
+    before = run(tmp_path, root, runtime, [CAT, DOG])
+    (root / "SegmentationObject").rename(root / "unused")
+    after = run(tmp_path, root, runtime, [CAT, DOG])
+    # The mask of the cat: 3 columns, of which 2 are the cat's; the thing beside it is none now.
+    assert after["mask_iou"] == after["mask_iou_category"] == before["mask_iou_category"]
+    assert before["mask_iou"] != after["mask_iou"]
+    assert {**after, "mask_iou": 0} == {**before, "mask_iou": 0}
+
+
 def test_bad_truth_is_named(tmp_path: Path, root: Path, runtime: Runtime) -> None:
     stranger = Found("index/elsewhere.jpg", 1, columns("11110000") > 0, columns("00000000"))
     with pytest.raises(PipelineError, match=r"audits\.demo\.root: .*none of the 1 archive images"):

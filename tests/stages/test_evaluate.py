@@ -178,6 +178,46 @@ def test_swapped_labels_and_void_give_the_score_by_hand(bench: Bench, tmp_path: 
     assert metrics["mean_acc"] == pytest.approx(100 * scores.mean_acc, abs=0.0051)
 
 
+def test_categories_that_are_not_scored_are_background(bench: Bench, tmp_path: Path) -> None:
+    bench.write(from_predictions(bench))
+    kept = [CATEGORIES[2], CATEGORIES[0]]
+    metrics = bench.evaluate(tmp_path / "some", scored=kept)
+    assert "other_categories: background" in metrics["protocol"]
+    assert "num_categories: 2" in metrics["protocol"]
+    store = PredictionStore(predictions_of(tmp_path / "some"))
+    counts = ConfusionMatrix(3)
+    for number, (name, prediction) in enumerate(bench.predictions.items()):
+        truth = np.array([0, 2, 0, 1])[prediction.semantic]
+        counts.update(target=truth, prediction=store.get(number, name).labels)
+    assert metrics["miou"] == pytest.approx(100 * counts.compute().miou, abs=0.0051)
+    rows = read_csv(tmp_path / "some/plots/tiny_per_class.csv")
+    assert [row[0] for row in rows[1:]] == ["background", *kept]
+    whole = bench.evaluate(tmp_path / "all")
+    assert "other_categories: background" not in whole["protocol"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"scored": [CATEGORIES[0], CATEGORIES[1] + "s"]},
+            rf"benches.tiny.scored: {CATEGORIES[1]}s: not among .*did you mean {CATEGORIES[1]}\?",
+        ),
+        ({"scored": [CATEGORIES[0]] * 2}, "benches.tiny.scored: .* is listed twice"),
+        (
+            {"scored": [CATEGORIES[0]], "unseen": [CATEGORIES[1]]},
+            f"benches.tiny.unseen: {CATEGORIES[1]}: not among .*They are: {CATEGORIES[0]}",
+        ),
+    ],
+)
+def test_a_scored_name_that_is_none_is_named(
+    bench: Bench, tmp_path: Path, changes: dict[str, list[str]], message: str
+) -> None:
+    bench.write(from_predictions(bench))
+    with pytest.raises(PipelineError, match=message):
+        bench.evaluate(tmp_path / "out", **changes)
+
+
 def test_the_best_object_as_truth_scores_ap_100(bench: Bench, tmp_path: Path) -> None:
     name, prediction = next((n, p) for n, p in bench.predictions.items() if p.instances)
     best = prediction.instances[0]
