@@ -129,14 +129,14 @@ class ClipEncoder(nn.Module):
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            layer: block of a ViT; for CLIP's ResNet, one of its four stages; -1 for others.
+            layer: block of a ViT; for other networks, one of their stages.
             facet: "token": output of that block; "key": its attention keys, all heads side by side
                 (for CLIP's ResNet, keys of the attention pooling, last stage only). A network
-                without attention keys gives the map that it pools for either.
+                without attention keys gives its output for either.
 
         Returns:
-            (B, D, h, w), with h = ceil(H / patch), w = ceil(W / patch), but for the first stages of
-            CLIP's ResNet, whose maps are finer.
+            (B, D, h, w), with h = ceil(H / patch), w = ceil(W / patch), but for earlier
+            stages, whose maps are finer.
 
         Raises:
             PipelineError: there is no such layer, or the tower has no map.

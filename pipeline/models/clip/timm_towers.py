@@ -204,10 +204,20 @@ class TimmConvolutions:
         return DenseFeatures(self.project(maps).float(), None)
 
     def patch_features(self, images: Tensor, *, layer: int, facet: Facet) -> Tensor:
-        """The last map, whatever the facet: there are no keys."""
-        if layer != -1:
-            raise PipelineError(f"layer: {layer}: {self.describe()} has one map; use -1")
-        return self.feature_map(pad_to_multiple(images, self.patch_size))
+        """Output of a stage, whatever the facet: there are no keys.
+
+        The last stage comes before a last convolution and activation, if the network has them.
+        """
+        count = len(self._trunk.feature_info)
+        if not -count <= layer < count:
+            raise PipelineError(
+                f"layer: {layer} does not exist; {self.describe()} has {count} stages"
+            )
+        (maps,) = self._trunk.forward_intermediates(
+            pad_to_multiple(images, self.patch_size), [layer % count], intermediates_only=True
+        )
+        features: Tensor = maps
+        return features
 
     def describe(self) -> str:
         """Kind and sizes of the encoder."""

@@ -212,16 +212,20 @@ def test_keys_of_a_vit_are_those_of_its_blocks(encoders: dict[str, ClipEncoder],
 
 
 @pytest.mark.parametrize("kind", ["efficientnet", "convnext", "mobileclip"])
-def test_networks_of_convolutions_give_their_map_for_keys(
+def test_networks_of_convolutions_give_the_output_of_a_stage_for_keys(
     encoders: dict[str, ClipEncoder], kind: str
 ) -> None:
     encoder = encoders[kind]
     pixels = torch.rand(1, 3, encoder.image_size, encoder.image_size)
-    maps = encoder.tower.feature_map(encoder.normalise(pixels))
+    trunk: Any = encoder.visual.trunk
+    with torch.no_grad():
+        stages = trunk.forward_intermediates(encoder.normalise(pixels), intermediates_only=True)
     for facet in ("key", "token"):
-        assert torch.equal(encoder.patch_features(pixels, facet=facet), maps)  # type: ignore[arg-type]
-    with pytest.raises(PipelineError, match=r"layer: 0: timm's .* has one map; use -1"):
-        encoder.patch_features(pixels, layer=0)
+        for layer in (0, -1):
+            actual = encoder.patch_features(pixels, facet=facet, layer=layer)  # type: ignore[arg-type]
+            assert torch.equal(actual, stages[layer])
+    with pytest.raises(PipelineError, match=r"layer: 7 does not exist; timm's .* stages"):
+        encoder.patch_features(pixels, layer=7)
 
 
 @pytest.mark.parametrize(
