@@ -1,26 +1,26 @@
 """CLIP by open_clip; only the demo's pre-training imports that library as well."""
 
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import VisionTransformer
-
 from pipeline.models.clip.encoder import ClipEncoder
-from pipeline.models.clip.features import pad_to_multiple, require_plain_vit
+from pipeline.models.clip.features import pad_to_multiple
 from pipeline.models.clip.loading import OPENAI_SCALARS, build_clip, load_clip, to_open_clip_layout
 from pipeline.models.clip.text import background_embedding, label_embeddings, text_embeddings
 from pipeline.models.clip.tokenizer import VOCABULARY_SPECIALS
+from pipeline.models.clip.tower import DenseAttention, DenseOptions, DenseTower
+from pipeline.models.clip.towers import dense_tower
 
 __all__ = [
     "OPENAI_SCALARS",
     "VOCABULARY_SPECIALS",
     "ClipEncoder",
-    "ModifiedResNet",
-    "VisionTransformer",
+    "DenseAttention",
+    "DenseOptions",
+    "DenseTower",
     "background_embedding",
     "build_clip",
+    "dense_tower",
     "label_embeddings",
     "load_clip",
     "pad_to_multiple",
-    "require_plain_vit",
     "text_embeddings",
     "to_open_clip_layout",
 ]

@@ -9,22 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.models.clip.features import (
-    patch_size,
-    require_plain_vit,
-    resnet_features,
-    square_side,
-    vit_features,
-)
+from pipeline.models.clip.features import square_side
+from pipeline.models.clip.tower import DenseTower, Facet
+from pipeline.models.clip.towers import dense_tower
+from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.models.weights.weights import hash_tensors
 
 
@@ -37,7 +34,6 @@ class ClipEncoder(nn.Module):
             (bicubic resize of the short side, centre crop) short of the normalisation.
         embed_dim: C.
         image_size: S.
-        patch_size: pixels a token of the image tower stands for (32 for ResNets).
         mean, std: (1, 3, 1, 1) buffers, applied by every method that takes images in [0, 1].
     """
 
@@ -57,7 +53,6 @@ class ClipEncoder(nn.Module):
         self.config = config
         self.embed_dim: int = config["embed_dim"]
         self.image_size = square_side(preprocess.size)
-        self.patch_size = patch_size(self.visual)
         self.preprocess: Callable[[Image.Image], Tensor] = _transform(preprocess)
         self._tokenizer = tokenizer
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), False)
@@ -68,10 +63,36 @@ class ClipEncoder(nn.Module):
         """The image tower."""
         return cast(nn.Module, self.clip.visual)
 
+    @cached_property
+    def tower(self) -> DenseTower:
+        """The image tower as a map of features and a head; `embed` and `retrieve` need none.
+
+        Raises:
+            PipelineError: it has no map.
+        """
+        return dense_tower(self.visual)
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels, along a side, that a position of the tower's map stands for (ResNets: 32)."""
+        return self.tower.patch_size
+
     @property
     def logit_scale(self) -> Tensor:
         """Factor of cosines in CLIP's softmax, already exponentiated; a scalar."""
         return cast(Tensor, self.clip.logit_scale.detach().exp().reshape(()))
+
+    def statistics(
+        self, normalisation: Literal["imagenet", "clip"]
+    ) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of R, G, B in [0, 1] for dense features.
+
+        The papers' code took ImageNet's where CLIP has its own. A tower that it did not know gets
+        its own always: it may be far from ImageNet's (SigLIP, MobileCLIP).
+        """
+        if normalisation == "clip" or not self.tower.published:
+            return self.mean.flatten().tolist(), self.std.flatten().tolist()
+        return list(IMAGENET_MEAN), list(IMAGENET_STD)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> the network's input."""
@@ -100,9 +121,7 @@ class ClipEncoder(nn.Module):
         return torch.cat(features)
 
     @torch.no_grad()
-    def patch_features(
-        self, images: Tensor, *, layer: int = -1, facet: Literal["key", "token"] = "key"
-    ) -> Tensor:
+    def patch_features(self, images: Tensor, *, layer: int = -1, facet: Facet = "key") -> Tensor:
         """Features of the patches of images of any size, for clustering.
 
         The input is zero-padded right and bottom (after normalisation) to a multiple of the patch
@@ -110,17 +129,19 @@ class ClipEncoder(nn.Module):
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            layer: block of a ViT; for a ResNet, one of its four stages.
+            layer: block of a ViT; for other networks, one of their stages.
             facet: "token": output of that block; "key": its attention keys, all heads side by side
-                (for a ResNet, keys of the attention pooling, last stage only).
+                (for CLIP's ResNet, keys of the attention pooling, last stage only). A network
+                without attention keys gives its output for either.
 
         Returns:
-            (B, D, h, w), with h = ceil(H / patch), w = ceil(W / patch) for a ViT.
+            (B, D, h, w), with h = ceil(H / patch), w = ceil(W / patch), but for earlier
+            stages, whose maps are finer.
+
+        Raises:
+            PipelineError: there is no such layer, or the tower has no map.
         """
-        images = self.normalise(images)
-        if isinstance(self.visual, ModifiedResNet):
-            return resnet_features(self.visual, images, layer=layer, facet=facet)
-        return vit_features(require_plain_vit(self.visual), images, layer=layer, facet=facet)
+        return self.tower.patch_features(self.normalise(images), layer=layer, facet=facet)
 
     def fingerprint(self) -> str:
         """SHA-256 of configuration and weights: changes whenever results may change."""

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
-from torch import Tensor, nn
+from open_clip.transformer import VisionTransformer
+from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.models.clip.tokens import embed_patches
+from pipeline.models.clip.tokens import PositionResize, embed_patches
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
@@ -22,27 +22,16 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     return F.pad(images, (0, -width % multiple, 0, -height % multiple))
 
 
-def require_plain_vit(visual: nn.Module) -> VisionTransformer:
-    """Return `visual` if it is a CLIP ViT with a class token.
-
-    Raises:
-        PipelineError: it is another kind of image tower.
-    """
-    if (
-        isinstance(visual, VisionTransformer)
-        and visual.attn_pool is None
-        and isinstance(visual.transformer.resblocks[0], ResidualAttentionBlock)
-    ):
-        return visual
-    raise PipelineError(
-        f"encoder: patch features need CLIP's own ViT or ResNet, but this model's image tower is a "
-        f"{type(visual).__name__}; use for example ViT-B-16-quickgelu or RN50-quickgelu"
-    )
-
-
-def vit_features(visual: VisionTransformer, images: Tensor, *, layer: int, facet: str) -> Tensor:
-    images = pad_to_multiple(images, patch_size(visual))
-    tokens, grid = embed_patches(visual, images, position_resize="size")
+def vit_features(
+    visual: VisionTransformer,
+    images: Tensor,
+    *,
+    layer: int,
+    facet: str,
+    position_resize: PositionResize = "size",
+) -> Tensor:
+    images = pad_to_multiple(images, square_side(visual.patch_size))
+    tokens, grid = embed_patches(visual, images, position_resize=position_resize)
     blocks = visual.transformer.resblocks
     if not -len(blocks) <= layer < len(blocks):
         raise PipelineError(f"layer: {layer} does not exist; this ViT has {len(blocks)} blocks")
@@ -73,12 +62,6 @@ def resnet_features(visual: ModifiedResNet, images: Tensor, *, layer: int, facet
         keys = visual.attnpool.k_proj(features.flatten(2).transpose(1, 2))
         features = keys.transpose(1, 2).unflatten(2, features.shape[-2:])
     return features
-
-
-def patch_size(visual: nn.Module) -> int:
-    if isinstance(visual, ModifiedResNet):
-        return 32
-    return square_side(getattr(visual, "patch_size", 0))
 
 
 def square_side(size: int | Sequence[int]) -> int:

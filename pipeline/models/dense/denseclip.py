@@ -16,17 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.errors import PipelineError
 from pipeline.models.clip import (
     ClipEncoder,
-    ModifiedResNet,
-    VisionTransformer,
+    DenseAttention,
+    DenseOptions,
+    DenseTower,
+    dense_tower,
     label_embeddings,
     load_clip,
-    pad_to_multiple,
-    require_plain_vit,
 )
-from pipeline.models.clip.tokens import PositionResize, resize_positions
-from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.models.clip.tokens import PositionResize
 from pipeline.vocabulary.prompts import templates
 
 if TYPE_CHECKING:
@@ -34,13 +34,10 @@ if TYPE_CHECKING:
     from pipeline.methods.dense import DenseClipParams
     from pipeline.vocabulary.categories import Names
 
-DenseAttention = Literal["maskclip", "value_only"]
 KeyAffinity = Literal["published", "cosine"]
 
-PUBLISHED_EPS = 1e-6
 LOGIT_SCALE = 100.0
 REMOVED_LOGIT = -100.0
-RESNET_MIN_SIDE = 32
 UPSAMPLED_ELEMENTS = 2**26
 
 
@@ -58,17 +55,21 @@ class DenseClip(nn.Module):
             encoder: its image tower is used.
             text: (K, C) unit rows by label id.
             params: normalisation, refinements and what differs between paper and code.
+
+        Raises:
+            PipelineError: the tower has no map, or not what the params ask for.
         """
         super().__init__()
+        _check_options(encoder.tower, params)
         self.visual = encoder.visual
         self.patch_size = encoder.patch_size
         self.params = params
         self._encoder = encoder
-        imagenet = params.normalisation == "imagenet"
-        mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) if imagenet else encoder.mean
-        std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1) if imagenet else encoder.std
-        self.register_buffer("mean", mean.to(encoder.mean.device), persistent=False)
-        self.register_buffer("std", std.to(encoder.mean.device), persistent=False)
+        for name, values in zip(
+            ("mean", "std"), encoder.statistics(params.normalisation), strict=True
+        ):
+            buffer = torch.tensor(values, device=encoder.mean.device).view(1, 3, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
         self.register_buffer("text", text.to(encoder.mean.device), persistent=False)
 
     @property
@@ -92,19 +93,18 @@ class DenseClip(nn.Module):
         Scores are cosines; after key smoothing, smoothed probabilities.
         """
         scale = self.params.logit_scale
-        features, keys = dense_features(
-            self.visual,
-            (images - self.mean) / self.std,
+        options = DenseOptions(
             published_activation=self.params.published_activation,
             dense_attention=self.params.dense_attention,
             position_resize=self.params.position_resize,
         )
+        features, keys = self._encoder.tower.dense((images - self.mean) / self.std, options)
         # Cosines are multiplied by 100 before their softmax: float32 even where CLIP ran in less.
         with torch.autocast(features.device.type, enabled=False):
             scores = dense_logits(features, self.text)
             if self.params.prompt_denoising is not None:
                 scores = prompt_denoising(scores, self.params.prompt_denoising, scale=scale)
-            if self.params.key_smoothing is not None:
+            if self.params.key_smoothing is not None and keys is not None:
                 affinity = self.params.key_affinity
                 scores = key_smoothing(
                     scores, keys, self.params.key_smoothing, affinity=affinity, scale=scale
@@ -123,7 +123,8 @@ def load_denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> D
     """DenseCLIP with the encoder of its params, for some names.
 
     Raises:
-        PipelineError: an encoder that cannot be loaded, or a name that it does not know.
+        PipelineError: an encoder that cannot be loaded or lacks what the params ask for, or a name
+            that it does not know.
     """
     encoder = load_clip(params.encoder, runtime.device, cache_dir=runtime.cache_dir)
     text = label_embeddings(
@@ -142,36 +143,52 @@ def dense_features(
     published_activation: bool = True,
     dense_attention: DenseAttention = "maskclip",
     position_resize: PositionResize = "size",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Patch features in the joint embedding space (section 3.3), and the keys of the same layer.
 
+    The idea is that of what the tower's pooling does to one position: see `DenseTower`. The options
+    concern CLIP's own ViT alone.
+
     Args:
-        visual: image tower of a CLIP: ViT, or ResNet with attention pooling.
+        visual: image tower of a model of open_clip.
         images: (B, 3, H, W), normalised; zero-padded right and bottom to a multiple of the patch.
-        published_activation: in a ViT, exact GELU and LayerNorm eps 1e-6, to which the published
-            configuration departs from CLIP; otherwise the network's own. No effect on a ResNet.
-        dense_attention: of the last block of a ViT. "maskclip", the published code: the block with
-            the identity as attention matrix, residual and MLP kept. "value_only", the paper's
-            text: value and output projections alone. No effect on a ResNet, which has no residual.
+        published_activation: see `DenseOptions`.
+        dense_attention: see `DenseOptions`. No effect on a ResNet, which has no residual.
         position_resize: see `resize_positions`. No effect on a ResNet, whose position embeddings
             are not used.
 
     Returns:
-        Features (B, C, h, w), not normalised, and keys (B, h w, D), both float32. As in the
-        published code the keys of a ViT pass the output projection too, those of a ResNet do not.
+        Features (B, C, h, w), not normalised, and keys (B, h w, D) where the tower has any, both
+        float32. As in the published code the keys of a ViT's last block pass the output projection
+        too, those of an attention pooling do not.
 
     Raises:
-        PipelineError: the image tower is of another kind.
+        PipelineError: the image tower has no map.
     """
-    if isinstance(visual, ModifiedResNet):
-        return _resnet_dense_features(visual, images)
-    return _vit_dense_features(
-        require_plain_vit(visual),
-        images,
+    options = DenseOptions(
         published_activation=published_activation,
-        keep_residual=dense_attention == "maskclip",
+        dense_attention=dense_attention,
         position_resize=position_resize,
     )
+    return dense_tower(visual).dense(images, options)
+
+
+def _check_options(tower: DenseTower, params: DenseClipParams) -> None:
+    """Refuse what a tower cannot do.
+
+    Raises:
+        PipelineError: names the option.
+    """
+    if params.key_smoothing is not None and not tower.has_keys:
+        raise PipelineError(
+            f"key_smoothing: {params.key_smoothing}, but the encoder ({tower.describe()}) averages "
+            "its map and has no attention keys; set it to null"
+        )
+    if params.dense_attention == "value_only" and not tower.published:
+        raise PipelineError(
+            "dense_attention: value_only is for CLIP's own ViT, but the encoder is "
+            f"{tower.describe()}; use maskclip"
+        )
 
 
 def dense_logits(features: Tensor, text: Tensor) -> Tensor:
@@ -266,63 +283,3 @@ def label_and_confidence(
     if scale is not None:
         return label, (scale * best - total).exp().clamp(max=1)
     return label, (best.clamp(min=0) / total.clamp(min=torch.finfo(total.dtype).tiny)).clamp(max=1)
-
-
-def _vit_dense_features(
-    visual: VisionTransformer,
-    images: Tensor,
-    *,
-    published_activation: bool,
-    keep_residual: bool,
-    position_resize: PositionResize,
-) -> tuple[Tensor, Tensor]:
-    patches = visual.conv1(pad_to_multiple(images, visual.patch_size[0]))
-    grid = patches.shape[-2:]
-    tokens = torch.cat(
-        [visual.class_embedding.expand(len(images), 1, -1), patches.flatten(2).transpose(1, 2)],
-        dim=1,
-    )
-    positions = resize_positions(visual.positional_embedding, *grid, mode=position_resize)
-    tokens = _norm(visual.ln_pre, tokens + positions, published_activation)
-    *blocks, last = visual.transformer.resblocks
-    for block in blocks:
-        normed = _norm(block.ln_1, tokens, published_activation)
-        attended = block.attn(normed, normed, normed, need_weights=False)[0]
-        tokens = _add_mlp(block, tokens + block.ls_1(attended), published_activation)
-    normed = _norm(last.ln_1, tokens, published_activation)
-    _, key_weight, value_weight = last.attn.in_proj_weight.chunk(3)
-    _, key_bias, value_bias = last.attn.in_proj_bias.chunk(3)
-    keys = last.attn.out_proj(F.linear(normed, key_weight, key_bias))
-    values = last.attn.out_proj(F.linear(normed, value_weight, value_bias))
-    if keep_residual:
-        values = _add_mlp(last, tokens + last.ls_1(values), published_activation)
-    features = _norm(visual.ln_post, values, published_activation) @ visual.proj
-    features = features[:, 1:].transpose(1, 2).unflatten(2, grid)
-    return features.float(), keys[:, 1:].float()
-
-
-def _norm(norm: nn.Module, tokens: Tensor, published: bool) -> Tensor:
-    if published and isinstance(norm, nn.LayerNorm):
-        return F.layer_norm(tokens, norm.normalized_shape, norm.weight, norm.bias, PUBLISHED_EPS)
-    return norm(tokens)  # type: ignore[no-any-return]
-
-
-def _add_mlp(block: Any, tokens: Tensor, published: bool) -> Tensor:
-    mlp = block.mlp
-    hidden = mlp.c_fc(_norm(block.ln_2, tokens, published))
-    hidden = F.gelu(hidden) if published else mlp.gelu(hidden)
-    return tokens + block.ls_2(mlp.c_proj(hidden))
-
-
-def _resnet_dense_features(visual: ModifiedResNet, images: Tensor) -> tuple[Tensor, Tensor]:
-    height, width = images.shape[-2:]
-    images = F.pad(
-        images, (0, max(0, RESNET_MIN_SIDE - width), 0, max(0, RESNET_MIN_SIDE - height))
-    )
-    grid = visual.stem(images)
-    for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
-        grid = stage(grid)
-    tokens = grid.flatten(2).transpose(1, 2)
-    pool = visual.attnpool
-    features = pool.c_proj(pool.v_proj(tokens)).transpose(1, 2).unflatten(2, grid.shape[-2:])
-    return features.float(), pool.k_proj(tokens).float()

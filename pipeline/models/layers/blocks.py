@@ -98,7 +98,11 @@ class _ScaledSilu(torch.autograd.Function):
 def with_lean_parts(network: nn.Module) -> nn.Module:
     """Replace attention and GELU in a CLIP tower, in place; weights and their names stay."""
     for name, child in network.named_children():
-        if type(child) is nn.MultiheadAttention and child.batch_first:
+        if (
+            type(child) is nn.MultiheadAttention
+            and child.batch_first
+            and child.in_proj_weight is not None
+        ):
             setattr(network, name, Attention.sharing(child))
         elif isinstance(child, QuickGELU):
             setattr(network, name, QuickGelu())

@@ -147,14 +147,18 @@ def spectral_clusters(
 def feature_affinity(features: Tensor) -> NDArray[np.float64]:
     """Cosine similarity between all positions of (C, h, w), (n, n), scaled as a whole to [0, 1].
 
-    Features that are all alike give ones.
+    Features that are all alike give ones. A position that is like no other, as one whose features
+    are all zero after a ReLU may be, is like itself.
     """
     positions = F.normalize(features.detach().cpu().double().flatten(1), dim=0)
     cosine = (positions.T @ positions).numpy()
     low, high = cosine.min(), cosine.max()
     if high - low < 1e-6:
         return np.ones_like(cosine)
-    return (cosine - low) / (high - low)
+    affinity = (cosine - low) / (high - low)
+    alone = np.flatnonzero(affinity.sum(axis=1) == 0)
+    affinity[alone, alone] = 1
+    return np.asarray(affinity)
 
 
 def spectral_embedding(

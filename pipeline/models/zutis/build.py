@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from pipeline.errors import PipelineError
-from pipeline.models.clip.tokens import PositionResize, vision_tower
+from pipeline.models.clip import dense_tower
+from pipeline.models.clip.tokens import PositionResize
 from pipeline.models.layers.blocks import with_lean_parts
 from pipeline.models.layers.decoder import TransformerDecoder
 from pipeline.models.layers.perceptron import Perceptron
@@ -32,20 +33,20 @@ def build_zutis(
     position_resize: PositionResize = "scale",
     token_norm: TokenNorm = "map",
 ) -> Zutis:
-    """Put a freshly initialised ZUTIS around a CLIP vision transformer.
+    """Put a freshly initialised ZUTIS around the image tower of a CLIP.
 
     Args:
-        encoder: CLIP vision transformer; trained further, not copied.
+        encoder: image tower; trained further, not copied.
         num_queries: learned queries Q.
         decoder_layers: decoder layers L.
-        num_heads: attention heads of the decoder, a divisor of the encoder's width.
+        num_heads: attention heads of the decoder, a divisor of the width of the tower's map.
         feedforward_dim: hidden width of the decoder's feed-forward parts.
         stop_gradient: see `Zutis`.
         query_norm: see `Zutis`; so are `mean`, `std`, `position_resize` and `token_norm`.
 
     Raises:
-        PipelineError: `encoder` is not a CLIP vision transformer, the numbers do not fit
-            together, or an option is unknown; the message says which.
+        PipelineError: `encoder` has no map, the numbers do not fit together, or an option is
+            unknown; the message says which.
     """
     if num_queries < 1 or feedforward_dim < 1:
         raise PipelineError(
@@ -55,7 +56,7 @@ def build_zutis(
         raise PipelineError(f"mean: {mean}, std: {std}; both are three numbers, std above 0")
     _check_choice("position_resize", position_resize, get_args(PositionResize))
     _check_choice("token_norm", token_norm, get_args(TokenNorm))
-    width = vision_tower(encoder).class_embedding.shape[0]
+    width = dense_tower(encoder).width
     return Zutis(
         with_lean_parts(encoder),
         TransformerDecoder(width, decoder_layers, num_heads, feedforward_dim),

@@ -1,19 +1,20 @@
 """The ZUTIS network: semantic and instance segmentation from one CLIP encoder.
 
-Letters: B batch, L decoder layers, Q queries, D encoder width, C text space, H W pixels; h w is the
-token grid after upsampling, twice the patch grid.
+Letters: B batch, L decoder layers, Q queries, D width of the encoder's map, C text space, H W
+pixels; h w is the token grid after upsampling, twice the patch grid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.clip.tokens import PositionResize, encode_patches, vision_tower
+from pipeline.models.clip import dense_tower
+from pipeline.models.clip.tokens import PositionResize
 from pipeline.models.layers.decoder import Memory, TransformerDecoder, sine_codes
 from pipeline.models.layers.perceptron import Perceptron
 from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
@@ -44,8 +45,12 @@ class Zutis(nn.Module):
     The defaults are those of the published code, whose weights need them. Weights trained with
     another `mean`, `std`, `position_resize` or `token_norm` need theirs.
 
+    The tokens are the map that the encoder pools, and the projection to text space is its head, see
+    `DenseTower`. Encoders other than CLIP's ViT stay in evaluation mode in training.
+
     Args:
-        encoder: CLIP vision transformer in the key layout of OpenAI and open_clip.
+        encoder: image tower of a model of open_clip; a CLIP vision transformer has the key layout
+            of OpenAI and open_clip.
         decoder: transformer decoder of width D.
         ffn1: perceptron D -> D that turns tokens into the decoder's memory and mask features.
         ffn2: perceptron D -> D on the decoded queries.
@@ -55,12 +60,13 @@ class Zutis(nn.Module):
         mean: of the channels R, G, B in [0, 1], taken off the input. The code takes ImageNet's,
             though CLIP was trained with its own; the paper does not say.
         std: their standard deviation, likewise.
-        position_resize: see `resize_positions`; "scale" is the code's.
+        position_resize: see `resize_positions`; "scale" is the code's. Of CLIP's ViT alone: others
+            fit their positions to the grid.
         token_norm: see `project`; "map" is the code's.
 
     Raises:
-        PipelineError: `encoder` is not a CLIP vision transformer.
-        ValueError: `query_embed` does not have the encoder's width.
+        PipelineError: `encoder` has no map.
+        ValueError: `query_embed` does not have the width of the encoder's map.
     """
 
     mean: Tensor
@@ -70,8 +76,8 @@ class Zutis(nn.Module):
         self,
         encoder: nn.Module,
         decoder: TransformerDecoder,
-        ffn1: Perceptron,
-        ffn2: Perceptron,
+        ffn1: perceptron,
+        ffn2: perceptron,
         query_embed: Tensor,
         *,
         stop_gradient: bool = True,
@@ -82,7 +88,8 @@ class Zutis(nn.Module):
         token_norm: TokenNorm = "map",
     ) -> None:
         super().__init__()
-        width = vision_tower(encoder).class_embedding.shape[0]
+        self.tower = dense_tower(encoder)
+        width = self.tower.width
         if query_embed.ndim != 2 or query_embed.shape[1] != width:
             raise ValueError(f"query_embed is {tuple(query_embed.shape)}, expected (Q, {width})")
         self.query_embed = nn.Parameter(query_embed)
@@ -116,7 +123,8 @@ class Zutis(nn.Module):
         Raises:
             PipelineError: the images are smaller than a patch.
         """
-        tokens = encode_patches(self.encoder, images, position_resize=self.position_resize).float()
+        maps = self.tower.feature_map(images, position_resize=self.position_resize)
+        tokens = maps.permute(0, 2, 3, 1).float()
         mask_tokens = tokens.detach() if self.stop_gradient else tokens
         return ZutisOutput(self.propose_masks(mask_tokens), self.embed_tokens(tokens))
 
@@ -141,7 +149,7 @@ class Zutis(nn.Module):
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Unit-norm tokens (B, h, w, C) in text space from the encoder's (B, h/2, w/2, D)."""
         with torch.autocast(tokens.device.type, enabled=False):
-            projected = tokens @ vision_tower(self.encoder).proj.float()
+            projected = self.tower.project(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             return self.normalise_tokens(_twice_as_large(projected))
 
     def normalise_tokens(self, projected: Tensor) -> Tensor:
@@ -162,14 +170,16 @@ class Zutis(nn.Module):
 
     def extra_repr(self) -> str:
         """The architecture in one line, for messages."""
-        tower = vision_tower(self.encoder)
-        blocks = sum(1 for name, _ in self.encoder.named_modules() if name.endswith(".ln_1"))
         return (
-            f"patch {tower.conv1.weight.shape[-1]}, width {tower.proj.shape[0]}, "
-            f"{blocks} encoder blocks, {tower.positional_embedding.shape[0] - 1} positions, "
-            f"text space {tower.proj.shape[1]}, {len(self.query_embed)} queries, "
+            f"{self.tower.describe()}, {len(self.query_embed)} queries, "
             f"{len(self.decoder.layers)} decoder layers"
         )
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all parts, but for an encoder that is trained in evaluation mode."""
+        super().train(mode)
+        self.encoder.train(mode and not self.tower.stays_in_eval)
+        return self
 
 
 def _twice_as_large(tokens: Tensor) -> Tensor:

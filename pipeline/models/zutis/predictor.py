@@ -14,7 +14,6 @@ from pipeline.errors import PipelineError
 from pipeline.formats.labels import LabelMap, label_map
 from pipeline.formats.predictions import Instance, Segmentation
 from pipeline.models.clip import label_embeddings, load_clip
-from pipeline.models.clip.tokens import vision_tower
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
 from pipeline.models.weights.weights import hash_tensors, load_state, load_strict
 from pipeline.models.zutis.build import build_zutis
@@ -73,7 +72,7 @@ class ZutisPredictor:
         architecture: Mapping[str, Any],
         runtime: Runtime,
     ) -> None:
-        self.patch_size: int = vision_tower(network.encoder).conv1.weight.shape[-1]
+        self.patch_size: int = network.tower.patch_size
         self._network = network.eval()
         self._text = text_embeddings.to(runtime.device)
         self._architecture = architecture

@@ -14,7 +14,6 @@ from pipeline.formats.labels import IGNORE_INDEX
 from pipeline.models.clip import ClipEncoder, label_embeddings, load_clip
 from pipeline.models.zutis.build import build_zutis
 from pipeline.models.zutis.losses import mask_loss, num_counted, num_pairs, semantic_loss
-from pipeline.models.zutis.network import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.models.zutis.schedule import param_groups, set_learning_rates
 from pipeline.vocabulary.prompts import templates
 
@@ -114,15 +113,15 @@ def _generators(numbers: list[int], *, seed: int) -> list[torch.Generator]:
 
 def _architecture(params: ZutisParams, clip: ClipEncoder) -> dict[str, Any]:
     """The arguments of `build_zutis` beside the encoder."""
-    own = params.normalisation == "clip"
+    mean, std = clip.statistics(params.normalisation)
     return {
         "num_queries": params.num_queries,
         "decoder_layers": params.decoder_layers,
         "num_heads": params.num_heads,
         "feedforward_dim": params.feedforward_dim,
         "stop_gradient": params.stop_gradient,
-        "mean": clip.mean.flatten().tolist() if own else list(IMAGENET_MEAN),
-        "std": clip.std.flatten().tolist() if own else list(IMAGENET_STD),
+        "mean": mean,
+        "std": std,
         "position_resize": params.position_resize,
         "token_norm": params.token_norm,
     }

@@ -121,3 +121,14 @@ def test_more_clusters_than_positions_are_cut_to_them() -> None:
 def test_nothing_to_cluster_is_an_error(maps: list[torch.Tensor], clusters: list[int]) -> None:
     with pytest.raises(ValueError, match="feature maps"):
         spectral_mask(maps, size=(8, 8), clusters=clusters)
+
+
+def test_positions_without_features_are_a_cluster_of_their_own() -> None:
+    """As after a ReLU: their cosine with all others, and with themselves, is 0."""
+    features = torch.zeros(2, 4, 4)
+    features[0, :2], features[1, 2:] = 1.0, 1.0
+    features[:, 0, 0] = 0.0
+    affinity = feature_affinity(features)
+    assert affinity[0, 0] == 1
+    assert affinity[0, 1:].sum() == 0
+    assert np.isfinite(spectral_embedding(features, 3)).all()

@@ -92,8 +92,8 @@ def test_image_smaller_than_a_patch_is_refused() -> None:
         small_network()(torch.rand(1, 3, 7, 40))
 
 
-def test_encoder_that_is_no_vision_transformer_is_refused() -> None:
-    with pytest.raises(PipelineError, match=r"Conv2d has no conv1.*vision transformer"):
+def test_encoder_without_a_map_is_refused() -> None:
+    with pytest.raises(PipelineError, match=r"need a map .* is a Conv2d; use for example"):
         build_zutis(nn.Conv2d(3, 3, 1))
 
 
