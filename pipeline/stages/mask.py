@@ -40,6 +40,7 @@ from pipeline.formats.sources import image_name, read_image
 from pipeline.formats.tables import ArchiveRow, read_archives
 from pipeline.methods.masks import MaskParams, load_mask_source
 from pipeline.models.masks.making import coarse_masks, refine_mask
+from pipeline.models.masks.threads import single_threaded
 
 # Raise it when masks change though their settings do not: it keeps old ones out of the cache.
 MASK_VERSION = 1
@@ -140,7 +141,8 @@ class MaskMaker:
 
     def make(self, items: Sequence[ArchiveRow], path: Path, tally: Tally) -> int:
         """Write the sample of every readable row, a few batches in memory at a time."""
-        return write_tar(path, self._samples(items, tally))
+        with single_threaded("blas"):
+            return write_tar(path, self._samples(items, tally))
 
     def close(self) -> None:
         """Let go of threads and cache."""

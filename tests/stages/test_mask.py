@@ -320,16 +320,18 @@ def test_hopeless_input_is_an_error_and_leaves_the_old_output(
     assert contents(world.root / "masks") == before
 
 
-def test_spectral_masks_on_a_tiny_clip(world: World) -> None:
+def tiny_spectral(world: World) -> SpectralParams:
     config_path, weights_path = world.root / "clip.json", world.root / "clip.safetensors"
     config_path.write_text(json.dumps(CLIP_CONFIG))
     torch.manual_seed(0)
     state = open_clip.CLIP(**CLIP_CONFIG).state_dict()
     save_file({name: value.contiguous() for name, value in state.items()}, weights_path)
     encoder = EncoderParams(model=str(config_path), pretrained=str(weights_path))
-    world.params = SpectralParams(
-        encoder=encoder, refine=False, short_side=60, batch_size=2, shard_size=3
-    )
+    return SpectralParams(encoder=encoder, refine=False, short_side=60, batch_size=2, shard_size=3)
+
+
+def test_spectral_masks_on_a_tiny_clip(world: World) -> None:
+    world.params = tiny_spectral(world)
     world.run("first")
     world.run("second")
     assert contents(world.root / "first") == contents(world.root / "second")
@@ -340,6 +342,21 @@ def test_spectral_masks_on_a_tiny_clip(world: World) -> None:
         assert 0 < decoded.mean() < 255
     world.run("fewer", clusters=[2])
     assert world.stats("fewer")["counts"]["masked"] == 4
+
+
+def test_the_number_of_threads_does_not_show(world: World) -> None:
+    world.params = tiny_spectral(world).model_copy(update={"refine": True})
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            world.runtime = replace(world.runtime, cache_dir=world.root / f"cache{threads}")
+            world.run(f"with{threads}")
+            assert world.stats(f"with{threads}")["counts"]["masked"] == 4
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert contents(world.root / "with1") == contents(world.root / "with3")
 
 
 def test_the_steps_of_the_solver_are_a_param(world: World) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from pipeline.models.clip import load_clip
 from pipeline.models.masks.dino import DINO_MODELS, load_dino
+from pipeline.models.masks.threads import single_threaded
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
@@ -65,16 +68,17 @@ class SpectralSource:
             features = self._encoder.patch_features(
                 images.to(self._runtime.device), facet=self._params.facet
             )
-        masks = [
-            spectral_mask(
-                [feature_map],
-                size=(height, width),
-                padded_size=(math.ceil(height / patch) * patch, math.ceil(width / patch) * patch),
-                clusters=self._params.clusters,
-                seed=self._runtime.seed,
-            )
-            for feature_map in features.float().cpu()
-        ]
+        make = partial(
+            spectral_mask,
+            size=(height, width),
+            padded_size=(math.ceil(height / patch) * patch, math.ceil(width / patch) * patch),
+            clusters=self._params.clusters,
+            seed=self._runtime.seed,
+        )
+        maps = [[feature_map] for feature_map in features.float().cpu()]
+        # Images side by side: each is too small for the threads of the libraries.
+        with single_threaded(), ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            masks = list(threads.map(make, maps))
         return torch.from_numpy(np.stack(masks)).float()
 
 
@@ -140,8 +144,9 @@ def spectral_clusters(
     """
     height, width = features.shape[1:]
     limits = [min(k, height * width) for k in clusters]
-    vectors = spectral_embedding(features, max(limits), seed=seed)
-    return [_kmeans(vectors[:, :k], k, seed=seed).reshape(height, width) for k in limits]
+    with single_threaded():
+        vectors = spectral_embedding(features, max(limits), seed=seed)
+        return [_kmeans(vectors[:, :k], k, seed=seed).reshape(height, width) for k in limits]
 
 
 def feature_affinity(features: Tensor) -> NDArray[np.float64]:
@@ -155,10 +160,11 @@ def feature_affinity(features: Tensor) -> NDArray[np.float64]:
     low, high = cosine.min(), cosine.max()
     if high - low < 1e-6:
         return np.ones_like(cosine)
-    affinity = (cosine - low) / (high - low)
-    alone = np.flatnonzero(affinity.sum(axis=1) == 0)
-    affinity[alone, alone] = 1
-    return np.asarray(affinity)
+    cosine -= low
+    cosine /= high - low
+    alone = np.flatnonzero(cosine.sum(axis=1) == 0)
+    cosine[alone, alone] = 1
+    return cosine
 
 
 def spectral_embedding(
@@ -172,11 +178,12 @@ def spectral_embedding(
     Returns:
         (n, count), columns by ascending eigenvalue, each of unit length in the metric of D.
     """
-    affinity = feature_affinity(features)
-    scale = 1 / np.sqrt(affinity.sum(axis=1))
+    normalised = feature_affinity(features)
+    scale = 1 / np.sqrt(normalised.sum(axis=1))
     # With w = sqrt(D) v the problem is the ordinary one of the largest eigenvalues of this matrix.
-    normalised = affinity * scale[:, None] * scale
-    num_positions = len(affinity)
+    normalised *= scale[:, None]
+    normalised *= scale
+    num_positions = len(normalised)
     if num_positions <= max(max_dense, count):
         _, vectors = eigh(normalised, subset_by_index=(num_positions - count, num_positions - 1))
     else:
