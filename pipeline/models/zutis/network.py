@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.models.clip import dense_tower
 from pipeline.models.clip.tokens import PositionResize
 from pipeline.models.layers.decoder import Memory, TransformerDecoder, sine_codes
+from pipeline.models.layers.perceptron import Perceptron
 from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 TokenNorm = Literal["map", "token", "none"]
