@@ -14,7 +14,6 @@ from pipeline.benchmarks.voc import VocWriter
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
-from pipeline.formats.shards import read_shards
 from pipeline.inference.segmenter import Segmenter
 from pipeline.methods.dense import DenseClipParams, load_dense_labeller
 from pipeline.methods.masks import SpectralParams
@@ -24,6 +23,7 @@ from pipeline.params.sections import EmbedParams, EvaluateParams, RetrieveParams
 from pipeline.stages import embed, mask, pseudo_label, retrieve, train
 from pipeline.vocabulary.categories import Names
 from tests.conftest import encoded_image
+from tests.formats.shard_folders import read_shards
 from tests.stages.evaluating import evaluate
 from tests.stages.tiny_training import small_params
 from tests.tiny_encoders import KINDS, VISION, WITHOUT_KEYS, write_encoder

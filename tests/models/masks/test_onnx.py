@@ -20,12 +20,12 @@ from PIL import Image
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.formats.images import decode_png
-from pipeline.formats.shards import read_shards
 from pipeline.formats.sources import sample_key
 from pipeline.formats.tables import ArchiveRow, write_archives
 from pipeline.methods.masks import OnnxParams, load_mask_source
 from pipeline.params.reading import parse_params
 from pipeline.stages import mask
+from tests.formats.shard_folders import read_shards
 from tests.paths import ROOT
 
 PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0], "refine": False}
