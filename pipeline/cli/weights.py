@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from pipeline.models.weights.zoo import Published
 
 weights_app = typer.Typer(
-    help="Published weights: CLIP and its kin, SelfMask, ZUTIS and DINO, by name. They are stored as "
-    "safetensors below the cache folder ($PIPELINE_CACHE); wherever params take a weights file or "
+    help="Published weights: CLIP and its kin, SelfMask, ZUTIS and DINO, by name. They are stored "
+    "as safetensors below the cache folder ($PIPELINE_CACHE); wherever params take a weights file or "
     "`--checkpoint` a folder, a name works too."
 )
 
