@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 weights_app = typer.Typer(
     help="Published weights: CLIP and its kin, SelfMask, ZUTIS and DINO, by name. They are stored "
-    "as safetensors below the cache folder ($PIPELINE_CACHE); wherever params take a weights file or "
-    "`--checkpoint` a folder, a name works too."
+    "as safetensors below the cache folder ($PIPELINE_CACHE); wherever params take a weights file "
+    "or `--checkpoint` a folder, a name works too."
 )
 
 Name = Annotated[str, typer.Argument(help="A name that `pipeline weights list` shows.")]
