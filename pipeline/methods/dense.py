@@ -77,6 +77,8 @@ class DenseClipParams(PseudoLabelParams):
     does to the keys of key smoothing; `cosine` averages by their positive cosines.
     `position_resize` `size` takes positions as they are wherever their number is right, as the code
     does; `grid` where their grid is. `normalisation` is ImageNet's in the code, though not in CLIP.
+    These are about CLIP's own ViT and ResNet, as are the slips: other towers do without, with the
+    statistics that they were trained with, and what they lack is refused (docs/encoders.md).
     """
 
     method: Literal["denseclip"] = "denseclip"

@@ -86,8 +86,10 @@ class SelfMaskParams(MaskParams):
 class SpectralParams(MaskParams):
     """Clusters of `encoder`'s features (attention keys or tokens of its last block) that vote.
 
-    They are clustered at every k of `clusters`. The encoder may be a CLIP, or `dino_vits8` or
-    `dino_vits16` with `pretrained` empty for the published weights.
+    They are clustered at every k of `clusters`. The encoder may be any of open_clip's with a map
+    (see docs/encoders.md), or `dino_vits8` or `dino_vits16` with `pretrained` empty for the
+    published weights. A network without attention gives the output of its last stage for either
+    facet.
     """
 
     source: Literal["spectral"] = "spectral"

@@ -143,6 +143,7 @@ class ZutisParams(TrainParams):
     `normalisation` where CLIP has its own (`clip`), positions resized by a factor slightly off
     (`position_resize` `scale`; `grid` is exact), and a layer norm of the projected tokens over the
     whole map (`token_norm` `map`; `token`: each by itself, `none`: as in CLIP).
+    Encoders other than CLIP's own ViT and ResNet take their own statistics and exact positions.
     `mask_loss_reduction` `sum` adds up pairs and layers, as published; `mean` averages them.
     `matching` says where proposals and objects are compared before they are matched: at all
     `pixels`, as published, or, faster, at 64 x 64 random `points` or on the grid of the `tokens`.

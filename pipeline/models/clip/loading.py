@@ -21,7 +21,13 @@ from pipeline.models.clip.encoder import ClipEncoder
 from pipeline.models.clip.features import square_side
 from pipeline.models.clip.tokenizer import first_line, load_tokenizer
 from pipeline.models.weights.weights import load_strict, read_weights
-from pipeline.models.weights.zoo import cached_clip, published_clip, resolve_weights
+from pipeline.models.weights.zoo import (
+    CLIP_KINDS,
+    cached_clip,
+    manifest,
+    published_clip,
+    resolve_weights,
+)
 from pipeline.params.base import EncoderParams
 
 MODEL_PREFIX = "open_clip:"
@@ -159,10 +165,20 @@ def _find_weights(model: str, pretrained: str, *, local: bool, cache_dir: Path |
         return _Weights(path=path, quick_gelu=tag.get("quick_gelu", False), preprocess=tag)
     path = Path(pretrained) if cache_dir is None else resolve_weights(pretrained, cache_dir)
     if path.is_file():
-        return _Weights(path=path)
+        tag = _tag_of_published(pretrained)
+        return _Weights(path=path, quick_gelu=tag.get("quick_gelu", False), preprocess=tag)
     if local or path.suffix in (".safetensors", ".pt", ".pth", ".bin") or len(path.parts) > 1:
         raise PipelineError(f"encoder.pretrained: {pretrained}: no such weights file")
     raise _unknown_tag(model, pretrained)
+
+
+def _tag_of_published(name: str) -> dict[str, Any]:
+    """What open_clip knows of published weights of a name; empty for others."""
+    entry = manifest().get(name)
+    if entry is None or entry.kind not in CLIP_KINDS:
+        return {}
+    architecture = entry.architecture
+    return dict(open_clip.get_pretrained_cfg(architecture["model"], architecture["tag"]))
 
 
 def _unknown_tag(model: str, tag: str) -> PipelineError:

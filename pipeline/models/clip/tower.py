@@ -117,7 +117,8 @@ def whole_patches(images: Tensor, patch: int) -> Tensor:
             f"image of {width} x {height} pixels is smaller than a patch of the encoder "
             f"({patch} x {patch}); resize it first"
         )
-    return images[..., : height - height % patch, : width - width % patch]
+    # Contiguous: with cut-off channels-last images torch's convolutions crash in backward (2.14).
+    return images[..., : height - height % patch, : width - width % patch].contiguous()
 
 
 def as_rows(maps: Tensor) -> Tensor:

@@ -226,6 +226,15 @@ def _convert_plain(
     return convert
 
 
+def _convert_open_clip(state: State, architecture: Mapping[str, Any], source: str) -> State:
+    """Any layout that open_clip reads -> open_clip's."""
+    with torch.device("meta"):
+        clip = build_clip(architecture["model"])
+    converted = to_open_clip_layout(clip, state)
+    check_strict(clip, converted, source)
+    return converted
+
+
 def _build_selfmask(architecture: Mapping[str, Any]) -> nn.Module:
     return SelfMask(SelfMaskConfig(**architecture))
 
@@ -241,6 +250,7 @@ def _build_dino(architecture: Mapping[str, Any]) -> nn.Module:
 
 CONVERTERS: dict[str, Callable[[State, Mapping[str, Any], str], State]] = {
     "clip": _convert_clip,
+    "open_clip": _convert_open_clip,
     "selfmask": _convert_plain(_build_selfmask),
     "zutis": _convert_plain(_build_zutis),
     "dino": _convert_plain(_build_dino),

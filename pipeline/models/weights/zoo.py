@@ -20,6 +20,7 @@ from pipeline.files import file_sha256, read_json
 MANIFEST = Path(__file__).with_name("zoo.yaml")
 FOLDER = "weights"  # inside the cache folder
 QUICK_GELU_SUFFIX = "-quickgelu"
+CLIP_KINDS = ("clip", "open_clip")
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class PublishedWeights:
 
     Attributes:
         name: what users call it.
-        kind: clip, selfmask, zutis or dino: which network reads it.
+        kind: clip (OpenAI's), open_clip, selfmask, zutis or dino: which network reads it.
         url: where its authors put it.
         sha256: of that file; None where none is published: recorded at the first fetch.
         size: of that file in bytes; None where unknown.
         approximate_mb: the authors' own rounded figure; None where there is none.
-        licence: SPDX identifier.
+        licence: SPDX identifier, or `LicenseRef-NAME` where it has none.
         page: web page that documents it.
         architecture: settings of the network, as its kind understands them.
         categories: name of the category set it was trained with, or None.
@@ -54,7 +55,7 @@ class PublishedWeights:
 
     def describe_architecture(self) -> str:
         """The architecture in a few words."""
-        if self.kind in ("clip", "dino"):
+        if self.kind in (*CLIP_KINDS, "dino"):
             return str(self.architecture["model"])
         if self.kind == "zutis":
             return f"ZUTIS on {self.architecture['encoder']['model']}"
@@ -128,7 +129,7 @@ def published_clip(model: str, tag: str) -> PublishedWeights | None:
     """The published CLIP that open_clip calls `model` and `tag`, with or without `-quickgelu`."""
     wanted = (model.removesuffix(QUICK_GELU_SUFFIX), tag)
     for entry in manifest().values():
-        if entry.kind == "clip":
+        if entry.kind in CLIP_KINDS:
             known = entry.architecture["model"].removesuffix(QUICK_GELU_SUFFIX)
             if (known, entry.architecture["tag"]) == wanted:
                 return entry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import re
 import shutil
@@ -91,19 +92,24 @@ def blank(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
     return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
 
 
-def openai_shapes(model: str) -> dict[str, list[int]]:
-    """Names and shapes of OpenAI's archive of a CLIP: open_clip's, and three scalars."""
+def open_clip_shapes(model: str) -> dict[str, list[int]]:
+    """Names and shapes of open_clip's file of a model."""
     with torch.device("meta"):
         state = build_clip(model).state_dict()
-    return {name: list(value.shape) for name, value in state.items()} | {
-        name: [] for name in OPENAI_SCALARS
-    }
+    return {name: list(value.shape) for name, value in state.items()}
+
+
+def openai_shapes(model: str) -> dict[str, list[int]]:
+    """Names and shapes of OpenAI's archive of a CLIP: open_clip's, and three scalars."""
+    return open_clip_shapes(model) | {name: [] for name in OPENAI_SCALARS}
 
 
 def published_shapes(name: str) -> dict[str, list[int]]:
     entry = published(name)
     if entry.kind == "clip":
         return openai_shapes(entry.architecture["model"])
+    if entry.kind == "open_clip":
+        return open_clip_shapes(entry.architecture["model"])
     if name == "dino_vits16":
         shapes = layout("dino_vits8")
         return shapes | {"pos_embed": [1, 197, 384], "patch_embed.proj.weight": [384, 3, 16, 16]}
@@ -116,10 +122,10 @@ class TestManifest:
         entry = published(name)
         url = urlparse(entry.url)
         assert url.scheme == "https"
-        assert Path(url.path).suffix in (".pt", ".pth")
+        assert Path(url.path).suffix in (".pt", ".pth", ".bin", ".safetensors")
         assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
         assert entry.size is None or entry.size > 10_000_000
-        assert entry.licence in ("MIT", "Apache-2.0")
+        assert entry.licence in ("MIT", "Apache-2.0", "LicenseRef-apple-amlr")
         assert entry.page.startswith("https://")
         assert (entry.kind == "zutis") == (entry.categories is not None)
         assert entry.describe_architecture()
@@ -134,6 +140,18 @@ class TestManifest:
         assert tag["quick_gelu"]
         assert open_clip.get_model_config(entry.architecture["model"])["quick_gelu"]
         assert entry.sha256 in entry.url  # OpenAI puts the hash into the address
+
+    @pytest.mark.parametrize(
+        "name", [name for name in NAMES if manifest()[name].kind == "open_clip"]
+    )
+    def test_open_clips_own_are_where_it_has_them(self, name: str) -> None:
+        entry = published(name)
+        tag = open_clip.get_pretrained_cfg(entry.architecture["model"], entry.architecture["tag"])
+        assert entry.url.startswith(f"https://huggingface.co/{tag['hf_hub'].rstrip('/')}/resolve/")
+        parameters = sum(
+            math.prod(shape) for shape in open_clip_shapes(entry.architecture["model"]).values()
+        )
+        assert entry.approximate_mb == pytest.approx(4 * parameters / 1e6, abs=1)
 
     def test_an_unknown_name_is_answered_with_the_known_ones(self) -> None:
         with pytest.raises(PipelineError, match=r"'clip' is not among .*clip_rn50x16.*dino_vits8"):
