@@ -25,7 +25,8 @@ from pipeline.formats.tables import ArchiveRow, embedding_matrix, write_archives
 from pipeline.methods.dense import DenseClipParams
 from pipeline.methods.masks import SelfMaskParams
 from pipeline.models.clip import load_clip
-from pipeline.models.dense.denseclip import label_and_confidence, load_denseclip
+from pipeline.models.dense.denseclip import load_denseclip
+from pipeline.models.dense.labels import label_and_confidence
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, load_selfmask, save_selfmask
 from pipeline.params.base import EncoderParams
 from pipeline.params.sections import EmbedParams, SourceParams

@@ -12,7 +12,7 @@ from pipeline.files import digest
 from pipeline.formats.labels import LabelMap, label_map
 from pipeline.inference.inputs import to_tensor
 from pipeline.methods.dense import DenseLabeller, PseudoLabelParams, load_dense_labeller
-from pipeline.models.dense.denseclip import label_and_confidence
+from pipeline.models.dense.labels import label_and_confidence
 from pipeline.params.base import PredictionSettings
 from pipeline.vocabulary.categories import Names, unasked_names
 

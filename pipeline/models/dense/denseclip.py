@@ -27,6 +27,7 @@ from pipeline.models.clip import (
     load_clip,
 )
 from pipeline.models.clip.tokens import PositionResize
+from pipeline.models.dense.labels import LOGIT_SCALE, label_and_confidence
 from pipeline.vocabulary.prompts import templates
 
 if TYPE_CHECKING:
@@ -36,9 +37,7 @@ if TYPE_CHECKING:
 
 KeyAffinity = Literal["published", "cosine"]
 
-LOGIT_SCALE = 100.0
 REMOVED_LOGIT = -100.0
-UPSAMPLED_ELEMENTS = 2**26
 
 
 class DenseClip(nn.Module):
@@ -243,43 +242,3 @@ def key_smoothing(
     smoothed = probabilities @ weights
     uncertain = probabilities.amax(dim=1, keepdim=True) < threshold
     return torch.where(uncertain, smoothed, probabilities).unflatten(2, logits.shape[-2:])
-
-
-def label_and_confidence(
-    scores: Tensor,
-    size: tuple[int, int],
-    *,
-    scale: float | None = LOGIT_SCALE,
-    max_elements: int = UPSAMPLED_ELEMENTS,
-) -> tuple[Tensor, Tensor]:
-    """Labels of pixels from scores of patches.
-
-    Scores are upsampled bilinearly and the largest wins; labels are taken a few at a time, so that
-    hundreds of them fit into memory.
-
-    Args:
-        scores: (B, K, h, w).
-        size: (H, W).
-        scale: the winner's confidence is its softmax(scale * score). None, for scores that key
-            smoothing made probabilities: its share of the sum of all positive scores.
-        max_elements: number of upsampled scores held at a time, if one label has no more.
-
-    Returns:
-        Label ids (B, H, W), int64, and confidence (B, H, W) in [0, 1], float32.
-    """
-    step = max(1, max_elements // (len(scores) * size[0] * size[1]))
-    best = scores.new_full((len(scores), *size), -torch.inf)
-    label = torch.zeros_like(best, dtype=torch.int64)
-    total = torch.full_like(best, -torch.inf) if scale is not None else torch.zeros_like(best)
-    for start in range(0, scores.shape[1], step):
-        part = F.interpolate(scores[:, start : start + step], size=size, mode="bilinear")
-        part_best, part_label = part.max(dim=1)
-        label = torch.where(part_best > best, part_label + start, label)
-        best = torch.maximum(best, part_best)
-        if scale is not None:
-            total = torch.logaddexp(total, (scale * part).logsumexp(dim=1))
-        else:
-            total += part.clamp(min=0).sum(dim=1)
-    if scale is not None:
-        return label, (scale * best - total).exp().clamp(max=1)
-    return label, (best.clamp(min=0) / total.clamp(min=torch.finfo(total.dtype).tiny)).clamp(max=1)

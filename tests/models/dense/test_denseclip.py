@@ -19,9 +19,9 @@ from pipeline.models.dense.denseclip import (
     dense_features,
     dense_logits,
     key_smoothing,
-    label_and_confidence,
     prompt_denoising,
 )
+from pipeline.models.dense.labels import label_and_confidence
 from pipeline.params.base import EncoderParams
 from tests.paths import REFERENCE
 
