@@ -87,13 +87,15 @@ class SpectralParams(MaskParams):
     """Clusters of `encoder`'s features (attention keys or tokens of its last block) that vote.
 
     They are clustered at every k of `clusters`. The encoder may be a CLIP, or `dino_vits8` or
-    `dino_vits16` with `pretrained` empty for the published weights.
+    `dino_vits16` with `pretrained` empty for the published weights. `precision` `bfloat16` computes
+    features so on a CPU, too, which is faster and less exact; `device` leaves it to the device.
     """
 
     source: Literal["spectral"] = "spectral"
     encoder: EncoderParams = EncoderParams()
     facet: Literal["key", "token"] = "key"
     clusters: Annotated[list[Count], Field(min_length=1)] = [2, 3, 4]
+    precision: Literal["device", "bfloat16"] = "device"
 
 
 class OnnxParams(MaskParams):
