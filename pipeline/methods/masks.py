@@ -89,13 +89,15 @@ class SpectralParams(MaskParams):
     They are clustered at every k of `clusters`. The encoder may be any of open_clip's with a map
     (see docs/encoders.md), or `dino_vits8` or `dino_vits16` with `pretrained` empty for the
     published weights. A network without attention gives the output of its last stage for either
-    facet.
+    facet. `precision` `bfloat16` computes features so on a CPU, too, which is
+    faster and less exact; `device` leaves it to the device.
     """
 
     source: Literal["spectral"] = "spectral"
     encoder: EncoderParams = EncoderParams()
     facet: Literal["key", "token"] = "key"
     clusters: Annotated[list[Count], Field(min_length=1)] = [2, 3, 4]
+    precision: Literal["device", "bfloat16"] = "device"
 
 
 class OnnxParams(MaskParams):

@@ -340,8 +340,14 @@ def test_spectral_masks_on_a_tiny_clip(world: World) -> None:
         decoded = decode_png(sample["mask.png"])
         assert decoded.shape == load_image(sample["jpg"]).size[::-1]
         assert 0 < decoded.mean() < 255
-    world.run("fewer", clusters=[2])
-    assert world.stats("fewer")["counts"]["masked"] == 4
+    for name, changes in (("fewer", {"clusters": [2]}), ("rough", {"precision": "bfloat16"})):
+        world.run(name, **changes)
+        assert world.stats(name)["counts"]["masked"] == 4
+    shapes = [
+        {name: decode_png(sample["mask.png"]).shape for name, sample in world.samples(run).items()}
+        for run in ("first", "rough")
+    ]
+    assert shapes[0] == shapes[1]
 
 
 def test_the_number_of_threads_does_not_show(world: World) -> None:

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,8 @@ class SpectralSource:
         load = load_dino if params.encoder.model in DINO_MODELS else load_clip
         self._encoder = load(params.encoder, runtime.device, cache_dir=runtime.cache_dir)
         self._params = params
+        if params.precision == "bfloat16":
+            runtime = replace(runtime, amp_dtype=torch.bfloat16)
         self._runtime = runtime
         self.threshold = 0.5
         self.max_pixels = MAX_POSITIONS // POSITIONS_PER_PATCH * self._encoder.patch_size**2
