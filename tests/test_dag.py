@@ -49,6 +49,7 @@ CORE = ("errors.py", "files.py", "params", "cli")
 PACKAGE_DATA = {
     "pipeline/ablations/definitions.py": ["pipeline/presets/ablations"],
     "pipeline/vocabulary/categories.py": ["pipeline/vocabulary/category_sets"],
+    "pipeline/models/clip/photo_clip/assemble.py": ["pipeline/models/clip/photo_clip"],
     "pipeline/models/weights/zoo.py": ["pipeline/models/weights/zoo.yaml"],
     "pipeline/demo/glyphs.py": ["pipeline/demo/glyphs.json"],
     "pipeline/stages/report.py": ["pipeline/report/report.css", "pipeline/report/report.html.j2"],

@@ -57,7 +57,7 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option(help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write params.yaml from a preset: `demo`, `folder` or one of the papers' settings."""
+    """Write params.yaml from a preset: `demo`, `folder`, `folder-offline` or one of the papers'."""
     if preset == "list":
         for name, summary in list_presets():
             print(f"{name:18} {summary}")

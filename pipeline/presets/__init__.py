@@ -20,7 +20,7 @@ from pipeline.files import write_bytes
 _FOLDER = Path(__file__).parent
 _BENCHES = _FOLDER / "benches"
 _PAPERS = _FOLDER / "papers"
-_OWN_IMAGES = "folder"
+_OWN_IMAGES = ("folder", "folder-offline")
 
 
 def list_presets() -> list[tuple[str, str]]:
@@ -72,15 +72,16 @@ def write_preset(
     categories: list[str] | None = None,
     force: bool = False,
 ) -> None:
-    """Write a preset to `out`; `images` and `categories` fill in the preset `folder`.
+    """Write a preset to `out`; `images` and `categories` fill in the presets of own photos.
 
     Raises:
         PipelineError: unknown preset, `out` exists and `force` is off, `images` is no folder, or
             `images` or `categories` given with another preset.
     """
     text = preset_text(name)
-    if (images or categories) and name != _OWN_IMAGES:
-        raise PipelineError(f"--images and --categories belong to preset {_OWN_IMAGES}, not {name}")
+    if (images or categories) and name not in _OWN_IMAGES:
+        own = " and ".join(_OWN_IMAGES)
+        raise PipelineError(f"--images and --categories belong to the presets {own}, not {name}")
     if images is not None and not images.is_dir():
         raise PipelineError(f"--images: {images}: no such folder")
     if out.exists() and not force:

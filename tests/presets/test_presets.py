@@ -19,7 +19,7 @@ NAMES = [name for name, _ in list_presets()]
 
 def test_the_presets_of_the_documentation_exist() -> None:
     papers = {"zutis-coco", "zutis-voc", "zutis-coca", "zutis-imagenet-s"}
-    assert set(NAMES) == {"demo", "folder"} | papers
+    assert set(NAMES) == {"demo", "folder", "folder-offline"} | papers
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,17 +98,18 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
     assert all(name in str(caught.value) for name in NAMES)
 
 
-def test_images_and_categories_fill_in_the_preset_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["folder", "folder-offline"])
+def test_images_and_categories_fill_in_a_preset_of_own_photos(tmp_path: Path, preset: str) -> None:
     photos, path = tmp_path / "my photos", tmp_path / "params.yaml"
     photos.mkdir()
     names = ["no", "potted plant", 'a "quoted" name', "it's: odd", "7"]
-    write_preset("folder", path, images=photos, categories=names)
+    write_preset(preset, path, images=photos, categories=names)
 
     params = read_params(path)
     assert params.categories == names
     assert [source.root for source in params.index.values()] == [photos]
 
-    before = preset_text("folder").splitlines()
+    before = preset_text(preset).splitlines()
     after = path.read_text(encoding="utf-8").splitlines()
     comments = [line for line in before if "#" in line]
     assert comments
@@ -136,7 +137,7 @@ def test_other_presets_take_no_images_or_categories(
     tmp_path: Path, options: dict[str, object]
 ) -> None:
     path = tmp_path / "params.yaml"
-    with pytest.raises(PipelineError, match="belong to preset folder, not demo"):
+    with pytest.raises(PipelineError, match=r"belong to .* folder-offline, not demo"):
         write_preset("demo", path, **options)
     assert not path.exists()
 

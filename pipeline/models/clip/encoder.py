@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.models.clip.features import square_side
+from pipeline.models.clip.names import resolve_name
 from pipeline.models.clip.tower import DenseTower, Facet
 from pipeline.models.clip.towers import dense_tower
 from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
@@ -34,6 +35,7 @@ class ClipEncoder(nn.Module):
             (bicubic resize of the short side, centre crop) short of the normalisation.
         embed_dim: C.
         image_size: S.
+        source: where the configuration comes from, for messages.
         mean, std: (1, 3, 1, 1) buffers, applied by every method that takes images in [0, 1].
     """
 
@@ -47,8 +49,10 @@ class ClipEncoder(nn.Module):
         config: dict[str, Any],
         preprocess: PreprocessCfg,
         tokenizer: Callable[[list[str]], Tensor],
+        source: str = "this encoder",
     ) -> None:
         super().__init__()
+        self.source = source
         self.clip: Any = clip.eval().requires_grad_(False)
         self.config = config
         self.embed_dim: int = config["embed_dim"]
@@ -102,6 +106,16 @@ class ClipEncoder(nn.Module):
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in [0, 1] -> unit embeddings (B, C), float32."""
         return F.normalize(self.clip.encode_image(self.normalise(images)).float(), dim=-1)
+
+    def known_names(self, names: Sequence[str]) -> list[str]:
+        """The names as this encoder knows them; a CLIP knows every name as it stands.
+
+        Raises:
+            PipelineError: the encoder has a closed list of names, and one is not in it.
+        """
+        if "names" not in self.config:
+            return list(names)
+        return [resolve_name(name, self.config["names"], source=self.source) for name in names]
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Texts -> token ids (N, T), int64, as the text tower expects them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,17 @@ from torch import Tensor, nn
 from pipeline.errors import PipelineError
 from pipeline.models.clip.encoder import ClipEncoder
 from pipeline.models.clip.features import square_side
+from pipeline.models.clip.photo_clip import CONFIG_PATH as PHOTO_CLIP_CONFIG
+from pipeline.models.clip.photo_clip import NAME as PHOTO_CLIP
+from pipeline.models.clip.photo_clip import package_file, read_photo_clip
 from pipeline.models.clip.tokenizer import first_line, load_tokenizer
 from pipeline.models.weights.weights import load_strict, read_weights
 from pipeline.models.weights.zoo import (
     CLIP_KINDS,
     cached_clip,
+    is_cached,
     manifest,
+    published,
     published_clip,
     resolve_weights,
 )
@@ -44,7 +50,7 @@ OPENAI_FILE_STEMS = (
     "ViT-L-14",
     "ViT-L-14-336px",
 )
-OWN_CONFIG_KEYS = ("vocabulary", "preprocess")
+OWN_CONFIG_KEYS = ("vocabulary", "names", "preprocess")
 COUNTER = ".num_batches_tracked"
 POSITION_IDS = "text.transformer.embeddings.position_ids"
 LIST_MODELS_HINT = 'python -c "import open_clip; print(open_clip.list_models())"'
@@ -60,9 +66,10 @@ def load_clip(
     `open_clip:ARCHITECTURE/TAG` (then `pretrained` is empty), or the path of a model-config JSON
     file of open_clip's form (embed_dim, vision_cfg, text_cfg, quick_gelu). Such a file may also
     hold `vocabulary` (sorted BPE token ids that the text tower was cut to) and `preprocess` (mean,
-    std, size). `pretrained` is an open_clip tag (`openai`), the path of a weights file in
+    std, size), and `names`, a closed list that other names are refused by. `photo_clip` is such a
+    file of our own. `pretrained` is an open_clip tag (`openai`), the path of a weights file in
     open_clip's or OpenAI's layout (.safetensors, .pt, .pth, .bin), or a name of
-    `pipeline weights list`.
+    `pipeline weights list`; `photo_clip` is put together from its package where it is not fetched.
 
     Args:
         encoder: model and weights.
@@ -79,10 +86,11 @@ def load_clip(
             architecture, or no network.
     """
     model, pretrained = _split_model_string(encoder.model, encoder.pretrained)
+    model = str(PHOTO_CLIP_CONFIG) if model == PHOTO_CLIP else model
     local = model.endswith(".json")
     config = _read_config(Path(model)) if local else _named_config(model)
     weights = _find_weights(model, pretrained, local=local, cache_dir=cache_dir)
-    state = read_weights(weights.path)
+    state = weights.read(weights.path)
     quick_gelu = weights.quick_gelu or _is_openai_checkpoint(weights.path, state)
     if quick_gelu and not config.get("quick_gelu", False):
         config["quick_gelu"] = True
@@ -99,6 +107,7 @@ def load_clip(
         config=config,
         preprocess=_preprocess_config(clip, config, weights.preprocess, source=model),
         tokenizer=load_tokenizer(config, name="" if local else model, source=model),
+        source=encoder.model,
     )
     return loaded.to(device)
 
@@ -108,6 +117,7 @@ class _Weights:
     """A weights file and what open_clip knows of its tag."""
 
     path: Path
+    read: Callable[[Path], dict[str, Tensor]] = read_weights
     quick_gelu: bool = False
     preprocess: dict[str, Any] | None = None
 
@@ -163,6 +173,8 @@ def _find_weights(model: str, pretrained: str, *, local: bool, cache_dir: Path |
         cached = None if cache_dir is None else cached_clip(model, pretrained, cache_dir)
         path = cached or _download(model, pretrained, tag)
         return _Weights(path=path, quick_gelu=tag.get("quick_gelu", False), preprocess=tag)
+    if pretrained == PHOTO_CLIP and not _is_fetched(pretrained, cache_dir):
+        return _Weights(path=package_file(), read=read_photo_clip)
     path = Path(pretrained) if cache_dir is None else resolve_weights(pretrained, cache_dir)
     if path.is_file():
         tag = _tag_of_published(pretrained)
@@ -179,6 +191,10 @@ def _tag_of_published(name: str) -> dict[str, Any]:
         return {}
     architecture = entry.architecture
     return dict(open_clip.get_pretrained_cfg(architecture["model"], architecture["tag"]))
+
+
+def _is_fetched(name: str, cache_dir: Path | None) -> bool:
+    return cache_dir is not None and is_cached(published(name), cache_dir)
 
 
 def _unknown_tag(model: str, tag: str) -> PipelineError:
@@ -239,6 +255,15 @@ def build_clip(model: str) -> nn.Module:
         PipelineError: there is no such architecture; the message suggests others.
     """
     return _build(_named_config(model), source=model)
+
+
+def build_from_config(config: dict[str, Any], *, source: str) -> nn.Module:
+    """The open_clip model of a configuration with random weights.
+
+    Raises:
+        PipelineError: open_clip cannot build it.
+    """
+    return _build(config, source=source)
 
 
 def to_open_clip_layout(clip: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

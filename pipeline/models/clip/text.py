@@ -26,8 +26,10 @@ def text_embeddings(encoder: ClipEncoder, names: Sequence[str], templates: Seque
         templates: P format strings with one `{}`.
 
     Raises:
-        PipelineError: a name has a word outside the encoder's vocabulary.
+        PipelineError: a name is not in the encoder's closed list, or has a word outside its
+            vocabulary.
     """
+    names = encoder.known_names(names)
     encoder.tokenize(names)  # an unknown word is reported as the name that has it, not as a prompt
     prompts = [template.format(name) for name in names for template in templates]
     features = F.normalize(encoder.encode_texts(prompts), dim=-1)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, file_sha256, read_json, write_json
 from pipeline.models.clip import OPENAI_SCALARS, build_clip, to_open_clip_layout
+from pipeline.models.clip.photo_clip import NAME as PHOTO_CLIP
+from pipeline.models.clip.photo_clip import assemble_photo_clip, package_file
 from pipeline.models.masks.dino import build_dino
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME
@@ -40,6 +42,8 @@ def fetch(
 ) -> Path:
     """Download published weights, unless an intact copy is in the cache.
 
+    Those of `photo_clip` are taken from the installed package that has them.
+
     Args:
         entry: what to fetch.
         cache_dir: cache folder.
@@ -50,12 +54,13 @@ def fetch(
         The copy's path.
 
     Raises:
-        PipelineError: it cannot be downloaded, has another hash than the manifest or the first
-            fetch recorded, or holds other weights. A download with a wrong content is removed.
+        PipelineError: it cannot be downloaded, its package is not installed, it has another hash
+            than the manifest or the first fetch recorded, or holds other weights. A download with
+            a wrong content is removed.
     """
     if is_cached(entry, cache_dir) and damage(entry, cache_dir) is None:
         return cached_path(entry, cache_dir)
-    url = url or entry.url
+    url = url or (str(package_file()) if entry.kind == PHOTO_CLIP else entry.url)
     local = _local_path(url)
     if local is not None:
         _check_hash(entry, local, cache_dir)
@@ -235,6 +240,11 @@ def _convert_open_clip(state: State, architecture: Mapping[str, Any], source: st
     return converted
 
 
+def _convert_photo_clip(state: State, architecture: Mapping[str, Any], source: str) -> State:
+    del architecture
+    return assemble_photo_clip(state, source)
+
+
 def _build_selfmask(architecture: Mapping[str, Any]) -> nn.Module:
     return SelfMask(SelfMaskConfig(**architecture))
 
@@ -254,4 +264,5 @@ CONVERTERS: dict[str, Callable[[State, Mapping[str, Any], str], State]] = {
     "selfmask": _convert_plain(_build_selfmask),
     "zutis": _convert_plain(_build_zutis),
     "dino": _convert_plain(_build_dino),
+    PHOTO_CLIP: _convert_photo_clip,
 }

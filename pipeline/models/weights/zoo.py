@@ -29,8 +29,9 @@ class PublishedWeights:
 
     Attributes:
         name: what users call it.
-        kind: clip (OpenAI's), open_clip, selfmask, zutis or dino: which network reads it.
-        url: where its authors put it.
+        kind: clip (OpenAI's), open_clip, selfmask, zutis, dino or photo_clip: which network reads
+            it.
+        url: where its authors put it; for photo_clip the page of the package that has the file.
         sha256: of that file; None where none is published: recorded at the first fetch.
         size: of that file in bytes; None where unknown.
         approximate_mb: the authors' own rounded figure; None where there is none.
@@ -55,7 +56,7 @@ class PublishedWeights:
 
     def describe_architecture(self) -> str:
         """The architecture in a few words."""
-        if self.kind in (*CLIP_KINDS, "dino"):
+        if self.kind in (*CLIP_KINDS, "dino", "photo_clip"):
             return str(self.architecture["model"])
         if self.kind == "zutis":
             return f"ZUTIS on {self.architecture['encoder']['model']}"

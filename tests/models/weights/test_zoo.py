@@ -122,7 +122,8 @@ class TestManifest:
         entry = published(name)
         url = urlparse(entry.url)
         assert url.scheme == "https"
-        assert Path(url.path).suffix in (".pt", ".pth", ".bin", ".safetensors")
+        suffixes = (".pt", ".pth", ".bin", ".safetensors")
+        assert entry.kind == "photo_clip" or Path(url.path).suffix in suffixes
         assert entry.sha256 is None or re.fullmatch("[0-9a-f]{64}", entry.sha256)
         assert entry.size is None or entry.size > 10_000_000
         assert entry.licence in ("MIT", "Apache-2.0", "LicenseRef-apple-amlr")
@@ -161,7 +162,7 @@ class TestManifest:
 class TestRealSize:
     """Every published network at its real size, with the names and shapes of its file."""
 
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("name", [name for name in NAMES if name != "photo_clip"])
     def test_the_published_names_and_shapes_are_ours(self, name: str) -> None:
         entry = published(name)
         state = blank(published_shapes(name))

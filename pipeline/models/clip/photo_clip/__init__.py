@@ -1,0 +1,15 @@
+"""`photo_clip`: an ImageNet classifier and a text tower that was fitted to the rows of its classes.
+
+It stands where CLIP stands, for photos, without a model hub. Not a CLIP: it knows the names of its
+table and no others.
+"""
+
+from pipeline.models.clip.photo_clip.assemble import (
+    CONFIG_PATH,
+    NAME,
+    assemble_photo_clip,
+    package_file,
+    read_photo_clip,
+)
+
+__all__ = ["CONFIG_PATH", "NAME", "assemble_photo_clip", "package_file", "read_photo_clip"]

