@@ -22,12 +22,13 @@ from pipeline.models.clip.encoder import ClipEncoder
 from pipeline.models.clip.features import square_side
 from pipeline.models.clip.photo_clip import CONFIG_PATH as PHOTO_CLIP_CONFIG
 from pipeline.models.clip.photo_clip import NAME as PHOTO_CLIP
-from pipeline.models.clip.photo_clip import package_file, read_photo_clip
+from pipeline.models.clip.photo_clip import package_file, read_fetched, read_package
 from pipeline.models.clip.tokenizer import first_line, load_tokenizer
 from pipeline.models.weights.weights import load_strict, read_weights
 from pipeline.models.weights.zoo import (
     CLIP_KINDS,
     cached_clip,
+    cached_path,
     is_cached,
     manifest,
     published,
@@ -173,8 +174,8 @@ def _find_weights(model: str, pretrained: str, *, local: bool, cache_dir: Path |
         cached = None if cache_dir is None else cached_clip(model, pretrained, cache_dir)
         path = cached or _download(model, pretrained, tag)
         return _Weights(path=path, quick_gelu=tag.get("quick_gelu", False), preprocess=tag)
-    if pretrained == PHOTO_CLIP and not _is_fetched(pretrained, cache_dir):
-        return _Weights(path=package_file(), read=read_photo_clip)
+    if pretrained == PHOTO_CLIP:
+        return _photo_clip_weights(cache_dir)
     path = Path(pretrained) if cache_dir is None else resolve_weights(pretrained, cache_dir)
     if path.is_file():
         tag = _tag_of_published(pretrained)
@@ -193,8 +194,12 @@ def _tag_of_published(name: str) -> dict[str, Any]:
     return dict(open_clip.get_pretrained_cfg(architecture["model"], architecture["tag"]))
 
 
-def _is_fetched(name: str, cache_dir: Path | None) -> bool:
-    return cache_dir is not None and is_cached(published(name), cache_dir)
+def _photo_clip_weights(cache_dir: Path | None) -> _Weights:
+    """The fetched copy, or else the package's file."""
+    entry = published(PHOTO_CLIP)
+    if cache_dir is not None and is_cached(entry, cache_dir):
+        return _Weights(path=cached_path(entry, cache_dir), read=read_fetched)
+    return _Weights(path=package_file(), read=read_package)
 
 
 def _unknown_tag(model: str, tag: str) -> PipelineError:

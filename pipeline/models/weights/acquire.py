@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, file_sha256, read_json, write_json
 from pipeline.models.clip import OPENAI_SCALARS, build_clip, to_open_clip_layout
 from pipeline.models.clip.photo_clip import NAME as PHOTO_CLIP
-from pipeline.models.clip.photo_clip import assemble_photo_clip, package_file
+from pipeline.models.clip.photo_clip import image_trunk, package_file
 from pipeline.models.masks.dino import build_dino
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME
@@ -242,7 +242,7 @@ def _convert_open_clip(state: State, architecture: Mapping[str, Any], source: st
 
 def _convert_photo_clip(state: State, architecture: Mapping[str, Any], source: str) -> State:
     del architecture
-    return assemble_photo_clip(state, source)
+    return image_trunk(state, source)
 
 
 def _build_selfmask(architecture: Mapping[str, Any]) -> nn.Module:

@@ -7,9 +7,19 @@ table and no others.
 from pipeline.models.clip.photo_clip.assemble import (
     CONFIG_PATH,
     NAME,
-    assemble_photo_clip,
+    image_trunk,
     package_file,
-    read_photo_clip,
+    read_fetched,
+    read_package,
+    with_text_tower,
 )
 
-__all__ = ["CONFIG_PATH", "NAME", "assemble_photo_clip", "package_file", "read_photo_clip"]
+__all__ = [
+    "CONFIG_PATH",
+    "NAME",
+    "image_trunk",
+    "package_file",
+    "read_fetched",
+    "read_package",
+    "with_text_tower",
+]

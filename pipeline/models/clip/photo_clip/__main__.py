@@ -32,6 +32,7 @@ from pipeline.models.clip.photo_clip.train import (
     is_text,
     joint_space,
     model_config,
+    name_draws,
     name_targets,
     prompt_tokens,
     text_cosines,
@@ -77,7 +78,7 @@ def main(
     clip = build_from_config(config, source="config.json")
     tokens, targets = prompt_tokens(config), name_targets(space, table)
     fit = Fit(steps=steps)
-    fit_text_tower(clip, tokens, targets, fit=fit, seed=seed)
+    fit_text_tower(clip, tokens, targets, draws=name_draws(table), fit=fit, seed=seed)
     seconds = time.monotonic() - start
     state = shipped_state(clip, space)
     clip.load_state_dict({name: value.float() for name, value in state.items()}, strict=False)

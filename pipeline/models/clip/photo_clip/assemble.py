@@ -80,26 +80,36 @@ def image_tower(state: Mapping[str, Tensor], source: Path | str) -> dict[str, Te
     return {name: value for name, (_, value) in zip(names, tensors, strict=True)}
 
 
-def assemble_photo_clip(state: Mapping[str, Tensor], source: Path | str) -> dict[str, Tensor]:
-    """Weights of open_clip's model: the classifier without its last layer, head and text tower.
+def image_trunk(state: Mapping[str, Tensor], source: Path | str) -> dict[str, Tensor]:
+    """The classifier without its last layer under open_clip's names, float32: what is fetched.
 
     Args:
         state: as `image_tower` takes it.
         source: where it comes from, for the message.
 
-    Returns:
-        Names of `config.json`'s network to float32 tensors, without the counters of batch norms.
-
     Raises:
         PipelineError: as `image_tower`.
     """
-    tower = image_tower(state, source)
-    trunk = {TRUNK + name: value for name, value in tower.items() if CLASSIFIER not in name}
-    return {name: value.float() for name, value in {**trunk, **load_file(TEXT_TOWER_PATH)}.items()}
+    return {
+        TRUNK + name: value.float()
+        for name, value in image_tower(state, source).items()
+        if not name.startswith(CLASSIFIER)
+    }
 
 
-def read_photo_clip(path: Path) -> dict[str, Tensor]:
-    """`assemble_photo_clip` of the package's file, after a look at its checksum.
+def with_text_tower(trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All weights of `config.json`'s network, float32, without the counters of batch norms."""
+    shipped = {name: value.float() for name, value in load_file(TEXT_TOWER_PATH).items()}
+    return {**trunk, **shipped}
+
+
+def read_fetched(path: Path) -> dict[str, Tensor]:
+    """All weights, from a copy in the cache; text tower and head are always those shipped."""
+    return with_text_tower(read_weights(path))
+
+
+def read_package(path: Path) -> dict[str, Tensor]:
+    """All weights, from the package's file, after a look at its checksum.
 
     Raises:
         PipelineError: it is another file than the published one.
@@ -110,4 +120,4 @@ def read_photo_clip(path: Path) -> dict[str, Tensor]:
             f"{path}: wrong checksum: the file has SHA-256 {found}, published is {expected}; "
             f"install the package again: `{INSTALL_HINT}`"
         )
-    return assemble_photo_clip(read_weights(path), path)
+    return with_text_tower(image_trunk(read_weights(path), path))

@@ -24,7 +24,8 @@ EMBED_DIM = 256
 CONTEXT_LENGTH = 28
 RIDGE = 0.1  # in mean squared singular values of the rows
 BACKGROUND_LEVEL = 1.5  # evidence for a name below which the background is nearer
-BACKGROUND_DRAWS = 64  # the one name whose direction no other shares is drawn as often as so many
+BACKGROUND_DRAWS = 64  # its direction is that of no other name, so it is drawn as often as these
+CLASSES_A_DRAW = 16  # names of many classes lie between others, and are drawn more often
 WARM_UP = 100
 BETAS = (0.9, 0.98)
 
@@ -128,7 +129,13 @@ def prompt_tokens(config: Mapping[str, Any]) -> Tensor:
 
 
 def fit_text_tower(
-    clip: nn.Module, tokens: Tensor, targets: Tensor, *, fit: Fit, seed: int
+    clip: nn.Module,
+    tokens: Tensor,
+    targets: Tensor,
+    *,
+    draws: Tensor,
+    fit: Fit,
+    seed: int,
 ) -> None:
     """Train the text tower of `clip` in place: each prompt of a name onto the name's target.
 
@@ -136,8 +143,9 @@ def fit_text_tower(
 
     Args:
         clip: open_clip's model; its image tower is left alone.
-        tokens: (N, P, T) from `prompt_tokens`; the first name is the background.
+        tokens: (N, P, T) from `prompt_tokens`.
         targets: (N, C) unit vectors.
+        draws: names (M,) by index, int64, that prompts are drawn from, with repeats.
         fit: batch size, steps and learning rate.
         seed: of the draws.
     """
@@ -148,10 +156,8 @@ def fit_text_tower(
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = fit.learning_rate * _schedule(step, fit.steps)
-            drawn = torch.randint(
-                len(tokens) + BACKGROUND_DRAWS - 1, (fit.batch_size,), generator=generator
-            )
-            names = drawn.sub(BACKGROUND_DRAWS - 1).clamp(min=0)
+            drawn = torch.randint(len(draws), (fit.batch_size,), generator=generator)
+            names = draws[drawn]
             prompts = torch.randint(tokens.shape[1], (fit.batch_size,), generator=generator)
             texts = encode_tokens(clip, tokens[names, prompts])
             loss = 1 - F.cosine_similarity(texts, targets[names]).mean()
@@ -161,6 +167,15 @@ def fit_text_tower(
             optimizer.step()
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{loss.item():.4f}")
+
+
+def name_draws(table: Mapping[str, Sequence[int]]) -> Tensor:
+    """Names (M,) by index, int64: each as often as it is to be drawn in a round."""
+    repeats = [
+        max(1, len(classes) // CLASSES_A_DRAW) if classes else BACKGROUND_DRAWS
+        for classes in table.values()
+    ]
+    return torch.arange(len(table)).repeat_interleave(torch.tensor(repeats))
 
 
 def encode_tokens(clip: Any, tokens: Tensor) -> Tensor:
