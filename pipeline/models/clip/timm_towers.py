@@ -183,7 +183,8 @@ class TimmConvolutions:
     stays_in_eval = True
 
     def __init__(self, visual: Any) -> None:
-        self.visual = visual
+        # Gradients of depthwise convolutions take a third of the time in this layout on a CPU.
+        self.visual = visual.to(memory_format=torch.channels_last)
         self._trunk = visual.trunk
         self.patch_size: int = self._trunk.feature_info[-1]["reduction"]
         self.width: int = self._trunk.num_features

@@ -125,7 +125,8 @@ def save_tensors(
         OSError: the write failed; safetensors itself would hide that in an error of its own.
     """
     try:
-        save_file(dict(state), path, metadata=dict(metadata) if metadata else None)
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(tensors, path, metadata=dict(metadata) if metadata else None)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
