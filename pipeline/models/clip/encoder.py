@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.models.clip.features import square_side
 from pipeline.models.clip.names import resolve_name
+from pipeline.models.clip.timm_towers import use_fast_layout
 from pipeline.models.clip.tower import DenseTower, Facet
 from pipeline.models.clip.towers import dense_tower
 from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
@@ -54,6 +55,7 @@ class ClipEncoder(nn.Module):
         super().__init__()
         self.source = source
         self.clip: Any = clip.eval().requires_grad_(False)
+        use_fast_layout(self.visual)
         self.config = config
         self.embed_dim: int = config["embed_dim"]
         self.image_size = square_side(preprocess.size)

@@ -169,6 +169,15 @@ class AverageVit(TimmVit):
         return DenseFeatures(self.project(maps).float(), None)
 
 
+def use_fast_layout(visual: nn.Module) -> None:
+    """Lay the weights of a network of convolutions out channels last; leave others alone.
+
+    Gradients of depthwise convolutions take a third of the time in this layout on a CPU.
+    """
+    if is_convolutions(visual):
+        visual.to(memory_format=torch.channels_last)
+
+
 class TimmConvolutions:
     """timm's networks of convolutions with average pooling, see `DenseTower`.
 
@@ -183,8 +192,8 @@ class TimmConvolutions:
     stays_in_eval = True
 
     def __init__(self, visual: Any) -> None:
-        # Gradients of depthwise convolutions take a third of the time in this layout on a CPU.
-        self.visual = visual.to(memory_format=torch.channels_last)
+        use_fast_layout(visual)
+        self.visual = visual
         self._trunk = visual.trunk
         self.patch_size: int = self._trunk.feature_info[-1]["reduction"]
         self.width: int = self._trunk.num_features
