@@ -139,7 +139,7 @@ class BenchImageReader:
 
     def __init__(self, corruption: CorruptionParams | None, *, bench_name: str, seed: int) -> None:
         if corruption is not None:
-            field = f"benches.{bench_name}.corruption"
+            field = f"benches.{bench_name}.corruption.name"
             check_corruption(corruption.name, corruption.level, field=field)
         self._corruption = corruption
         self._seed = seed
