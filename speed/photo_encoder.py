@@ -34,7 +34,7 @@ CLASS_POSITION = "/backbone/embeddings/Concat_6"  # its first input
 PATCH_POSITIONS = "/backbone/embeddings/Reshape_2_output_0"  # at the grid of 224 pixels
 VOCABULARY, CONTEXT = 49_408, 77
 RIDGE = 0.1
-BACKGROUND_LEVEL = 1.0  # as that of a name; the best of five on the first half
+BACKGROUND_LEVEL = 1.0  # as that of a name; the best of nine on 38 photos of the first half
 BATCH = 32
 # Parts of a block: of open_clip's, and of the exported network's.
 NORMS = {"ln_1": "norm1", "ln_2": "norm2"}
