@@ -28,7 +28,7 @@ def list_weights() -> None:
     from pipeline.models.weights.zoo import is_cached, manifest
 
     cache_dir = default_cache_dir()
-    row = "{:29} {:10} {:28} {:>11}  {:11} {}"
+    row = "{:29} {:10} {:28} {:>11}  {:22} {}"
     print(row.format("name", "kind", "architecture", "size", "licence", "state"))
     for entry in manifest().values():
         print(
