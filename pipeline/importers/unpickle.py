@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_line
 
 
 class StoredTensor(NamedTuple):
@@ -85,7 +85,7 @@ def read_tensor(tensor: StoredTensor) -> NDArray[np.float32]:
     except pickle.UnpicklingError as error:
         raise ValueError(_refusal(error)) from None
     except Exception as error:  # as above: any exception may come out of hostile bytes
-        raise ValueError(str(error).partition("\n")[0]) from None
+        raise ValueError(first_line(error)) from None
 
 
 class _StorageMaker:

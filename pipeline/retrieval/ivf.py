@@ -17,7 +17,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_line
 from pipeline.files import digest, read_json, replace_dir, write_json
 
 VERSION = 1
@@ -103,7 +103,7 @@ def _read(folder: Path) -> EmbeddingIndex:
         index: Any = faiss.read_index(str(folder / INDEX), flags)
     except RuntimeError as error:
         raise PipelineError(
-            f"{folder / INDEX}: not a readable index: {str(error).splitlines()[0]}; remove the "
+            f"{folder / INDEX}: not a readable index: {first_line(error)}; remove the "
             "folder to have it built again"
         ) from None
     skipped = [(key, reason) for key, reason in read_json(folder / FACTS)["skipped"]]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.models.clip.tokens import PositionResize, embed_patches
@@ -40,9 +40,8 @@ def vit_features(
         tokens = block(tokens)
     block = blocks[chosen]
     if facet == "key":
-        _, weight, _ = block.attn.in_proj_weight.chunk(3)
-        _, bias, _ = block.attn.in_proj_bias.chunk(3)
-        tokens = F.linear(block.ln_1(tokens), weight, bias)
+        key, _ = key_and_value(block.attn)
+        tokens = F.linear(block.ln_1(tokens), *key)
     else:
         tokens = block(tokens)
     return tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
@@ -62,6 +61,18 @@ def resnet_features(visual: ModifiedResNet, images: Tensor, *, layer: int, facet
         keys = visual.attnpool.k_proj(features.flatten(2).transpose(1, 2))
         features = keys.transpose(1, 2).unflatten(2, features.shape[-2:])
     return features
+
+
+def key_and_value(
+    attention: nn.MultiheadAttention,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Weight and bias of keys, and of values."""
+    _, key_bias, value_bias = attention.in_proj_bias.chunk(3)
+    if attention.in_proj_weight is None:  # keys and values of another width than the queries
+        key, value = attention.k_proj_weight, attention.v_proj_weight
+    else:
+        _, key, value = attention.in_proj_weight.chunk(3)
+    return (key, key_bias), (value, value_bias)
 
 
 def square_side(size: int | Sequence[int]) -> int:

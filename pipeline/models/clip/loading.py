@@ -17,13 +17,13 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_line
 from pipeline.models.clip.encoder import ClipEncoder
 from pipeline.models.clip.features import square_side
 from pipeline.models.clip.photo_clip import CONFIG_PATH as PHOTO_CLIP_CONFIG
 from pipeline.models.clip.photo_clip import NAME as PHOTO_CLIP
 from pipeline.models.clip.photo_clip import package_file, read_fetched, read_package
-from pipeline.models.clip.tokenizer import first_line, load_tokenizer
+from pipeline.models.clip.tokenizer import load_tokenizer
 from pipeline.models.weights.weights import load_strict, read_weights
 from pipeline.models.weights.zoo import (
     CLIP_KINDS,

@@ -14,6 +14,7 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from pipeline.models.clip.features import (
+    key_and_value,
     pad_to_multiple,
     resnet_features,
     square_side,
@@ -39,7 +40,37 @@ PUBLISHED_EPS = 1e-6
 RESNET_PATCH = 32
 
 
-class ClipVit:
+class OpenClipVit:
+    """What is common to open_clip's ViTs, see `DenseTower`: sizes, any grid, blocks, keys."""
+
+    def __init__(self, visual: VisionTransformer) -> None:
+        self.visual: Any = visual
+        self.patch_size = square_side(visual.patch_size)
+        self.width: int = vision_tower(visual).class_embedding.shape[0]
+
+    def feature_map(self, images: Tensor, *, position_resize: PositionResize = "grid") -> Tensor:
+        """Patch tokens (B, D, h, w) of the last block, before the last layer norm."""
+        images = whole_patches(images, self.patch_size)
+        tokens, grid = embed_patches(self.visual, images, position_resize="grid")
+        last: Tensor = self.visual.transformer(tokens)[:, 1:]
+        return last.transpose(1, 2).unflatten(2, grid)
+
+    def patch_features(self, images: Tensor, *, layer: int, facet: Facet) -> Tensor:
+        """Keys or output of a block."""
+        return vit_features(self.visual, images, layer=layer, facet=facet, position_resize="grid")
+
+    def describe(self) -> str:
+        """Sizes of encoder and text space."""
+        visual = self.visual
+        return (
+            f"patch {visual.conv1.weight.shape[-1]}, width {visual.conv1.weight.shape[0]}, "
+            f"{len(visual.transformer.resblocks)} encoder blocks, "
+            f"{visual.positional_embedding.shape[0] - 1} positions, "
+            f"text space {visual.proj.shape[1]}"
+        )
+
+
+class ClipVit(OpenClipVit):
     """CLIP's ViT with its class token as embedding, see `DenseTower`.
 
     DenseCLIP takes the value path of the last block. ZUTIS has the projection for its head.
@@ -48,11 +79,6 @@ class ClipVit:
     published = True
     has_keys = True
     stays_in_eval = False
-
-    def __init__(self, visual: VisionTransformer) -> None:
-        self.visual: Any = visual
-        self.patch_size = square_side(visual.patch_size)
-        self.width: int = vision_tower(visual).class_embedding.shape[0]
 
     def feature_map(self, images: Tensor, *, position_resize: PositionResize = "grid") -> Tensor:
         """Patch tokens (B, D, h, w) after the last layer norm."""
@@ -83,10 +109,9 @@ class ClipVit:
             attended = block.attn(normed, normed, normed, need_weights=False)[0]
             tokens = _add_mlp(block, tokens + block.ls_1(attended), published)
         normed = _norm(last.ln_1, tokens, published)
-        _, key_weight, value_weight = last.attn.in_proj_weight.chunk(3)
-        _, key_bias, value_bias = last.attn.in_proj_bias.chunk(3)
-        keys = last.attn.out_proj(F.linear(normed, key_weight, key_bias))
-        values = last.attn.out_proj(F.linear(normed, value_weight, value_bias))
+        key, value = key_and_value(last.attn)
+        keys = last.attn.out_proj(F.linear(normed, *key))
+        values = last.attn.out_proj(F.linear(normed, *value))
         if options.dense_attention == "maskclip":
             values = _add_mlp(last, tokens + last.ls_1(values), published)
         features = _norm(visual.ln_post, values, published) @ visual.proj
@@ -96,10 +121,6 @@ class ClipVit:
     def patch_features(self, images: Tensor, *, layer: int, facet: Facet) -> Tensor:
         """Keys or output of a block."""
         return vit_features(self.visual, images, layer=layer, facet=facet)
-
-    def describe(self) -> str:
-        """Sizes of encoder and text space."""
-        return _describe_vit(self.visual)
 
 
 class ClipResnet:
@@ -157,7 +178,7 @@ class ClipResnet:
         return values.unflatten(2, grid)
 
 
-class CocaVit:
+class CocaVit(OpenClipVit):
     """open_clip's ViT with attention pooling (CoCa), see `DenseTower`.
 
     The head is the value path of the pooling, layer norm and projection. A query that sees one
@@ -168,19 +189,10 @@ class CocaVit:
     has_keys = True
     stays_in_eval = True
 
-    def __init__(self, visual: VisionTransformer) -> None:
-        self.visual: Any = visual
-        self.patch_size = square_side(visual.patch_size)
-        self.width: int = vision_tower(visual).class_embedding.shape[0]
-
-    def feature_map(self, images: Tensor, *, position_resize: PositionResize = "grid") -> Tensor:
-        """Patch tokens (B, D, h, w) of the last block."""
-        return _last_tokens(self.visual, whole_patches(images, self.patch_size))
-
     def project(self, maps: Tensor) -> Tensor:
         """Maps (B, D, h, w) -> (B, C, h, w)."""
         pool = self.visual.attn_pool
-        _, value = _key_and_value(pool.attn)
+        _, value = key_and_value(pool.attn)
         values = pool.attn.out_proj(F.linear(pool.ln_k(as_rows(maps)), *value))
         return as_maps(self.visual.ln_post(values) @ self.visual.proj, maps)
 
@@ -188,20 +200,12 @@ class CocaVit:
         """Features, and keys of the pooling."""
         maps = self.feature_map(pad_to_multiple(images, self.patch_size))
         pool = self.visual.attn_pool
-        key, _ = _key_and_value(pool.attn)
+        key, _ = key_and_value(pool.attn)
         keys = F.linear(pool.ln_k(maps.flatten(2).transpose(1, 2)), *key)
         return DenseFeatures(self.project(maps).float(), keys.float())
 
-    def patch_features(self, images: Tensor, *, layer: int, facet: Facet) -> Tensor:
-        """Keys or output of a block."""
-        return vit_features(self.visual, images, layer=layer, facet=facet, position_resize="grid")
 
-    def describe(self) -> str:
-        """Sizes of encoder and text space."""
-        return _describe_vit(self.visual)
-
-
-class AveragedVit:
+class AveragedVit(OpenClipVit):
     """open_clip's ViT whose patch tokens are averaged (CLIPA), see `DenseTower`.
 
     The head is the projection, and the mean of what it says is what it says about the mean. Where
@@ -213,15 +217,6 @@ class AveragedVit:
     has_keys = False
     stays_in_eval = True
 
-    def __init__(self, visual: VisionTransformer) -> None:
-        self.visual: Any = visual
-        self.patch_size = square_side(visual.patch_size)
-        self.width: int = vision_tower(visual).class_embedding.shape[0]
-
-    def feature_map(self, images: Tensor, *, position_resize: PositionResize = "grid") -> Tensor:
-        """Patch tokens (B, D, h, w) of the last block, before the last layer norm."""
-        return _last_tokens(self.visual, whole_patches(images, self.patch_size))
-
     def project(self, maps: Tensor) -> Tensor:
         """Maps (B, D, h, w) -> (B, C, h, w)."""
         return as_maps(self.visual.ln_post(as_rows(maps)) @ self.visual.proj, maps)
@@ -230,14 +225,6 @@ class AveragedVit:
         """Features, no keys."""
         maps = self.feature_map(pad_to_multiple(images, self.patch_size))
         return DenseFeatures(self.project(maps).float(), None)
-
-    def patch_features(self, images: Tensor, *, layer: int, facet: Facet) -> Tensor:
-        """Keys or output of a block."""
-        return vit_features(self.visual, images, layer=layer, facet=facet, position_resize="grid")
-
-    def describe(self) -> str:
-        """Sizes of encoder and text space."""
-        return _describe_vit(self.visual)
 
 
 def is_clip_vit(visual: nn.Module) -> bool:
@@ -265,32 +252,6 @@ def _is_vit(visual: nn.Module) -> bool:
     return isinstance(visual, VisionTransformer) and isinstance(
         visual.transformer.resblocks[0], ResidualAttentionBlock
     )
-
-
-def _describe_vit(visual: Any) -> str:
-    return (
-        f"patch {visual.conv1.weight.shape[-1]}, width {visual.conv1.weight.shape[0]}, "
-        f"{len(visual.transformer.resblocks)} encoder blocks, "
-        f"{visual.positional_embedding.shape[0] - 1} positions, "
-        f"text space {visual.proj.shape[1]}"
-    )
-
-
-def _last_tokens(visual: Any, images: Tensor) -> Tensor:
-    """Patch tokens (B, D, h, w) of the last block, without the class token."""
-    tokens, grid = embed_patches(visual, images, position_resize="grid")
-    last: Tensor = visual.transformer(tokens)[:, 1:]
-    return last.transpose(1, 2).unflatten(2, grid)
-
-
-def _key_and_value(attention: Any) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Weight and bias of keys, and of values."""
-    _, key_bias, value_bias = attention.in_proj_bias.chunk(3)
-    if attention.in_proj_weight is None:  # keys and values of another width than the queries
-        key, value = attention.k_proj_weight, attention.v_proj_weight
-    else:
-        _, key, value = attention.in_proj_weight.chunk(3)
-    return (key, key_bias), (value, value_bias)
 
 
 def _norm(norm: nn.Module, tokens: Tensor, published: bool) -> Tensor:

@@ -194,7 +194,6 @@ class TimmConvolutions:
     stays_in_eval = True
 
     def __init__(self, visual: Any) -> None:
-        use_fast_layout(visual)
         self.visual = visual
         self._trunk = visual.trunk
         self.patch_size: int = self._trunk.feature_info[-1]["reduction"]

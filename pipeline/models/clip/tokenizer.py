@@ -12,7 +12,7 @@ import open_clip
 import torch
 from torch import Tensor
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_line
 
 VOCABULARY_SPECIALS = (0, 49406, 49407)
 
@@ -92,10 +92,6 @@ def _check_vocabulary(vocabulary: list[int], vocab_size: int | None, *, source: 
             f"encoder.model: {source}: {len(vocabulary)} tokens in vocabulary, but "
             f"text_cfg.vocab_size is {vocab_size}"
         )
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 @contextmanager

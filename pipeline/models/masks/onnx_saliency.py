@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import PipelineError, listing
+from pipeline.errors import PipelineError, first_line, listing
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
@@ -94,7 +94,7 @@ class OnnxSource:
         except Exception as error:  # onnxruntime raises many kinds
             raise PipelineError(
                 f"mask.weights: {weights}: the network fails on an input of {pixels.shape} "
-                f"({_first_line(error)}); check mask.size"
+                f"({first_line(error)}); check mask.size"
             ) from None
         if maps.ndim == 3:
             maps = maps[:, None]
@@ -163,7 +163,7 @@ def _open(content: bytes, path: Path) -> Any:
     except Exception as error:  # onnxruntime raises many kinds
         raise PipelineError(
             f"mask.weights: {path}: onnxruntime {runtime.__version__} cannot load it "
-            f"({_first_line(error)}); expected a network in ONNX's format, in one file"
+            f"({first_line(error)}); expected a network in ONNX's format, in one file"
         ) from None
 
 
@@ -238,7 +238,3 @@ def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(images.shape[-2:]) == size:
         return images
     return F.interpolate(images, size, mode="bilinear", antialias=True)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

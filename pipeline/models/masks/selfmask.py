@@ -366,9 +366,7 @@ def save_selfmask(model: SelfMask, weights: Path) -> None:
         weights: file to write; its folder is made.
     """
     weights = Path(weights)
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     with atomic_path(weights) as tmp_path:
         save_tensors(state, tmp_path)
     architecture = asdict(model.config)

@@ -206,15 +206,29 @@ def _checkpoint_config(entry: PublishedWeights, categories: Sequence[str]) -> di
 
 def _convert_clip(state: State, architecture: Mapping[str, Any], source: str) -> State:
     """OpenAI's layout or open_clip's -> open_clip's, with the scalars that tell QuickGELU."""
-    with torch.device("meta"):
-        clip: Any = build_clip(architecture["model"])
-    converted = to_open_clip_layout(clip, state)
-    check_strict(clip, converted, source)
+    clip, converted = _in_open_clip_layout(state, architecture, source)
     sizes = (clip.visual.image_size, clip.context_length, clip.vocab_size)
     scalars = dict(zip(OPENAI_SCALARS, sizes, strict=True))
     size = scalars["input_resolution"]
     scalars["input_resolution"] = size if isinstance(size, int) else size[0]
     return {**converted, **{name: torch.tensor(value) for name, value in scalars.items()}}
+
+
+def _convert_open_clip(state: State, architecture: Mapping[str, Any], source: str) -> State:
+    """Any layout that open_clip reads -> open_clip's."""
+    _, converted = _in_open_clip_layout(state, architecture, source)
+    return converted
+
+
+def _in_open_clip_layout(
+    state: State, architecture: Mapping[str, Any], source: str
+) -> tuple[Any, State]:
+    """The network, without values, and the weights under its names, which are compared."""
+    with torch.device("meta"):
+        clip = build_clip(architecture["model"])
+    converted = to_open_clip_layout(clip, state)
+    check_strict(clip, converted, source)
+    return clip, converted
 
 
 def _convert_plain(
@@ -229,15 +243,6 @@ def _convert_plain(
         return state
 
     return convert
-
-
-def _convert_open_clip(state: State, architecture: Mapping[str, Any], source: str) -> State:
-    """Any layout that open_clip reads -> open_clip's."""
-    with torch.device("meta"):
-        clip = build_clip(architecture["model"])
-    converted = to_open_clip_layout(clip, state)
-    check_strict(clip, converted, source)
-    return converted
 
 
 def _convert_photo_clip(state: State, architecture: Mapping[str, Any], source: str) -> State:

@@ -28,9 +28,7 @@ def save_checkpoint(folder: Path, model: nn.Module, config: Mapping[str, Any]) -
         model: its state dict is stored, under its own keys.
         config: JSON-serialisable: architecture, categories, step, settings.
     """
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
-    }
+    tensors = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     folder = Path(folder)
     with (
         atomic_path(folder / CONFIG_NAME) as config_path,

@@ -61,7 +61,7 @@ def save_state(
     tensors[CPU_GENERATOR] = torch.get_rng_state()
     if torch.cuda.is_initialized():
         tensors[CUDA_GENERATOR] = torch.cuda.get_rng_state()
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    tensors = {name: value.detach().cpu() for name, value in tensors.items()}
     header = json.dumps({"step": step, "extra": extra})
     metadata = {"state": header, "sha256": _sha256(header, tensors)}
     with atomic_path(path) as temporary:

@@ -119,7 +119,7 @@ def reading_weights(path: Path) -> Iterator[None]:
 def save_tensors(
     state: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, with texts in its header.
+    """Write a safetensors file, with texts in its header; tensors of any memory layout.
 
     Raises:
         OSError: the write failed; safetensors itself would hide that in an error of its own.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_line
 from pipeline.formats.labels import LabelMap, label_map
 from pipeline.formats.predictions import Instance, Segmentation
 from pipeline.models.clip import label_embeddings, load_clip
@@ -46,8 +46,7 @@ def load_zutis(
     try:
         network = build_zutis(clip.visual, **config.architecture)
     except (TypeError, PipelineError) as error:
-        reason = str(error).split("\n")[0]
-        raise PipelineError(f"{folder / CONFIG_NAME}: architecture: {reason}") from None
+        raise PipelineError(f"{folder / CONFIG_NAME}: architecture: {first_line(error)}") from None
     load_strict(network, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
     return ZutisPredictor(
         network.to(runtime.device), text, architecture=config.architecture, runtime=runtime

@@ -107,7 +107,7 @@ def shipped_state(clip: torch.nn.Module, space: JointSpace) -> dict[str, Tensor]
     text = {name: value for name, value in clip.state_dict().items() if is_text(name)}
     head = {"visual.head.proj.weight": space.weight, "visual.head.proj.bias": space.bias}
     state = {**text, **head, "logit_scale": clip.state_dict()["logit_scale"]}
-    return {name: value.half().contiguous() for name, value in state.items()}
+    return {name: value.half() for name, value in state.items()}
 
 
 if __name__ == "__main__":
