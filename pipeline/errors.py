@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 LISTED_NAMES = 8
 
@@ -24,3 +24,9 @@ def listing(names: Sequence[str], shown: int = LISTED_NAMES) -> str:
     """Names for a message, the first ones of many; "none" for no name."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return (", ".join(names[:shown]) or "none") + more
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Counts for a message, the largest first: "3 .heic, 1 without extension"."""
+    ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    return ", ".join(f"{count} {name}" for name, count in ordered if count)

@@ -26,6 +26,9 @@ from pipeline.errors import PipelineError
 
 SCHEME = "://"
 URL_AS_PATH = re.compile(r"[a-z][a-z0-9+.-]+:/")
+URL_OF_ONE_SLASH = re.compile(r"[a-z][a-z0-9+.-]+:/(?!/)")
+FILE_URL = re.compile(r"file:(?!///)")
+WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 KEY_DIGITS = 16
 ABANDONED_SECONDS = 3600
 # Problem and remedy, by error number.
@@ -44,17 +47,29 @@ def is_url(location: Any) -> bool:
 
 
 def as_location(text: Any) -> Location:
-    """A path, or a URL as an object that is used like one.
+    """A path, or a URL as an object that is used like one, of what a user has written.
 
     Raises:
-        ValueError: neither, or a URL of which the package that reads it is not installed.
+        ValueError: neither, a mistake in writing one, or a URL of which the package that reads it
+            is not installed.
     """
     if is_url(text):
         return text
     if not isinstance(text, str | os.PathLike):
         raise ValueError("Input should be a path or a URL")
+    if isinstance(text, str):
+        check_written(text)
+    return stored_location(text)
+
+
+def stored_location(text: Any) -> Location:
+    """The location of which `text` is the form in a table, which may be any name.
+
+    Raises:
+        ValueError: a URL of which the package that reads it is not installed.
+    """
     if SCHEME not in str(text):
-        return Path(text)
+        return native_path(text)
     try:
         from upath import UPath
 
@@ -69,6 +84,69 @@ def as_location(text: Any) -> Location:
     return location
 
 
+def check_written(text: Any) -> Any:
+    """A path or URL as it is.
+
+    Raises:
+        ValueError: it is one that nobody means; the message says what to write.
+    """
+    written = str(text)
+    if isinstance(text, str) and _expanded(Path(text)) != Path(text):
+        raise ValueError(f"{written}: ~ is not expanded here; write {_expanded(Path(text))}")
+    if WINDOWS_PATH.match(written) and os.name != "nt":
+        raise ValueError(
+            f"{written}: a path of Windows; write it as this system has it, under WSL as "
+            "/mnt/c/folder"
+        )
+    if FILE_URL.match(written):
+        path = "/" + written.removeprefix("file:").lstrip("/")
+        raise ValueError(f"{written}: not the URL of a file; write the path alone, {path}")
+    if URL_OF_ONE_SLASH.match(written):
+        scheme, _, rest = written.partition(":/")
+        raise ValueError(f"{written}: a URL has two slashes; write {scheme}://{rest}")
+    return text
+
+
+def _expanded(path: Path) -> Path:
+    with suppress(RuntimeError):  # no such user
+        return path.expanduser()
+    return path
+
+
+def native_path(text: Any) -> Path:
+    """The path that a name in UTF-8 has on this machine.
+
+    Under a locale such as C, Python holds the bytes of other letters than ASCII as surrogates.
+    """
+    return Path(os.fsdecode(str(text).encode("utf-8", "surrogateescape")))
+
+
+def utf8_text(text: str, path: Any) -> str:
+    """A name as tables and JSON files hold it, the same under any locale.
+
+    Args:
+        text: the name as Python has it.
+        path: the file, for the message.
+
+    Raises:
+        PipelineError: it has bytes that are not UTF-8.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
+        raise PipelineError(f"{str(path)!a}: file name is not UTF-8; rename the file") from None
+
+
+def given_path(path: Path) -> Path:
+    """A path from the command line, with a `~` that no shell has expanded put in full.
+
+    Raises:
+        PipelineError: it was a URL.
+    """
+    refuse_url(path)
+    return path if path.exists() else _expanded(path)
+
+
 def refuse_url(path: Path) -> None:
     """Raise PipelineError for what was a URL before it was made a path."""
     if URL_AS_PATH.match(str(path)):
@@ -79,7 +157,7 @@ def file_versions(paths: Iterable[str]) -> Iterator[tuple[int, int] | None]:
     """Size and time of each file, once, to tell changed ones; None for URLs and no file."""
     for path in dict.fromkeys(paths):
         try:
-            status = None if SCHEME in path else Path(path).stat()
+            status = None if SCHEME in path else native_path(path).stat()
         except OSError:
             status = None
         yield (status.st_size, status.st_mtime_ns) if status else None

@@ -95,7 +95,14 @@ class Session:
 
 def location(text: str) -> Any:
     """An option for a path or a URL."""
-    return typer.Option(parser=as_location, metavar="<path|url>", help=text)
+    return typer.Option(parser=_location, metavar="<path|url>", help=text)
+
+
+def _location(text: str) -> Any:
+    try:
+        return as_location(text)
+    except ValueError as error:  # of which typer would keep the value alone
+        raise typer.BadParameter(str(error)) from None
 
 
 def names(text: str | None) -> list[str] | None:

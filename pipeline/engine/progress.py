@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, counted
 from pipeline.files import check_writable, claim, write_json
 
 LISTED_SKIPS = 1000
@@ -104,11 +104,11 @@ def times_path(stats_path: Path) -> Path | None:
 class StageRun(Tally):
     """Progress bar, counts and the closing line of one run of a stage.
 
-    On a clean exit it writes `stats_path` (JSON: stage, items, skipped, counts, skipped_items) and
-    prints one summary line; on an exception it writes nothing. The time and what lay in the cache
-    go to a file of their own, see `times_path`, so that equal inputs give equal stats. Until then
-    no other process can start a run with the same `stats_path`, which is to say the same stage in
-    the same workspace.
+    On a clean exit it writes `stats_path` (JSON: stage, items, skipped, counts, skipped_items, and
+    left_out if anything was) and prints one summary line; on an exception it writes nothing. The
+    time and what lay in the cache go to a file of their own, see `times_path`, so that equal inputs
+    give equal stats. Until then no other process can start a run with the same `stats_path`, which
+    is to say the same stage in the same workspace.
 
     Args:
         stage: its name.
@@ -119,6 +119,9 @@ class StageRun(Tally):
             `FORGIVEN_ERRORS`, raises PipelineError. None: any share.
         section: of params.yaml that says so; of the stage's name without it.
         silent: count and do nothing else, claim nothing: for the processes beside the main one.
+
+    Attributes:
+        left_out: number of files by kind that are no items, and so not among the skipped.
 
     Raises:
         PipelineError: another run is at work with the same `stats_path`.
@@ -136,6 +139,7 @@ class StageRun(Tally):
         silent: bool = False,
     ) -> None:
         super().__init__()
+        self.left_out: Counter[str] = Counter()
         self._claims = ExitStack()
         if not silent:
             check_writable(stats_path)
@@ -235,9 +239,12 @@ class StageRun(Tally):
                 "skipped": len(self.skipped),
                 "counts": stats_counts,
                 "skipped_items": self.skipped[:LISTED_SKIPS],
+                **({"left_out": dict(sorted(self.left_out.items()))} if self.left_out else {}),
             },
         )
         extra = "".join(f", {name} {count}" for name, count in all_counts.items())
+        if self.left_out:
+            extra += f", left out: {counted(self.left_out)}"
         print(
             f"{self.stage}: {self.items} {self._unit}s, {len(self.skipped)} skipped, "
             f"{seconds:.1f} s, {rate:.1f} {self._unit}s/s{extra}",

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -68,6 +68,7 @@ class Job:
         suffix: of the shards' names.
         max_error_rate: share of items that may be skipped; None for any.
         section: of params.yaml, which says so; that of the stage's name without it.
+        left_out: number of files by kind that are no items.
     """
 
     stage: str
@@ -80,6 +81,7 @@ class Job:
     suffix: str = ".tar"
     max_error_rate: float | None = None
     section: str | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def plan(self) -> list[Sequence[Any]]:
         """The items of each shard."""
@@ -188,6 +190,7 @@ def run_job(
         claim(out_dir),
         resumable_dir(out_dir, job.key(maker.settings)) as folder,
     ):
+        stage.left_out.update(job.left_out)
         rows = _make(job, folder, maker, executor or LocalExecutor(), stage)
         if stage.items == 0:
             _keep_only(folder, [])

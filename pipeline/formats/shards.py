@@ -14,7 +14,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from webdataset.writer import TarWriter
 
@@ -25,47 +25,76 @@ MANIFEST = "_manifest.json"  # readers of Parquet folders pass over names with a
 KEY = re.compile(r"[0-9A-Za-z_-]+")
 OURS = re.compile(r"\d{5,}\.(tar|parquet)|_?manifest\.json")
 TAR_BLOCK = 512
+ZEROS_AT_ONCE = 1 << 20
 MAX_OPEN = 128
 AGAIN = "run the stage that writes it again"
 
 StoredSample = dict[str, Any]
 
 
-class _TarHeader(tarfile.TarInfo):
-    """A header whose size leads onwards; `tarfile` itself goes round in circles on others."""
+class TarHeader(tarfile.TarInfo):
+    """A header that is whole; `tarfile` itself passes over others, or goes round in circles.
+
+    Attributes:
+        stored_size: the size in the header's own block; an extended header may name another one.
+    """
+
+    stored_size: int
 
     @classmethod
-    def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> _TarHeader:
+    def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> TarHeader:
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0:
             raise tarfile.ReadError(f"member {header.name} has a negative size")
+        header.stored_size = header.size
         return header
 
 
-def tar_members(path: Location) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, offset of the data, size) of each regular file of an uncompressed tar.
+def tar_headers(path: Location) -> Iterator[TarHeader]:
+    """Yield the header of every member of an uncompressed tar, or of several joined into one.
 
     A tar that was cut off is an error even where the cut falls between two members, which
     `tarfile` passes over in silence.
 
     Raises:
-        tarfile.ReadError: the file is cut off or is not a tar; earlier members were yielded.
+        tarfile.ReadError: the file is cut off, damaged, or no tar; earlier members were yielded.
     """
     file_size = path.stat().st_size
-    with (
-        path.open("rb") as opened,
-        tarfile.open(fileobj=opened, mode="r:", tarinfo=_TarHeader) as tar,
-    ):
-        for member in tar:
-            if member.offset_data + member.size > file_size:
-                raise tarfile.ReadError(f"cut off inside member {member.name}")
-            if member.isreg() and not member.issparse():
-                yield member.name, member.offset_data, member.size
-        end = tar.offset
+    start: int | None = 0
     with path.open("rb") as file:
-        file.seek(end)
-        if file.read(TAR_BLOCK) != bytes(TAR_BLOCK):
-            raise tarfile.ReadError(f"cut off or damaged at byte {end}")
+        while start is not None:
+            file.seek(start)
+            # Names are UTF-8 under any locale.
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=TarHeader, encoding="utf-8") as tar:
+                for header in tar:
+                    if tar.offset > file_size:
+                        raise tarfile.ReadError(f"cut off inside member {header.name}")
+                    if header.size < 0 or header.offset < start:
+                        raise tarfile.ReadError(f"member {header.name} overlaps another one")
+                    start = tar.offset
+                    yield cast(TarHeader, header)
+                end = tar.offset
+            file.seek(end)
+            if file.read(TAR_BLOCK) != bytes(TAR_BLOCK):
+                raise tarfile.ReadError(f"cut off or damaged at byte {end}")
+            start = _after_zeros(file, end + TAR_BLOCK)
+
+
+def _after_zeros(file: IO[bytes], position: int) -> int | None:
+    """The first block from `position`, where `file` is, that is not all zeros; None at its end."""
+    while chunk := file.read(ZEROS_AT_ONCE):
+        num_zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+        if num_zeros < len(chunk):
+            return position + num_zeros // TAR_BLOCK * TAR_BLOCK
+        position += len(chunk)
+    return None
+
+
+def tar_members(path: Location) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset of the data, size) of each regular file of a tar; see `tar_headers`."""
+    for header in tar_headers(path):
+        if header.isreg() and not header.issparse():
+            yield header.name, header.offset_data, header.size
 
 
 def shard_name(number: int, suffix: str = ".tar") -> str:

@@ -7,26 +7,51 @@ Parquet files with a column of image bytes.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import stat
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from fnmatch import fnmatchcase
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 from webdataset.shardlists import expand_urls
 
-from pipeline.errors import PipelineError
-from pipeline.files import Location, as_location, is_url
-from pipeline.formats.images import MAX_FILE_BYTES, ImageError, one_line, read_file, read_range
-from pipeline.formats.shards import TAR_BLOCK, tar_members
+from pipeline.errors import PipelineError, counted
+from pipeline.files import Location, as_location, is_url, stored_location, utf8_text
+from pipeline.formats.images import (
+    EXTENSIONS,
+    FORMATS,
+    MAX_FILE_BYTES,
+    ImageError,
+    one_line,
+    read_file,
+    read_range,
+)
+from pipeline.formats.shards import TAR_BLOCK
+from pipeline.formats.tars import TarMember, find_members
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+# What lies beside images and is none: never opened, never counted.
+COMPANIONS = {
+    *(".json", ".jsonl", ".txt", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".log"),
+    *(".cls", ".npy", ".npz", ".pt", ".pth", ".pkl", ".mat", ".db", ".ini", ".py"),
+}
+KIND = re.compile(r"(\.tar)?\.(?!\d+$)[a-z0-9_+-]{1,10}$")
+PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
+SHARD_FORMATS = {".tar": "webdataset", ".parquet": "parquet"}
+FORMAT_KINDS = {*SHARD_FORMATS, *EXTENSIONS}
+# Told by their first bytes, which begin no text; those of the first ones begin nothing else either.
+CERTAIN_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+SNIFFED_FORMATS = tuple(name for name in FORMATS if name not in ("BMP", "PPM"))
+SIGNATURE_BYTES = 16
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "img", "image_bytes", "content")
 KEY_DIGITS = 20
 # A folder of links to folders of links ... has more paths than anyone can list.
@@ -68,6 +93,7 @@ class ImageRef:
         member: name in the tar, or row number in the Parquet file; None for a file of its own.
         offset: byte at which its data begins in the tar; None elsewhere.
         size: number of bytes in the tar; None elsewhere.
+        problem: why it cannot be read, as far as its name and place tell; else None.
     """
 
     key: str
@@ -76,6 +102,7 @@ class ImageRef:
     member: str | None = None
     offset: int | None = None
     size: int | None = None
+    problem: str | None = None
 
 
 def sample_key(source: str, path: str, member: str | None = None) -> str:
@@ -90,35 +117,46 @@ def sample_key(source: str, path: str, member: str | None = None) -> str:
     return hashlib.sha1(text.encode()).hexdigest()[:KEY_DIGITS]
 
 
-def list_images(name: str, source: SourceSpec) -> Iterator[ImageRef]:
+def list_images(
+    name: str, source: SourceSpec, left_out: Counter[str] | None = None
+) -> Iterator[ImageRef]:
     """Yield all images of a source in a fixed order: by file name, within a file by position.
 
-    Hidden files are left out, links are followed except those that lead back to a folder above.
-    Contents are not looked at: a file counts as an image by its extension (.jpg, .jpeg, .png,
-    .webp, .bmp, .tif, .tiff, .gif in any case).
+    Links are followed, except those that lead back to a folder above. A file counts as an image by
+    its extension (`EXTENSIONS`, in any case), one of another kind by its first bytes. What has the
+    name of an image is listed even where it cannot be read: `read_image` says why.
 
     Args:
         name: name of the source.
         source: format, root, and pattern of tars or Parquet files relative to the root; braces and
             wildcards are expanded, an empty pattern means all of them.
+        left_out: learns how many files of which kind ("hidden", ".heic", "without extension") are
+            no images; those of kinds that lie beside images (`COMPANIONS`) are not counted.
 
     Raises:
-        PipelineError: the root is missing, a file named by the pattern is missing, a tar or Parquet
-            file is broken, or there is no image.
+        PipelineError: the root is missing, a folder cannot be listed, a file named by the pattern
+            is missing, a tar or Parquet file is broken, or there is no image.
     """
-    root = as_location(source.root)
+    left_out = Counter() if left_out is None else left_out
+    try:
+        root = as_location(source.root)
+    except ValueError as error:
+        raise PipelineError(f"index.{name}.root: {error}") from None
     if not root.is_dir():
         raise PipelineError(f"index.{name}.root: {root}: no such folder")
     listers = {"folder": _list_folder, "webdataset": _list_tars, "parquet": _list_parquet}
     count = 0
-    for relative, member, offset, size in listers[source.format](name, source):
+    for path, member in listers[source.format](name, source, left_out):
+        relative = utf8_text(path.relative_to(root).as_posix(), path)
+        member_name = utf8_text(member.name, path) if member else None
         yield ImageRef(
-            key=sample_key(name, relative, member),
+            key=sample_key(name, relative, member_name),
             source=name,
-            path=(root / relative).as_posix(),
-            member=member,
-            offset=offset,
-            size=size,
+            path=utf8_text(path.as_posix(), path),
+            member=member_name,
+            offset=member.offset if member else None,
+            size=member.size if member else None,
+            problem=member.problem if member else None,
         )
         count += 1
     if count == 0:
@@ -129,6 +167,7 @@ def list_images(name: str, source: SourceSpec) -> Iterator[ImageRef]:
         )
         raise PipelineError(
             f"index.{name}: no images below {root} (format {source.format}); expected {wanted}"
+            + _hint(left_out)
         )
 
 
@@ -148,7 +187,9 @@ def read_image(location: ImageLocation) -> bytes:
     Raises:
         ImageError: the file is gone or cannot be read, or no longer holds the image there.
     """
-    path = as_location(location.path)
+    if isinstance(location, ImageRef) and location.problem:
+        raise ImageError(location.problem)
+    path = stored_location(location.path)
     try:
         if location.member is None:
             path.stat()  # says that a file is missing
@@ -162,25 +203,77 @@ def read_image(location: ImageLocation) -> bytes:
         raise ImageError(f"cannot be read: {error.strerror or one_line(error)}") from None
 
 
-# Listers yield (path relative to the root, member, offset, size).
-Found = tuple[str, str | None, int | None, int | None]
+# Listers yield the file and, unless it is the image itself, the part of it.
+Found = tuple[Location, TarMember | None]
 
 
-def _list_folder(name: str, source: SourceSpec) -> Iterator[Found]:
+def _list_folder(name: str, source: SourceSpec, left_out: Counter[str]) -> Iterator[Found]:
     if source.pattern:
         raise PipelineError(
             f"index.{name}.pattern: {source.pattern!r} has no meaning for format folder; remove it"
         )
-    root = as_location(source.root)
-    for path in _objects_below(root) if is_url(root) else _walk(root):
-        if path.suffix.lower() in EXTENSIONS:
-            relative = path.relative_to(root).as_posix()
-            check_utf8(relative, path)
-            yield relative, None, None, None
+    for path in image_files(as_location(source.root), left_out):
+        yield path, None
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Files below a folder in the order of their names, without hidden ones.
+def image_files(root: Location, left_out: Counter[str]) -> Iterator[Location]:
+    """Yield the images below a folder in a fixed order; see `list_images`.
+
+    Raises:
+        PipelineError: something cannot be listed, or links lead to one folder in too many ways.
+    """
+    for path in _files_below(root, left_out):
+        if _is_image(path.name, partial(_begins_like_image, path, 0), left_out):
+            yield path
+
+
+def _is_image(
+    name: str, begins_like_image: Callable[[tuple[str, ...]], bool], left_out: Counter[str]
+) -> bool:
+    """Whether a name is that of an image; if it does not tell, the first bytes do."""
+    base_name = name.rpartition("/")[2]
+    suffix = PurePosixPath(base_name).suffix.lower()
+    if base_name.startswith("."):
+        if suffix in EXTENSIONS:
+            left_out["hidden"] += 1
+        return False
+    if suffix in EXTENSIONS:
+        return True
+    if suffix in COMPANIONS:
+        return False
+    if begins_like_image(CERTAIN_FORMATS if suffix else SNIFFED_FORMATS):
+        return True
+    left_out[_kind(base_name)] += 1
+    return False
+
+
+def _kind(base_name: str) -> str:
+    match = KIND.search(base_name.lower())
+    return match.group() if match else "without extension"
+
+
+def _begins_like_image(path: Location, start: int, formats: Sequence[str]) -> bool:
+    """Whether one of the formats begins at byte `start`; also if that cannot be read.
+
+    Objects at a URL are not looked into: each would cost a request.
+    """
+    if is_url(path):
+        return False
+    try:
+        head = read_range(path, start, start + SIGNATURE_BYTES).ljust(SIGNATURE_BYTES, b"\0")
+    except (ImageError, OSError):
+        return True
+    Image.init()
+    checks = (Image.OPEN[name][1] for name in formats)
+    return any(accepts(head) is True for accepts in checks if accepts)
+
+
+def _files_below(root: Location, left_out: Counter[str]) -> Iterator[Location]:
+    return _objects_below(root) if is_url(root) else _walk(root, left_out)
+
+
+def _walk(root: Path, left_out: Counter[str]) -> Iterator[Path]:
+    """What is no folder below a folder, in the order of the names, without hidden ones.
 
     Raises:
         PipelineError: something cannot be listed, or links lead to one folder in too many ways.
@@ -188,24 +281,27 @@ def _walk(root: Path) -> Iterator[Path]:
     ways: Counter[tuple[int, int]] = Counter()
     entry: Path | None = root
     try:
-        levels = {_identity(root): _visible(root)}  # of the folder at hand and those above it
+        levels = {_identity(root): _visible(root, left_out)}  # of the folder and those above it
         while levels:
             folder = next(reversed(levels))
             entry = next(levels[folder], None)
             if entry is None:
                 del levels[folder]
-            elif entry.is_dir():
+            elif os.path.isdir(entry):  # noqa: PTH112 `is_dir` raises where a link leads nowhere
                 folder = _identity(entry)
                 if folder in levels:
+                    left_out["link to a folder above"] += 1
                     continue
                 ways[folder] += 1
                 if ways[folder] > MAX_WAYS:
                     raise PipelineError(f"{entry}: links lead here in over {MAX_WAYS} ways")
-                levels[folder] = _visible(entry)
-            elif entry.is_file():
+                levels[folder] = _visible(entry, left_out)
+            else:
                 yield entry
     except OSError as error:
-        raise PipelineError(f"{entry}: cannot be listed: {error.strerror}") from None
+        raise PipelineError(
+            f"{entry}: cannot be listed: {error.strerror}; make it readable or take it out"
+        ) from None
 
 
 def _objects_below(root: Location) -> Iterator[Location]:
@@ -220,47 +316,42 @@ def _identity(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _visible(folder: Path) -> Iterator[Path]:
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    return iter(sorted(entries, key=lambda entry: entry.name))
+def _visible(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
+    visible = []
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if not entry.name.startswith("."):
+            visible.append(entry)
+        elif entry.suffix.lower() in EXTENSIONS:
+            left_out["hidden"] += 1
+    return iter(visible)
 
 
-def check_utf8(text: str, path: Path) -> None:
-    """Refuse a file name `text` that no table or JSON file could hold; `path` is the file.
-
-    Raises:
-        PipelineError: it has bytes that are not UTF-8.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PipelineError(f"{str(path)!a}: file name is not UTF-8; rename the file") from None
-
-
-def _list_tars(name: str, source: SourceSpec) -> Iterator[Found]:
-    root = as_location(source.root)
-    for path in _matching_files(name, source, ".tar"):
-        relative = path.relative_to(root).as_posix()
-        seen: set[str] = set()
-        end = 0
+def _list_tars(name: str, source: SourceSpec, left_out: Counter[str]) -> Iterator[Found]:
+    for path in _matching_files(name, source, ".tar", left_out):
+        seen: dict[str, int | None] = {}
         try:
             _check_regular(path)
-            for member, offset, size in tar_members(path):
-                if size < 0 or offset < end:
-                    raise tarfile.ReadError(f"member {member} overlaps another one")
-                end = offset + size
-                base_name = member.rpartition("/")[2]
-                if base_name.startswith(".") or not base_name.lower().endswith(EXTENSIONS):
+            for member in find_members(path, left_out):
+                if not _is_image(member.name, partial(_member_begins, path, member), left_out):
                     continue
-                check_utf8(member, path)
-                if member in seen:
-                    raise tarfile.ReadError(f"member {member} is there twice")
-                seen.add(member)
-                yield relative, member, offset, size
+                if member.name not in seen:
+                    seen[member.name] = member.offset
+                    yield path, member
+                elif member.offset is not None and member.offset == seen[member.name]:
+                    left_out["link to itself"] += 1
+                else:
+                    raise tarfile.ReadError(
+                        f"member {member.name} is there twice, as in tars that were joined or "
+                        "appended to"
+                    )
         except PipelineError:
             raise
         except Exception as error:  # hostile headers make tarfile raise any exception
             raise _broken(path, _tar_reason(path, error)) from None
+
+
+def _member_begins(path: Location, member: TarMember, formats: Sequence[str]) -> bool:
+    return member.offset is None or _begins_like_image(path, member.offset, formats)
 
 
 def _check_regular(path: Path) -> None:
@@ -277,10 +368,8 @@ def _tar_reason(path: Path, error: Exception) -> str:
     return one_line(error) or type(error).__name__
 
 
-def _list_parquet(name: str, source: SourceSpec) -> Iterator[Found]:
-    root = as_location(source.root)
-    for path in _matching_files(name, source, ".parquet"):
-        relative = path.relative_to(root).as_posix()
+def _list_parquet(name: str, source: SourceSpec, left_out: Counter[str]) -> Iterator[Found]:
+    for path in _matching_files(name, source, ".parquet", left_out):
         try:
             _check_regular(path)
             with _open_parquet(path) as file:
@@ -293,30 +382,72 @@ def _list_parquet(name: str, source: SourceSpec) -> Iterator[Found]:
         except Exception as error:  # damaged metadata makes Arrow raise any exception
             raise _broken(path, one_line(error) or type(error).__name__) from None
         for row in range(num_rows):
-            yield relative, str(row), None, None
+            yield path, TarMember(str(row))
 
 
 def _broken(path: Path, reason: str) -> PipelineError:
     return PipelineError(f"{path}: broken: {reason}; replace the file or leave it out")
 
 
-def _matching_files(name: str, source: SourceSpec, suffix: str) -> list[Path]:
-    """The files that a pattern names, each once, in the order of their names."""
+def _matching_files(
+    name: str, source: SourceSpec, suffix: str, left_out: Counter[str]
+) -> list[Location]:
+    """The files that a pattern names, each once, in the order of their names.
+
+    Without a pattern, `left_out` learns of files that are neither such nor beside such.
+    """
     root = as_location(source.root)
-    found: set[Path] = set()
-    for pattern in _expand(name, source.pattern or f"**/*{suffix}"):
+    patterns = _expand(name, source.pattern or f"**/*{suffix}")
+    found: set[Location] = set()
+    for pattern in patterns:
         if any(letter in pattern for letter in "*?["):
             found.update(path for path in root.glob(pattern) if not _is_hidden(path, root))
         elif (root / pattern).is_file():
             found.add(root / pattern)
         else:
             raise PipelineError(f"index.{name}.pattern: {root / pattern}: no such file")
+    deep = [Path(pattern).parts for pattern in patterns if "**" in Path(pattern).parts]
+    others: Counter[str] = Counter()
+    if not found or (deep and not is_url(root)):  # `glob` stops at links to folders
+        for path in _files_below(root, others):
+            if any(_fits(path.relative_to(root).parts, parts) for parts in deep):
+                found.add(path)
+            elif path.suffix.lower() not in COMPANIONS:
+                others[_kind(path.name)] += 1
     if not found:
         raise PipelineError(
             f"index.{name}: no {suffix} file below {root}"
             + (f" matches pattern {source.pattern!r}" if source.pattern else "")
+            + _hint(others)
         )
+    if not source.pattern:
+        left_out.update({kind: n for kind, n in others.items() if kind not in SHARD_FORMATS})
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path has the form of a pattern in which `**` stands for any folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**" and _fits(parts, pattern[1:]):
+        return True
+    if not parts:
+        return False
+    if pattern[0] == "**":
+        return _fits(parts[1:], pattern)
+    is_same = fnmatchcase(parts[0].lower(), pattern[0].lower())
+    return is_same and _fits(parts[1:], pattern[1:])
+
+
+def _hint(others: Counter[str]) -> str:
+    """What there is instead of images, and what to do about it."""
+    hint = f"; left out: {counted(others)}" if others else ""
+    formats = {SHARD_FORMATS.get(kind, "folder") for kind in others.keys() & FORMAT_KINDS}
+    if formats:
+        hint += f"; for these write format: {' or '.join(sorted(formats))}"
+    if any(kind.endswith(PACKED) for kind in others):
+        hint += "; packed files have to be unpacked first"
+    return hint
 
 
 def _expand(name: str, pattern: str) -> list[str]:
@@ -416,7 +547,7 @@ def _row_group_of(path: Path, row: int) -> tuple[int, int]:
 
 
 def _open_parquet(path: Location) -> pq.ParquetFile:
-    return pq.ParquetFile(path.open("rb") if is_url(path) else path)
+    return pq.ParquetFile(path.open("rb") if is_url(path) else utf8_text(str(path), path))
 
 
 @lru_cache(maxsize=64)

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict
 
-from pipeline.files import as_location
+from pipeline.files import as_location, check_written
 
-RelaxedPath = Annotated[Path, Strict(False)]
+RelaxedPath = Annotated[Path, Strict(False), BeforeValidator(check_written)]
 # A path or a URL, see `pipeline.files.as_location`.
 RelaxedLocation = Annotated[Any, BeforeValidator(as_location), PlainSerializer(str)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -15,7 +15,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline.errors import PipelineError
-from pipeline.files import write_bytes
+from pipeline.files import given_path, utf8_text, write_bytes
 
 _FOLDER = Path(__file__).parent
 _BENCHES = _FOLDER / "benches"
@@ -82,8 +82,10 @@ def write_preset(
     if (images or categories) and name not in _OWN_IMAGES:
         own = " and ".join(_OWN_IMAGES)
         raise PipelineError(f"--images and --categories belong to the presets {own}, not {name}")
-    if images is not None and not images.is_dir():
-        raise PipelineError(f"--images: {images}: no such folder")
+    if images is not None:
+        images = given_path(images)
+        if not images.is_dir():
+            raise PipelineError(f"--images: {images}: no such folder")
     if out.exists() and not force:
         raise PipelineError(f"{out}: exists already; add --force to overwrite it")
     write_bytes(out, _filled_in(text, images, categories).encode())
@@ -119,7 +121,7 @@ def _filled_in(text: str, images: Path | None, categories: list[str] | None) -> 
     yaml.width = 100
     content = yaml.load(text)
     if images is not None:
-        content["index"]["photos"]["root"] = str(images)
+        content["index"]["photos"]["root"] = utf8_text(str(images), images)
     if categories is not None:
         content["categories"] = categories
     buffer = StringIO()

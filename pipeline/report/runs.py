@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import counted
 from pipeline.report.inputs import integer, is_wanted, read_object
 from pipeline.report.wording import ITEM_NAMES, STAGES
 
@@ -73,6 +74,8 @@ def _run(path: Path, name: str) -> dict[str, Any]:
         for key, value in stats.get("counts", {}).items()
         if value or key == "cached"
     }
+    if stats.get("left_out"):
+        counts["left out"] = counted(stats["left_out"])
     return {
         "name": name,
         "num_items": stats.get("items") or 0,

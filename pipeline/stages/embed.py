@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -58,9 +59,9 @@ def run(
     """Embed all images of a source.
 
     The shards have one row an image, in the order of the source, whatever the number of workers. An
-    image that cannot be read is a row with status "skipped" and the reason. Embeddings are cached
-    by the content of the image: a run that was killed continues, and images seen before are not
-    embedded again.
+    image that cannot be read is a row with status "skipped" and the reason; files that are no
+    images are counted by kind, as `left_out`. Embeddings are cached by the content of the image: a
+    run that was killed continues, and images seen before are not embedded again.
 
     Args:
         name: name of the source.
@@ -75,7 +76,8 @@ def run(
         PipelineError: no image is there, none or too few can be read, or the encoder cannot be
             loaded.
     """
-    refs = list(list_images(name, source))
+    left_out: Counter[str] = Counter()
+    refs = list(list_images(name, source, left_out))
     job = Job(
         "embed",
         refs,
@@ -85,6 +87,7 @@ def run(
         remedy=f"They lie below {source.root}: index.{name}.root",
         suffix=".parquet",
         max_error_rate=params.max_error_rate,
+        left_out=left_out,
     )
     run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
 

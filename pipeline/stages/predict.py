@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -14,11 +16,11 @@ from PIL import Image
 from pipeline.engine.batching import batches
 from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
-from pipeline.errors import PipelineError
-from pipeline.files import atomic_path, replace_dir
-from pipeline.formats.images import ImageError, load_image
+from pipeline.errors import PipelineError, counted
+from pipeline.files import atomic_path, given_path, native_path, replace_dir, utf8_text
+from pipeline.formats.images import EXTENSIONS, ImageError, load_image
 from pipeline.formats.rle import coco_annotation, encode_crop
-from pipeline.formats.sources import EXTENSIONS, check_utf8
+from pipeline.formats.sources import image_files
 from pipeline.inference.segmenter import Prediction, Segmenter
 from pipeline.params.base import PredictionSettings
 from pipeline.params.sections import EvaluateParams
@@ -44,7 +46,8 @@ def run(
     `predictions.json` is a COCO file: images (an id from 1, width, height, file_name, and
     `overlay`, the picture's name), annotations (ids from 1, RLE with text counts, box x y width
     height, area, score), categories (ids from 1, in the order asked for), and `skipped`, the images
-    that could not be read. The outputs of an earlier run are replaced when everything is done.
+    that could not be read. `stats.json` counts other files by kind, as `left_out`. The outputs of
+    an earlier run are replaced when everything is done.
 
     Args:
         inputs: image files, and folders that are searched through all levels.
@@ -58,7 +61,8 @@ def run(
         PipelineError: a path that does not exist, no image, none that can be read, a checkpoint or
             category that cannot be used, or an `overlays` folder that something else made.
     """
-    paths = list_inputs(inputs, out_dir)
+    left_out: Counter[str] = Counter()
+    paths = list_inputs(inputs, out_dir, left_out)
     _check_out(out_dir)
     segmenter = Segmenter.load(
         checkpoint_dir,
@@ -73,13 +77,14 @@ def run(
         replace_dir(out_dir / OVERLAYS) as overlay_dir,
         json_path.open("w", encoding="utf-8") as file,
     ):
+        stage.left_out.update(left_out)
         output = _CocoWriter(file)
         names = _UniqueNames()
         for batch in batches(_load(paths, stage), params.batch_size):
             predictions = segmenter.predict([image for _, image in batch])
             for (path, image), prediction in zip(batch, predictions, strict=True):
                 name = f"{names.take(path.stem)}.png"
-                _draw(image, prediction).save(overlay_dir / name)
+                _draw(image, prediction).save(overlay_dir / native_path(name))
                 output.add(path, image, prediction, overlay=f"{OVERLAYS}/{name}")
                 stage.advance()
         if not stage.items:
@@ -90,40 +95,46 @@ def run(
         output.finish(segmenter.categories, stage.skipped)
 
 
-def list_inputs(inputs: Sequence[Path], out_dir: Path) -> list[Path]:
+def list_inputs(
+    inputs: Sequence[Path], out_dir: Path, left_out: Counter[str] | None = None
+) -> list[Path]:
     """The image files that `inputs` stand for, each once, folders in sorted order.
 
-    Of a folder the files with an image's extension count, hidden ones and those in
-    `OUT_DIR/overlays` do not; a file that is named counts always.
+    Of a folder those count that the stage embed would list, those in `OUT_DIR/overlays` do not; a
+    file that is named counts always.
+
+    Args:
+        inputs: files and folders; a leading `~` is expanded.
+        out_dir: folder of the outputs.
+        left_out: learns how many files of which kind are no images, and how many were seen twice.
+
+    Returns:
+        Paths as UTF-8 text; `native_path` opens them under any locale.
 
     Raises:
-        PipelineError: a path does not exist or is not UTF-8, or there is no image.
+        PipelineError: a path does not exist or is not UTF-8, a folder cannot be listed, or there is
+            no image.
     """
-    ours = (Path(out_dir) / OVERLAYS).resolve()
-    found: dict[Path, Path] = {}
-    for path in map(Path, inputs):
+    left_out = Counter() if left_out is None else left_out
+    ours = os.path.realpath(Path(out_dir) / OVERLAYS)
+    found: dict[str, Path] = {}
+    for path in map(given_path, map(Path, inputs)):
         if not path.exists():
             raise PipelineError(f"{path}: no such file or folder")
-        files = [path] if path.is_file() else _images_below(path)
-        for file in files:
-            check_utf8(str(file), file)
-            resolved = file.resolve()
-            if file is path or ours not in resolved.parents:
-                found.setdefault(resolved, file)
+        for file in image_files(path, left_out) if path.is_dir() else [path]:
+            text = Path(utf8_text(str(file), file))
+            resolved = os.path.realpath(file)
+            if file is not path and resolved.startswith(f"{ours}{os.sep}"):
+                continue
+            if found.setdefault(resolved, text) is not text:
+                left_out["seen twice"] += 1
     if not found:
         listed = ", ".join(map(str, inputs)) or "no path"
-        raise PipelineError(f"{listed}: no image; expected files of {', '.join(EXTENSIONS)}")
+        others = f"; left out: {counted(left_out)}" if left_out else ""
+        raise PipelineError(
+            f"{listed}: no image; expected files of {', '.join(EXTENSIONS)}{others}"
+        )
     return list(found.values())
-
-
-def _images_below(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
 
 
 def _check_out(out_dir: Path) -> None:
@@ -141,7 +152,7 @@ def _check_out(out_dir: Path) -> None:
 def _load(paths: Iterable[Path], stage: StageRun) -> Iterator[tuple[Path, Image.Image]]:
     for path in paths:
         try:
-            yield path, load_image(path)
+            yield path, load_image(native_path(path))
         except ImageError as error:
             stage.skip(str(path), str(error))
 
