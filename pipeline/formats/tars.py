@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import posixpath
+import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pipeline.files import Location
@@ -42,8 +43,7 @@ def find_members(path: Location, left_out: Counter[str]) -> Iterator[TarMember]:
         tarfile.ReadError: the tar is cut off, damaged or none.
     """
     headers = list(tar_headers(path))
-    by_name = {posixpath.normpath(header.name): header for header in headers}
-    by_name.update((posixpath.normpath(file.name), file) for file in headers if file.isreg())
+    by_name = _by_name(headers) if any(map(_is_link, headers)) else {}
     for header in headers:
         target = _follow(header, by_name)
         if isinstance(target, str):
@@ -59,9 +59,28 @@ def find_members(path: Location, left_out: Counter[str]) -> Iterator[TarMember]:
                 yield TarMember(header.name, target.offset_data, target.size)
 
 
+def _is_link(header: TarHeader) -> bool:
+    return header.issym() or header.islnk()
+
+
+def _by_name(headers: Sequence[TarHeader]) -> dict[str, TarHeader]:
+    """What each name stands for; a file rather than a link, where a name is there twice."""
+    ordered = sorted(headers, key=lambda header: header.isreg())
+    by_name = {posixpath.normpath(header.name): header for header in ordered}
+    for folder in {posixpath.dirname(name) for name in by_name}:
+        by_name.setdefault(folder, _folder(folder))  # which often have no member of their own
+    return by_name
+
+
+def _folder(name: str) -> TarHeader:
+    header = TarHeader(name)
+    header.type = tarfile.DIRTYPE
+    return header
+
+
 def _follow(header: TarHeader, by_name: Mapping[str, TarHeader], depth: int = 0) -> TarHeader | str:
     """What a header stands for in the end, or why that is not there."""
-    if not (header.issym() or header.islnk()):
+    if not _is_link(header):
         return header
     if depth == MAX_LINKS:
         return "link that leads to itself"
