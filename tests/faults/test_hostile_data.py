@@ -128,7 +128,8 @@ class TestFiles:
         """Neither when listed, nor when it takes the place of an image after that."""
         make(tmp_path / "x.jpg")
         (tmp_path / "y.jpg").write_bytes(JPEG)
-        assert within(PATIENCE_S, lambda: names(tmp_path)) == ["y.jpg"]
+        listed = within(PATIENCE_S, lambda: names(tmp_path))
+        assert listed == (["y.jpg"] if make is Path.mkdir else ["x.jpg", "y.jpg"])
         for read in (lambda: read_image(ref_of(tmp_path / "x.jpg")),
                      lambda: load_image(tmp_path / "x.jpg")):  # fmt: skip
             with pytest.raises(ImageError, match=r"^(file is missing|cannot be read: .*)$"):
@@ -271,14 +272,19 @@ class TestTars:
         )
         assert b"ReadError" in done.stderr
 
-    def test_links_and_devices_are_no_images(self, tmp_path: Path) -> None:
+    def test_links_out_of_the_tar_and_devices_are_listed_and_never_read(self, tmp_path: Path) -> None:
         kinds = {b"1": b"/etc/passwd", b"2": b"/etc/passwd", b"3": b"", b"4": b"", b"6": b""}
         members = [
             tar_member(b"%b.jpg" % kind, b"", kind=kind, link=link) for kind, link in kinds.items()
         ]
         (tmp_path / "0.tar").write_bytes(b"".join(members) + GOOD + TAR_END)
-        (ref,) = list_images("s", Source(tmp_path, "webdataset"))
+        *odd, ref = list_images("s", Source(tmp_path, "webdataset"))
         assert (ref.member, read_image(ref)) == ("good.jpg", JPEG)
+        assert [ref.member for ref in odd] == [f"{kind.decode()}.jpg" for kind in kinds]
+        for ref in odd:
+            with pytest.raises(ImageError, match=r"not in the tar|not a regular file") as error:
+                read_image(ref)
+            check_reason(error.value)
 
     def test_evil_names_are_only_names(self, tmp_path: Path) -> None:
         long_name = b"n" * 1_000_000 + b".jpg"

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import tarfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,13 +18,14 @@ import pytest
 from pipeline.errors import PipelineError
 from pipeline.formats.images import ImageError
 from pipeline.formats.sources import ImageRef, list_images, read_image, sample_key
+from tests.conftest import encoded_image, noise_image
 
 ROW_GROUP = 3
 
 
 @dataclass(frozen=True)
 class Source:
-    root: Path
+    root: Path | str
     format: Literal["folder", "webdataset", "parquet"] = "folder"
     pattern: str = ""
 
@@ -111,7 +113,7 @@ class TestFolder:
             Path(name).name for name in ["größe/猫.jpg", *names[:3]]
         ]
 
-    def test_links_are_followed_but_loops_are_not(self, tmp_path: Path) -> None:
+    def test_links_are_followed_but_loops_are_counted(self, tmp_path: Path) -> None:
         root = tmp_path / "root"
         touch(root / "a/1.jpg", tmp_path / "elsewhere/2.jpg")
         (root / "a/up").symlink_to(root)
@@ -119,7 +121,67 @@ class TestFolder:
         (root / "other").symlink_to(tmp_path / "elsewhere")
         (root / "dangling.jpg").symlink_to(tmp_path / "gone.jpg")
         (root / "linked.jpg").symlink_to(root / "a/1.jpg")
-        assert paths(root) == ["a/1.jpg", "linked.jpg", "other/2.jpg"]
+        left_out: Counter[str] = Counter()
+        refs = list(list_images("s", Source(root), left_out))
+        assert [os.path.relpath(ref.path, root) for ref in refs] == [
+            "a/1.jpg", "dangling.jpg", "linked.jpg", "other/2.jpg",
+        ]  # fmt: skip
+        with pytest.raises(ImageError, match="file is missing"):
+            read_image(refs[1])
+        assert left_out == {"link to a folder above": 2}
+
+    def test_other_files_are_read_by_their_first_bytes_or_counted_by_kind(
+        self, tmp_path: Path
+    ) -> None:
+        picture = encoded_image(noise_image(1), "JPEG")
+        for name in ("plain", "a.jpg_large", "b.heic", "c.jfif", "d.jpe"):
+            (tmp_path / name).write_bytes(picture)
+        touch(tmp_path / "README", tmp_path / "e.heic", tmp_path / "f.HEIC", tmp_path / "g.svg")
+        touch(tmp_path / "photo.20240131", tmp_path / "h.json", tmp_path / "i.txt")
+        (tmp_path / "raw.cr2").write_bytes(encoded_image(noise_image(1), "TIFF"))
+        touch(tmp_path / "._a.jpg")
+        left_out: Counter[str] = Counter()
+        refs = list(list_images("s", Source(tmp_path), left_out))
+        assert [Path(ref.path).name for ref in refs] == [
+            "a.jpg_large", "b.heic", "c.jfif", "d.jpe", "plain",
+        ]  # fmt: skip
+        assert left_out == {".heic": 2, ".svg": 1, ".cr2": 1, "without extension": 2, "hidden": 1}
+
+    def test_a_folder_that_cannot_be_listed_is_named(self, tmp_path: Path) -> None:
+        touch(tmp_path / "a.jpg", tmp_path / "locked/b.jpg")
+        (tmp_path / "locked").chmod(0)
+        if os.access(tmp_path / "locked", os.R_OK):
+            pytest.skip("this user may read everything")
+        try:
+            with pytest.raises(PipelineError, match=r"locked: cannot be listed: .*make it readable"):
+                paths(tmp_path)
+        finally:
+            (tmp_path / "locked").chmod(0o700)
+
+    @pytest.mark.parametrize(
+        ("file", "format", "remedy"),
+        [
+            ("a/0.tar", "folder", "write format: webdataset"),
+            ("0.parquet", "folder", "write format: parquet"),
+            ("0.tar.gz", "folder", "1 .tar.gz; packed files have to be unpacked first"),
+            ("0.tar.gz", "webdataset", "1 .tar.gz; packed files have to be unpacked first"),
+            ("a/0.tgz", "webdataset", "1 .tgz; packed files have to be unpacked first"),
+            ("a/0.jpg", "webdataset", "write format: folder"),
+            ("a/0.tar", "parquet", "write format: webdataset"),
+            ("0.heic", "folder", "left out: 1 .heic"),
+        ],
+    )
+    def test_what_there_is_instead_is_told(
+        self, tmp_path: Path, file: str, format: str, remedy: str
+    ) -> None:
+        touch(tmp_path / file)
+        with pytest.raises(PipelineError, match=rf"index\.s: no .*{re.escape(remedy)}"):
+            paths(tmp_path, format=format)
+
+    @pytest.mark.parametrize("root", ["~/photos", "file:/photos", "s3:/bucket", "C:\\photos"])
+    def test_a_root_that_nobody_means_is_named(self, root: str) -> None:
+        with pytest.raises(PipelineError, match=rf"index\.s\.root: {re.escape(root)}: .*write"):
+            list(list_images("s", Source(root)))
 
     def test_same_content_twice_is_two_images(self, tmp_path: Path) -> None:
         (tmp_path / "1.jpg").write_bytes(b"x")
@@ -186,6 +248,26 @@ class TestWebDataset:
             write_tar(tmp_path / f"{name}.tar", {"x.png": b"x"})
         found = paths(tmp_path, format="webdataset", pattern=pattern)
         assert found == [f"{name}.tar:x.png" for name in expected]
+
+    @pytest.mark.parametrize("pattern", ["", "**/*.tar"])
+    def test_tars_in_linked_folders_and_in_capitals_are_found(
+        self, tmp_path: Path, pattern: str
+    ) -> None:
+        root = tmp_path / "root"
+        write_tar(root / "A.TAR", {"x.png": b"x"})
+        write_tar(tmp_path / "elsewhere/b.tar", {"x.png": b"x"})
+        (root / "link").symlink_to(tmp_path / "elsewhere")
+        (root / "link/up").symlink_to(root)
+        found = paths(root, format="webdataset", pattern=pattern)
+        assert found == ["A.TAR:x.png", "link/b.tar:x.png"]
+
+    def test_files_beside_the_tars_are_counted(self, tmp_path: Path) -> None:
+        write_tar(tmp_path / "0.tar", {"x.png": b"x"})
+        touch(tmp_path / "0.parquet", tmp_path / "0_stats.json", tmp_path / "1.tar.gz")
+        touch(tmp_path / "loose.jpg")
+        left_out: Counter[str] = Counter()
+        list(list_images("s", Source(tmp_path, "webdataset"), left_out))
+        assert left_out == {".tar.gz": 1, ".jpg": 1}
 
     @pytest.mark.parametrize("pattern", ["{0..1.tar", "/data/*.tar", "../*.tar", "**a/*.tar"])
     def test_patterns_that_mean_nothing_are_named(self, tmp_path: Path, pattern: str) -> None:
