@@ -91,7 +91,7 @@ def check_written(text: Any) -> Any:
         ValueError: it is one that nobody means; the message says what to write.
     """
     written = str(text)
-    if isinstance(text, str) and _expanded(Path(text)) != Path(text):
+    if written.startswith("~") and _expanded(Path(written)) != Path(written):
         raise ValueError(f"{written}: ~ is not expanded here; write {_expanded(Path(text))}")
     if WINDOWS_PATH.match(written) and os.name != "nt":
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -21,6 +22,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.files import (
+    as_location,
     atomic_path,
     check_writable,
     claim,
@@ -400,3 +402,31 @@ def test_a_fork_does_not_hold_its_parents_claims(tmp_path: Path) -> None:
         os.kill(orphan, signal.SIGKILL)
         os.close(read)
         os.close(write)
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("~/photos", "write /home/me/photos"),
+        ("~", "write /home/me"),
+        ("file:/abs/photos", "write the path alone, /abs/photos"),
+        ("file://abs/photos", "write the path alone, /abs/photos"),
+        ("s3:/bucket/a", "write s3://bucket/a"),
+        ("gs:/bucket", "write gs://bucket"),
+        ("C:\\photos", "a path of Windows"),
+        ("d:/photos", "a path of Windows"),
+        ("\\\\server\\photos", "a path of Windows"),
+    ],
+)
+def test_what_nobody_means_as_a_location_is_told(
+    monkeypatch: pytest.MonkeyPatch, text: str, remedy: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    with pytest.raises(ValueError, match=re.escape(f"{text}: ") + ".*" + re.escape(remedy)):
+        as_location(text)
+
+
+@pytest.mark.parametrize("text", ["~nobody-at-all/x", "./~", "a:b", "./s3:/x", "data/C:", "7:/x"])
+def test_odd_names_are_locations(text: str) -> None:
+    assert as_location(text) == Path(text)
+    assert as_location(as_location(text)) == Path(text)

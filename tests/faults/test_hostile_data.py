@@ -272,7 +272,9 @@ class TestTars:
         )
         assert b"ReadError" in done.stderr
 
-    def test_links_out_of_the_tar_and_devices_are_listed_and_never_read(self, tmp_path: Path) -> None:
+    def test_links_out_of_the_tar_and_devices_are_listed_and_never_read(
+        self, tmp_path: Path
+    ) -> None:
         kinds = {b"1": b"/etc/passwd", b"2": b"/etc/passwd", b"3": b"", b"4": b"", b"6": b""}
         members = [
             tar_member(b"%b.jpg" % kind, b"", kind=kind, link=link) for kind, link in kinds.items()

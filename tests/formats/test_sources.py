@@ -153,7 +153,9 @@ class TestFolder:
         if os.access(tmp_path / "locked", os.R_OK):
             pytest.skip("this user may read everything")
         try:
-            with pytest.raises(PipelineError, match=r"locked: cannot be listed: .*make it readable"):
+            with pytest.raises(
+                PipelineError, match=r"locked: cannot be listed: .*make it readable"
+            ):
                 paths(tmp_path)
         finally:
             (tmp_path / "locked").chmod(0o700)

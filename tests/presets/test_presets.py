@@ -182,3 +182,15 @@ def test_a_papers_preset_behaves_like_the_published_code(tmp_path: Path, name: s
     content = params.model_dump()
     for section, settings in published.items():
         assert {key: content[section][key] for key in settings} == settings, section
+
+
+def test_a_home_that_no_shell_has_expanded_is_written_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "photos").mkdir()
+    path = tmp_path / "params.yaml"
+    write_preset("folder", path, images=Path("~/photos"))
+    assert read_params(path).index["photos"].root == tmp_path / "photos"
+    with pytest.raises(PipelineError, match="a URL cannot be used here"):
+        write_preset("folder", tmp_path / "other.yaml", images=Path("s3://bucket"))

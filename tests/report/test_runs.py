@@ -51,3 +51,11 @@ def test_demo_world_is_a_stage_of_its_own_once_it_was_drawn(tree: Tree) -> None:
         {"stage": "world", "items": 10, "skipped": 0, "seconds": 1.0, "skipped_items": []},
     )
     assert "<h3>world</h3>" in section(tree.report(), "pipeline")
+
+
+def test_files_that_were_left_out_are_shown(tree: Tree) -> None:
+    write_json(
+        tree.reports_dir / "stats" / "mask.json",
+        {"stage": "mask", "items": 1, "skipped": 0, "left_out": {".svg": 1, ".heic": 3}},
+    )
+    assert "left out 3 .heic, 1 .svg" in text_of(section(tree.report(), "pipeline"))

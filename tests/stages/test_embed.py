@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,8 +30,10 @@ from pipeline.params.base import EncoderParams
 from pipeline.params.sections import EmbedParams, SourceParams
 from pipeline.stages import embed
 from tests.processes import Fork
+from tests.stages.tiny_checkpoint import write_checkpoint
 
 KILLED_IMAGES = 800
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 @pytest.fixture
@@ -281,3 +286,104 @@ def test_retrieve_finds_shards_that_are_not_those_of_the_manifest(
         shutil.copy(first, first.with_name("00002.parquet"))
     with pytest.raises(PipelineError, match=r"0000.\.parquet: .* bytes, _manifest\.json says"):
         list_embedding_shards([first.parent])
+
+
+def test_files_that_are_no_images_are_counted_by_kind(
+    run: Callable, make_image_folder: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_image_folder(count=3)
+    (root / "0.jpg").rename(root / "0")
+    (root / "gone.jpg").symlink_to("nowhere")
+    for name in ("a.heic", "b.heic", "README", "notes.txt"):
+        (root / name).write_bytes(b"text")
+    _, stats = run(SourceParams(root=root))
+    assert (stats["items"], stats["skipped"]) == (3, 1)
+    assert stats["skipped_items"] == [{"item": f"{root}/gone.jpg", "reason": "file is missing"}]
+    assert stats["left_out"] == {".heic": 2, "without extension": 1}
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.endswith(", left out: 2 .heic, 1 without extension")
+
+
+def test_every_member_of_a_foreign_tar_is_read_or_listed(
+    run: Callable, make_image_folder: Callable, tmp_path: Path
+) -> None:
+    pictures = make_image_folder(count=4)
+    for number in (0, 2):
+        with tarfile.open(tmp_path / f"{number}.part", "w") as tar:
+            for name in (f"{number}.jpg", f"{number + 1}.jpg"):
+                tar.add(pictures / name, name)
+            link = tarfile.TarInfo(f"link{number}.jpg")
+            link.type, link.linkname = tarfile.LNKTYPE, f"{number}.jpg"
+            tar.addfile(link)
+            link = tarfile.TarInfo(f"out{number}.jpg")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(link)
+    (tmp_path / "tars").mkdir()
+    parts = [(tmp_path / f"{number}.part").read_bytes() for number in (0, 2)]
+    (tmp_path / "tars/0.tar").write_bytes(b"".join(parts))
+    table, stats = run(SourceParams(format="webdataset", root=tmp_path / "tars"))
+    rows = {row["member"]: row for row in table.to_pylist()}
+    assert (len(rows), stats["items"], stats["skipped"]) == (8, 6, 2)
+    assert rows["link2.jpg"]["embedding"] == rows["2.jpg"]["embedding"]
+    assert rows["out0.jpg"]["error_message"] == "link to /etc/passwd, which is not in the tar"
+
+
+IN_C = """
+import os, sys, torch
+from pathlib import Path
+from pipeline.engine.runtime import Runtime
+from pipeline.params.base import EncoderParams
+from pipeline.params.sections import EmbedParams, EvaluateParams, SourceParams
+from pipeline.stages import embed, predict
+model, weights, checkpoint, work = sys.argv[1:]
+work, folder = Path(work), chr(0x72AC)
+runtime = Runtime(torch.device("cpu"), None, 0, work / "cache")
+encoder = EncoderParams(model=model, pretrained=weights)
+for format in ("folder", "webdataset"):
+    embed.run(
+        name="pool", source=SourceParams(format=format, root=folder), out_dir=work / format,
+        params=EmbedParams(encoder=encoder, workers=0), runtime=runtime,
+        stats_path=work / f"{format}.json",
+    )
+predict.run(
+    inputs=[Path(os.fsdecode(folder.encode()))], categories=None,
+    checkpoint_dir=Path(checkpoint), out_dir=work / "predict", params=EvaluateParams(),
+    runtime=runtime,
+)
+"""
+
+
+def test_names_are_the_same_under_a_locale_without_their_letters(
+    tmp_path: Path, tiny_clip: tuple[Path, Path], make_image_folder: Callable
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny_clip)
+    root = make_image_folder("犬", count=1)
+    (root / "0.jpg").rename(root / "Müller 犬.jpg")
+    with tarfile.open(root / "ß.tar", "w") as tar:
+        tar.add(root / "Müller 犬.jpg", "Müller/犬.jpg")
+    (root / "gone ü.jpg").symlink_to("nowhere")
+    made = []
+    for name, locale in (("utf8", {"PYTHONUTF8": "1"}), ("c", C_LOCALE)):
+        work = tmp_path / name
+        done = subprocess.run(
+            [sys.executable, "-c", IN_C, *tiny_clip, checkpoint, work],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | locale,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        rows = [
+            (row["key"], row["path"], row["member"], row["status"])
+            for format in ("folder", "webdataset")
+            for row in pq.read_table(work / format / "00000.parquet").to_pylist()
+        ]
+        predicted = json.loads((work / "predict/predictions.json").read_text("utf-8"))
+        overlays = sorted(path.name for path in (work / "predict/overlays").iterdir())
+        made.append((rows, predicted["images"], predicted["skipped"], overlays))
+    assert made[0] == made[1]
+    rows, images, skipped, _ = made[1]
+    assert rows[0][1:] == ("犬/Müller 犬.jpg", None, "ok")
+    assert rows[2][1:] == ("犬/ß.tar", "Müller/犬.jpg", "ok")
+    assert images[0]["file_name"] == "犬/Müller 犬.jpg"
+    assert [Path(item["item"]).name for item in skipped] == ["gone ü.jpg"]

@@ -17,10 +17,11 @@ from pycocotools.coco import COCO
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.formats.images import ImageError
+from pipeline.formats.sources import list_images
 from pipeline.inference.inputs import input_size
 from pipeline.inference.segmenter import Segmenter
 from pipeline.params.base import PredictionSettings
-from pipeline.params.sections import EvaluateParams
+from pipeline.params.sections import EvaluateParams, SourceParams
 from pipeline.stages import predict
 from tests.conftest import encoded_image, noise_image
 from tests.stages.tiny_checkpoint import write_checkpoint
@@ -379,3 +380,43 @@ def test_scores_and_remainders_are_settings_of_the_segmenter(
     assert scores[0] != pytest.approx(scores[1], rel=1e-4)
     assert (results[0].semantic == results[1].semantic).all()
     assert (results[0].semantic != results[2].semantic).any()
+
+
+def test_a_folder_is_listed_as_by_embed(
+    photos: Path,
+    tmp_path: Path,
+    checkpoint_dir: Path,
+    runtime: Runtime,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(photos / "a.jpg", elsewhere / "far.jpg")
+    shutil.copy(photos / "a.jpg", elsewhere / "plain")
+    (photos / "linked").symlink_to(elsewhere)
+    (photos / "again").symlink_to(elsewhere)
+    (photos / "deep/up").symlink_to(photos)
+    (photos / "gone.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(photos / "pipe.jpg")
+    (photos / "x.heic").write_bytes(b"heic")
+    content = predict_into(tmp_path / "out", [photos], checkpoint_dir, runtime)
+    seen = [Path(item["file_name"]).name for item in content["images"]]
+    assert seen == ["a.jpg", "far.jpg", "plain", "A.png", "b.jpg", "dot.jpg"]
+    reasons = {Path(item["item"]).name: item["reason"] for item in content["skipped"]}
+    assert list(reasons) == ["cut.jpg", "empty.png", "gone.jpg", "pipe.jpg"]
+    stats = json.loads((tmp_path / "out/stats.json").read_text())
+    left_out = {".heic": 1, "hidden": 1, "link to a folder above": 1, "seen twice": 2}
+    assert stats["left_out"] == left_out
+    assert "left out: 2 seen twice, 1 .heic, 1 hidden" in capsys.readouterr().out
+    listed = {os.path.realpath(ref.path) for ref in list_images("s", SourceParams(root=photos))}
+    assert listed == {os.path.realpath(path) for path in predict.list_inputs([photos], tmp_path)}
+
+
+def test_paths_that_no_shell_has_expanded(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    listed = predict.list_inputs([Path("~/photos")], tmp_path / "out")
+    assert listed == predict.list_inputs([photos], tmp_path / "out")
+    with pytest.raises(PipelineError, match="must be a path; a URL cannot"):
+        predict.list_inputs([Path("s3://bucket/photos")], tmp_path / "out")
