@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.cli import main
 from pipeline.engine.runtime import Runtime
@@ -265,6 +266,7 @@ def test_evil_names_write_nothing_outside(
     for folder in (work / "tars", outside):
         folder.mkdir(parents=True)
     (outside / "precious.jpg").write_bytes(b"mine")
+    Image.new("RGB", (9, 9)).save(outside / "precious.png")
     evil = [b"../../outside/x.jpg", b"../outside/precious.jpg", b"%b/y.jpg" % bytes(outside),
             b"C:\\x.jpg", b"a\nb.jpg", b"%b/precious.jpg" % bytes(outside)[:80]]  # fmt: skip
     tar = b"".join(
@@ -272,7 +274,7 @@ def test_evil_names_write_nothing_outside(
         for number, name in enumerate(evil)
     )
     tar += pax_header(b"path", bytes(outside / "z.jpg")) + tar_member(b"z.jpg", b"no image")
-    tar += tar_member(b"link.jpg", b"", kind=b"2", link=bytes(outside / "precious.jpg"))
+    tar += tar_member(b"link.jpg", b"", kind=b"2", link=bytes(outside / "precious.png"))
     (work / "tars/0.tar").write_bytes(tar + TAR_END)
     model, weights = tiny_clip
     (work / "params.yaml").write_text(PARAMS.format(model=model, weights=weights))
