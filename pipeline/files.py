@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, install_command
 
 SCHEME = "://"
 URL_AS_PATH = re.compile(r"[a-z][a-z0-9+.-]+:/")
@@ -62,7 +62,7 @@ def as_location(text: Any) -> Location:
         location.fs  # noqa: B018 the package of this scheme is imported here
     except ImportError as error:
         raise ValueError(
-            f"URLs need further packages: pip install 'zutis-pipeline[remote]' ({error})"
+            f"URLs need further packages: {install_command('remote')} ({error})"
         ) from None
     except ValueError as error:
         raise ValueError(f"{text}: not a URL that fsspec knows ({error})") from None

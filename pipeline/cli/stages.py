@@ -9,7 +9,16 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipeline.cli.benches import alone, baseline, find_bench, result_name, shipped_bench
-from pipeline.cli.common import PARAMS, PATHS, EntryStatsPath, Session, StatsPath, location, names, try_outputs
+from pipeline.cli.common import (
+    PARAMS,
+    PATHS,
+    EntryStatsPath,
+    Session,
+    StatsPath,
+    location,
+    names,
+    try_outputs,
+)
 from pipeline.files import is_url, read_json
 from pipeline.presets import bench_text, list_benches, list_presets, write_preset
 

@@ -156,7 +156,7 @@ def test_missing_labels_are_named_before_the_bar_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     params = small_params(encoder, target="denseclip")
-    with pytest.raises(PipelineError, match=r"nowhere/manifest\.json.*train\.labels"):
+    with pytest.raises(PipelineError, match=r"nowhere/_manifest\.json.*train\.labels"):
         run(labels_dir, tmp_path, params, labels_dir=tmp_path / "nowhere")
     assert capsys.readouterr().err == ""
     assert list(tmp_path.iterdir()) == []

@@ -132,8 +132,7 @@ def _onnxruntime() -> ModuleType:
         import onnxruntime
     except ImportError as error:
         raise PipelineError(
-            "mask.source: onnx needs a further package: pip install 'zutis-pipeline[photos]' "
-            f"({error})"
+            f"mask.source: onnx needs a further package: {install_command('photos')} ({error})"
         ) from None
     return onnxruntime
 
