@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import PipelineError, first_line, listing
+from pipeline.errors import PipelineError, first_line, install_command, listing
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
