@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from ruamel.yaml import YAML
 
 from pipeline.errors import PipelineError
-from pipeline.files import as_location
+from pipeline.files import Location, as_location, check_writable, is_url
 
 if TYPE_CHECKING:  # importing torch takes seconds that `--help` and mistakes need not wait for
     from pipeline.engine.runtime import Runtime
@@ -103,6 +104,21 @@ def _location(text: str) -> Any:
         return as_location(text)
     except ValueError as error:  # of which typer would keep the value alone
         raise typer.BadParameter(str(error)) from None
+
+
+def try_outputs(*files: Path, folders: Sequence[Location] = ()) -> None:
+    """Find out now, before any network is loaded, whether a command can write what it is to.
+
+    URLs are tried when they are opened.
+
+    Raises:
+        OSError, PipelineError: as `check_writable`.
+    """
+    for path in files:
+        check_writable(path)
+    for path in folders:
+        if not is_url(path):
+            check_writable(path, folder=True)
 
 
 def names(text: str | None) -> list[str] | None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +18,15 @@ from pipeline.engine.batching import batches
 from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError, counted
-from pipeline.files import atomic_path, given_path, native_path, replace_dir, utf8_text
+from pipeline.files import (
+    atomic_path,
+    check_writable,
+    given_path,
+    native_path,
+    read_json,
+    replace_dir,
+    utf8_text,
+)
 from pipeline.formats.images import EXTENSIONS, ImageError, load_image
 from pipeline.formats.rle import coco_annotation, encode_crop
 from pipeline.formats.sources import image_files
@@ -53,16 +62,17 @@ def run(
         inputs: image files, and folders that are searched through all levels.
         categories: any names; None for those of the checkpoint.
         checkpoint_dir: folder that the train stage wrote.
-        out_dir: made if absent; images in its `overlays` are never taken as inputs.
+        out_dir: made if absent; pictures that this stage made, here or elsewhere below the
+            inputs, are never taken as inputs.
         params: section `evaluate` of params.yaml.
         runtime: device and precision.
 
     Raises:
         PipelineError: a path that does not exist, no image, none that can be read, a checkpoint or
-            category that cannot be used, or an `overlays` folder that something else made.
+            category that cannot be used, or an output that would replace something else.
     """
     left_out: Counter[str] = Counter()
-    paths = list_inputs(inputs, out_dir, left_out)
+    paths = list_inputs(inputs, left_out)
     _check_out(out_dir)
     segmenter = Segmenter.load(
         checkpoint_dir,
@@ -95,17 +105,14 @@ def run(
         output.finish(segmenter.categories, stage.skipped)
 
 
-def list_inputs(
-    inputs: Sequence[Path], out_dir: Path, left_out: Counter[str] | None = None
-) -> list[Path]:
+def list_inputs(inputs: Sequence[Path], left_out: Counter[str] | None = None) -> list[Path]:
     """The image files that `inputs` stand for, each once, folders in sorted order.
 
-    Of a folder those count that the stage embed would list, those in `OUT_DIR/overlays` do not; a
-    file that is named counts always.
+    Of a folder those count that the stage embed would list; pictures that this stage made, here or
+    elsewhere, do not. A file that is named counts always.
 
     Args:
         inputs: files and folders; a leading `~` is expanded.
-        out_dir: folder of the outputs.
         left_out: learns how many files of which kind are no images, and how many were seen twice.
 
     Returns:
@@ -116,17 +123,16 @@ def list_inputs(
             no image.
     """
     left_out = Counter() if left_out is None else left_out
-    ours = os.path.realpath(Path(out_dir) / OVERLAYS)
+    pictures_of = cache(_pictures_of_predict)
     found: dict[str, Path] = {}
     for path in map(given_path, map(Path, inputs)):
         if not path.exists():
             raise PipelineError(f"{path}: no such file or folder")
         for file in image_files(path, left_out) if path.is_dir() else [path]:
-            text = Path(utf8_text(str(file), file))
-            resolved = os.path.realpath(file)
-            if file is not path and resolved.startswith(f"{ours}{os.sep}"):
+            if file is not path and file in pictures_of(file.parent):
                 continue
-            if found.setdefault(resolved, text) is not text:
+            text = Path(utf8_text(str(file), file))
+            if found.setdefault(os.path.realpath(file), text) is not text:
                 left_out["seen twice"] += 1
     if not found:
         listed = ", ".join(map(str, inputs)) or "no path"
@@ -138,15 +144,43 @@ def list_inputs(
 
 
 def _check_out(out_dir: Path) -> None:
+    """Refuse a folder in which something would be replaced that no earlier run has written.
+
+    Raises:
+        PipelineError: with the name of such a thing.
+        OSError: nothing can be written there.
+    """
     if out_dir.exists() and not out_dir.is_dir():
         raise PipelineError(f"--out {out_dir}: is a file; expected a folder")
-    overlay_dir = out_dir / OVERLAYS
-    is_strange = overlay_dir.exists() and not (out_dir / PREDICTIONS).is_file()
-    if is_strange and (not overlay_dir.is_dir() or any(overlay_dir.iterdir())):
-        raise PipelineError(
-            f"--out {out_dir}: its {OVERLAYS} was not written by `pipeline predict` and would be "
-            "replaced; choose another folder"
-        )
+    check_writable(out_dir / PREDICTIONS)
+    ours = _written_by_predict(out_dir)
+    for path in (out_dir / PREDICTIONS, out_dir / STATS, *_entries(out_dir / OVERLAYS)):
+        if os.path.lexists(path) and path not in ours:
+            raise PipelineError(
+                f"--out {out_dir}: {path.relative_to(out_dir)} was not written by `pipeline "
+                "predict` and would be replaced; choose another folder, or move it away"
+            )
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder, hidden files aside; the path itself if it is none."""
+    if not folder.is_dir():
+        return [folder]
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _written_by_predict(out_dir: Path) -> set[Path]:
+    """What an earlier run has written below `out_dir`, as its `predictions.json` lists it."""
+    try:
+        pictures = [image["overlay"] for image in read_json(out_dir / PREDICTIONS)["images"]]
+        return {out_dir / native_path(name) for name in (PREDICTIONS, STATS, *pictures)}
+    except (PipelineError, KeyError, TypeError):  # none, or that of something else
+        return set()
+
+
+def _pictures_of_predict(folder: Path) -> set[Path]:
+    """Those pictures in a folder that an earlier run has written."""
+    return _written_by_predict(folder.parent) if folder.name == OVERLAYS else set()
 
 
 def _load(paths: Iterable[Path], stage: StageRun) -> Iterator[tuple[Path, Image.Image]]:
