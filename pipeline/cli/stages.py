@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from ruamel.yaml import YAML
 
 from pipeline.cli.benches import alone, baseline, find_bench, result_name, shipped_bench
-from pipeline.cli.common import PATHS, EntryStatsPath, Session, StatsPath, location, names
+from pipeline.cli.common import (
+    PATHS,
+    EntryStatsPath,
+    Session,
+    StatsPath,
+    check_known,
+    location,
+    names,
+)
 from pipeline.files import read_json
-from pipeline.presets import bench_text, list_benches, list_presets, write_preset
+from pipeline.presets import bench_text, list_benches, list_presets, preset_text, write_preset
 
+NAMES_HELP = """Category names between commas, quoted as in CSV: '"hammer, claw",saw'"""
 Resume = Literal["auto", "never"]
 ArchivesPath = Annotated[Path, typer.Option(help="Parquet file of the archives.")]
 MasksPath = Annotated[Path, typer.Option(help="Folder of the mask shards.")]
@@ -49,9 +59,7 @@ def init(
     images: Annotated[
         Path | None, typer.Option(help="Folder of unlabelled images (preset `folder`).")
     ] = None,
-    categories: Annotated[
-        str | None, typer.Option(help="Comma-separated category names (preset `folder`).")
-    ] = None,
+    categories: Annotated[str | None, typer.Option(help=f"{NAMES_HELP} (preset `folder`).")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Params file to write; default: that of `--params`.")
     ] = None,
@@ -62,9 +70,15 @@ def init(
         for name, summary in list_presets():
             print(f"{name:18} {summary}")
         return
+    from pipeline.params.reading import parse_params
+
     session: Session = ctx.obj
     path = out or session.params_path
-    write_preset(preset, path, images=images, categories=names(categories), force=force)
+    listed = names(categories)
+    if listed is not None:
+        content = YAML(typ="safe", pure=True).load(preset_text(preset))
+        check_known(listed, parse_params(content).embed.encoder, field="--categories")
+    write_preset(preset, path, images=images, categories=listed, force=force)
     print(f"{path} written from preset {preset}; now run: dvc repro")
 
 
@@ -80,6 +94,7 @@ def embed(
     from pipeline.stages import embed as stage
 
     session: Session = ctx.obj
+    session.categories  # noqa: B018 - names that cannot be used, before the work
     params, runtime = session.params, session.runtime
     with publishing(out or PATHS["embeddings"] / source, runtime.cache_dir) as out_dir:
         stage.run(
@@ -426,18 +441,27 @@ def predict(
     out: Annotated[Path, typer.Option(help="Folder of overlays and predictions.json.")],
     categories: Annotated[
         str | None,
-        typer.Option(help="Comma-separated names, any words; default: the trained categories."),
+        typer.Option(
+            help=f"{NAMES_HELP}: any words, but for an encoder that knows only the names of its "
+            "list (`pipeline weights names photo_clip`); default: the trained categories."
+        ),
     ] = None,
     checkpoint: CheckpointPath = PATHS["checkpoint"],
 ) -> None:
     """Segment images: one overlay each, and one COCO JSON."""
+    from pipeline.models.weights.checkpoint import read_checkpoint_config
+    from pipeline.models.weights.zoo import resolve_weights
     from pipeline.stages import predict as stage
 
     session: Session = ctx.obj
     params, runtime = session.params, session.runtime
+    wanted = names(categories)
+    if wanted is not None:
+        config = read_checkpoint_config(resolve_weights(checkpoint, runtime.cache_dir))
+        check_known(wanted, config.encoder, field="--categories")
     stage.run(
         inputs=photos,
-        categories=names(categories),
+        categories=wanted,
         checkpoint_dir=checkpoint,
         out_dir=out,
         params=params.evaluate,

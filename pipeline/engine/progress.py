@@ -104,11 +104,11 @@ def times_path(stats_path: Path) -> Path | None:
 class StageRun(Tally):
     """Progress bar, counts and the closing line of one run of a stage.
 
-    On a clean exit it writes `stats_path` (JSON: stage, items, skipped, counts, skipped_items) and
-    prints one summary line; on an exception it writes nothing. The time and what lay in the cache
-    go to a file of their own, see `times_path`, so that equal inputs give equal stats. Until then
-    no other process can start a run with the same `stats_path`, which is to say the same stage in
-    the same workspace.
+    On a clean exit it writes `stats_path` (JSON: stage, items, skipped, counts, skipped_items, and
+    warnings if there are any) and prints one summary line; on an exception it writes nothing. The
+    time and what lay in the cache go to a file of their own, see `times_path`, so that equal inputs
+    give equal stats. Until then no other process can start a run with the same `stats_path`, which
+    is to say the same stage in the same workspace.
 
     Args:
         stage: its name.
@@ -148,6 +148,7 @@ class StageRun(Tally):
         self._unit = unit
         self._max_error_rate = max_error_rate
         self._silent = silent
+        self._warnings: list[str] = []
         self._bar = tqdm(
             total=total,
             desc=stage,
@@ -201,6 +202,10 @@ class StageRun(Tally):
             "them out, or raise it:\n" + "\n".join(lines)
         )
 
+    def warn(self, text: str) -> None:
+        """Say in the summary line, and in the report, what is wrong with the result."""
+        self._warnings.append(text)
+
     def postfix(self, text: str) -> None:
         """Show a short text behind the bar."""
         self._bar.set_postfix_str(text, refresh=False)
@@ -235,9 +240,11 @@ class StageRun(Tally):
                 "skipped": len(self.skipped),
                 "counts": stats_counts,
                 "skipped_items": self.skipped[:LISTED_SKIPS],
+                **({"warnings": self._warnings} if self._warnings else {}),
             },
         )
         extra = "".join(f", {name} {count}" for name, count in all_counts.items())
+        extra += "".join(f"; warning: {text}" for text in self._warnings)
         print(
             f"{self.stage}: {self.items} {self._unit}s, {len(self.skipped)} skipped, "
             f"{seconds:.1f} s, {rate:.1f} {self._unit}s/s{extra}",
