@@ -268,7 +268,7 @@ def _check_dim(path: Path, dim: int, encoder: EncoderParams) -> None:
     if dim != expected:
         name = encoder_name(encoder.model, encoder.pretrained)
         raise PipelineError(
-            f"{path}: embeddings of length {dim}, but {name}, the embed.encoder of the params, makes "
+            f"{path}: embeddings of length {dim}, but {name}, embed.encoder of the params, makes "
             f"{expected}; name there, and as --encoder, the CLIP that made these embeddings"
         )
 

@@ -15,6 +15,8 @@ from pipeline.errors import PipelineError
 from pipeline.models.clip.encoder import ClipEncoder
 from pipeline.models.clip.names import NAMES_FIELD
 
+SHOWN_LETTERS = 60
+
 
 @torch.no_grad()
 def text_embeddings(
@@ -112,7 +114,8 @@ def _check_lengths(
     limit = encoder.tokenizer.context_length
     for name in names:
         if (length := num_tokens(longest.format(name))) > limit:
+            shown = name if len(name) <= SHOWN_LETTERS else f"{name[:SHOWN_LETTERS]}..."
             raise PipelineError(
-                f"{field}: {name!r} takes {length} tokens in its longest prompt; the encoder reads "
-                f"{limit}. Shorten it"
+                f"{field}: {shown!r} takes {length} tokens in its longest prompt; the encoder "
+                f"reads {limit}. Shorten it"
             )
