@@ -69,6 +69,7 @@ class Session:
         found = load_category_set(params.categories, background=params.background)
         for section in (params.embed, params.pseudo_label, params.train):
             check_known(found, section.encoder, field=f"{self.params_path}: categories")
+            check_known(params.background, section.encoder, field=f"{self.params_path}: background")
         return found
 
     @cached_property

@@ -296,6 +296,10 @@ def test_names_outside_a_closed_list_are_refused_before_the_work(
     for command in (["embed", "--source", "demo"], ["retrieve"]):
         found = mistake("--params", "mine.yaml", *command)
         assert found.startswith(f"error: mine.yaml: categories: {message}")
+    text = (tmp_path / "mine.yaml").read_text().replace("[cat, person]", "[cat]")
+    (tmp_path / "mine.yaml").write_text(f"{text}background: [person]\n")
+    found = mistake("--params", "mine.yaml", "embed", "--source", "demo")
+    assert found.startswith(f"error: mine.yaml: background: {message}")
     args = ("predict", "photo.jpg", "--out", "out", "--checkpoint", "zutis")
     found = mistake("--params", "mine.yaml", *args, "--categories", "cat,person")
     assert found.startswith(f"error: --categories: {message}")
