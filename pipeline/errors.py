@@ -20,6 +20,11 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def install_command(extra: str) -> str:
+    """What installs the packages of an extra, for a message; it is run in the project's folder."""
+    return f"pip install -c requirements.lock -e '.[{extra}]'"
+
+
 def listing(names: Sequence[str], shown: int = LISTED_NAMES) -> str:
     """Names for a message, the first ones of many; "none" for no name."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""

@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, install_command
 
 SCHEME = "://"
 URL_AS_PATH = re.compile(r"[a-z][a-z0-9+.-]+:/")
@@ -62,7 +62,7 @@ def as_location(text: Any) -> Location:
         location.fs  # noqa: B018 the package of this scheme is imported here
     except ImportError as error:
         raise ValueError(
-            f"URLs need further packages: pip install 'zutis-pipeline[remote]' ({error})"
+            f"URLs need further packages: {install_command('remote')} ({error})"
         ) from None
     except ValueError as error:
         raise ValueError(f"{text}: not a URL that fsspec knows ({error})") from None
@@ -214,19 +214,27 @@ def claim(path: Path) -> Iterator[None]:
             lock.release()
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, *, folder: bool = False) -> None:
     """Raise now the OSError that writing `path` would raise after hours of work.
 
+    Args:
+        path: what is to be written.
+        folder: it is a folder, replaced whole or made; else a file.
+
     Raises:
-        PipelineError: it is a URL.
+        PipelineError: it is a URL, or there can be no file where it is to be.
     """
     refuse_url(path)
     path = Path(path).absolute()
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    folder = next(parent for parent in path.parents if parent.exists())
-    with _naming_in_errors(path), tempfile.TemporaryFile(dir=folder, prefix=f".{path.name}."):
-        pass
+    if path.exists() and path.is_dir() != folder:
+        code = errno.ENOTDIR if folder else errno.EISDIR
+        raise OSError(code, os.strerror(code), str(path))
+    parent = next(above for above in path.parents if os.path.lexists(above))
+    try:
+        with _naming_in_errors(path), tempfile.TemporaryFile(dir=parent, prefix=f".{path.name}."):
+            pass
+    except FileNotFoundError:  # a link to nowhere, or a folder that is none, such as /proc
+        raise PipelineError(f"{path}: {parent} takes no files; choose another path") from None
 
 
 def write_bytes(path: Path, data: bytes) -> None:

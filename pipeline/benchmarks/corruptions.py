@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, install_command
 from pipeline.files import digest
 from pipeline.formats.images import load_image, read_file
 
@@ -98,7 +98,7 @@ def _load_library() -> Callable[..., Any]:
     except ImportError as error:
         raise PipelineError(
             f"corruption: the library cannot be imported ({error}); install it with "
-            "`pip install 'zutis-pipeline[corruptions]'`; where libGL is what is missing, with "
+            f"`{install_command('corruptions')}`; where libGL is what is missing, with "
             "`pip install --force-reinstall --no-deps opencv-python-headless`"
         ) from None
     return library_corrupt

@@ -40,9 +40,10 @@ app.add_typer(import_app, name="import", no_args_is_help=True)
 app.add_typer(demo_app, name="demo", no_args_is_help=True)
 
 BAD_PATH = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-BAD_PATH_CODES = (errno.EROFS, errno.ENAMETOOLONG)
+BAD_PATH_CODES = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 # Packages whose errors are those of an object store or of the way there.
 STORES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
+DVC_EXPERIMENTS = "/.dvc/tmp/exps/"  # in there DVC runs what it does not run in the workspace
 WRONG_USAGE, INTERRUPTED = 2, 130  # exit statuses that Typer chooses
 BEFORE_THE_COMMAND = ("--params", "--executor", "--ray-workers")
 
@@ -82,6 +83,23 @@ def _explain(error: OSError) -> str:
     raise error
 
 
+def _refuse_experiment_that_dvc_loses(folder: Path) -> None:
+    """Stop a stage of `dvc exp run --temp` or of DVC's queue if the project is a shallow clone.
+
+    DVC cannot bring such an experiment back, and reports success all the same.
+
+    Raises:
+        PipelineError: with what makes the clone whole.
+    """
+    project, is_experiment, _ = folder.as_posix().partition(DVC_EXPERIMENTS)
+    above = [Path(project), *Path(project).parents]
+    if is_experiment and any((root / ".git/shallow").is_file() for root in above):
+        raise PipelineError(
+            f"{project}: a shallow clone, in which DVC loses the experiments of `dvc exp run "
+            "--temp` and of its queue: run `git fetch --unshallow` there first"
+        )
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"pipeline {__version__}")
@@ -116,4 +134,5 @@ def _options(
     del version
     if params != PARAMS and {"PIPELINE_PARAMS", "DVC_STAGE"} <= os.environ.keys():
         raise PipelineError(f"PIPELINE_PARAMS: {params}: DVC tracks {PARAMS}; unset the variable")
+    _refuse_experiment_that_dvc_loses(Path.cwd())
     ctx.obj = Session(params_path=params, executor_name=executor, ray_workers=ray_workers)

@@ -13,7 +13,7 @@ import typer
 from ruamel.yaml import YAML
 
 from pipeline.errors import PipelineError
-from pipeline.files import as_location
+from pipeline.files import Location, as_location, check_writable, is_url
 
 if TYPE_CHECKING:  # importing torch takes seconds that `--help` and mistakes need not wait for
     from pipeline.engine.runtime import Runtime
@@ -110,6 +110,21 @@ class Session:
 def location(text: str) -> Any:
     """An option for a path or a URL."""
     return typer.Option(parser=as_location, metavar="<path|url>", help=text)
+
+
+def try_outputs(*files: Path, folders: Sequence[Location] = ()) -> None:
+    """Find out now, before any network is loaded, whether a command can write what it is to.
+
+    URLs are tried when they are opened.
+
+    Raises:
+        OSError, PipelineError: as `check_writable`.
+    """
+    for path in files:
+        check_writable(path)
+    for path in folders:
+        if not is_url(path):
+            check_writable(path, folder=True)
 
 
 def names(text: str | None) -> list[str] | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import PATHS, EntryStatsPath, Session
+from pipeline.cli.common import PATHS, EntryStatsPath, Session, try_outputs
 
 demo_app = typer.Typer(help="The embedded default: its drawn world and its tiny networks.")
 
@@ -23,11 +23,14 @@ def world(
     from pipeline.demo.world import draw_world
 
     session: Session = ctx.obj
+    out = out or PATHS["worlds"] / name
+    stats = stats or PATHS["stats"] / f"world-{name}.json"
+    try_outputs(stats, folders=[out])
     draw_world(
-        out or PATHS["worlds"] / name,
+        out,
         params=session.entry("worlds", name),
         seed=session.params.seed,
-        stats_path=stats or PATHS["stats"] / f"world-{name}.json",
+        stats_path=stats,
     )
 
 
@@ -44,6 +47,7 @@ def picture(
     from pipeline.demo.picture import draw_picture
 
     session: Session = ctx.obj
+    try_outputs(out)
     draw_picture(
         predictions or PATHS["predictions"] / bench,
         out,
@@ -62,4 +66,5 @@ def pretrain(
     from pipeline.demo.pretrain import pretrain as run
     from pipeline.engine.runtime import make_runtime
 
+    try_outputs(folders=[out, work])
     run(out, work, runtime=make_runtime(device=device, seed=seed))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.common import PATHS, EntryStatsPath, Session, StatsPath
+from pipeline.cli.common import PATHS, EntryStatsPath, Session, StatsPath, try_outputs
 
 import_app = typer.Typer(
     help="Published intermediates in place of a stage: archives, image embeddings."
@@ -41,6 +41,7 @@ def archives(
     from pipeline.importers.images import parse_prefixes
 
     session: Session = ctx.obj
+    try_outputs(out, stats)
     params = session.params
     importer.run(
         json_path=json_path,
@@ -120,14 +121,17 @@ def _import_embeddings(
     from pipeline.importers import embeddings as importer
     from pipeline.importers.images import parse_prefixes
 
+    out = out or PATHS["embeddings"] / source
+    stats = stats or PATHS["stats"] / f"embed-{source}.json"
+    try_outputs(stats, folders=[out])
     importer.run(
         path=path,
         read=importer.READERS[form],
         name=source,
         source=session.entry("index", source),
-        out_dir=out or PATHS["embeddings"] / source,
+        out_dir=out,
         encoder=encoder,
         params=session.params.embed,
         prefixes=parse_prefixes(prefix or []),
-        stats_path=stats or PATHS["stats"] / f"embed-{source}.json",
+        stats_path=stats,
     )

@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 
 from pipeline.cli.benches import alone, baseline, find_bench, result_name, shipped_bench
 from pipeline.cli.common import (
+    PARAMS,
     PATHS,
     EntryStatsPath,
     Session,
@@ -18,8 +19,9 @@ from pipeline.cli.common import (
     check_known,
     location,
     names,
+    try_outputs,
 )
-from pipeline.files import read_json
+from pipeline.files import is_url, read_json
 from pipeline.presets import bench_text, list_benches, list_presets, preset_text, write_preset
 
 NAMES_HELP = """Category names between commas, quoted as in CSV: '"hammer, claw",saw'"""
@@ -79,7 +81,8 @@ def init(
         content = YAML(typ="safe", pure=True).load(preset_text(preset))
         check_known(listed, parse_params(content).embed.encoder, field="--categories")
     write_preset(preset, path, images=images, categories=listed, force=force)
-    print(f"{path} written from preset {preset}; now run: dvc repro")
+    first = "" if path == PARAMS else f"make it {PARAMS}, which DVC reads, then "
+    print(f"{path} written from preset {preset}; now {first}run: dvc repro")
 
 
 @stages_app.command()
@@ -94,16 +97,19 @@ def embed(
     from pipeline.stages import embed as stage
 
     session: Session = ctx.obj
+    out = out or PATHS["embeddings"] / source
+    stats = stats or PATHS["stats"] / f"embed-{source}.json"
+    try_outputs(stats, folders=[out])
     session.categories  # noqa: B018 - names that cannot be used, before the work
     params, runtime = session.params, session.runtime
-    with publishing(out or PATHS["embeddings"] / source, runtime.cache_dir) as out_dir:
+    with publishing(out, runtime.cache_dir) as out_dir:
         stage.run(
             name=source,
             source=session.entry("index", source),
             out_dir=out_dir,
             params=params.embed,
             runtime=runtime,
-            stats_path=stats or PATHS["stats"] / f"embed-{source}.json",
+            stats_path=stats,
             executor=session.executor(),
         )
 
@@ -120,6 +126,7 @@ def retrieve(
     from pipeline.stages import retrieve as stage
 
     session: Session = ctx.obj
+    try_outputs(stats, *([] if is_url(out) else [out]))
     params, runtime = session.params, session.runtime
     with publishing(out, runtime.cache_dir) as out_path:
         stage.run(
@@ -149,6 +156,7 @@ def mask(
     from pipeline.stages import mask as stage
 
     session: Session = ctx.obj
+    try_outputs(stats, folders=[out])
     params, runtime = session.params, session.runtime
     with publishing(out, runtime.cache_dir) as out_dir:
         stage.run(
@@ -173,6 +181,7 @@ def pseudo_label(
     from pipeline.stages import pseudo_label as stage
 
     session: Session = ctx.obj
+    try_outputs(stats, folders=[out])
     params, runtime = session.params, session.runtime
     with publishing(out, runtime.cache_dir) as out_dir:
         stage.run(
@@ -210,6 +219,7 @@ def train(
     from pipeline.stages import train as stage
 
     session: Session = ctx.obj
+    try_outputs(stats, folders=[out, live])
     params, runtime = session.params, session.runtime
     labels = labels or params.train.labels
     reads_labels = params.train.needs_labels and labels is not None
@@ -245,20 +255,23 @@ def predict_bench(
     from pipeline.stages import predict_bench as stage
 
     session: Session = ctx.obj
-    params, runtime = session.params, session.runtime
     name = result_name(bench, alone(model), corruption)
+    out = out or PATHS["predictions"] / name
+    stats = stats or PATHS["stats"] / f"predict_bench-{name}.json"
+    try_outputs(stats, folders=[out])
+    params, runtime = session.params, session.runtime
     stage.run(
         bench_name=bench,
         bench=find_bench(
             params.benches, bench, params_path=session.params_path, root=root, corruption=corruption
         ),
         checkpoint_dir=None if alone(model) else checkpoint,
-        out_dir=out or PATHS["predictions"] / name,
+        out_dir=out,
         params=params.evaluate,
         baseline=baseline(params, alone(model)),
         background=params.background,
         runtime=runtime,
-        stats_path=stats or PATHS["stats"] / f"predict_bench-{name}.json",
+        stats_path=stats,
         open_vocabulary=open_vocabulary,
         executor=session.executor(),
     )
@@ -279,8 +292,10 @@ def score(
     from pipeline.stages import score as stage
 
     session: Session = ctx.obj
-    params = session.params
     name = result_name(bench, alone(model), corruption)
+    stats = stats or out / "stats" / f"score-{name}.json"
+    try_outputs(stats, folders=[out])
+    params = session.params
     stage.run(
         bench_name=bench,
         bench=find_bench(
@@ -291,7 +306,7 @@ def score(
         background=params.background,
         overlays=params.evaluate.overlays,
         seed=params.seed,
-        stats_path=stats or out / "stats" / f"score-{name}.json",
+        stats_path=stats,
         result_name=name,
     )
 
@@ -313,6 +328,7 @@ def evaluate(
     It is `predict_bench`, then `score`.
     """
     name = result_name(bench, alone(model), corruption)
+    try_outputs(folders=[out])
     predict_bench(
         ctx,
         bench,
@@ -362,6 +378,9 @@ def audit(
     from pipeline.stages import audit as stage
 
     session: Session = ctx.obj
+    out = out or PATHS["reports"] / "metrics" / f"audit_{name}.json"
+    stats = stats or PATHS["stats"] / f"audit-{name}.json"
+    try_outputs(out, stats)
     params, runtime = session.params, session.runtime
     stage.run(
         name=name,
@@ -369,10 +388,10 @@ def audit(
         archives_path=archives,
         masks_dir=masks,
         labels_dir=labels,
-        metrics_path=out or PATHS["reports"] / "metrics" / f"audit_{name}.json",
+        metrics_path=out,
         params=params.train,
         runtime=runtime,
-        stats_path=stats or PATHS["stats"] / f"audit-{name}.json",
+        stats_path=stats,
     )
 
 
@@ -391,6 +410,7 @@ def report(
     from pipeline.stages import report as stage
 
     session: Session = ctx.obj
+    try_outputs(out, stats)
     stage.run(
         reports_dir=reports,
         archives_path=archives,
@@ -405,11 +425,18 @@ def report(
 
 @stages_app.command()
 def metrics(
+    ctx: typer.Context,
     reports: ReportsPath = PATHS["reports"],
 ) -> None:
-    """Print the metrics files as one narrow table."""
+    """Print the metrics files as one narrow table; says which are of no entry of the params."""
+    session: Session = ctx.obj
+    known = None
+    if session.params_path.is_file():
+        params = session.params
+        known = {*params.benches, *(f"audit_{name}" for name in params.audits)}
     for path in sorted((reports / "metrics").glob("*.json")):
-        print(path)
+        is_foreign = known is not None and path.stem not in known
+        print(f"{path} (of no bench or audit in {session.params_path})" if is_foreign else path)
         for name, value in _numbers(read_json(path)):
             print(f"  {name:28} {'-' if value is None else value:>8}")
 
@@ -454,6 +481,7 @@ def predict(
     from pipeline.stages import predict as stage
 
     session: Session = ctx.obj
+    try_outputs(folders=[out])
     params, runtime = session.params, session.runtime
     wanted = names(categories)
     if wanted is not None:

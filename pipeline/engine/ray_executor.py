@@ -18,10 +18,10 @@ import torch
 from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import CACHE_VARIABLE, make_runtime
 from pipeline.engine.shard_run import Load, ShardMaker, Task
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, install_command
 from pipeline.files import write_bytes
 
-INSTALL = "--executor ray needs Ray: pip install 'zutis-pipeline[ray]'"
+INSTALL = f"--executor ray needs Ray: {install_command('ray')}"
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 KNOCK_S = 10
 TASKS_PER_WORKER = 4  # so that none waits long for the last one

@@ -84,6 +84,8 @@ def write_preset(
         raise PipelineError(f"--images and --categories belong to the presets {own}, not {name}")
     if images is not None and not images.is_dir():
         raise PipelineError(f"--images: {images}: no such folder")
+    if out.is_dir():
+        raise PipelineError(f"{out}: is a folder; name the file, such as {out / 'params.yaml'}")
     if out.exists() and not force:
         raise PipelineError(f"{out}: exists already; add --force to overwrite it")
     write_bytes(out, _filled_in(text, images, categories).encode())

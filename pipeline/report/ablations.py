@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.ablations.definitions import Ablation, list_ablations, read_ablation
 from pipeline.ablations.results import AblationResult, read_result
-from pipeline.report.inputs import score
+from pipeline.report.inputs import is_wanted, score
 
 
 def read_ablations(
-    results_dir: Path, published: Mapping[str, dict[str, Any]]
+    results_dir: Path,
+    published: Mapping[str, dict[str, Any]],
+    benches: Collection[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Every ablation: what it varies, its results if it has run, and the papers' tables.
 
     Args:
         results_dir: folder of the files that `pipeline ablate` writes.
         published: the papers' tables by id; those that are not there are left out.
+        benches: results on other benchmarks are not shown; None: all are.
 
     Raises:
         PipelineError: a file of results is damaged.
@@ -27,6 +30,8 @@ def read_ablations(
     for name in list_ablations():
         ablation, path = read_ablation(name), results_dir / f"{name}.json"
         result = read_result(path) if path.is_file() else None
+        if result is not None and not is_wanted(result.bench, benches):
+            result = None
         ablations.append(
             {
                 "name": name,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,7 +17,7 @@ from pipeline.engine.batching import batches
 from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
-from pipeline.files import atomic_path, replace_dir
+from pipeline.files import atomic_path, check_writable, read_json, replace_dir
 from pipeline.formats.images import ImageError, load_image
 from pipeline.formats.rle import coco_annotation, encode_crop
 from pipeline.formats.sources import EXTENSIONS, check_utf8
@@ -50,15 +52,16 @@ def run(
         inputs: image files, and folders that are searched through all levels.
         categories: any names; None for those of the checkpoint.
         checkpoint_dir: folder that the train stage wrote.
-        out_dir: made if absent; images in its `overlays` are never taken as inputs.
+        out_dir: made if absent; pictures that this stage made, here or elsewhere below the
+            inputs, are never taken as inputs.
         params: section `evaluate` of params.yaml.
         runtime: device and precision.
 
     Raises:
         PipelineError: a path that does not exist, no image, none that can be read, a checkpoint or
-            category that cannot be used, or an `overlays` folder that something else made.
+            category that cannot be used, or an output that would replace something else.
     """
-    paths = list_inputs(inputs, out_dir)
+    paths = list_inputs(inputs)
     _check_out(out_dir)
     segmenter = Segmenter.load(
         checkpoint_dir,
@@ -90,16 +93,16 @@ def run(
         output.finish(segmenter.categories, stage.skipped)
 
 
-def list_inputs(inputs: Sequence[Path], out_dir: Path) -> list[Path]:
+def list_inputs(inputs: Sequence[Path]) -> list[Path]:
     """The image files that `inputs` stand for, each once, folders in sorted order.
 
-    Of a folder the files with an image's extension count, hidden ones and those in
-    `OUT_DIR/overlays` do not; a file that is named counts always.
+    Of a folder the files with an image's extension count; hidden ones and pictures that this stage
+    made, here or elsewhere, do not. A file that is named counts always.
 
     Raises:
         PipelineError: a path does not exist or is not UTF-8, or there is no image.
     """
-    ours = (Path(out_dir) / OVERLAYS).resolve()
+    pictures_of = cache(_pictures_of_predict)
     found: dict[Path, Path] = {}
     for path in map(Path, inputs):
         if not path.exists():
@@ -107,9 +110,8 @@ def list_inputs(inputs: Sequence[Path], out_dir: Path) -> list[Path]:
         files = [path] if path.is_file() else _images_below(path)
         for file in files:
             check_utf8(str(file), file)
-            resolved = file.resolve()
-            if file is path or ours not in resolved.parents:
-                found.setdefault(resolved, file)
+            if file is path or file not in pictures_of(file.parent):
+                found.setdefault(file.resolve(), file)
     if not found:
         listed = ", ".join(map(str, inputs)) or "no path"
         raise PipelineError(f"{listed}: no image; expected files of {', '.join(EXTENSIONS)}")
@@ -127,15 +129,43 @@ def _images_below(folder: Path) -> list[Path]:
 
 
 def _check_out(out_dir: Path) -> None:
+    """Refuse a folder in which something would be replaced that no earlier run has written.
+
+    Raises:
+        PipelineError: with the name of such a thing.
+        OSError: nothing can be written there.
+    """
     if out_dir.exists() and not out_dir.is_dir():
         raise PipelineError(f"--out {out_dir}: is a file; expected a folder")
-    overlay_dir = out_dir / OVERLAYS
-    is_strange = overlay_dir.exists() and not (out_dir / PREDICTIONS).is_file()
-    if is_strange and (not overlay_dir.is_dir() or any(overlay_dir.iterdir())):
-        raise PipelineError(
-            f"--out {out_dir}: its {OVERLAYS} was not written by `pipeline predict` and would be "
-            "replaced; choose another folder"
-        )
+    check_writable(out_dir / PREDICTIONS)
+    ours = _written_by_predict(out_dir)
+    for path in (out_dir / PREDICTIONS, out_dir / STATS, *_entries(out_dir / OVERLAYS)):
+        if os.path.lexists(path) and path not in ours:
+            raise PipelineError(
+                f"--out {out_dir}: {path.relative_to(out_dir)} was not written by `pipeline "
+                "predict` and would be replaced; choose another folder, or move it away"
+            )
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder, hidden files aside; the path itself if it is none."""
+    if not folder.is_dir():
+        return [folder]
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _written_by_predict(out_dir: Path) -> set[Path]:
+    """What an earlier run has written below `out_dir`, as its `predictions.json` lists it."""
+    try:
+        pictures = [image["overlay"] for image in read_json(out_dir / PREDICTIONS)["images"]]
+        return {out_dir / name for name in (PREDICTIONS, STATS, *pictures)}
+    except (PipelineError, KeyError, TypeError):  # none, or that of something else
+        return set()
+
+
+def _pictures_of_predict(folder: Path) -> set[Path]:
+    """Those pictures in a folder that an earlier run has written."""
+    return _written_by_predict(folder.parent) if folder.name == OVERLAYS else set()
 
 
 def _load(paths: Iterable[Path], stage: StageRun) -> Iterator[tuple[Path, Image.Image]]:

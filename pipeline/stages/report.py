@@ -92,7 +92,7 @@ def run(
             )
         published = read_published(reports_dir / "published.yaml", metrics_dir)
         results["published"] = list(published.values())
-        results["ablations"] = read_ablations(reports_dir / "ablations", published)
+        results["ablations"] = read_ablations(reports_dir / "ablations", published, benches)
         categories = _category_names(archives, params)
         write_bytes(out_path, _render(stages, results, categories, params).encode())
         stage.advance(1 + len(results))

@@ -81,6 +81,8 @@ def run(
     if group.is_main:
         check_writable(Path(out_dir) / WEIGHTS_NAME)
     torch.manual_seed(runtime.seed)
+    # What to learn from.
+    archives = Archives(masks_dir, labels_dir, categories=categories, settings=params)
     with StageRun(
         "train",
         stats_path=stats_path,
@@ -88,12 +90,11 @@ def run(
         unit="iteration",
         silent=not group.is_main,
     ) as stage:
-        # What to learn from, and what learns.
-        archives = Archives(masks_dir, labels_dir, categories=categories, settings=params)
         _count(archives, stage)
         _warn_of_unseen(archives, categories, stage, group)
         length = params.iterations * params.batch_size
         dataset = TrainingSet(archives, params, seed=runtime.seed, length=length)
+        # What learns.
         names = Names(categories, background)
         student = fresh_student(params, names, runtime)
         optimizer = student.make_optimizer()

@@ -239,6 +239,65 @@ def test_a_path_that_cannot_be_written_is_a_mistake(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+COMMANDS_WITH_OUTPUTS = [
+    ["embed", "--source", "demo", "--out"],
+    ["embed", "--source", "demo", "--stats"],
+    ["retrieve", "--out"],
+    ["mask", "--out"],
+    ["pseudo_label", "--out"],
+    ["pseudo_label", "--stats"],
+    ["train", "--out"],
+    ["train", "--live"],
+    ["predict_bench", "--bench", "voc", "--out"],
+    ["score", "--bench", "voc", "--out"],
+    ["evaluate", "--bench", "voc", "--out"],
+    ["evaluate", "--bench", "voc", "--predictions"],
+    ["audit", "--name", "demo", "--out"],
+    ["report", "--out"],
+    ["predict", "photo.jpg", "--out"],
+    ["import", "archives", "--from", "archives.json", "--out"],
+    ["import", "embeddings", "--from", "x.pkl", "--source", "a", "--encoder", "b", "--out"],
+    ["demo", "world", "--out"],
+    ["demo", "picture", "--out"],
+    ["demo", "pretrain", "--work"],
+]
+
+
+@pytest.mark.parametrize("place", ["file/below", "nowhere/below", "circle/below", "/dev/null/x"])
+@pytest.mark.parametrize("args", COMMANDS_WITH_OUTPUTS, ids=" ".join)
+def test_an_output_that_cannot_be_made_is_a_mistake_before_anything_is_read(
+    tmp_path: Path, mistake: Callable[..., str], args: list[str], place: str
+) -> None:
+    """No params, shards or checkpoint are here: the output is what is looked at first."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "nowhere").symlink_to("gone")
+    (tmp_path / "circle").symlink_to("circle")
+    message = mistake(*args, place)
+    assert message.startswith("error: ")
+    assert place in message
+    assert message.endswith("choose another path")
+    assert names(tmp_path) == ["circle", "file", "nowhere"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, which Linux has")
+def test_a_place_that_takes_no_files_is_a_mistake(mistake: Callable[..., str]) -> None:
+    assert mistake("predict", "photo.jpg", "--out", "/proc/predictions") == (
+        "error: /proc/predictions: /proc takes no files; choose another path"
+    )
+
+
+def test_a_file_is_no_folder_and_a_folder_no_file(
+    tmp_path: Path, mistake: Callable[..., str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    assert "Not a directory" in mistake("mask", "--out", "file")
+    assert "Is a directory" in mistake("retrieve", "--out", "folder")
+    assert mistake("init", "--preset", "demo", "--out", "folder") == (
+        "error: folder: is a folder; name the file, such as folder/params.yaml"
+    )
+
+
 def test_a_repeated_category_is_a_mistake(tmp_path: Path, mistake: Callable[..., str]) -> None:
     message = mistake("init", "--preset", "folder", "--categories", "cat,dog,Cat")
     assert message.startswith("error: --categories: 'Cat' is listed twice")
@@ -388,3 +447,36 @@ def test_an_interrupted_stage_says_so_and_leaves_nothing(tmp_path: Path) -> None
     assert stderr.splitlines()[-1] == "interrupted; the same command continues"
     assert "Traceback" not in stderr
     assert names(tmp_path) == ["params.yaml"]
+
+
+def test_an_experiment_that_dvc_would_lose_is_refused(tmp_path: Path) -> None:
+    """A real one: DVC runs it in a folder of its own and exits with 0 where nothing stops it."""
+    whole, shallow = tmp_path / "whole", tmp_path / "shallow"
+    whole.mkdir()
+
+    def run(folder: Path, *words: str) -> tuple[int, str]:
+        done = subprocess.run(
+            words, cwd=folder, env=environment(), capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    dvc = (sys.executable, "-m", "dvc")
+    commit = ("git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit")
+    (whole / "params.yaml").write_text(f"{TINY_WORLD}seed: 0\n")
+    (whole / "dvc.yaml").write_text(
+        f"stages: {{world: {{cmd: {sys.executable} -m pipeline demo world, params: [seed]}}}}\n"
+    )
+    for words in (("git", "init"), (*dvc, "init"), ("git", "add", "."), (*commit, "-m", "one")):
+        assert run(whole, *words)[0] == 0
+    (whole / "more").touch()
+    for words in (("git", "add", "."), (*commit, "-m", "two")):
+        assert run(whole, *words)[0] == 0
+    assert run(tmp_path, "git", "clone", "--depth", "1", whole.as_uri(), "shallow")[0] == 0
+
+    experiment = (*dvc, "exp", "run", "--temp", "--name", "five", "--set-param", "seed=5")
+    status, output = run(shallow, *experiment)
+    assert status != 0
+    assert f"error: {shallow}: a shallow clone, in which DVC loses" in output
+    assert run(shallow, "git", "fetch", "--unshallow")[0] == 0
+    assert run(shallow, *experiment)[0] == 0
+    assert "[five]" in run(shallow, *dvc, "exp", "list")[1]

@@ -200,6 +200,46 @@ def test_a_folder_of_someone_else_is_not_replaced(
         predict_into(theirs, [photos], checkpoint_dir, runtime)
 
 
+@pytest.mark.parametrize(
+    "name", ["predictions.json", "stats.json", "overlays", "overlays/mine.png"]
+)
+def test_nothing_is_replaced_that_no_earlier_run_wrote(
+    photos: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime, name: str
+) -> None:
+    theirs = tmp_path / "out" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text('{"images": [{"file_name": "a.jpg"}]}')
+    with pytest.raises(PipelineError, match=rf"out: {name} was not written by"):
+        predict_into(tmp_path / "out", [photos], checkpoint_dir, runtime)
+    assert theirs.read_text() == '{"images": [{"file_name": "a.jpg"}]}'
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [theirs]
+
+
+def test_what_was_added_to_the_pictures_of_an_earlier_run_is_not_replaced(
+    photos: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    out_dir = tmp_path / "out"
+    first = predict_into(out_dir, [photos], checkpoint_dir, runtime)
+    (out_dir / "overlays/.DS_Store").write_bytes(b"of a file browser")
+    assert predict_into(out_dir, [photos], checkpoint_dir, runtime) == first
+    (out_dir / "overlays/best.png").write_bytes((out_dir / "overlays/b.png").read_bytes())
+    with pytest.raises(PipelineError, match=r"overlays/best\.png was not written by"):
+        predict_into(out_dir, [photos], checkpoint_dir, runtime)
+    assert (out_dir / "overlays/best.png").is_file()
+
+
+def test_pictures_of_another_prediction_are_no_photos(
+    photos: Path, checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    first = predict_into(photos / "first", [photos], checkpoint_dir, runtime)
+    theirs = photos / "overlays/map.png"  # a folder that only bears the name
+    theirs.parent.mkdir()
+    theirs.write_bytes((photos / "deep/A.png").read_bytes())
+    second = predict_into(photos / "second", [photos], checkpoint_dir, runtime)
+    listed = {image["file_name"] for image in second["images"]}
+    assert listed == {*(image["file_name"] for image in first["images"]), theirs.as_posix()}
+
+
 def test_a_failed_run_keeps_the_earlier_one(
     photos: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime
 ) -> None:

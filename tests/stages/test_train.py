@@ -165,6 +165,19 @@ def test_refuses_a_crop_below_one_patch(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_missing_labels_are_named_before_the_bar_starts(
+    labels_dir: Path,
+    encoder: EncoderParams,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    params = small_params(encoder, target="denseclip")
+    with pytest.raises(PipelineError, match=r"nowhere/_manifest\.json.*train\.labels"):
+        run(labels_dir, tmp_path, params, labels_dir=tmp_path / "nowhere")
+    assert capsys.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_refuses_other_categories(labels_dir: Path, encoder: EncoderParams, tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"'cat', label id 1.*'dog'"):
         run(labels_dir, tmp_path, small_params(encoder), categories=["dog", "cat"])

@@ -71,8 +71,10 @@ def small_params(encoder: EncoderParams, **changes: Any) -> TrainParams:
     return ZutisParams(**{**settings, **changes})
 
 
-def run(labels_dir: Path, root: Path, params: TrainParams, **changes: Any) -> Path:
+def run(shards_dir: Path, root: Path, params: TrainParams, **changes: Any) -> Path:
     settings: dict[str, Any] = {
+        "masks_dir": shards_dir,
+        "labels_dir": shards_dir,
         "out_dir": root / "zutis",
         "live_dir": root / "live",
         "stats_path": root / "stats.json",
@@ -80,7 +82,7 @@ def run(labels_dir: Path, root: Path, params: TrainParams, **changes: Any) -> Pa
         "background": BACKGROUND,
         "runtime": Runtime(torch.device("cpu"), None, seed=SEED, cache_dir=root / "cache"),
     }
-    train.run(masks_dir=labels_dir, labels_dir=labels_dir, params=params, **{**settings, **changes})
+    train.run(params=params, **{**settings, **changes})
     return root
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import PipelineError, first_line, listing
+from pipeline.errors import PipelineError, first_line, install_command, listing
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
@@ -132,8 +132,7 @@ def _onnxruntime() -> ModuleType:
         import onnxruntime
     except ImportError as error:
         raise PipelineError(
-            "mask.source: onnx needs a further package: pip install 'zutis-pipeline[photos]' "
-            f"({error})"
+            f"mask.source: onnx needs a further package: {install_command('photos')} ({error})"
         ) from None
     return onnxruntime
 

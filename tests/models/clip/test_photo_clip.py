@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, install_command
 from pipeline.models.clip import ClipEncoder, load_clip, text_embeddings
 from pipeline.models.clip.loading import build_from_config
 from pipeline.models.clip.names import normalise_name, resolve_name
@@ -245,10 +246,10 @@ class TestShippedTextTower:
     @needs_package
     def test_every_name_is_on_its_target(self, encoder: ClipEncoder) -> None:
         path = package_file()
-        space = joint_space(
-            image_tower(torch.load(path, weights_only=True), path)["classifier.weight"]
-        )
-        targets = name_targets(space, {BACKGROUND: [], **name_table()})
+        table = {BACKGROUND: [], **name_table()}
+        classifier = image_tower(torch.load(path, weights_only=True), path)["classifier.weight"]
+        space = joint_space(classifier, table.values())
+        targets = name_targets(space, table)
         cosines = text_cosines(encoder.clip, prompt_tokens(CONFIG), targets)
         assert cosines.min() > 0.98
         assert cosines.mean() > 0.99
@@ -257,31 +258,58 @@ class TestShippedTextTower:
 
 
 class TestSpace:
+    GROUPS = ([0, 1, 2, 3], [7], [], [10, 11, 12])
+
     def test_every_class_is_nearest_to_its_own_row(self) -> None:
         rows = torch.randn(30, 40, generator=torch.Generator().manual_seed(0)) + 5
-        space = joint_space(rows, embed_dim=30)
+        space = joint_space(rows, self.GROUPS, embed_dim=30)
         images = (rows - rows.mean(dim=0)) @ space.weight.T + space.bias
-        assert (images @ space.rows.T).argmax(dim=1).tolist() == list(range(30))
+        for texts in (space.rows, space.regressed):
+            assert (images @ texts.T).argmax(dim=1).tolist() == list(range(30))
 
     def test_what_all_features_share_falls_out_and_no_evidence_is_background(self) -> None:
         rows = torch.randn(60, 40, generator=torch.Generator().manual_seed(0))
-        space = joint_space(rows, embed_dim=32)
-        torch.testing.assert_close(joint_space(rows + 3, embed_dim=32).rows @ space.rows.T,
-                                   space.rows @ space.rows.T, atol=1e-4, rtol=0)  # fmt: skip
+        space = joint_space(rows, self.GROUPS, embed_dim=32)
+        shifted = joint_space(rows + 3, self.GROUPS, embed_dim=32)
+        torch.testing.assert_close(
+            shifted.rows @ shifted.regressed.T, space.rows @ space.regressed.T, atol=1e-4, rtol=0
+        )
         nothing = torch.zeros(40) @ space.weight.T + space.bias
         torch.testing.assert_close(nothing, BACKGROUND_LEVEL * space.background)
 
-    def test_a_name_of_several_classes_is_between_them(self) -> None:
-        space = joint_space(torch.randn(60, 40), embed_dim=32)
-        pair, nothing = name_targets(space, {"pair": [1, 2], "background": []})
-        assert pair @ space.rows[1] == pytest.approx(float(pair @ space.rows[2]), abs=1e-5)
+    def test_classes_of_one_name_lie_nearer_to_each_other_than_the_classifier_has_them(
+        self,
+    ) -> None:
+        rows = torch.randn(60, 40, generator=torch.Generator().manual_seed(0))
+        group = list(range(20))
+        space = joint_space(rows, [group], embed_dim=41)
+        plain = F.normalize(rows - rows.mean(dim=0), dim=-1)
+        others = list(range(20, 40))
+
+        def likeness(units: Tensor, classes: list[int]) -> float:
+            return float((units[classes] @ units[classes].T).mean())
+
+        assert likeness(space.rows, group) > 1.2 * likeness(plain, group)
+        assert likeness(space.rows, others) < 1.2 * likeness(plain, others)
+
+    def test_a_name_of_several_classes_is_between_them_and_above_the_background(self) -> None:
+        rows = torch.randn(60, 40, generator=torch.Generator().manual_seed(0))
+        space = joint_space(rows, self.GROUPS, embed_dim=32)
+        single, pair, nothing = name_targets(
+            space, {"single": [5], "pair": [1, 2], "background": []}
+        )
+        assert pair @ space.regressed[1] == pytest.approx(
+            float(pair @ space.regressed[2]), abs=1e-5
+        )
+        assert pair.norm() == pytest.approx(1.0, abs=1e-5)
+        assert pair[-1] > single[-1] > 0
         assert torch.equal(nothing, space.background)
 
 
 def test_a_few_steps_of_training_are_deterministic() -> None:
     names = {BACKGROUND: [], "dog": [1, 2], "toy dog": [3]}
     config = {**CONFIG, "names": list(names)}
-    targets = name_targets(joint_space(torch.eye(300)), names)
+    targets = name_targets(joint_space(torch.eye(300), names.values()), names)
     states = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -302,9 +330,7 @@ class TestFetch:
         monkeypatch.setitem(sys.modules, PACKAGE, None)  # as if it were not installed
         for call in (lambda: fetch(published("photo_clip"), tmp_path),
                      lambda: load_clip(PHOTO_CLIP, CPU, cache_dir=tmp_path)):  # fmt: skip
-            with pytest.raises(
-                PipelineError, match=re.escape('pip install "zutis-pipeline[photos]"')
-            ):
+            with pytest.raises(PipelineError, match=re.escape(install_command("photos"))):
                 call()
         assert not list(tmp_path.iterdir())
 

@@ -289,6 +289,6 @@ def test_without_the_package_the_command_that_installs_it_is_named(tmp_path: Pat
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert "mask.source: onnx needs a further package: pip install 'zutis-pipeline[photos]'" in (
+    assert "onnx needs a further package: pip install -c requirements.lock -e '.[photos]'" in (
         done.stderr
     )

@@ -71,8 +71,8 @@ def main(
     start = time.monotonic()
     path = package_file()
     tower = image_tower(read_weights(path), path)
-    space = joint_space(tower[f"{CLASSIFIER}weight"])
     table = {BACKGROUND: [], **name_table()}
+    space = joint_space(tower[f"{CLASSIFIER}weight"], table.values())
     config = model_config(list(table))
     torch.manual_seed(seed)
     clip = build_from_config(config, source="config.json")

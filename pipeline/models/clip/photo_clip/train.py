@@ -6,7 +6,7 @@ Letters: C joint embedding, D features of the classifier, K classes, N names, P 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,9 @@ from pipeline.vocabulary.prompts import PROMPTS_85
 BACKGROUND = "background"
 EMBED_DIM = 256
 CONTEXT_LENGTH = 28
-RIDGE = 0.1  # in mean squared singular values of the rows
+SHRINKAGE = 0.3  # of the scatter within names, in its mean
+RIDGE = 0.05  # likewise, of the energy of the rows
+LEVELLING = 0.5  # share of what a name of many classes lacks in evidence that it is given back
 BACKGROUND_LEVEL = 1.5  # evidence for a name below which the background is nearer
 BACKGROUND_DRAWS = 64  # its direction is that of no other name, so it is drawn as often as these
 CLASSES_A_DRAW = 16  # names of many classes lie between others, and are drawn more often
@@ -45,49 +47,89 @@ class JointSpace:
 
     Attributes:
         weight, bias: (C, D) and (C,), from the classifier's pooled features.
-        rows: (K, C) unit vectors, one a class.
+        rows: (K, C) unit vectors, one a class: where its images lie.
+        regressed: (K, C) unit vectors, one a class: what tells it from others.
         background: (C,) unit vector, at right angles to all of them.
     """
 
     weight: Tensor
     bias: Tensor
     rows: Tensor
+    regressed: Tensor
     background: Tensor
 
 
-def joint_space(classifier: Tensor, *, embed_dim: int = EMBED_DIM) -> JointSpace:
+def joint_space(
+    classifier: Tensor, groups: Iterable[Sequence[int]], *, embed_dim: int = EMBED_DIM
+) -> JointSpace:
     """The space that a classifier's last layer spans, and a constant for the background.
 
     Features are projected to the principal directions of the centred rows (which take what all
-    classes share out of both sides). A class has the vector that ridge regression finds for it
-    among the rows: its row, less what other classes have too. The last dimension is a constant in
-    every image and every patch, so that `background` is the nearest name wherever the evidence for
-    all others is below it.
+    classes share out of both sides), and directions in which classes of one name differ are made
+    shorter: a photo of one breed is to be near `dog`, which is the mean of 118. A class has the
+    vector that ridge regression finds for it among the rows: its row, less what other classes have
+    too. The last dimension is a constant in every image and every patch, so that `background` is
+    the nearest name wherever the evidence for all others is below it.
 
     Args:
         classifier: (K, D) rows.
+        groups: classes of names, as in `name_table`.
         embed_dim: C.
     """
     rows = (classifier - classifier.mean(dim=0)).double()
-    _, values, directions = torch.linalg.svd(rows, full_matrices=False)
-    directions, energy = directions[: embed_dim - 1], values[: embed_dim - 1] ** 2
-    regressed = (rows @ directions.T) / (energy + RIDGE * energy.mean())
+    directions = torch.linalg.svd(rows, full_matrices=False)[2][: embed_dim - 1]
+    rows = rows @ directions.T
+    whitening = _inverse_root(_scatter_within(F.normalize(rows, dim=-1), groups))
+    whitening *= rows.norm(dim=1).mean() / (rows @ whitening).norm(dim=1).mean()
+    rows = rows @ whitening
+    regressed = rows @ torch.linalg.inv(_shrunk(rows.T @ rows, RIDGE))
     constant = torch.eye(embed_dim, dtype=torch.float64)[-1]
     return JointSpace(
-        weight=F.pad(directions, (0, 0, 0, 1)).float(),
+        weight=F.pad(whitening @ directions, (0, 0, 0, 1)).float(),
         bias=(BACKGROUND_LEVEL * constant).float(),
-        rows=F.pad(F.normalize(regressed, dim=-1), (0, 1)).float(),
+        rows=F.pad(F.normalize(rows, dim=-1), (0, 1)).float(),
+        regressed=F.pad(F.normalize(regressed, dim=-1), (0, 1)).float(),
         background=constant.float(),
     )
 
 
+def _scatter_within(rows: Tensor, groups: Iterable[Sequence[int]]) -> Tensor:
+    """(D, D) sum over groups of the scatter of their rows (K, D) about the group's mean."""
+    centred = [rows[list(group)] - rows[list(group)].mean(dim=0) for group in groups if group]
+    stacked = torch.cat(centred)
+    return stacked.T @ stacked
+
+
+def _shrunk(matrix: Tensor, share: float) -> Tensor:
+    """A symmetric matrix plus a share of its mean eigenvalue on the diagonal."""
+    mean = matrix.diagonal().mean()
+    return matrix + share * mean * torch.eye(len(matrix), dtype=matrix.dtype)
+
+
+def _inverse_root(scatter: Tensor) -> Tensor:
+    """Symmetric inverse square root of a scatter, shrunk."""
+    values, vectors = torch.linalg.eigh(_shrunk(scatter, SHRINKAGE))
+    return vectors @ torch.diag(values.rsqrt()) @ vectors.T
+
+
 def name_targets(space: JointSpace, table: Mapping[str, Sequence[int]]) -> Tensor:
-    """Unit vectors (N, C): the mean over a name's classes, or the background where it has none."""
-    means = [
-        space.rows[list(classes)].mean(dim=0) if classes else space.background
-        for classes in table.values()
-    ]
-    return F.normalize(torch.stack(means), dim=-1)
+    """Unit vectors (N, C): the mean over a name's classes, or the background where it has none.
+
+    A name of many classes lies between them, at some distance from each: part of that is made up
+    for by the constant, so that its photos are not taken for those of a name of one class.
+    """
+    return torch.stack(
+        [
+            _name_target(space, list(classes)) if classes else space.background
+            for classes in table.values()
+        ]
+    )
+
+
+def _name_target(space: JointSpace, classes: list[int]) -> Tensor:
+    mean = F.normalize(space.regressed[classes].mean(dim=0), dim=0)
+    level = LEVELLING * (1 - (space.rows[classes] @ mean).mean())
+    return (1 - level**2).sqrt() * mean + level * space.background
 
 
 def model_config(names: Sequence[str]) -> dict[str, Any]:
