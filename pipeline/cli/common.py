@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from pipeline.files import Location, as_location, check_writable, is_url
 if TYPE_CHECKING:  # importing torch takes seconds that `--help` and mistakes need not wait for
     from pipeline.engine.runtime import Runtime
     from pipeline.engine.shard_run import Executor
+    from pipeline.params.base import EncoderParams
     from pipeline.params.sections import Params
 
 ExecutorName = Literal["local", "ray"]
@@ -25,6 +27,7 @@ EntryStatsPath = Annotated[
     Path | None, typer.Option("--stats", help="Where the counts are written (JSON).")
 ]
 
+PHOTO_CLIP = "photo_clip"  # as in pipeline.models.clip.photo_clip, which imports torch
 PARAMS = Path("params.yaml")  # of the DAG
 _PATHS_FILE = Path(__file__).parents[1] / "paths.yaml"
 _NAMED_PATHS = YAML(typ="safe", pure=True).load(_PATHS_FILE.read_text(encoding="utf-8"))["paths"]
@@ -54,10 +57,20 @@ class Session:
 
     @cached_property
     def categories(self) -> list[str]:
-        """The category set of the params."""
+        """The category set of the params.
+
+        Raises:
+            PipelineError: a name that cannot be used, or that an encoder of the params does not
+                know.
+        """
         from pipeline.vocabulary.categories import load_category_set
 
-        return load_category_set(self.params.categories, background=self.params.background)
+        params = self.params
+        found = load_category_set(params.categories, background=params.background)
+        for section in (params.embed, params.pseudo_label, params.train):
+            check_known(found, section.encoder, field=f"{self.params_path}: categories")
+            check_known(params.background, section.encoder, field=f"{self.params_path}: background")
+        return found
 
     @cached_property
     def runtime(self) -> Runtime:
@@ -122,9 +135,38 @@ def try_outputs(*files: Path, folders: Sequence[Location] = ()) -> None:
 
 
 def names(text: str | None) -> list[str] | None:
-    """Categories of a comma-separated list."""
+    """Names of the option `--categories`: separated by commas, quoted as in CSV.
+
+    Raises:
+        PipelineError: a quote that is not closed, or names that are no categories.
+    """
     if text is None:
         return None
     from pipeline.vocabulary.categories import load_category_set
 
-    return load_category_set([name.strip() for name in text.split(",")])
+    try:
+        rows = list(csv.reader([text], skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        raise PipelineError(
+            f"--categories: {text}: not names between commas ({error}); a name with a comma or a "
+            'quote is written as in CSV: "hammer, claw",saw'
+        ) from None
+    return load_category_set(rows[0], field="--categories")
+
+
+def check_known(categories: Sequence[str], encoder: EncoderParams, *, field: str) -> None:
+    """Refuse names that are not in the closed list of an encoder, if it has one.
+
+    Raises:
+        PipelineError: names the field and the name.
+    """
+    if encoder.model != PHOTO_CLIP and not Path(encoder.model).is_file():
+        return
+    from pipeline.models.clip import clip_config
+    from pipeline.models.clip.names import resolve_name
+
+    known = clip_config(encoder).get("names")
+    if known is None:
+        return
+    for name in categories:
+        resolve_name(name, known, source=encoder.model, field=field)

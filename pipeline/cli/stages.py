@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from ruamel.yaml import YAML
 
 from pipeline.cli.benches import alone, baseline, find_bench, result_name, shipped_bench
 from pipeline.cli.common import (
@@ -15,13 +16,15 @@ from pipeline.cli.common import (
     EntryStatsPath,
     Session,
     StatsPath,
+    check_known,
     location,
     names,
     try_outputs,
 )
 from pipeline.files import is_url, read_json
-from pipeline.presets import bench_text, list_benches, list_presets, write_preset
+from pipeline.presets import bench_text, list_benches, list_presets, preset_text, write_preset
 
+NAMES_HELP = """Category names between commas, quoted as in CSV: '"hammer, claw",saw'"""
 Resume = Literal["auto", "never"]
 ArchivesPath = Annotated[Path, typer.Option(help="Parquet file of the archives.")]
 MasksPath = Annotated[Path, typer.Option(help="Folder of the mask shards.")]
@@ -58,9 +61,7 @@ def init(
     images: Annotated[
         Path | None, typer.Option(help="Folder of unlabelled images (preset `folder`).")
     ] = None,
-    categories: Annotated[
-        str | None, typer.Option(help="Comma-separated category names (preset `folder`).")
-    ] = None,
+    categories: Annotated[str | None, typer.Option(help=f"{NAMES_HELP} (preset `folder`).")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Params file to write; default: that of `--params`.")
     ] = None,
@@ -71,9 +72,15 @@ def init(
         for name, summary in list_presets():
             print(f"{name:18} {summary}")
         return
+    from pipeline.params.reading import parse_params
+
     session: Session = ctx.obj
     path = out or session.params_path
-    write_preset(preset, path, images=images, categories=names(categories), force=force)
+    listed = names(categories)
+    if listed is not None:
+        content = YAML(typ="safe", pure=True).load(preset_text(preset))
+        check_known(listed, parse_params(content).embed.encoder, field="--categories")
+    write_preset(preset, path, images=images, categories=listed, force=force)
     first = "" if path == PARAMS else f"make it {PARAMS}, which DVC reads, then "
     print(f"{path} written from preset {preset}; now {first}run: dvc repro")
 
@@ -93,6 +100,7 @@ def embed(
     out = out or PATHS["embeddings"] / source
     stats = stats or PATHS["stats"] / f"embed-{source}.json"
     try_outputs(stats, folders=[out])
+    session.categories  # noqa: B018 - names that cannot be used, before the work
     params, runtime = session.params, session.runtime
     with publishing(out, runtime.cache_dir) as out_dir:
         stage.run(
@@ -460,19 +468,28 @@ def predict(
     out: Annotated[Path, typer.Option(help="Folder of overlays and predictions.json.")],
     categories: Annotated[
         str | None,
-        typer.Option(help="Comma-separated names, any words; default: the trained categories."),
+        typer.Option(
+            help=f"{NAMES_HELP}: any words, but for an encoder that knows only the names of its "
+            "list (`pipeline weights names photo_clip`); default: the trained categories."
+        ),
     ] = None,
     checkpoint: CheckpointPath = PATHS["checkpoint"],
 ) -> None:
     """Segment images: one overlay each, and one COCO JSON."""
+    from pipeline.models.weights.checkpoint import read_checkpoint_config
+    from pipeline.models.weights.zoo import resolve_weights
     from pipeline.stages import predict as stage
 
     session: Session = ctx.obj
     try_outputs(folders=[out])
     params, runtime = session.params, session.runtime
+    wanted = names(categories)
+    if wanted is not None:
+        config = read_checkpoint_config(resolve_weights(checkpoint, runtime.cache_dir))
+        check_known(wanted, config.encoder, field="--categories")
     stage.run(
         inputs=photos,
-        categories=names(categories),
+        categories=wanted,
         checkpoint_dir=checkpoint,
         out_dir=out,
         params=params.evaluate,

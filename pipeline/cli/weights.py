@@ -104,6 +104,25 @@ def check() -> None:
     print(f"{len(cached)} in the cache, all intact")
 
 
+@weights_app.command("names")
+def list_names(
+    model: Annotated[
+        str, typer.Argument(help="An encoder that knows only the names of a list: `photo_clip`.")
+    ],
+    word: Annotated[str, typer.Argument(help="Only names that hold this.")] = "",
+) -> None:
+    """Show the names that an encoder with a closed list knows."""
+    from pipeline.models.clip import clip_config
+    from pipeline.models.clip.names import find_names
+    from pipeline.params.base import EncoderParams
+
+    known = clip_config(EncoderParams(model=model)).get("names")
+    if known is None:
+        print(f"{model} has no list: it takes any name")
+        return
+    print("\n".join(find_names(word, known, source=model)))
+
+
 def _categories(entry: PublishedWeights) -> list[str]:
     """Names that the entry was trained with; empty if it knows none."""
     from pipeline.vocabulary.categories import load_category_set

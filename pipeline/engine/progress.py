@@ -105,10 +105,10 @@ class StageRun(Tally):
     """Progress bar, counts and the closing line of one run of a stage.
 
     On a clean exit it writes `stats_path` (JSON: stage, items, skipped, counts, skipped_items, and
-    left_out if anything was) and prints one summary line; on an exception it writes nothing. The
-    time and what lay in the cache go to a file of their own, see `times_path`, so that equal inputs
-    give equal stats. Until then no other process can start a run with the same `stats_path`, which
-    is to say the same stage in the same workspace.
+    left_out and warnings if there are any) and prints one summary line; on an exception it writes
+    nothing. The time and what lay in the cache go to a file of their own, see `times_path`, so that
+    equal inputs give equal stats. Until then no other process can start a run with the same
+    `stats_path`, which is to say the same stage in the same workspace.
 
     Args:
         stage: its name.
@@ -152,6 +152,7 @@ class StageRun(Tally):
         self._unit = unit
         self._max_error_rate = max_error_rate
         self._silent = silent
+        self._warnings: list[str] = []
         self._bar = tqdm(
             total=total,
             desc=stage,
@@ -205,6 +206,10 @@ class StageRun(Tally):
             "them out, or raise it:\n" + "\n".join(lines)
         )
 
+    def warn(self, text: str) -> None:
+        """Say in the summary line, and in the report, what is wrong with the result."""
+        self._warnings.append(text)
+
     def postfix(self, text: str) -> None:
         """Show a short text behind the bar."""
         self._bar.set_postfix_str(text, refresh=False)
@@ -240,11 +245,13 @@ class StageRun(Tally):
                 "counts": stats_counts,
                 "skipped_items": self.skipped[:LISTED_SKIPS],
                 **({"left_out": dict(sorted(self.left_out.items()))} if self.left_out else {}),
+                **({"warnings": self._warnings} if self._warnings else {}),
             },
         )
         extra = "".join(f", {name} {count}" for name, count in all_counts.items())
         if self.left_out:
             extra += f", left out: {counted(self.left_out)}"
+        extra += "".join(f"; warning: {text}" for text in self._warnings)
         print(
             f"{self.stage}: {self.items} {self._unit}s, {len(self.skipped)} skipped, "
             f"{seconds:.1f} s, {rate:.1f} {self._unit}s/s{extra}",

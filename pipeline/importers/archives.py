@@ -16,7 +16,7 @@ from pipeline.files import read_json
 from pipeline.formats.sources import ImageRef, SourceSpec, image_name
 from pipeline.formats.tables import ArchiveRow, write_archives
 from pipeline.importers.images import ImageFacts, Prefixes, find_images, read_all
-from pipeline.retrieval.ranking import Ranking, settle_overlaps
+from pipeline.retrieval.ranking import Ranking, count_losses, settle_overlaps
 
 UNKNOWN_SIMILARITY = float("nan")
 LISTED_NAMES = 20
@@ -81,7 +81,7 @@ def run(
         place_of = {name: positions.get(ref.key) for name, ref in matches.found.items()}
         ranked = [_entries(paths, place_of, stage_run) for paths in heads]
         archives = settle_overlaps(ranked, overlap)
-        _count(stage_run, ranked, archives)
+        count_losses(stage_run, categories, ranked, archives)
         write_archives(out_path, _rows(categories, archives, list(images.values())))
 
 
@@ -150,11 +150,6 @@ def _entries(
     places = np.fromiter(ranks, np.int64)
     numbers = np.fromiter(ranks.values(), np.int64)
     return Ranking(numbers, -numbers.astype(np.float32), places)
-
-
-def _count(stage_run: StageRun, lists: list[Ranking], archives: list[Ranking]) -> None:
-    stage_run.count("dropped", sum(map(len, lists)) - sum(map(len, archives)))
-    stage_run.count("empty_archives", sum(len(part) == 0 for part in archives))
 
 
 def _rows(

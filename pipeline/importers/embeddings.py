@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipeline.engine.progress import StageRun
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listing
 from pipeline.files import replace_dir
 from pipeline.formats.shards import shard_entry, shard_name, write_manifest
 from pipeline.formats.sources import ImageRef, SourceSpec, image_name
@@ -35,6 +35,7 @@ from pipeline.formats.tables import (
 )
 from pipeline.importers.images import ImageFacts, Prefixes, find_images, read_all
 from pipeline.importers.unpickle import load_tensors, read_tensor
+from pipeline.models.clip import clip_config
 from pipeline.params.base import EncoderParams
 from pipeline.params.sections import EmbedParams
 
@@ -89,21 +90,25 @@ def run(
         stats_path: JSON file of the counts.
 
     Raises:
-        PipelineError: another encoder, or not one name has an image that can be used.
+        PipelineError: another encoder, embeddings of another length than its, or not one name has
+            an image that can be used.
     """
     encoder = _checked_encoder(encoder, params.encoder)
     embeddings = read(path)
+    _check_dim(path, embeddings.dim, params.encoder)
     schema = embedding_schema(embeddings.dim, encoder)
     names = [text for text in embeddings.names if text is not None]
     with StageRun(
         "import embeddings", stats_path=stats_path, total=len(embeddings.names)
     ) as stage_run:
+        if not names:
+            raise PipelineError(f"{path}: none of its embeddings names an image, or it is empty")
         matches = find_images(names, {name: source}, prefixes=prefixes)
         if not matches.found:
             raise PipelineError(
-                f"{path}: none of its {len(embeddings.names)} names is an image of index.{name} "
-                f"({source.root}): {', '.join(names[:LISTED_NAMES])}...; for other folders "
-                "use --prefix OLD=NEW"
+                f"{path}: none of its {len(names)} names is an image of index.{name} "
+                f"({source.root}): {listing(names, LISTED_NAMES)}; for other folders use "
+                "--prefix OLD=NEW"
             )
         places = _places(embeddings.names, matches.found, stage_run)
         for text, reason in matches.lost:
@@ -255,6 +260,17 @@ def _checked_encoder(text: str, expected: EncoderParams) -> str:
             "name there the CLIP that made these embeddings"
         )
     return name
+
+
+def _check_dim(path: Path, dim: int, encoder: EncoderParams) -> None:
+    """Refuse embeddings that cannot be of the encoder, by its configuration alone."""
+    expected = clip_config(encoder)["embed_dim"]
+    if dim != expected:
+        name = encoder_name(encoder.model, encoder.pretrained)
+        raise PipelineError(
+            f"{path}: embeddings of length {dim}, but {name}, embed.encoder of the params, makes "
+            f"{expected}; name there, and as --encoder, the CLIP that made these embeddings"
+        )
 
 
 def _plain_encoder(text: str) -> str:

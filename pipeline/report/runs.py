@@ -80,6 +80,7 @@ def _run(path: Path, name: str) -> dict[str, Any]:
         "name": name,
         "num_items": stats.get("items") or 0,
         "facts": {items: integer(stats.get("items")), "skipped": integer(skipped), **counts},
+        "warnings": stats.get("warnings", []),
         "num_skipped": skipped,
         "skipped_items": stats.get("skipped_items", [])[:LISTED_SKIPS],
         "num_unlisted": max(0, skipped - LISTED_SKIPS),

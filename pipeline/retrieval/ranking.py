@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import listing
 from pipeline.retrieval.exact import Floats, Rows
+
+if TYPE_CHECKING:
+    from pipeline.engine.progress import StageRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,23 @@ def settle_overlaps(lists: list[Ranking], policy: str) -> list[Ranking]:
 def without(lists: list[Ranking], taken: Ranking) -> list[Ranking]:
     """The lists without the images of `taken`; ranks stay."""
     return [part.only(~np.isin(part.positions, taken.positions)) for part in lists]
+
+
+def count_losses(
+    stage_run: StageRun,
+    categories: Sequence[str],
+    lists: Sequence[Ranking],
+    archives: Sequence[Ranking],
+) -> None:
+    """Count what `archives` lack of `lists`, and name the categories that got no image."""
+    stage_run.count("dropped", sum(map(len, lists)) - sum(map(len, archives)))
+    empty = [name for name, part in zip(categories, archives, strict=True) if len(part) == 0]
+    stage_run.count("empty_archives", len(empty))
+    if empty:
+        stage_run.warn(
+            f"no image is left for {listing(empty)}: they cannot be learnt; rename or remove them, "
+            "or look at retrieve.overlap"
+        )
 
 
 def _positions(lists: Sequence[Ranking]) -> Rows:

@@ -25,7 +25,7 @@ from pipeline.formats.tables import (
     shard_encoder,
     write_archive_table,
 )
-from pipeline.models.clip import load_clip, text_embeddings
+from pipeline.models.clip import check_distinct, load_clip, text_embeddings
 from pipeline.params.base import EncoderParams
 from pipeline.params.sections import RetrieveParams
 from pipeline.retrieval.exact import (
@@ -38,7 +38,14 @@ from pipeline.retrieval.exact import (
     search,
 )
 from pipeline.retrieval.ivf import EmbeddingIndex, Skip, cached_index
-from pipeline.retrieval.ranking import Ranking, _negatives, _positions, settle_overlaps, without
+from pipeline.retrieval.ranking import (
+    Ranking,
+    _negatives,
+    _positions,
+    count_losses,
+    settle_overlaps,
+    without,
+)
 from pipeline.vocabulary.prompts import templates
 
 READ_ROWS = 8192
@@ -100,7 +107,11 @@ def run(
     num_images = _count_images(shards)
     _check_k(k, num_images, source_dirs)
     texts, background_texts = _text_embeddings(
-        shards[0], (categories, background), params=params, encoder=encoder, runtime=runtime
+        shards[0],
+        {"categories": categories, "background": background},
+        params=params,
+        encoder=encoder,
+        runtime=runtime,
     )
     with StageRun("retrieve", stats_path=stats_path, total=num_images) as stage_run:
         if params.search == "ivf":
@@ -126,7 +137,10 @@ def run(
             contested=params.overlap == "best",
         )
         archives = without(settle_overlaps(lists, params.overlap), negatives)
-        _count_overlaps(stage_run, lists, archives)
+        _, times = np.unique(_positions(lists), return_counts=True)
+        stage_run.count("overlaps", int(np.count_nonzero(times > 1)))
+        count_losses(stage_run, categories, lists, archives)
+        _warn_of_large_k(stage_run, k, len(categories))
         stage_run.count("negatives", len(negatives))
         names = [NEGATIVES, *categories]
         write_archive_table(out_path, images.archives(names, [negatives, *archives]))
@@ -196,13 +210,16 @@ def _check_k(k: int, num_images: int, source_dirs: list[Path]) -> None:
 
 def _text_embeddings(
     shard: Path,
-    lists: Sequence[list[str]],
+    lists: dict[str, list[str]],
     *,
     params: RetrieveParams,
     encoder: EncoderParams,
     runtime: Runtime,
 ) -> list[np.ndarray]:
-    """For each list of N names, unit text embeddings (N, C) of the encoder that made the shards."""
+    """For each list of N names, unit text embeddings (N, C) of the encoder that made the shards.
+
+    `lists` has them by the field that they come from.
+    """
     embedded_by, dim = shard_encoder(shard)
     wanted = encoder_name(encoder.model, encoder.pretrained)
     if embedded_by != wanted:
@@ -216,18 +233,23 @@ def _text_embeddings(
             f"{shard}: embeddings of length {dim}, but {wanted} has {clip.embed_dim}; "
             "run `pipeline embed` again"
         )
+    check_distinct(clip, **lists)
     prompts = templates(params.templates)
     return [
-        np.ascontiguousarray(text_embeddings(clip, names, prompts).float().cpu().numpy())
-        for names in lists
+        text_embeddings(clip, names, prompts, field=field).float().cpu().contiguous().numpy()
+        for field, names in lists.items()
     ]
 
 
-def _count_overlaps(stage_run: StageRun, lists: list[Ranking], archives: list[Ranking]) -> None:
-    _, times = np.unique(_positions(lists), return_counts=True)
-    stage_run.count("overlaps", int(np.count_nonzero(times > 1)))
-    stage_run.count("dropped", sum(map(len, lists)) - sum(map(len, archives)))
-    stage_run.count("empty_archives", sum(len(part) == 0 for part in archives))
+def _warn_of_large_k(stage_run: StageRun, k: int, num_categories: int) -> None:
+    """Archives of k images each need a pool that has as many for each category."""
+    share = stage_run.items // num_categories
+    if k > share:
+        stage_run.warn(
+            f"k: {k} images for each of {num_categories} categories are more than the "
+            f"{stage_run.items} of the index, so that archives hold images of other things; lower "
+            f"k to {max(1, share)} or less, or add images"
+        )
 
 
 class _Images:

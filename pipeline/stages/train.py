@@ -22,7 +22,7 @@ from pipeline.engine.cache import UseMark
 from pipeline.engine.distributed import Group
 from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listing
 from pipeline.files import check_writable, digest, refuse_url
 from pipeline.formats.shards import read_manifest
 from pipeline.methods.students import MicroBatch, Student, TrainParams, fresh_student
@@ -91,6 +91,7 @@ def run(
         silent=not group.is_main,
     ) as stage:
         _count(archives, stage)
+        _warn_of_unseen(archives, categories, stage, group)
         length = params.iterations * params.batch_size
         dataset = TrainingSet(archives, params, seed=runtime.seed, length=length)
         # What learns.
@@ -268,6 +269,18 @@ def _count(archives: Archives, stage: StageRun) -> None:
     stage.count("archive_images", sum(len(part) for part in archives.objects.values()))
     stage.count("negatives", len(archives.negatives))
     stage.count("empty_masks", archives.num_empty)
+
+
+def _warn_of_unseen(
+    archives: Archives, categories: Sequence[str], stage: StageRun, group: Group
+) -> None:
+    """Name the categories without an object: at once, for training takes long, and at the end."""
+    unseen = [name for number, name in enumerate(categories, 1) if number not in archives.objects]
+    if unseen:
+        text = f"no image shows {listing(unseen)}: training cannot learn them"
+        stage.warn(text)
+        if group.is_main:
+            print(f"train: warning: {text}", flush=True)
 
 
 def _open_live(live_dir: Path) -> Live:

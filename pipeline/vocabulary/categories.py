@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from ftfy import fix_text
 
 from pipeline.errors import PipelineError
 from pipeline.formats.labels import MAX_CATEGORIES
@@ -35,8 +38,8 @@ def load_category_set(
         The names without surrounding blanks.
 
     Raises:
-        PipelineError: unknown set; a list that is empty, or too long for a label map; an empty or
-            repeated name (case does not count); a category that is also a background name.
+        PipelineError: unknown set; a list that is empty, or too long for a label map; an empty
+            name; two that are one, see `plain_name`; a category that is also a background name.
     """
     if isinstance(categories, str):
         return _read_shipped(categories, field)
@@ -52,21 +55,31 @@ def load_category_set(
             "some out"
         )
     first_use: dict[str, int] = {}
-    taken = {name.strip().casefold() for name in ("background", *background)}
+    taken = {plain_name(name) for name in ("background", *background)}
     for label_id, name in enumerate(names, start=1):
-        if not name:
+        plain = plain_name(name)
+        if not plain:
             raise PipelineError(f"{field}: name {label_id} of {len(names)} is empty; remove it")
-        if name.casefold() in taken:
+        if plain in taken:
             raise PipelineError(
                 f"{field}: {name!r} is the background (label id 0) already; remove it"
             )
-        if name.casefold() in first_use:
-            raise PipelineError(
-                f"{field}: {name!r} is listed twice (names {first_use[name.casefold()]} and "
-                f"{label_id}); remove one"
-            )
-        first_use[name.casefold()] = label_id
+        first = first_use.setdefault(plain, label_id)
+        if first != label_id:
+            other, twice = names[first - 1], f"is listed twice (names {first} and {label_id})"
+            same = f"and {other!r} are the same to the encoder"
+            fault = twice if other.lower() == name.lower() else same
+            raise PipelineError(f"{field}: {name!r} {fault}; remove one")
     return names
+
+
+def plain_name(name: str) -> str:
+    """A name as the tokenizers of CLIPs clean it, in lower case.
+
+    Names of one plain form are the same to an encoder; `check_distinct` of `pipeline.models.clip`
+    finds those of several forms that are.
+    """
+    return " ".join(html.unescape(html.unescape(fix_text(name))).split()).lower()
 
 
 def _read_shipped(name: str, field: str) -> list[str]:
@@ -82,9 +95,9 @@ def _read_shipped(name: str, field: str) -> list[str]:
 
 
 def unasked_names(background: Sequence[str], categories: Sequence[str]) -> list[str]:
-    """The background's names without those that are asked for; all, if none were left."""
-    asked = {name.casefold() for name in categories}
-    return [name for name in background if name.casefold() not in asked] or list(background)
+    """The background's names without those that are asked for; "background", if none were left."""
+    asked = {plain_name(name) for name in categories}
+    return [name for name in background if plain_name(name) not in asked] or ["background"]
 
 
 @dataclass(frozen=True)

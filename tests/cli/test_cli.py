@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -299,8 +300,68 @@ def test_a_file_is_no_folder_and_a_folder_no_file(
 
 def test_a_repeated_category_is_a_mistake(tmp_path: Path, mistake: Callable[..., str]) -> None:
     message = mistake("init", "--preset", "folder", "--categories", "cat,dog,Cat")
-    assert message.startswith("error: categories: 'Cat' is listed twice")
+    assert message.startswith("error: --categories: 'Cat' is listed twice")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "listed"),
+    [
+        ('"hammer, claw",saw', ["hammer, claw", "saw"]),
+        ('saw, "hammer, claw"', ["saw", "hammer, claw"]),
+        ('"12"" ruler", 5\' pole', ['12" ruler', "5' pole"]),
+    ],
+)
+def test_a_name_with_a_comma_is_quoted(cli: Cli, tmp_path: Path, text: str, listed: list) -> None:
+    assert cli("init", "--preset", "folder", "--categories", text).returncode == 0
+    assert read_params(tmp_path / "params.yaml").categories == listed
+
+
+@pytest.mark.parametrize("command", ["init", "predict"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('cat,"hammer, claw', 'cat,"hammer, claw: not names between commas .* as in CSV'),
+        ('"cat"dog', "not names between commas"),
+        ("cat,dog,", "name 3 of 3 is empty"),
+        ("", "the list is empty"),
+        ("dog & cat,dog &amp; cat", "are the same to the encoder"),
+    ],
+)
+def test_mistakes_in_the_names_name_the_option(
+    tmp_path: Path, mistake: Callable[..., str], command: str, text: str, message: str
+) -> None:
+    args = {"init": ["--preset", "folder"], "predict": ["photo.jpg", "--out", "out"]}[command]
+    (tmp_path / "mine.yaml").write_text(TINY_WORLD)
+    found = mistake("--params", "mine.yaml", command, *args, "--categories", text)
+    assert re.search(f"^error: --categories: .*{message}", found)
+
+
+def test_names_outside_a_closed_list_are_refused_before_the_work(
+    tmp_path: Path, mistake: Callable[..., str]
+) -> None:
+    message = "'person' is none of the 2036 names that photo_clip knows"
+    args = ("--preset", "folder-offline", "--categories", "cat,person")
+    assert mistake("init", *args).startswith(f"error: --categories: {message}")
+    assert names(tmp_path) == []
+    config = {"student": "zutis", "categories": ["cat"], "background": ["background"], "step": 1}
+    encoder = {"model": "photo_clip", "pretrained": "photo_clip"}
+    config |= {"encoder": encoder, "architecture": {}, "templates": "name", "logit_scale": 1.0}
+    (tmp_path / "zutis").mkdir()
+    (tmp_path / "zutis/config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.yaml").write_text(
+        f"{TINY_WORLD}embed: {{encoder: {json.dumps(encoder)}}}\n".replace("[cat]", "[cat, person]")
+    )
+    for command in (["embed", "--source", "demo"], ["retrieve"]):
+        found = mistake("--params", "mine.yaml", *command)
+        assert found.startswith(f"error: mine.yaml: categories: {message}")
+    text = (tmp_path / "mine.yaml").read_text().replace("[cat, person]", "[cat]")
+    (tmp_path / "mine.yaml").write_text(f"{text}background: [person]\n")
+    found = mistake("--params", "mine.yaml", "embed", "--source", "demo")
+    assert found.startswith(f"error: mine.yaml: background: {message}")
+    args = ("predict", "photo.jpg", "--out", "out", "--checkpoint", "zutis")
+    found = mistake("--params", "mine.yaml", *args, "--categories", "cat,person")
+    assert found.startswith(f"error: --categories: {message}")
 
 
 def test_a_category_may_not_be_a_name_of_the_background(

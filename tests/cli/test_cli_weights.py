@@ -52,6 +52,16 @@ def state_of(name: str) -> str:
     return line
 
 
+def test_the_names_of_a_closed_list_are_found_by_a_word() -> None:
+    whole = weights("names", "photo_clip").stdout.splitlines()
+    assert len(whole) == 2036
+    found = weights("names", "photo_clip", "Polar-Bear").stdout.splitlines()
+    assert found == [name for name in whole if "polar bear" in name] != []
+    assert "takes any name" in weights("names", "ViT-B-32").stdout
+    assert "'zebre' is in none of the 2036" in error(weights("names", "photo_clip", "zebre"))
+    assert "no architecture" in error(weights("names", "photo_clp"))
+
+
 def test_list_shows_every_name_with_its_state(cache: Path) -> None:
     result = weights("list")
     assert result.exit_code == 0

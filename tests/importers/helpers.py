@@ -18,8 +18,8 @@ C = 16
 CATEGORIES = ["cat", "dog"]
 
 
-def random_tensors(names: list[str]) -> dict[str, torch.Tensor]:
-    vectors = torch.randn(len(names), C)
+def random_tensors(names: list[str], dim: int = C) -> dict[str, torch.Tensor]:
+    vectors = torch.randn(len(names), dim)
     return {name: vector.clone() for name, vector in zip(names, vectors, strict=True)}
 
 

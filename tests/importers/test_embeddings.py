@@ -156,7 +156,7 @@ def test_another_encoder_is_refused_before_anything_is_read(
 def test_clip_retrievals_model_string_names_the_same_encoder(
     tmp_path: Path, params: EmbedParams, import_embeddings: Callable
 ) -> None:
-    path = write_pickle(tmp_path / "emb.pkl", random_tensors(["0.jpg"]))
+    path = write_pickle(tmp_path / "emb.pkl", random_tensors(["0.jpg"], dim=512))
     text = "open_clip:ViT-B-32/laion2b_s34b_b79k"
     for encoder in (
         EncoderParams(model="ViT-B-32", pretrained="laion2b_s34b_b79k"),
@@ -166,6 +166,37 @@ def test_clip_retrievals_model_string_names_the_same_encoder(
         import_embeddings(path, encoder=text, params=changed)
         shard = tmp_path / "embeddings" / "pool" / "00000.parquet"
         assert shard_encoder(shard)[0] == encoder_name(encoder.model, encoder.pretrained)
+
+
+@pytest.mark.parametrize("form", ["pickle", "clip-retrieval"])
+def test_embeddings_of_another_length_are_refused(
+    tmp_path: Path, params: EmbedParams, import_embeddings: Callable, form: str
+) -> None:
+    path = tmp_path / "theirs"
+    if form == "pickle":
+        write_pickle(path, random_tensors(["0.jpg"], dim=12))
+    else:
+        write_clip_retrieval(path, [(np.ones((1, 12), np.float16), {"image_path": ["0.jpg"]})], "0")
+    message = (
+        r"theirs: embeddings of length 12, but .*tiny\.safetensors, embed\.encoder .* makes 16"
+    )
+    with pytest.raises(PipelineError, match=message):
+        import_embeddings(path, form)
+    named = EncoderParams(model="open_clip:ViT-B-32/openai", pretrained="")
+    changed = params.model_copy(update={"encoder": named})
+    with pytest.raises(PipelineError, match="makes 512"):
+        import_embeddings(path, form, params=changed, encoder=named.model)
+
+
+@pytest.mark.parametrize("names", [[], [None, None]])
+def test_a_folder_that_names_no_image_is_refused(
+    tmp_path: Path, import_embeddings: Callable, names: list[None]
+) -> None:
+    columns = {"image_path": pa.array(names, pa.string())}
+    part = (np.ones((len(names), C), np.float16), columns)
+    folder = write_clip_retrieval(tmp_path / "theirs", [part], ["0"])
+    with pytest.raises(PipelineError, match="theirs: none of its embeddings names an image"):
+        import_embeddings(folder, "clip-retrieval")
 
 
 def test_when_nothing_matches_the_old_output_stays(

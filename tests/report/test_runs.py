@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pipeline.files import write_json
+from pipeline.files import read_json, write_json
 from tests.report.helpers import Tree, section, text_of
 
 
@@ -31,6 +31,13 @@ def test_dag_shows_counts_and_what_was_skipped(page: str) -> None:
     assert "2 skipped by embed (tars)" in details
     assert "00000.tar:a.jpg" in details
     assert "truncated" in details
+
+
+def test_warnings_of_a_stage_are_shown(tree: Tree) -> None:
+    path = tree.reports_dir / "stats" / "retrieve.json"
+    assert "no image is left" not in section(tree.report(), "pipeline")
+    write_json(path, {**read_json(path), "warnings": ["no image is left for cat & <b>"]})
+    assert "no image is left for cat &amp; &lt;b&gt;" in section(tree.report(), "pipeline")
 
 
 def test_long_list_of_skipped_items_is_cut(tree: Tree) -> None:

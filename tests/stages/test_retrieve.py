@@ -441,6 +441,7 @@ def test_overlaps_are_settled_and_counted(
     run: Callable,
     write_shards: Callable,
     texts: np.ndarray,
+    capsys: pytest.CaptureFixture[str],
     policy: str,
     kept: list[int],
     dropped: int,
@@ -455,12 +456,38 @@ def test_overlaps_are_settled_and_counted(
         "empty_archives": empty,
         "negatives": 0,
     }
+    warnings = " ".join(stats["warnings"])
+    assert ("no image is left for cat, dog: " in warnings) == bool(empty)
+    summary = capsys.readouterr().out.splitlines()[-1]
+    assert summary.startswith("retrieve: ")
+    assert summary.endswith("; warning: " + "; warning: ".join(stats["warnings"]))
     if policy == "best":
         assert [(row.label_id, row.rank, row.key) for row in rows] == [
             (1, 1, "0"),
             (2, 1, "1"),
             (3, 1, "2"),
         ]
+
+
+@pytest.mark.parametrize(("k", "share"), [(1, 1), (2, 2), (3, 2)])
+def test_k_beyond_the_share_of_a_category_is_warned_of(
+    run: Callable, write_shards: Callable, texts: np.ndarray, k: int, share: int
+) -> None:
+    write_shards("a/00000", [*texts, *-texts, texts[0]], [str(number) for number in range(7)])
+    _, stats = run(k)
+    expected = f"k: {k} images for each of 3 categories are more than the 7 of the index"
+    warned = [text for text in stats.get("warnings", []) if text.startswith(expected)]
+    assert len(warned) == (k > share)
+    assert all(f"lower k to {share} or less" in text for text in warned)
+
+
+def test_names_that_are_one_to_the_encoder_are_refused(
+    run: Callable, write_shards: Callable, texts: np.ndarray
+) -> None:
+    write_shards("a/00000", list(texts), ["0", "1", "2"])
+    for name in ("\uff43\uff41\uff54", "House"):
+        with pytest.raises(PipelineError, match=r"^categories: .* are the same to the encoder"):
+            run(1, categories=["cat", name])
 
 
 def test_overlaps_do_not_count_an_image_of_one_category(

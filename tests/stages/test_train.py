@@ -73,6 +73,22 @@ def test_writes_checkpoint_curves_and_stats(
     assert stats["counts"] == {"archive_images": 8, "empty_masks": 0, "negatives": 1}
 
 
+def test_categories_without_an_object_are_named_at_once_and_at_the_end(
+    labels_dir: Path,
+    encoder: EncoderParams,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    categories = ["cat", "dog", "bird", "red car"]
+    params = small_params(encoder, target="saliency")
+    root = run(labels_dir, tmp_path, params, categories=categories)
+    warning = "no image shows bird, red car: training cannot learn them"
+    assert json.loads((root / "stats.json").read_text())["warnings"] == [warning]
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == f"train: warning: {warning}"
+    assert last.endswith(f"; warning: {warning}")
+
+
 def test_checkpoint_predicts_with_any_names(
     labels_dir: Path, encoder: EncoderParams, tmp_path: Path
 ) -> None:

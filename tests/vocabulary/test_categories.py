@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.vocabulary.categories import category_set_names, load_category_set
+from pipeline.vocabulary.categories import category_set_names, load_category_set, unasked_names
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,24 @@ def test_a_bad_list_is_refused_by_name(categories: str | list[str], words: list[
     with pytest.raises(PipelineError, match=r"^categories: ") as error:
         load_category_set(categories)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["\uff44\uff4f\uff47 & cat", "dog &amp; cat", "dog\u00a0& cat", "\ufeffDog &amp;amp; cat"],
+)
+def test_spellings_that_encoders_do_not_tell_apart_are_one(other: str) -> None:
+    message = f"'bird', 'dog & cat', {other!r}"
+    with pytest.raises(PipelineError, match=r"^x: .* and .* are the same to the encoder") as error:
+        load_category_set(["bird", "dog & cat", other], field="x")
+    assert all(name in str(error.value) for name in message.split(", ")[1:])
+    with pytest.raises(PipelineError, match="is the background"):
+        load_category_set([other], background=["Dog & Cat"])
+    assert unasked_names(["dog & cat", "sky"], [other]) == ["sky"]
+
+
+def test_a_background_that_is_all_asked_for_becomes_the_word() -> None:
+    assert unasked_names(["sky"], ["Sky"]) == ["background"]
 
 
 def test_a_background_name_is_no_category() -> None:

@@ -2,8 +2,19 @@
 
 from pipeline.models.clip.encoder import ClipEncoder
 from pipeline.models.clip.features import pad_to_multiple
-from pipeline.models.clip.loading import OPENAI_SCALARS, build_clip, load_clip, to_open_clip_layout
-from pipeline.models.clip.text import background_embedding, label_embeddings, text_embeddings
+from pipeline.models.clip.loading import (
+    OPENAI_SCALARS,
+    build_clip,
+    clip_config,
+    load_clip,
+    to_open_clip_layout,
+)
+from pipeline.models.clip.text import (
+    background_embedding,
+    check_distinct,
+    label_embeddings,
+    text_embeddings,
+)
 from pipeline.models.clip.tokenizer import VOCABULARY_SPECIALS
 from pipeline.models.clip.tower import DenseAttention, DenseOptions, DenseTower
 from pipeline.models.clip.towers import dense_tower
@@ -17,6 +28,8 @@ __all__ = [
     "DenseTower",
     "background_embedding",
     "build_clip",
+    "check_distinct",
+    "clip_config",
     "dense_tower",
     "label_embeddings",
     "load_clip",

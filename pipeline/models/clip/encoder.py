@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.models.clip.features import square_side
-from pipeline.models.clip.names import resolve_name
+from pipeline.models.clip.names import NAMES_FIELD, resolve_name
 from pipeline.models.clip.timm_towers import use_fast_layout
+from pipeline.models.clip.tokenizer import Tokenizer
 from pipeline.models.clip.tower import DenseTower, Facet
 from pipeline.models.clip.towers import dense_tower
 from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
@@ -36,6 +37,7 @@ class ClipEncoder(nn.Module):
             (bicubic resize of the short side, centre crop) short of the normalisation.
         embed_dim: C.
         image_size: S.
+        tokenizer: of the text tower.
         source: where the configuration comes from, for messages.
         mean, std: (1, 3, 1, 1) buffers, applied by every method that takes images in [0, 1].
     """
@@ -49,7 +51,7 @@ class ClipEncoder(nn.Module):
         *,
         config: dict[str, Any],
         preprocess: PreprocessCfg,
-        tokenizer: Callable[[list[str]], Tensor],
+        tokenizer: Tokenizer,
         source: str = "this encoder",
     ) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class ClipEncoder(nn.Module):
         self.embed_dim: int = config["embed_dim"]
         self.image_size = square_side(preprocess.size)
         self.preprocess: Callable[[Image.Image], Tensor] = _transform(preprocess)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), False)
         self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), False)
 
@@ -109,15 +111,20 @@ class ClipEncoder(nn.Module):
         """Images (B, 3, S, S) in [0, 1] -> unit embeddings (B, C), float32."""
         return F.normalize(self.clip.encode_image(self.normalise(images)).float(), dim=-1)
 
-    def known_names(self, names: Sequence[str]) -> list[str]:
+    def known_names(self, names: Sequence[str], *, field: str = NAMES_FIELD) -> list[str]:
         """The names as this encoder knows them; a CLIP knows every name as it stands.
+
+        Args:
+            names: as they were written.
+            field: where they come from, for the message.
 
         Raises:
             PipelineError: the encoder has a closed list of names, and one is not in it.
         """
-        if "names" not in self.config:
+        known = self.config.get("names")
+        if known is None:
             return list(names)
-        return [resolve_name(name, self.config["names"], source=self.source) for name in names]
+        return [resolve_name(name, known, source=self.source, field=field) for name in names]
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Texts -> token ids (N, T), int64, as the text tower expects them.
@@ -125,7 +132,7 @@ class ClipEncoder(nn.Module):
         Raises:
             PipelineError: a word lies outside the vocabulary that the weights were cut to.
         """
-        return self._tokenizer(list(texts))
+        return self.tokenizer(list(texts))
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], batch: int = 256) -> Tensor:

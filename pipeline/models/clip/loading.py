@@ -87,9 +87,8 @@ def load_clip(
             architecture, or no network.
     """
     model, pretrained = _split_model_string(encoder.model, encoder.pretrained)
-    model = str(PHOTO_CLIP_CONFIG) if model == PHOTO_CLIP else model
     local = model.endswith(".json")
-    config = _read_config(Path(model)) if local else _named_config(model)
+    config = clip_config(encoder)
     weights = _find_weights(model, pretrained, local=local, cache_dir=cache_dir)
     state = weights.read(weights.path)
     quick_gelu = weights.quick_gelu or _is_openai_checkpoint(weights.path, state)
@@ -113,6 +112,16 @@ def load_clip(
     return loaded.to(device)
 
 
+def clip_config(encoder: EncoderParams) -> dict[str, Any]:
+    """What is known of a CLIP without its weights: `embed_dim`, `names` of a closed list and so on.
+
+    Raises:
+        PipelineError: unknown architecture, unreadable file.
+    """
+    model, _ = _split_model_string(encoder.model, encoder.pretrained)
+    return _read_config(Path(model)) if model.endswith(".json") else _named_config(model)
+
+
 @dataclass(frozen=True)
 class _Weights:
     """A weights file and what open_clip knows of its tag."""
@@ -124,7 +133,9 @@ class _Weights:
 
 
 def _split_model_string(model: str, pretrained: str) -> tuple[str, str]:
-    """Resolve clip-retrieval's `open_clip:ARCHITECTURE/TAG`."""
+    """Resolve `photo_clip` and clip-retrieval's `open_clip:ARCHITECTURE/TAG`."""
+    if model == PHOTO_CLIP:
+        return str(PHOTO_CLIP_CONFIG), pretrained
     if not model.startswith(MODEL_PREFIX):
         return model, pretrained
     architecture, _, tag = model.removeprefix(MODEL_PREFIX).partition("/")

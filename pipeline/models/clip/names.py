@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 from pipeline.errors import PipelineError
 
+NAMES_FIELD = "categories or background"
 NUM_NEAREST = 5
+SPELT_ALIKE = 0.75
 IRREGULAR = {"mice": "mouse", "geese": "goose", "oxen": "ox"}
 PLURALS = (("ies", "y"), ("ves", "f"), ("ves", "fe"), ("es", ""), ("s", ""))
 
@@ -18,13 +20,14 @@ def normalise_name(name: str) -> str:
     return re.sub(r"[\s_/-]+", " ", name.casefold()).strip()
 
 
-def resolve_name(name: str, known: Sequence[str], *, source: str) -> str:
+def resolve_name(name: str, known: Sequence[str], *, source: str, field: str = NAMES_FIELD) -> str:
     """The name of the list that `name` means: case, hyphens and a plural do not count.
 
     Args:
         name: as the user wrote it.
         known: the normalised names.
         source: what knows no others, for the message.
+        field: where the name comes from, for the message.
 
     Raises:
         PipelineError: it is none of them; the message has the nearest.
@@ -34,10 +37,26 @@ def resolve_name(name: str, known: Sequence[str], *, source: str) -> str:
         if candidate in known:
             return candidate
     raise PipelineError(
-        f"categories or background: {name!r} is none of the {len(known)} names that {source} "
-        f"knows; the nearest are {', '.join(_nearest(wanted, known))}. Use one of its names, or "
-        "the weights of a full CLIP (encoder.model, encoder.pretrained)"
+        f"{field}: {name!r} is none of the {len(known)} names that {source} knows; "
+        f"{_nearest(wanted, known)}. `pipeline weights names {source} WORD` finds those with a "
+        "word; any name will do with the weights of a full CLIP (encoder.model, encoder.pretrained)"
     )
+
+
+def find_names(word: str, known: Sequence[str], *, source: str) -> list[str]:
+    """The names that hold a word or a part of one.
+
+    Raises:
+        PipelineError: there is none; the message has the nearest.
+    """
+    part = normalise_name(word)
+    found = [name for name in known if part in name]
+    if not found:
+        raise PipelineError(
+            f"{word!r} is in none of the {len(known)} names that {source} knows; "
+            f"{_nearest(part, known)}"
+        )
+    return found
 
 
 def _singulars(name: str) -> list[str]:
@@ -48,10 +67,12 @@ def _singulars(name: str) -> list[str]:
     return [head + blank + word for word in words]
 
 
-def _nearest(name: str, known: Sequence[str]) -> list[str]:
-    """Names that share a word, then those of similar letters."""
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """Names that share a word, else those of similar letters, in words."""
     words = set(name.split())
     sharing = [other for other in known if words & set(other.split())]
-    close = difflib.get_close_matches(name, known, n=NUM_NEAREST, cutoff=0.0)
-    by_likeness = difflib.get_close_matches(name, sharing, n=NUM_NEAREST, cutoff=0.0)
-    return list(dict.fromkeys([*by_likeness, *close]))[:NUM_NEAREST]
+    if sharing:
+        near = difflib.get_close_matches(name, sharing, n=NUM_NEAREST, cutoff=0.0)
+        return f"the nearest are {', '.join(near)}"
+    near = difflib.get_close_matches(name, known, n=NUM_NEAREST, cutoff=SPELT_ALIKE)
+    return f"the nearest are by spelling alone: {', '.join(near)}" if near else "none is near"

@@ -11,11 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.errors import PipelineError
 from pipeline.models.clip.encoder import ClipEncoder
+from pipeline.models.clip.names import NAMES_FIELD
+
+SHOWN_LETTERS = 60
 
 
 @torch.no_grad()
-def text_embeddings(encoder: ClipEncoder, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+def text_embeddings(
+    encoder: ClipEncoder,
+    names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    field: str = NAMES_FIELD,
+) -> Tensor:
     """Unit text embeddings (K, C), float32, one a name.
 
     Each of the P prompts of a name is encoded and normalised; their mean is normalised again
@@ -24,12 +34,14 @@ def text_embeddings(encoder: ClipEncoder, names: Sequence[str], templates: Seque
     Args:
         names: K category names.
         templates: P format strings with one `{}`.
+        field: where the names come from, for messages.
 
     Raises:
-        PipelineError: a name is not in the encoder's closed list, or has a word outside its
-            vocabulary.
+        PipelineError: a name is not in the encoder's closed list, has a word outside its
+            vocabulary, or is too long for it.
     """
-    names = encoder.known_names(names)
+    names = encoder.known_names(names, field=field)
+    _check_lengths(encoder, names, templates, field)
     encoder.tokenize(names)  # an unknown word is reported as the name that has it, not as a prompt
     prompts = [template.format(name) for name in names for template in templates]
     features = F.normalize(encoder.encode_texts(prompts), dim=-1)
@@ -40,7 +52,8 @@ def background_embedding(
     encoder: ClipEncoder, names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
     """One unit embedding (C,) for several names of the background: mean over all, normalised."""
-    return F.normalize(text_embeddings(encoder, names, templates).mean(dim=0), dim=-1)
+    embeddings = text_embeddings(encoder, names, templates, field="background")
+    return F.normalize(embeddings.mean(dim=0), dim=-1)
 
 
 def label_embeddings(
@@ -50,10 +63,59 @@ def label_embeddings(
     categories: Sequence[str],
     templates: Sequence[str],
 ) -> Tensor:
-    """Unit embeddings (1 + K, C) by label id: the background's first, then the categories'."""
+    """Unit embeddings (1 + K, C) by label id: the background's first, then the categories'.
+
+    Raises:
+        PipelineError: as `check_distinct` and `text_embeddings`.
+    """
+    check_distinct(encoder, background=background, categories=categories)
     return torch.cat(
         [
             background_embedding(encoder, background, templates).unsqueeze(0),
-            text_embeddings(encoder, categories, templates),
+            text_embeddings(encoder, categories, templates, field="categories"),
         ]
     )
+
+
+def check_distinct(
+    encoder: ClipEncoder, *, background: Sequence[str], categories: Sequence[str]
+) -> None:
+    """Refuse names that the encoder cannot tell apart, for only one of them would get images.
+
+    Raises:
+        PipelineError: two names, or a name and nothing, have the same tokens; or a name is not in
+            the encoder's closed list.
+    """
+    first_use = {tuple(encoder.tokenizer.ids("")): ("", "")}
+    for field, names in (("background", background), ("categories", categories)):
+        for name, known in zip(names, encoder.known_names(names, field=field), strict=True):
+            tokens = tuple(encoder.tokenizer.ids(known))
+            if tokens not in first_use:
+                first_use[tokens] = name, field
+                continue
+            other, other_field = first_use[tokens]
+            if not other:
+                raise PipelineError(f"{field}: {name!r} is empty to the encoder; remove it")
+            place = "" if other_field == field else f" ({other_field})"
+            raise PipelineError(
+                f"{field}: {other!r}{place} and {name!r} are the same to the encoder; remove one"
+            )
+
+
+def _check_lengths(
+    encoder: ClipEncoder, names: Sequence[str], templates: Sequence[str], field: str
+) -> None:
+    """Refuse a name of which the text tower would not see the end."""
+
+    def num_tokens(text: str) -> int:
+        return len(encoder.tokenizer.ids(text))
+
+    longest = max(templates, key=lambda template: num_tokens(template.format("x")))
+    limit = encoder.tokenizer.context_length
+    for name in names:
+        if (length := num_tokens(longest.format(name))) > limit:
+            shown = name if len(name) <= SHOWN_LETTERS else f"{name[:SHOWN_LETTERS]}..."
+            raise PipelineError(
+                f"{field}: {shown!r} takes {length} tokens in its longest prompt; the encoder "
+                f"reads {limit}. Shorten it"
+            )

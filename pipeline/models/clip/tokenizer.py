@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.tokenizer import get_clean_fn
 from torch import Tensor
 
 from pipeline.errors import PipelineError, first_line
@@ -17,23 +18,52 @@ from pipeline.errors import PipelineError, first_line
 VOCABULARY_SPECIALS = (0, 49406, 49407)
 
 
-class _VocabularyTokenizer:
-    """CLIP's BPE tokenizer with ids renumbered by their index in a cut vocabulary."""
+class Tokenizer:
+    """Texts to token ids.
 
-    def __init__(self, tokenizer: open_clip.SimpleTokenizer, vocabulary: list[int]) -> None:
+    Args:
+        tokenizer: one of open_clip's.
+        vocabulary: the ids that the text tower was cut to, if it was; what comes out are their
+            places.
+
+    Attributes:
+        context_length: tokens that the text tower reads of a text.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: list[int] | None = None) -> None:
+        self.context_length: int = tokenizer.context_length
         self._tokenizer = tokenizer
-        self._index = {token: index for index, token in enumerate(vocabulary)}
+        self._index: dict[int, int] | None = None
+        if vocabulary is not None:
+            self._index = {token: index for index, token in enumerate(vocabulary)}
 
     def __call__(self, texts: list[str]) -> Tensor:
-        rows = self._tokenizer(texts).tolist()
+        """Token ids (N, context_length), int64, as the text tower expects them.
+
+        Raises:
+            PipelineError: a word outside the vocabulary.
+        """
+        tokens: Tensor = self._tokenizer(texts)
+        if self._index is None:
+            return tokens
+        rows = tokens.tolist()
         for text, row in zip(texts, rows, strict=True):
             if any(token not in self._index for token in row):
-                raise self._unknown_word(text)
+                raise self._unknown_word(text, self._index)
         return torch.tensor([[self._index[token] for token in row] for row in rows]).long()
 
-    def _unknown_word(self, text: str) -> PipelineError:
+    def ids(self, text: str) -> list[int]:
+        """All tokens of a text, however long, start and end included; of the full vocabulary."""
+        if isinstance(self._tokenizer, open_clip.SimpleTokenizer):
+            start, end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id
+            return [start, *self._tokenizer.encode(text), end]
+        clean = getattr(self._tokenizer, "clean_fn", None) or get_clean_fn("canonicalize")
+        with quiet_logging():  # transformers warns of long texts
+            return list(self._tokenizer.tokenizer(clean(text)).input_ids)
+
+    def _unknown_word(self, text: str, known: Container[int]) -> PipelineError:
         for word in text.split():
-            if any(token not in self._index for token in self._tokenizer.encode(word)):
+            if any(token not in known for token in self._tokenizer.encode(word)):
                 break
         return PipelineError(
             f"categories or background: the word {word!r} of {text!r} is unknown to these weights: "
@@ -42,12 +72,10 @@ class _VocabularyTokenizer:
         )
 
 
-def load_tokenizer(
-    config: dict[str, Any], *, name: str, source: str
-) -> Callable[[list[str]], Tensor]:
+def load_tokenizer(config: dict[str, Any], *, name: str, source: str) -> Tokenizer:
     """The tokenizer of a named architecture, or of a config file (`name` is empty)."""
     if name:
-        return _named_tokenizer(name)
+        return Tokenizer(_named_tokenizer(name))
     text_config = config["text_cfg"]
     foreign = text_config.get("hf_tokenizer_name") or text_config.get("hf_model_name")
     if foreign:
@@ -57,9 +85,9 @@ def load_tokenizer(
         )
     tokenizer = _own_tokenizer(text_config.get("context_length", 77))
     if "vocabulary" not in config:
-        return tokenizer  # type: ignore[no-any-return]
+        return Tokenizer(tokenizer)
     _check_vocabulary(config["vocabulary"], text_config.get("vocab_size"), source=source)
-    return _VocabularyTokenizer(tokenizer, config["vocabulary"])
+    return Tokenizer(tokenizer, config["vocabulary"])
 
 
 @cache
@@ -69,10 +97,10 @@ def _own_tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
 
 
 @cache
-def _named_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
+def _named_tokenizer(name: str) -> Any:
     try:
         with quiet_logging():
-            return open_clip.get_tokenizer(name)  # type: ignore[no-any-return]
+            return open_clip.get_tokenizer(name)
     except Exception as error:  # as in _download: some architectures fetch theirs from the hub
         raise PipelineError(
             f"encoder.model: could not get the tokenizer of {name} ({type(error).__name__}: "

@@ -152,6 +152,23 @@ class TestNames:
         with pytest.raises(PipelineError, match=message):
             text_embeddings(encoder, ["dog", name], PROMPTS_85)
 
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("persian dog", r"; the nearest are persian cat"),
+            ("zebre", r"; the nearest are by spelling alone: zebra"),
+            ("xylophonist of Ur", r"; none is near\."),
+        ],
+    )
+    def test_words_count_before_letters_and_what_is_far_is_not_near(
+        self, name: str, expected: str
+    ) -> None:
+        known = ["zebra", "persian cat", "perusal dish"]
+        with pytest.raises(
+            PipelineError, match=rf"^f: '{name}' is none of the 3 names.*{expected}"
+        ):
+            resolve_name(name, known, source="x", field="f")
+
     def test_words_of_prompts_alone_are_no_names(self, encoder: ClipEncoder) -> None:
         with pytest.raises(PipelineError, match="'cool photo' is none of"):
             text_embeddings(encoder, ["cool photo"], PROMPTS_85)
