@@ -51,6 +51,8 @@ class PredictionParams(Section):
     short side of an image to this many pixels before the network, `max_side` bounds its long side;
     predictions return to the original size. `whole_patches` resizes an image to whole patches,
     where the published code drops the rest at the right and bottom and stretches the prediction.
+    `region_majority` gives a connected region of foreground the category that more than half of its
+    pixels have, if there is one: for encoders that outline better than they name.
     """
 
     threshold: Probability = 0.5
@@ -60,6 +62,7 @@ class PredictionParams(Section):
     resize_to: Count | None = None
     max_side: Count | None = None
     whole_patches: bool = False
+    region_majority: bool = False
 
 
 class PredictionSettings(PredictionParams):

@@ -396,6 +396,7 @@ def test_params_become_settings_of_a_prediction() -> None:
         "resize_to": 64,
         "max_side": 128,
         "whole_patches": True,
+        "region_majority": True,
     }
     assert PredictionSettings.of(EvaluateParams(**changed)) == PredictionSettings(**changed)
     assert not changed.items() & PredictionSettings().model_dump().items()

@@ -18,7 +18,11 @@ from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, Checkp
 from pipeline.models.weights.weights import hash_tensors, load_state, load_strict
 from pipeline.models.zutis.build import build_zutis
 from pipeline.models.zutis.network import Zutis
-from pipeline.models.zutis.postprocess import instance_predictions, semantic_prediction
+from pipeline.models.zutis.postprocess import (
+    instance_predictions,
+    majority_of_regions,
+    semantic_prediction,
+)
 from pipeline.params.base import PredictionSettings
 from pipeline.vocabulary.prompts import TEMPLATE_SETS
 
@@ -116,6 +120,8 @@ class ZutisPredictor:
             "temperature": settings.temperature,
             "suppression": settings.suppression,
             "score_resolution": settings.score_resolution,
+            # Named where it is on, so that what is known of other predictions reads as before.
+            **({"region_majority": True} if settings.region_majority else {}),
         }
 
     def _label_map(
@@ -123,7 +129,8 @@ class ZutisPredictor:
     ) -> LabelMap:
         first = 0 if settings.background else 1
         semantic = semantic_prediction(patch_tokens[None], self._text[first:], size)[0]
-        return label_map(semantic.cpu().numpy(), first)
+        labels = label_map(semantic.cpu().numpy(), first)
+        return majority_of_regions(labels) if settings.region_majority else labels
 
     def _instances(
         self,
