@@ -31,8 +31,10 @@ def read_lines(path: Path, expected: str) -> list[str]:
         raise PipelineError(f"{path}: no such file; expected {expected}") from None
     text = _decode(content)
     if text is None:
-        found = "text in UTF-16" if content.startswith(UTF16_MARKS) else "not a text file (UTF-8)"
-        raise PipelineError(f"{path}: {found}; save it as UTF-8; expected {expected}")
+        found = " but in UTF-16" if content.startswith(UTF16_MARKS) else ""
+        raise PipelineError(
+            f"{path}: not a text file in UTF-8{found}; save it as UTF-8; expected {expected}"
+        )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise PipelineError(f"{path}: empty; expected {expected}")
