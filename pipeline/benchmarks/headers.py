@@ -85,12 +85,12 @@ class _Palettes:
         ]
         if not odd:
             return []
-        total = sum(masks.count for masks in self._masks.values())
+        count, total = (sum(masks.count for masks in of) for of in (odd, self._masks.values()))
+        whose = "the layout has" if odd[0].standard else "most have"
         return [
-            f"{sum(masks.count for masks in odd)} of {total} masks have another palette than "
-            f"{'the layout' if odd[0].standard else 'most'}, the first {odd[0].first}: indices are "
-            "label ids whatever their colours, but an editor that saved a mask may have renumbered "
-            "them; take the published masks"
+            f"{count} of {total} masks have another palette than {whose}, the first "
+            f"{odd[0].first}: indices are label ids whatever their colours, but an editor may have "
+            "renumbered them; take the masks as they were published"
         ]
 
     def _usual(self) -> dict[int, bytes]:
