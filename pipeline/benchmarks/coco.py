@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from pipeline.benchmarks.example import Example, InstanceTarget
+from pipeline.benchmarks.example import Example, InstanceTarget, MaskHeader
 from pipeline.benchmarks.lists import check_folder, read_lines
 from pipeline.errors import PipelineError, listing
 from pipeline.formats.labels import LABEL_TYPE, LabelMap
@@ -48,13 +48,17 @@ class Annotation(NamedTuple):
 
 @dataclass(frozen=True)
 class CocoExample:
-    """One image of a `CocoBenchmark`; see `Example`. `size` is (H, W)."""
+    """One image of a `CocoBenchmark`; see `Example`. `size` is (H, W), as `json_path` has it."""
 
     image_id: str
     image_path: Path
+    json_path: Path
     size: tuple[int, int]
     annotations: list[Annotation]
     vocabulary: None = None
+
+    def mask_headers(self) -> list[MaskHeader]:
+        return [MaskHeader(self.json_path, self.size)]
 
     def semantic(self) -> LabelMap:
         """Label ids (H, W), painted from the annotations; nothing is void.
@@ -173,6 +177,7 @@ class CocoBenchmark:
             yield CocoExample(
                 image.image_id,
                 self._image_dir / image.file_name,
+                self._json_path,
                 image.size,
                 image.annotations,
             )

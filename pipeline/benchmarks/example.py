@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,23 @@ class InstanceTarget:
     area: float | None = None
 
 
+class MaskHeader(NamedTuple):
+    """What a file of masks says of itself without its pixels.
+
+    Attributes:
+        path: the file.
+        size: (H, W) of the image that the masks are of.
+        colours: palette index -> RGB, of the indices that may be label ids; empty where the pixel
+            values are none of a palette, or where they do not decide.
+        standard: the same as the layout prescribes it; empty where it does not.
+    """
+
+    path: Path
+    size: tuple[int, int]
+    colours: Mapping[int, bytes] = {}
+    standard: Mapping[int, bytes] = {}
+
+
 class Example(Protocol):
     """One labelled image; its masks are read when asked for."""
 
@@ -46,6 +63,13 @@ class Example(Protocol):
     @property
     def vocabulary(self) -> Sequence[str] | None:
         """The names by label id from 1 asked for in this image, where not the benchmark's own."""
+
+    def mask_headers(self) -> list[MaskHeader]:
+        """The files of its masks, of which only the headers are read.
+
+        Raises:
+            PipelineError: one is missing or damaged.
+        """
 
     def semantic(self) -> LabelMap:
         """Label ids (H, W): 0 is background, `IGNORE_INDEX` is void."""

@@ -20,6 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.formats.labels import BACKGROUND, IGNORE_INDEX, LABEL_TYPE, LabelMap
 
 NUM_VALUES = 2**16
+NUM_COLOURS = 256  # of a palette
 UNKNOWN = IGNORE_INDEX - 1
 SPLIT = "{split}"
 
@@ -69,6 +70,9 @@ class IndexPngBenchmark:
         self.root = Path(root)
         self.categories = list(categories)
         self._table = _label_table(len(self.categories), values, void_values, other)
+        last = max(values, default=len(self.categories))
+        indices = (*range(last + 1), *void_values)
+        self._indices = tuple(index for index in indices if index < NUM_COLOURS)
         self._suffixes = image_suffix, label_suffix
         check_folder(self.root, "a benchmark of images and index PNGs")
         self._image_dir = self.root / images.replace(SPLIT, split)
@@ -96,6 +100,7 @@ class IndexPngBenchmark:
                 self._image_dir / f"{image_id}{image_suffix}",
                 self._label_dir / f"{image_id}{label_suffix}",
                 self._decode,
+                indices=self._indices,
             )
 
     def _find_ids(self, image_list: str, split: str) -> list[str]:

@@ -6,7 +6,7 @@ Letters: H, W height and width in pixels.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.benchmarks.example import InstanceTarget
+from pipeline.benchmarks.example import InstanceTarget, MaskHeader
 from pipeline.errors import PipelineError
 from pipeline.formats.labels import IGNORE_INDEX, LabelMap
 
@@ -35,6 +35,7 @@ class LabelMapExample:
         mask_path: the PNG of labels.
         decode: reads `mask_path` into label ids (H, W).
         vocabulary: see `Example`.
+        indices: the palette indices that may be label ids or void; none if colours decide.
     """
 
     image_id: str
@@ -42,6 +43,10 @@ class LabelMapExample:
     mask_path: Path
     decode: Callable[[Path], LabelMap]
     vocabulary: Sequence[str] | None = None
+    indices: Iterable[int] = ()
+
+    def mask_headers(self) -> list[MaskHeader]:
+        return [read_header(self.mask_path, self.indices)]
 
     def semantic(self) -> LabelMap:
         return self.decode(self.mask_path)
@@ -97,19 +102,36 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
     return np.array(image)
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """Height and width of a PNG, of which only the header is read.
+def read_header(
+    path: Path, indices: Iterable[int] = (), standard: Mapping[int, bytes] | None = None
+) -> MaskHeader:
+    """Size of a PNG, and the colours of some palette indices, from its header.
+
+    Args:
+        path: the file.
+        indices: of the palette; those beyond its end are left out.
+        standard: see `MaskHeader`.
 
     Raises:
         PipelineError: missing or not a PNG.
     """
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            return image.height, image.width
+            palette = image.palette.getdata()[1] if image.mode == "P" and image.palette else b""
+            return MaskHeader(
+                path, (image.height, image.width), colours_of(palette, indices), standard or {}
+            )
     except FileNotFoundError:
         raise PipelineError(f"{path}: no such mask; expected a PNG") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise PipelineError(f"{path}: not a readable PNG mask ({error})") from None
+
+
+def colours_of(palette: bytes, indices: Iterable[int]) -> dict[int, bytes]:
+    """Index -> RGB of those of `indices` that a palette of RGB triples has."""
+    return {
+        index: palette[3 * index : 3 * index + 3] for index in indices if 3 * index < len(palette)
+    }
 
 
 def check_label_ids(labels: NDArray[np.integer], num_categories: int, path: Path) -> None:

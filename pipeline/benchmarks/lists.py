@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def check_folder(path: Path, expected: str) -> None:
@@ -23,12 +26,16 @@ def read_lines(path: Path, expected: str) -> list[str]:
         PipelineError: no such file, not text, or nothing in it; `expected` says what should be.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes()
     except FileNotFoundError:
         raise PipelineError(f"{path}: no such file; expected {expected}") from None
-    except UnicodeDecodeError:
-        raise PipelineError(f"{path}: not a text file (UTF-8); expected {expected}") from None
-    lines = [line.strip() for line in lines if line.strip()]
+    text = _decode(content)
+    if text is None:
+        found = " but in UTF-16" if content.startswith(UTF16_MARKS) else ""
+        raise PipelineError(
+            f"{path}: not a text file in UTF-8{found}; save it as UTF-8; expected {expected}"
+        )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise PipelineError(f"{path}: empty; expected {expected}")
     return lines
@@ -154,6 +161,15 @@ def check_unique(image_ids: Iterable[str], root: Path) -> None:
         if image_id in seen:
             raise PipelineError(f"{root}: two images have the id {image_id}; rename one")
         seen.add(image_id)
+
+
+def _decode(content: bytes) -> str | None:
+    """Text in UTF-8, with or without a byte order mark; None for anything else."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text  # as UTF-16 without its mark has
 
 
 def _entries(folder: Path) -> list[str]:

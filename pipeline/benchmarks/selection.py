@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.benchmarks.example import Benchmark, Example, InstanceTarget
+from pipeline.benchmarks.example import Benchmark, Example, InstanceTarget, MaskHeader
 from pipeline.formats.labels import BACKGROUND, IGNORE_INDEX, LABEL_TYPE, LabelMap
 
 
@@ -36,6 +36,9 @@ class SelectedExample:
     @property
     def vocabulary(self) -> Sequence[str] | None:
         return self.whole.vocabulary
+
+    def mask_headers(self) -> list[MaskHeader]:
+        return self.whole.mask_headers()
 
     def semantic(self) -> LabelMap:
         return self.label_ids[self.whole.semantic()]

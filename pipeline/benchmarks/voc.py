@@ -12,14 +12,15 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.benchmarks.example import Example, InstanceTarget
-from pipeline.benchmarks.label_map import check_label_ids, read_indices, read_size
+from pipeline.benchmarks.example import Example, InstanceTarget, MaskHeader
+from pipeline.benchmarks.label_map import check_label_ids, colours_of, read_header, read_indices
 from pipeline.benchmarks.lists import check_files, check_folder, read_groups, read_ids
 from pipeline.errors import PipelineError
 from pipeline.files import write_bytes
@@ -54,6 +55,11 @@ class VocExample:
     def object_path(self) -> Path:
         return self.root / OBJECTS / f"{self.image_id}.png"
 
+    def mask_headers(self) -> list[MaskHeader]:
+        standard = _standard_colours(self.num_categories)
+        paths = (self.class_path, self.object_path) if self.has_objects else (self.class_path,)
+        return [read_header(path, standard, standard) for path in paths]
+
     def semantic(self) -> LabelMap:
         labels = _read_map(self.class_path)
         check_label_ids(labels, self.num_categories, self.class_path)
@@ -66,7 +72,7 @@ class VocExample:
             PipelineError: the mask is missing, unreadable or differs in size from the other one.
         """
         numbers = _read_map(self.object_path)
-        shape = read_size(self.class_path)
+        shape = read_header(self.class_path).size
         if numbers.shape != shape:
             raise PipelineError(
                 f"{self.object_path}: {_size(numbers.shape)} pixels, but {self.class_path} has "
@@ -225,6 +231,12 @@ def voc_palette() -> NDArray[np.uint8]:
             bit = (indices >> (3 * shift + channel)) & 1
             colours[:, channel] |= (bit << (7 - shift)).astype(np.uint8)
     return colours
+
+
+@cache
+def _standard_colours(num_categories: int) -> dict[int, bytes]:
+    """VOC's colours of the label ids and of void."""
+    return colours_of(voc_palette().tobytes(), (*range(num_categories + 1), VOID))
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -69,6 +69,7 @@ class Job:
         max_error_rate: share of items that may be skipped; None for any.
         section: of params.yaml, which says so; that of the stage's name without it.
         left_out: number of files by kind that are no items.
+        warnings: what is wrong with the result, see `StageRun.warn`.
     """
 
     stage: str
@@ -82,6 +83,7 @@ class Job:
     max_error_rate: float | None = None
     section: str | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
     def plan(self) -> list[Sequence[Any]]:
         """The items of each shard."""
@@ -191,6 +193,8 @@ def run_job(
         resumable_dir(out_dir, job.key(maker.settings)) as folder,
     ):
         stage.left_out.update(job.left_out)
+        for text in job.warnings:
+            stage.warn(text)
         rows = _make(job, folder, maker, executor or LocalExecutor(), stage)
         if stage.items == 0:
             _keep_only(folder, [])

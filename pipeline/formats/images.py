@@ -92,6 +92,19 @@ def load_image(
     return rgb.transpose(UPRIGHT[orientation]) if upright and orientation in UPRIGHT else rgb
 
 
+def stored_size(path: Path) -> tuple[int, int]:
+    """Height and width of a photo as it is stored, from its header.
+
+    Raises:
+        ImageError: the header cannot be read.
+    """
+    try:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+            return image.height, image.width
+    except Exception as error:  # as in `load_image`
+        raise ImageError(_reason(error)) from None
+
+
 def read_file(path: Location) -> bytes:
     """The bytes of an image file, as many as it has when it is opened.
 

@@ -185,6 +185,7 @@ class BenchRun:
         baseline: section `pseudo_label`, the dense labeller.
         background: names of label id 0 for it; a checkpoint brings its own.
         batch_size: images that are predicted together.
+        warnings: what is odd about the benchmark.
     """
 
     bench_name: str
@@ -198,6 +199,7 @@ class BenchRun:
     baseline: PseudoLabelParams
     background: Sequence[str]
     batch_size: int
+    warnings: Sequence[str] = ()
 
 
 def load_predictor(run: BenchRun, runtime: Runtime) -> BenchPredictor:
@@ -232,7 +234,8 @@ class PredictionMaker:
         predictor: one that is loaded already.
 
     Attributes:
-        settings: categories, metrics and protocol; representable in JSON.
+        settings: categories, metrics, protocol, and warnings if there are any; representable in
+            JSON.
     """
 
     def __init__(
@@ -257,6 +260,8 @@ class PredictionMaker:
             "metrics": list(run.metrics),
             "protocol": protocol_lines(protocol | described),
         }
+        if run.warnings:
+            self.settings["warnings"] = list(run.warnings)
         decides = {
             "version": PREDICTION_VERSION,
             "predictor": protocol,

@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from pipeline.benchmarks import Benchmark
+from pipeline.benchmarks.headers import check_headers
 from pipeline.benchmarks.opening import open_benchmark
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, Job, run_job
@@ -61,8 +62,9 @@ def run(
         executor: where predictions are made; here by default.
 
     Raises:
-        PipelineError: a benchmark that lacks a part, a checkpoint that cannot be used, category
-            lists that differ, or images of which none or too few can be read.
+        PipelineError: a benchmark that lacks a part or has photos and masks of different sizes, a
+            checkpoint that cannot be used, category lists that differ, or images of which none or
+            too few can be read.
     """
     benchmark = open_benchmark(bench_name, bench, background)
     names = _asked_names(benchmark)
@@ -74,6 +76,7 @@ def run(
             _check_categories(bench_name, bench, names, config, checkpoint_dir)
         with_objects = student_of(checkpoint_dir, config).gives_objects
     metrics = _metrics(bench_name, bench, with_objects=with_objects)
+    warnings = check_headers(benchmark)
     prediction = BenchRun(
         bench_name=bench_name,
         bench=bench,
@@ -86,6 +89,7 @@ def run(
         baseline=baseline,
         background=background,
         batch_size=params.batch_size,
+        warnings=warnings,
     )
     entries = images_to_predict(benchmark)
     job = Job(
@@ -98,6 +102,7 @@ def run(
         remedy=f"They lie below {bench.root}: benches.{bench_name}.root",
         max_error_rate=params.max_error_rate,
         section="evaluate",
+        warnings=warnings,
     )
     run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.benchmarks.corruptions import BenchImageReader
+from pipeline.benchmarks.headers import check_headers
 from pipeline.benchmarks.opening import open_benchmark
 from pipeline.engine.progress import StageRun
 from pipeline.errors import PipelineError
@@ -64,7 +65,11 @@ def run(
     task = ScoringTask(benchmark.categories, background=bench.background, unseen=unseen)
     board = ScoreBoard(task, metrics=described["metrics"], groups=benchmark.groups)
     name = result_name or bench_name
+    warnings = check_headers(benchmark)
     with StageRun("score", stats_path=stats_path, total=len(store)) as stage:
+        for text in warnings:
+            if text not in described.get("warnings", []):  # else `predict_bench` has said it
+                stage.warn(text)
         for example, prediction in store.pair(benchmark):
             board.add(example, prediction)
             stage.advance()

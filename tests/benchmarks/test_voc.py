@@ -214,6 +214,26 @@ def test_values_that_a_palette_cannot_hold_are_refused(tmp_path: Path) -> None:
         writer.add("a", b"", np.zeros((2, 2), int), np.zeros((2, 3), int))
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_id(root: Path) -> None:
+    path = root / "ImageSets/Segmentation/val.txt"
+    expected = [example.image_id for example in open_voc(root)]
+    path.write_text(path.read_text(), encoding="utf-8-sig", newline="\r\n")
+    assert [example.image_id for example in open_voc(root)] == expected
+    path.write_text("", encoding="utf-8-sig")
+    with pytest.raises(PipelineError, match=r"val\.txt: empty"):
+        open_voc(root)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_split_in_utf_16_says_what_to_save_it_as(root: Path, encoding: str) -> None:
+    path = root / "ImageSets/Segmentation/val.txt"
+    path.write_text(path.read_text(), encoding=encoding)
+    with pytest.raises(
+        PipelineError, match=r"val\.txt: not a text file in UTF-8.*save it as UTF-8"
+    ):
+        open_voc(root)
+
+
 def test_a_split_that_is_no_text_is_named(root: Path) -> None:
     (root / "ImageSets/Segmentation/val.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(PipelineError, match=r"val\.txt: not a text file"):

@@ -25,6 +25,7 @@ from pipeline.formats.images import (
     load_image,
     resize_nearest,
     shrink_short_side,
+    stored_size,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -190,6 +191,28 @@ def test_stored_pixels_stay_as_they_are_where_masks_belong_to_them() -> None:
     stored = encoded(Image.fromarray(GRADIENT), "PNG", exif=exif)
     np.testing.assert_array_equal(np.asarray(load_image(stored, upright=False)), GRADIENT)
     assert load_image(stored).size == GRADIENT.shape[:2]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_stored_size_is_that_of_the_pixels_as_they_are_stored(
+    tmp_path: Path, format: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    path = tmp_path / "photo"
+    Image.new("RGB", (6, 4)).save(path, format, exif=exif)
+    stored = load_image(path, upright=False)
+    assert stored_size(path) == (stored.height, stored.width)
+
+
+def test_the_size_of_what_has_no_header_is_an_image_error(tmp_path: Path) -> None:
+    for content in (b"", b"text", encoded(Image.new("RGB", (6, 4)), "PNG")[:20]):
+        (tmp_path / "photo").write_bytes(content)
+        with pytest.raises(ImageError):
+            stored_size(tmp_path / "photo")
+    with pytest.raises(ImageError):
+        stored_size(tmp_path)
 
 
 def test_damaged_exif_does_not_spoil_the_pixels() -> None:

@@ -35,6 +35,7 @@ from pipeline.params.base import EncoderParams, PredictionSettings
 from pipeline.params.benches import CocoBench, CubBench, VocBench
 from pipeline.params.sections import EvaluateParams
 from pipeline.scoring.confusion import ConfusionMatrix
+from pipeline.stages import score
 from pipeline.vocabulary.categories import Names
 from tests.benchmarks.fixtures import (
     COCA_CATEGORIES,
@@ -378,6 +379,56 @@ def test_unreadable_images_are_skipped_and_counted(bench: Bench, tmp_path: Path)
     stats = json.loads((tmp_path / "out/stats.json").read_text())
     assert (stats["items"], stats["skipped"]) == (2, 1)
     assert stats["skipped_items"][0]["item"].endswith("im0.jpg")
+
+
+@pytest.mark.parametrize("change", [{}, {"scored": ["cat"]}])
+def test_sizes_are_compared_before_a_network_is_loaded(
+    bench: Bench, tmp_path: Path, change: dict
+) -> None:
+    bench.write(from_predictions(bench))
+    (bench.root / "JPEGImages/im1.jpg").write_bytes(bench.jpegs["im2"])
+    checkpoint_dir = shutil.copytree(bench.checkpoint_dir, tmp_path / "checkpoint")
+    for path in checkpoint_dir.rglob("*.safetensors"):
+        path.write_bytes(b"no weights")
+    bench = replace(bench, checkpoint_dir=checkpoint_dir)
+    with pytest.raises(PipelineError, match=r"im1\.jpg: 48x48 pixels, but its masks have 64x33"):
+        bench.evaluate(tmp_path / "out", open_vocabulary=bool(change), **change)
+    assert not predictions_of(tmp_path / "out").exists()
+
+
+def test_a_renumbered_mask_is_said_once_and_scored_by_its_indices(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.write(from_predictions(bench))
+    paths = sorted(bench.root.glob("SegmentationClass/*.png"))
+    recolour(paths[1])
+    assert bench.evaluate(tmp_path / "out")["miou"] == 100
+    (warning,) = json.loads((tmp_path / "out/stats.json").read_text())["warnings"]
+    assert warning.startswith("1 of 6 masks have another palette")
+    assert str(paths[1]) in warning
+    assert capsys.readouterr().out.count(warning) == 1
+    # Whoever scores later learns of what has changed since.
+    recolour(paths[0])
+    score.run(
+        bench_name="tiny",
+        bench=VocBench(format="voc", root=bench.root, categories=CATEGORIES),
+        predictions_dir=predictions_of(tmp_path / "out"),
+        out_dir=tmp_path / "out",
+        background=("background",),
+        overlays=0,
+        seed=0,
+        stats_path=tmp_path / "out/score.json",
+    )
+    (warning,) = json.loads((tmp_path / "out/score.json").read_text())["warnings"]
+    assert warning.startswith("2 of 6 masks have another palette")
+    assert str(paths[0]) in warning
+
+
+def recolour(path: Path) -> None:
+    with Image.open(path) as image:
+        indices = image.copy()
+    indices.putpalette([1, 2, 3] * 256)
+    indices.save(path)
 
 
 def test_void_everywhere_has_no_score(bench: Bench, tmp_path: Path) -> None:
