@@ -3,18 +3,27 @@
 ROOT/annotations/instances_SPLIT.json     `images`, `annotations`, `categories`
 ROOT/SPLIT/FILE_NAME                      the image, FILE_NAME as the JSON has it
 
+An annotation whose mask has no pixel, as polygons of two points or a run-length code of background
+have, is no object: it is left out, and a warning counts these. (COCO's own evaluation counts it as
+an object to find, which nothing can match.) Integers have no decimal point, `true` and `false` are
+no numbers, and `area` and `iscrowd` may be missing, but not null.
+
 Letters: H, W height and width in pixels.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import json
+import math
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from os import fsdecode
 from pathlib import Path, PurePosixPath
+from reprlib import repr as short_repr
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import ijson
@@ -30,6 +39,7 @@ from pipeline.formats.labels import LABEL_TYPE, LabelMap
 MAX_DEPTH = 64  # brackets within brackets; COCO has 5
 MAX_KEY_LENGTH = 1000
 BUFFER_BYTES = 4096  # of JSON, whose paths are in memory together
+MAX_SIDE = 200_000  # pixels; no photo that can be read has more
 BRACKETS = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
 MIN_POLYGON = 6  # numbers: three points
 LISTED_NAMES = 20
@@ -74,11 +84,7 @@ class CocoExample:
         return labels
 
     def instances(self) -> list[InstanceTarget]:
-        """All annotated objects, crowds too, in the order of the file.
-
-        An annotation that covers no pixel is a target that nothing can match, as in COCO's own
-        evaluation.
-        """
+        """All annotated objects, crowds too, in the order of the file."""
         return [
             InstanceTarget(
                 annotation.label_id,
@@ -135,7 +141,8 @@ class CocoBenchmark:
 
         `{split}` in a path stands for the split. Categories are matched by name, whatever their
         COCO ids; annotations of other categories, or of images that are not scored, are left out.
-        An image without annotations is scored like the others.
+        An image without annotations is scored like the others. A warning counts annotations
+        without a pixel, which are no objects.
 
         Args:
             root: the folder that holds all else.
@@ -150,8 +157,9 @@ class CocoBenchmark:
 
         Raises:
             PipelineError: a file or folder is missing; the JSON is damaged or lacks a category or
-                an image; an annotation has no mask that fits its image; a list is empty or repeats
-                itself.
+                an image; a field has a wrong type or value, or names an image or category that the
+                file lacks; an id is there twice; an annotation has no mask that fits its image; a
+                list is empty or repeats itself.
         """
         self.root = Path(root)
         self.categories = list(categories)
@@ -167,7 +175,7 @@ class CocoBenchmark:
         self._images = list(scored.values())
         self.groups = {name: self._read_group(name, of, scored) for name, of in groups.items()}
         self._check_files()
-        self._read_annotations(scored, label_ids)
+        self._read_annotations(known.keys(), scored, label_ids)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -185,15 +193,13 @@ class CocoBenchmark:
     def _read_images_and_categories(self) -> tuple[dict[int, _Image], dict[int, int | None]]:
         """Images by COCO id, and label ids by COCO id (None: a category that is not asked for)."""
         images: dict[int, _Image] = {}
-        for entry in _elements(self._json_path, "images"):
-            coco_id, image = self._parsed(entry, "image", _parse_image)
-            if coco_id in images:
-                raise PipelineError(f"{self._json_path}: image {coco_id} is listed twice")
+        for coco_id, image in self._parsed("images", "image", _parse_image):
+            self._check_new(coco_id, images, "image")
             images[coco_id] = image
-        names: dict[int, str] = dict(
-            self._parsed(entry, "category", _parse_category)
-            for entry in _elements(self._json_path, "categories")
-        )
+        names: dict[int, str] = {}
+        for coco_id, name in self._parsed("categories", "category", _parse_category):
+            self._check_new(coco_id, names, "category")
+            names[coco_id] = name
         for key, entries in (("images", images), ("categories", names)):
             if not entries:
                 raise PipelineError(
@@ -210,7 +216,15 @@ class CocoBenchmark:
                 f"categories: {listing(list(names.values()), LISTED_NAMES)}"
             )
         wanted = {name: label_id for label_id, name in enumerate(self.categories, start=1)}
-        return {coco_id: wanted.get(name) for coco_id, name in names.items()}
+        label_ids = {coco_id: wanted.get(name) for coco_id, name in names.items()}
+        for name, label_id in wanted.items():
+            same = [str(coco_id) for coco_id, found in label_ids.items() if found == label_id]
+            if len(same) > 1:
+                raise PipelineError(
+                    f"{self._json_path}: categories {listing(same)} have one name, {name!r}; "
+                    "rename one, or give their annotations one category_id"
+                )
+        return label_ids
 
     def _check_unique(self, images: Iterable[_Image]) -> None:
         seen: dict[str, str] = {}
@@ -223,26 +237,51 @@ class CocoBenchmark:
             seen[image.image_id] = image.file_name
 
     def _read_annotations(
-        self, images: Mapping[int, _Image], label_ids: Mapping[int, int | None]
+        self,
+        known: Collection[int],
+        images: Mapping[int, _Image],
+        label_ids: Mapping[int, int | None],
     ) -> None:
-        """Attach the annotations to their images."""
-        parse = partial(_parse_annotation, images=images, label_ids=label_ids)
-        for entry in _elements(self._json_path, "annotations"):
-            annotation = self._parsed(entry, "annotation", parse)
+        """Attach the annotations to their images, of which some of the known ones are scored."""
+        parse = partial(_parse_annotation, known=known, images=images, label_ids=label_ids)
+        has_pixels: dict[int, bool] = {}
+        for found in self._parsed("annotations", "annotation", parse):
+            if found is None:
+                continue
+            coco_id, image, annotation = found
+            self._check_new(coco_id, has_pixels, "annotation")
+            has_pixels[coco_id] = annotation is not None
             if annotation is not None:
-                images[entry["image_id"]].annotations.append(annotation)
+                image.annotations.append(annotation)
+        without = [coco_id for coco_id, is_object in has_pixels.items() if not is_object]
+        if without:
+            warnings.warn(
+                f"{self._json_path}: {len(without)} of {len(has_pixels)} annotations have no pixel "
+                f"in their image; they are no objects and left out. The first: id {without[0]}",
+                stacklevel=2,
+            )
 
-    def _parsed(self, entry: Any, kind: str, parse: Callable[[Any], Any]) -> Any:
-        """`parse(entry)`; what is wrong with the entry becomes an error that names it."""
-        if not isinstance(entry, dict):
-            raise PipelineError(f"{self._json_path}: {kind} {entry!r}: expected an object")
-        try:
-            return parse(entry)
-        except (KeyError, ValueError) as error:
-            problem = f"no {error}" if isinstance(error, KeyError) else str(error)
+    def _parsed(self, key: str, kind: str, parse: Callable[[Any], T]) -> Iterator[T]:
+        """The elements of an array, parsed; errors name the element by its id or place."""
+        for place, entry in enumerate(_elements(self._json_path, key)):
+            if not isinstance(entry, dict):
+                raise PipelineError(
+                    f"{self._json_path}: {kind} {short_repr(entry)}: expected an object, at "
+                    f"{key}[{place}]"
+                )
+            try:
+                parsed = parse(entry)
+            except (KeyError, ValueError) as error:
+                problem = f"no {error}" if isinstance(error, KeyError) else str(error)
+                name = short_repr(entry["id"]) if "id" in entry else f"at {key}[{place}]"
+                raise PipelineError(f"{self._json_path}: {kind} {name}: {problem}") from None
+            yield parsed
+
+    def _check_new(self, coco_id: int, seen: Collection[int], kind: str) -> None:
+        if coco_id in seen:
             raise PipelineError(
-                f"{self._json_path}: {kind} {entry.get('id', 'without id')}: {problem}"
-            ) from None
+                f"{self._json_path}: {kind} {coco_id} is listed twice; each needs an id of its own"
+            )
 
     def _select(self, images: Mapping[int, _Image], list_path: Path) -> dict[int, _Image]:
         """The images that a file lists, in its order."""
@@ -326,11 +365,18 @@ def _elements(path: Path, key: str) -> Iterator[Any]:
     if is_empty:
         with _open_json(path) as file:
             parsed = ijson.parse(file, buf_size=BUFFER_BYTES)
+            is_object = next(parsed)[1] == "start_map"
             events = (event for prefix, event, _ in parsed if prefix == key)
             if next(events, None) != "start_array":
+                top = (
+                    ""
+                    if is_object
+                    else "the file holds no object at its top, but a list or value; "
+                )
                 raise PipelineError(
-                    f"{path}: {key!r} is missing, or is not an array; expected COCO's instance "
-                    "annotations, not its list of test images"
+                    f"{path}: {key!r} is missing, or is not an array; {top}expected COCO's "
+                    "instance annotations (an object of images, annotations, categories), not its "
+                    "list of test images"
                 )
 
 
@@ -339,8 +385,12 @@ def _open_json(path: Path) -> Iterator[BinaryIO]:
     """A JSON file from its first byte that is no byte order mark; errors in it name it."""
     try:
         with path.open("rb") as file:
-            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-                file.seek(0)
+            encoding = json.detect_encoding(file.read(4))
+            if not encoding.startswith("utf-8"):
+                raise PipelineError(
+                    f"{path}: not valid JSON in UTF-8: its text is {encoding}; save it as UTF-8"
+                )
+            file.seek(len(codecs.BOM_UTF8) if encoding == "utf-8-sig" else 0)
             try:
                 yield file
             except ijson.JSONError as error:
@@ -358,69 +408,94 @@ def _open_json(path: Path) -> Iterator[BinaryIO]:
 
 def _parse_image(entry: Mapping[str, Any]) -> tuple[int, _Image]:
     """COCO id and image of an element of `images`."""
+    coco_id = _value(entry, "id", int)
     file_name = _value(entry, "file_name", str)
     path = PurePosixPath(file_name)
     if not path.name or path.is_absolute() or ".." in path.parts:
         raise ValueError(f"file_name {file_name!r} is not the path of a file below a folder")
     size = (_value(entry, "height", int), _value(entry, "width", int))
-    if min(size) < 1:
-        raise ValueError(f"size {size[1]}x{size[0]} has no pixel")
-    return _value(entry, "id", int), _Image(file_name, size)
+    if min(size) < 1 or max(size) > MAX_SIDE:
+        raise ValueError(f"size {size[1]}x{size[0]}: expected sides of 1 to {MAX_SIDE} pixels")
+    return coco_id, _Image(file_name, size)
 
 
 def _parse_category(entry: Mapping[str, Any]) -> tuple[int, str]:
     """COCO id and name of an element of `categories`."""
-    return _value(entry, "id", int), _value(entry, "name", str).strip()
+    coco_id, name = _value(entry, "id", int), _value(entry, "name", str).strip()
+    if not name:
+        raise ValueError("its name is empty")
+    return coco_id, name
 
 
 def _parse_annotation(
     entry: Mapping[str, Any],
     *,
+    known: Collection[int],
     images: Mapping[int, _Image],
     label_ids: Mapping[int, int | None],
-) -> Annotation | None:
-    """Element of `annotations`; None where its image or category is not scored."""
-    image = images.get(_value(entry, "image_id", int))
-    if image is None:
-        return None
+) -> tuple[int, _Image, Annotation | None] | None:
+    """COCO id, image and content of an element of `annotations`; no content without a pixel.
+
+    None where its image or category is not scored.
+    """
+    coco_id, image_id = _value(entry, "id", int), _value(entry, "image_id", int)
+    if image_id not in known:
+        raise ValueError(
+            f"image_id {image_id} is not among the images; add the image, or remove it"
+        )
     category_id = _value(entry, "category_id", int)
     if category_id not in label_ids:
         raise ValueError(f"category_id {category_id} is not among the categories")
     label_id = label_ids[category_id]
-    if label_id is None:
+    if image_id not in images or label_id is None:
         return None
+    image = images[image_id]
+    crowd = _value(entry, "iscrowd", int) if "iscrowd" in entry else 0
+    if crowd not in (0, 1):
+        raise ValueError(f"iscrowd is {crowd}; expected 0 or 1")
+    area = _value(entry, "area", int, float) if "area" in entry else None
+    if area is not None and not 0 <= area < math.inf:
+        raise ValueError(f"area is {area}; expected a number of pixels, at least 0")
     counts = _encode(entry["segmentation"], image.size)
-    area = _value(entry, "area", (int, float)) if "area" in entry else None
-    return Annotation(label_id, counts, crowd=bool(entry.get("iscrowd", 0)), area=area)
+    annotation = Annotation(label_id, counts, crowd=crowd == 1, area=area) if counts else None
+    return coco_id, image, annotation
 
 
-def _value(entry: Mapping[str, Any], key: str, kind: type[T] | tuple[type[T], ...]) -> T:
+def _value(entry: Mapping[str, Any], key: str, *kinds: type[T]) -> T:
+    """A field of exactly one of these types: `True` is no integer."""
     value = entry[key]
-    if not isinstance(value, kind):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        names = " or ".join(each.__name__ for each in kinds)
-        raise ValueError(f"{key} is {value!r}, not of type {names}")
+    if type(value) not in kinds:
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{key} is {short_repr(value)}, not of type {names}")
     return value
 
 
-def _encode(segmentation: Any, size: tuple[int, int]) -> bytes:
-    """Compressed run-length code of polygons, or of a run-length code of either kind.
+def _encode(segmentation: Any, size: tuple[int, int]) -> bytes | None:
+    """Compressed code of polygons or of a run-length code of either kind; None without a pixel.
 
     Raises:
         KeyError, ValueError: neither, or it does not fit an image of `size` (H, W).
     """
     if isinstance(segmentation, list):
-        return _encode_polygons(segmentation, size)
-    if not isinstance(segmentation, dict):
-        raise ValueError("its segmentation is neither polygons nor a run-length code")
-    if segmentation["size"] != list(size):
+        code = _encode_polygons(segmentation, size)
+    elif isinstance(segmentation, dict):
+        code = _encode_runs(segmentation, size)
+    else:
         raise ValueError(
-            f"its run-length code has size {segmentation['size']}, the image {list(size)}"
+            f"its segmentation is {short_repr(segmentation)}, neither polygons nor a run-length "
+            "code"
         )
-    counts = segmentation["counts"]
-    compressed = isinstance(counts, str)
-    runs = _decompress(counts) if compressed else counts
-    if not isinstance(runs, list) or not all(isinstance(run, int) and run >= 0 for run in runs):
+    return code["counts"] if code and coco_mask.area(code) else None
+
+
+def _encode_runs(segmentation: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    stored, counts = segmentation["size"], segmentation["counts"]
+    if not _all_of(stored, int) or stored != list(size):
+        raise ValueError(
+            f"its run-length code has size {short_repr(stored)}, the image {list(size)}"
+        )
+    runs = _decompress(counts) if isinstance(counts, str) else counts
+    if not _all_of(runs, int) or min(runs, default=0) < 0:
         raise ValueError("the counts of its run-length code are not whole numbers")
     # pycocotools leaves what too few runs do not reach to chance.
     if sum(runs) != size[0] * size[1]:
@@ -428,9 +503,12 @@ def _encode(segmentation: Any, size: tuple[int, int]) -> bytes:
             f"the counts of its run-length code add up to {sum(runs)} pixels, the image has "
             f"{size[0] * size[1]}"
         )
-    if compressed:
-        return counts.encode("ascii")
-    return coco_mask.frPyObjects(segmentation, *size)["counts"]
+    return coco_mask.frPyObjects({"size": stored, "counts": runs}, *size)
+
+
+def _all_of(values: Any, *kinds: type) -> bool:
+    """Whether it is a list of values of exactly these types."""
+    return isinstance(values, list) and set(map(type, values)) <= {*kinds}
 
 
 def _decompress(counts: str) -> list[int]:
@@ -458,7 +536,7 @@ def _decompress(counts: str) -> list[int]:
     return runs
 
 
-def _encode_polygons(polygons: list[Any], size: tuple[int, int]) -> bytes:
+def _encode_polygons(polygons: list[Any], size: tuple[int, int]) -> dict[str, Any] | None:
     """Code of the union of polygons; one of fewer than three points encloses nothing.
 
     pycocotools would take four numbers for a box.
@@ -466,23 +544,17 @@ def _encode_polygons(polygons: list[Any], size: tuple[int, int]) -> bytes:
     height, width = size
     kept = []
     for polygon in polygons:
-        try:
-            points = np.asarray(polygon, dtype=np.float64)
-        except (TypeError, ValueError):
-            points = np.empty((0, 0))
-        if points.ndim != 1 or len(points) % 2:
+        if not _all_of(polygon, int, float) or len(polygon) % 2:
             raise ValueError("a polygon of its segmentation is not a list x, y, x, y, ...")
-        x, y = points[::2], points[1::2]
+        x, y = polygon[::2], polygon[1::2]
         # Far outside, pycocotools would trace lines of any length.
         if not (_within(x, width) and _within(y, height)):
             raise ValueError(f"a polygon lies outside its image of {width}x{height} pixels")
-        if len(points) >= MIN_POLYGON:
-            kept.append(points)
-    if not kept:
-        return coco_mask.encode(np.zeros(size, dtype=np.uint8, order="F"))["counts"]
-    return coco_mask.merge(coco_mask.frPyObjects(kept, height, width))["counts"]
+        if len(polygon) >= MIN_POLYGON:
+            kept.append(polygon)
+    return coco_mask.merge(coco_mask.frPyObjects(kept, height, width)) if kept else None
 
 
-def _within(coordinates: NDArray[np.float64], side: int) -> bool:
-    """Whether all lie within one image side of the image; NaN does not."""
-    return bool(((coordinates >= -side) & (coordinates <= 2 * side)).all())
+def _within(coordinates: Sequence[float], side: int) -> bool:
+    """Whether all lie within one image side of the image."""
+    return -side <= min(coordinates, default=0) and max(coordinates, default=0) <= 2 * side

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,8 @@ def match_objects(
         evaluation = COCOeval(_index(targets), _index(predictions), "segm")
         evaluation.params.catIds = sorted({item.label_id for item in (*targets, *predictions)})
         evaluation.params.useCats = int(by_category)
+        for area_range in (evaluation.params.areaRng[0], evaluation.params.areaRng[-1]):
+            area_range[1] = math.inf  # COCOeval's own end, 1e10, would leave an object out of all
         evaluation.evaluate()
     # One entry a category and, within it, area range: there is one image.
     entries = evaluation.evalImgs
