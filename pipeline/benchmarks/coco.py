@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from os import fsdecode
+from os import fsdecode, fsencode
 from pathlib import Path, PurePosixPath
 from reprlib import repr as short_repr
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -39,6 +39,7 @@ from pipeline.formats.labels import LABEL_TYPE, LabelMap
 MAX_DEPTH = 64  # brackets within brackets; COCO has 5
 MAX_KEY_LENGTH = 1000
 BUFFER_BYTES = 4096  # of JSON, whose paths are in memory together
+MAX_NAME = 255  # bytes of a file's name
 MAX_SIDE = 200_000  # pixels; no photo that can be read has more
 BRACKETS = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
 MIN_POLYGON = 6  # numbers: three points
@@ -397,8 +398,9 @@ def _open_json(path: Path) -> Iterator[BinaryIO]:
                 # Its later lines quote the place, as bytes if it is not text.
                 problem = fsdecode(error.args[0]).splitlines()[0].rstrip(".")
                 raise PipelineError(
-                    f"{path}: not valid JSON before byte {file.tell()}: {problem}; if the file is "
-                    "cut short or damaged, unpack or download it again"
+                    f"{path}: not valid JSON before byte {file.tell()}: {problem}; JSON has no "
+                    "NaN, Infinity or number beyond 64 bits; if the file is cut short or damaged, "
+                    "unpack or download it again"
                 ) from None
     except FileNotFoundError:
         raise PipelineError(f"{path}: no such file; expected annotations as JSON") from None
@@ -411,8 +413,11 @@ def _parse_image(entry: Mapping[str, Any]) -> tuple[int, _Image]:
     coco_id = _value(entry, "id", int)
     file_name = _value(entry, "file_name", str)
     path = PurePosixPath(file_name)
-    if not path.name or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"file_name {file_name!r} is not the path of a file below a folder")
+    is_long = any(len(fsencode(part)) > MAX_NAME for part in path.parts)
+    if not path.name or path.is_absolute() or ".." in path.parts or is_long:
+        raise ValueError(
+            f"file_name {short_repr(file_name)} is not the path of a file below a folder"
+        )
     size = (_value(entry, "height", int), _value(entry, "width", int))
     if min(size) < 1 or max(size) > MAX_SIDE:
         raise ValueError(f"size {size[1]}x{size[0]}: expected sides of 1 to {MAX_SIDE} pixels")

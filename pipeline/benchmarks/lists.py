@@ -23,12 +23,16 @@ def read_lines(path: Path, expected: str) -> list[str]:
     """Lines of a text file without surrounding blanks; empty ones are left out.
 
     Raises:
-        PipelineError: no such file, not text, or nothing in it; `expected` says what should be.
+        PipelineError: it cannot be read, is not text, or holds nothing; `expected` says what should
+            be.
     """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         raise PipelineError(f"{path}: no such file; expected {expected}") from None
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+        raise PipelineError(f"{path}: {problem}; expected {expected}") from None
     text = _decode(content)
     if text is None:
         found = " but in UTF-16" if content.startswith(UTF16_MARKS) else ""

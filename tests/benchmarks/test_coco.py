@@ -21,8 +21,12 @@ from pipeline.benchmarks import Benchmark, open_bench
 from pipeline.errors import PipelineError
 from pipeline.formats.images import load_image
 from pipeline.formats.labels import IGNORE_INDEX
+from pipeline.formats.predictions import StoredPrediction
+from pipeline.formats.rle import RleObject, encode_mask
 from pipeline.params.benches import BenchSection, CocoBench, IndexPngBench
 from pipeline.params.reading import parse_params
+from pipeline.scoring.board import ScoreBoard
+from pipeline.scoring.task import ScoringTask
 from pipeline.vocabulary.categories import load_category_set
 from tests.conftest import encoded_image
 
@@ -229,17 +233,43 @@ def test_the_ids_of_the_file_need_not_be_cocos(tmp_path: Path) -> None:
     assert [[t.label_id for t in example.instances()] for example in benchmark] == [[], [2], [], []]
 
 
-def test_an_annotation_without_a_pixel_stays_a_target(tmp_path: Path) -> None:
+def test_an_annotation_without_a_pixel_is_no_object(tmp_path: Path) -> None:
     content = coco_json()
     content["annotations"] = [
-        annotation(1, 139, CAT, []),
-        annotation(2, 139, CAT, [[1, 1, 2, 2]]),  # two points, which pycocotools takes for a box
-        annotation(3, 139, CAT, [[1, 1, 2, 2], box(0, 0, 1, 1)]),
+        annotation(1, 139, CAT, [[1, 1, 2, 2], box(0, 0, 1, 1)]),
+        annotation(2, 139, CAT, []),
+        annotation(3, 139, CAT, [[1, 1, 2, 2]]),  # two points, which pycocotools takes for a box
         annotation(4, 139, CAT, [[1.1, 1.1, 1.2, 1.1, 1.2, 1.2]]),
+        annotation(5, 139, CAT, [[1, 1, 2, 2, 3, 3]]),
+        annotation(6, 139, CAT, [[]]),
+        annotation(7, 139, CAT, [box(-3, -3, -1, -1)]),
+        annotation(8, 139, CAT, {"size": [5, 6], "counts": [30]}),
+        annotation(9, 139, CAT, {"size": [5, 6], "counts": [30]}, crowd=1),
     ]
-    first = next(iter(open_coco(write_bench(tmp_path, content))))
-    assert [int(target.mask.sum()) for target in first.instances()] == [0, 0, 1, 0]
+    write_bench(tmp_path, content)
+    with pytest.warns(UserWarning, match=r"val2017\.json: 8 of 9 annotations .* first: id 2$"):
+        benchmark = open_coco(tmp_path)
+    first = next(iter(benchmark))
+    assert [int(target.mask.sum()) for target in first.instances()] == [1]
     assert (first.semantic() > 0).sum() == 1
+
+
+@pytest.mark.parametrize("area", [0, 1.5, 1e11])
+def test_the_truth_as_prediction_is_perfect(tmp_path: Path, area: float) -> None:
+    content = coco_json()
+    content["annotations"] += [
+        annotation(20, 139, PERSON, [[1, 1]]),
+        annotation(21, 285, BED, [box(2, 0, 3, 4)]) | {"area": area},
+    ]
+    with pytest.warns(UserWarning, match="1 of 9 annotations"):
+        benchmark = open_coco(write_bench(tmp_path, content))
+    board = ScoreBoard(ScoringTask(benchmark.categories), metrics=["instance"], groups={})
+    for example in benchmark:
+        targets = [target for target in example.instances() if not target.crowd]
+        found = [RleObject(each.label_id, encode_mask(each.mask), 0.9) for each in targets]
+        labels = example.semantic()
+        board.add(example, StoredPrediction(example.image_id, labels=labels, objects=found))
+    assert board.compute()["ap"] == 100
 
 
 def test_an_image_list_chooses_and_orders(root: Path) -> None:
@@ -327,11 +357,32 @@ LARGE = {"size": [5, 6], "counts": [5, 26]}
         (changed("images.0", 5), ["image 5", "expected an object"]),
         (changed("images.0.height", ...), ["image 724", "no 'height'"]),
         (changed("images.0.height", 0), ["image 724", "7x0"]),
+        (changed("images.0.height", 10**9), ["image 724", "7x1000000000"]),
+        (changed("images.0.height", 2.0), ["image 724", "height is 2.0"]),
+        (changed("images.0.id", True), ["image True", "id is True"]),
         (changed("images.0.id", "724"), ["id is '724'", "int"]),
         (changed("images.0.id", 139), ["image 139 is listed twice"]),
         (changed("images.0.file_name", "a/000000000139.jpg"), ["000000000139.jpg", "one name"]),
         (changed("images.0.file_name", "../x.jpg"), ["image 724", "'../x.jpg'"]),
         (changed("images.0.file_name", None), ["file_name is None"]),
+        (changed("images.0.file_name", "x" * 256), ["image 724", "file_name"]),
+        (changed("categories.0.name", " "), ["category 1", "empty"]),
+        (changed("categories.0.name", 5), ["category 1", "name is 5"]),
+        (changed("categories.1.id", 1), ["category 1 is listed twice"]),
+        (changed("annotations.0", 5), ["annotation 5", "annotations[0]"]),
+        (changed("annotations.0.id", ...), ["annotation at annotations[0]", "no 'id'"]),
+        (changed("annotations.0.id", True), ["annotation True", "id is True"]),
+        (changed("annotations.0.id", 12), ["annotation 12 is listed twice"]),
+        (changed("annotations.0.image_id", 1), ["annotation 11", "image_id 1"]),
+        (changed("annotations.0.image_id", "139"), ["annotation 11", "image_id is '139'"]),
+        (changed("annotations.0.category_id", True), ["annotation 11", "category_id is True"]),
+        (changed("annotations.0.iscrowd", "0"), ["annotation 11", "iscrowd is '0'"]),
+        (changed("annotations.0.iscrowd", 2), ["annotation 11", "iscrowd is 2"]),
+        (changed("annotations.0.iscrowd", False), ["annotation 11", "iscrowd is False"]),
+        (changed("annotations.0.iscrowd", None), ["annotation 11", "iscrowd is None"]),
+        (changed("annotations.0.area", -1), ["annotation 11", "area is -1"]),
+        (changed("annotations.0.area", None), ["annotation 11", "area is None"]),
+        (changed("annotations.0.area", True), ["annotation 11", "area is True"]),
         (changed("categories.0.name", ...), ["category 1", "no 'name'"]),
         (changed("annotations.0.image_id", ...), ["annotation 11", "no 'image_id'"]),
         (changed("annotations.0.category_id", 12), ["annotation 11", "category_id 12"]),
@@ -340,6 +391,11 @@ LARGE = {"size": [5, 6], "counts": [5, 26]}
         (changed("annotations.0.segmentation", [1, 2, 3]), ["annotation 11", "x, y"]),
         (changed("annotations.0.segmentation", [[1, 2, 3, 4, 5, 6, 7]]), ["x, y"]),
         (changed("annotations.0.segmentation", [[1, 2, 3, 4, 5, "a"]]), ["x, y"]),
+        (changed("annotations.0.segmentation", [["0", "0", "2", "0", "2", "2"]]), ["x, y"]),
+        (changed("annotations.0.segmentation", [[True] * 6]), ["annotation 11", "x, y"]),
+        (changed("annotations.0.segmentation", [[[0, 0, 2, 0, 2, 2]]]), ["annotation 11", "x, y"]),
+        (changed("annotations.0.segmentation", {}), ["annotation 11", "no 'size'"]),
+        (changed("annotations.0.segmentation", [[0, 0, 10**400, 0, 1, 1]]), ["64 bits"]),
         (changed("annotations.0.segmentation", [[0, 0, 1e9, 0, 1e9, 1e9]]), ["outside", "6x5"]),
         (
             changed("annotations.0.segmentation", [[0, 0, float("nan"), 0, 1, 1]]),
@@ -348,6 +404,8 @@ LARGE = {"size": [5, 6], "counts": [5, 26]}
         (changed("annotations.0.segmentation", LARGE), ["annotation 11", "31 pixels", "30"]),
         (changed("annotations.0.segmentation", LARGE | {"size": [6, 5]}), ["[6, 5]", "[5, 6]"]),
         (changed("annotations.0.segmentation", LARGE | {"counts": [-1, 31]}), ["whole numbers"]),
+        (changed("annotations.0.segmentation", LARGE | {"counts": [True, 29]}), ["whole numbers"]),
+        (changed("annotations.0.segmentation", LARGE | {"size": [5.0, 6]}), ["[5.0, 6]"]),
         (changed("annotations.4.segmentation.counts", "5"), ["annotation 15", "5 pixels", "14"]),
         (changed("annotations.4.segmentation.counts", "é"), ["annotation 15", "'é'"]),
         (changed("annotations.4.segmentation.counts", "e"), ["annotation 15", "cut short"]),
@@ -386,10 +444,56 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         open_coco(write_bench(tmp_path, "[]"))
 
 
-def test_annotations_of_other_images_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("area", ["1e999", "Infinity", "NaN"])
+def test_an_area_that_is_not_finite_is_refused(tmp_path: Path, area: str) -> None:
+    text = json.dumps(coco_json()).replace('"area": 1.5', f'"area": {area}', 1)
+    with pytest.raises(PipelineError, match=r"not valid JSON .* no NaN, Infinity"):
+        open_coco(write_bench(tmp_path, text))
+
+
+def test_annotations_of_images_that_are_not_chosen_are_left_out(tmp_path: Path) -> None:
     content = coco_json()
-    content["annotations"].append(annotation(99, 1, CAT, "not looked at"))
+    content["annotations"].append(annotation(99, 724, CAT, "not looked at"))
+    (tmp_path / "some.txt").write_text("000000000139.jpg\n")
+    (example,) = open_coco(write_bench(tmp_path, content), image_list="some.txt")
+    assert len(example.instances()) == 3
+
+
+def test_two_categories_of_an_asked_name_are_refused(tmp_path: Path) -> None:
+    content = coco_json()
+    content["categories"].append({"id": 91, "name": " cat"})
+    with pytest.raises(PipelineError, match="categories 17, 91 have one name, 'cat'"):
+        open_coco(write_bench(tmp_path, content))
+
+
+def test_other_categories_may_share_a_name(tmp_path: Path) -> None:
+    content = coco_json()
+    content["categories"] += [{"id": number, "name": "wing"} for number in (91, 92)]
     assert len(open_coco(write_bench(tmp_path, content))) == 4
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_an_encoding_other_than_utf_8_is_named(tmp_path: Path, encoding: str) -> None:
+    path = write_bench(tmp_path, coco_json()) / "annotations/instances_val2017.json"
+    path.write_text(json.dumps(coco_json()), encoding=encoding)
+    with pytest.raises(PipelineError, match=f"val2017.json: .*{encoding}; save it as UTF-8"):
+        open_coco(tmp_path)
+    path.write_text(json.dumps(coco_json()))
+    (tmp_path / "some.txt").write_text("000000000139.jpg\n", encoding=encoding)
+    with pytest.raises(PipelineError, match=r"some\.txt: not a text file .*UTF-8"):
+        open_coco(tmp_path, image_list="some.txt")
+
+
+def test_an_image_list_may_begin_with_a_byte_order_mark(root: Path) -> None:
+    (root / "some.txt").write_text("000000000139.jpg\n", encoding="utf-8-sig")
+    assert ids(open_coco(root, image_list="some.txt")) == ["000000000139"]
+    with pytest.raises(PipelineError, match="val2017: cannot be read"):
+        open_coco(root, image_list="val2017")
+
+
+def test_a_list_at_the_top_of_the_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="no object at its top, but a list"):
+        open_coco(write_bench(tmp_path, json.dumps([coco_json()])))
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -421,11 +525,12 @@ def test_numbers_keep_their_kinds(tmp_path: Path) -> None:
 
 def test_memory_holds_a_piece_of_the_file(tmp_path: Path) -> None:
     content = coco_json()
-    stranger = annotation(1, 139, CAT, [[1.5] * 2000]) | {"image_id": 1}
+    stranger = annotation(1, 724, CAT, [[1.5] * 2000])
     content["annotations"] += [stranger] * 500
+    (tmp_path / "some.txt").write_text("000000000139.jpg\n")
     path = write_bench(tmp_path, content) / "annotations/instances_val2017.json"
     tracemalloc.start()
-    open_coco(tmp_path)
+    open_coco(tmp_path, image_list="some.txt")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < path.stat().st_size / 4

@@ -128,5 +128,5 @@ def test_without_the_library_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
-    with pytest.raises(PipelineError, match=r"pip install 'zutis-pipeline\[corruptions\]'"):
+    with pytest.raises(PipelineError, match=r"-e '\.\[corruptions\]'"):
         corrupt(scene(), name="spatter", level=1, seed=0)
