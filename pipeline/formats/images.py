@@ -14,7 +14,7 @@ from typing import BinaryIO, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -23,7 +23,14 @@ from pipeline.formats.labels import IGNORE_INDEX, LABEL_TYPE, MAX_CATEGORIES, La
 
 Item = TypeVar("Item", bound=np.generic)
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+HAS_AVIF = "avif" in features.modules and features.check("avif")  # Pillow's wheels since 11.3
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", *(("AVIF",) if HAS_AVIF else ()))
+# Those that Pillow knows for `FORMATS`, the frequent ones first.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".jpe", ".jfif", ".apng", ".pgm", ".ppm", ".pbm", ".pnm", ".pfm"),
+    *((".avif", ".avifs") if HAS_AVIF else ()),
+)
 MAX_ELONGATION = 200
 # Enough for 100 million pixels of any format, uncompressed.
 MAX_FILE_BYTES = 1 << 30
@@ -64,7 +71,8 @@ def load_image(
     of an animation the first frame is taken. The size is checked before any pixel is decoded.
 
     Args:
-        data: content of a JPEG, PNG, WebP, BMP, TIFF or GIF file, or the path of one.
+        data: content of a JPEG, PNG, WebP, AVIF, BMP, TIFF, GIF or PPM (PGM, PBM, PFM) file, or the
+            path of one.
         max_pixels: largest accepted width x height. (Pillow itself refuses some 179 million.)
         upright: apply EXIF rotation; without it pixels stay as they are stored, which is what the
             masks of benchmarks were drawn on.

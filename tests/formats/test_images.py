@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from pipeline.formats.images import (
+    EXTENSIONS,
+    FORMATS,
     ImageError,
     decode_label,
     decode_png,
@@ -245,7 +247,14 @@ def test_not_images() -> None:
 
 def test_format_outside_the_list_is_refused() -> None:
     with pytest.raises(ImageError, match="not an image"):
-        load_image(encoded(Image.new("RGB", (4, 4)), "PPM"))
+        load_image(encoded(Image.new("RGB", (4, 4)), "TGA"))
+
+
+def test_extensions_are_those_of_the_formats() -> None:
+    Image.init()
+    known = {name for name, format in Image.registered_extensions().items() if format in FORMATS}
+    assert set(EXTENSIONS) == known
+    assert len(EXTENSIONS) == len(known)
 
 
 def test_size_is_refused_before_any_pixel_is_decoded() -> None:
