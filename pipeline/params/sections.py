@@ -46,7 +46,7 @@ class SourceParams(Section):
 class EmbedParams(Section):
     """Stage 1: image embeddings of the index dataset.
 
-    The stage fails if more than `max_error_rate` of the images, and more than ten, cannot be read.
+    The stage fails if more than `max_error_rate` of the images, and more than one, cannot be read.
     """
 
     encoder: EncoderParams = EncoderParams(model="ViT-L-14-336-quickgelu")

@@ -35,7 +35,7 @@ KILLED_IMAGES = 800
 def params(tiny_clip: tuple[Path, Path]) -> EmbedParams:
     model, weights = (str(path) for path in tiny_clip)
     encoder = EncoderParams(model=model, pretrained=weights)
-    return EmbedParams(encoder=encoder, batch_size=3, shard_size=5, workers=0)
+    return EmbedParams(encoder=encoder, batch_size=3, shard_size=5, workers=0, max_error_rate=1)
 
 
 @pytest.fixture
@@ -281,3 +281,14 @@ def test_retrieve_finds_shards_that_are_not_those_of_the_manifest(
         shutil.copy(first, first.with_name("00002.parquet"))
     with pytest.raises(PipelineError, match=r"0000.\.parquet: .* bytes, _manifest\.json says"):
         list_embedding_shards([first.parent])
+
+
+def test_a_share_of_lost_images_above_the_limit_fails_however_few(
+    run: Callable, make_image_folder: Callable
+) -> None:
+    root = make_image_folder(count=5)
+    (root / "1.jpg").write_bytes(b"")
+    run(SourceParams(root=root), max_error_rate=0.01)
+    (root / "2.jpg").write_bytes(b"")
+    with pytest.raises(PipelineError, match=r"2 of 5 images .*embed\.max_error_rate: 0\.01 allows"):
+        run(SourceParams(root=root), max_error_rate=0.01)
