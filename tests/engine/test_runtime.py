@@ -146,6 +146,17 @@ def test_auto_takes_what_there_is() -> None:
     assert runtime.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_the_number_of_threads_can_be_chosen() -> None:
+    before = torch.get_num_threads()
+    try:
+        make_runtime(device="cpu", threads=3)
+        assert torch.get_num_threads() == 3
+        make_runtime(device="cpu")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_computes_in_bfloat16() -> None:
     runtime = make_runtime(device="cuda")
