@@ -6,8 +6,6 @@ LOCK ?= requirements.lock
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install $(if $(LOCK),--constraint $(LOCK))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# OpenMP threads that spin while they wait slow down small networks on few cores.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint bench install setup lock clean
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,20 @@ def test_the_segmenter_is_imported_when_it_is_asked_for() -> None:
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert pipeline.Segmenter is Segmenter
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="the OpenMP of torch elsewhere prints otherwise"
+)
+def test_threads_wait_without_spinning_unless_asked_to(chosen: str | None, expected: str) -> None:
+    """Whatever starts a command: what OpenMP says of itself when torch loads it."""
+    names = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    env |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": chosen} if chosen else {})
+    command = [sys.executable, "-c", "import pipeline.engine.runtime"]
+    done = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+    assert re.findall(r"OMP_WAIT_POLICY\s*=\s*'(\w+)'", done.stderr)[:1] == [expected]
 
 
 def test_other_names_are_unknown() -> None:

@@ -78,7 +78,8 @@ class Session:
         from pipeline.engine.runtime import make_runtime, seed_generators
 
         seed_generators(self.params.seed)
-        return make_runtime(device=self.params.device, seed=self.params.seed)
+        params = self.params
+        return make_runtime(device=params.device, seed=params.seed, threads=params.threads)
 
     def executor(self) -> Executor:
         """Where the shards of a stage are made."""

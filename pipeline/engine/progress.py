@@ -16,8 +16,8 @@ from pipeline.errors import PipelineError, counted
 from pipeline.files import check_writable, claim, write_json
 
 LISTED_SKIPS = 1000
-# So many errors never fail a stage by their rate, which says nothing about a handful of images.
-FORGIVEN_ERRORS = 10
+# So many errors never fail a stage by their rate: one of a few images is more than any small share.
+FORGIVEN_ERRORS = 1
 SHOWN_OFFENDERS, SHOWN_REASONS = 3, 8
 
 
@@ -202,8 +202,8 @@ class StageRun(Tally):
         ]
         return (
             f"{self.stage}: {len(self.skipped)} of {total} {self._unit}s so far cannot be used, "
-            f"more than {self._section}.max_error_rate: {max_error_rate:g} allows; mend them, take "
-            "them out, or raise it:\n" + "\n".join(lines)
+            f"more than {self._section}.max_error_rate: {max_error_rate:g} allows (a single one is "
+            "always forgiven); mend them, take them out, or raise it:\n" + "\n".join(lines)
         )
 
     def warn(self, text: str) -> None:
@@ -248,12 +248,14 @@ class StageRun(Tally):
                 **({"warnings": self._warnings} if self._warnings else {}),
             },
         )
+        skipped, whole = len(self.skipped), self.items + len(self.skipped)
+        share = f" of {whole} skipped ({100 * skipped / whole:.1f} %)" if whole else " skipped"
         extra = "".join(f", {name} {count}" for name, count in all_counts.items())
         if self.left_out:
             extra += f", left out: {counted(self.left_out)}"
         extra += "".join(f"; warning: {text}" for text in self._warnings)
         print(
-            f"{self.stage}: {self.items} {self._unit}s, {len(self.skipped)} skipped, "
+            f"{self.stage}: {self.items} {self._unit}s, {skipped}{share}, "
             f"{seconds:.1f} s, {rate:.1f} {self._unit}s/s{extra}",
             flush=True,
         )

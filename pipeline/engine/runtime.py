@@ -9,6 +9,7 @@ import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,8 +45,16 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=self.amp_dtype)
 
 
-def make_runtime(*, device: str = "auto", seed: int = 0) -> Runtime:
+def make_runtime(
+    *, device: str = "auto", seed: int = 0, threads: Literal["auto"] | int = "auto"
+) -> Runtime:
     """Pick device and precision: bfloat16 on CUDA, float32 on CPU.
+
+    Args:
+        device: auto, cpu or cuda.
+        seed: see `Runtime`.
+        threads: those of torch on the CPU, in this process from now on; `auto` leaves them as they
+            are: one a core, or $OMP_NUM_THREADS.
 
     Raises:
         PipelineError: `device` is "cuda" where there is none, or not a known name.
@@ -57,6 +66,8 @@ def make_runtime(*, device: str = "auto", seed: int = 0) -> Runtime:
         raise PipelineError("params.yaml: device: cuda, but no CUDA device was found; use auto")
     chosen = torch.device("cuda" if has_cuda and device != "cpu" else "cpu")
     amp_dtype = torch.bfloat16 if chosen.type == "cuda" else None
+    if threads != "auto":
+        torch.set_num_threads(threads)
     if chosen.type == "cpu":
         _keep_freed_memory()
     return Runtime(device=chosen, amp_dtype=amp_dtype, seed=seed, cache_dir=default_cache_dir())

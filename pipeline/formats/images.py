@@ -14,11 +14,12 @@ from typing import BinaryIO, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline.files import Location, is_url
+from pipeline.formats.depth import decode, eight_bits
 from pipeline.formats.labels import IGNORE_INDEX, LABEL_TYPE, MAX_CATEGORIES, LabelMap
 
 Item = TypeVar("Item", bound=np.generic)
@@ -52,7 +53,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*")
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", *TIFF_SIGNATURES, b"GIF8")
 MAX_BYTE_CATEGORIES = 254
 BYTE_IGNORE = 255
 WORD_IGNORE = 65535
@@ -67,8 +69,9 @@ def load_image(
 ) -> Image.Image:
     """Decode a photo to 8-bit RGB, upright.
 
-    EXIF rotation is applied, transparency is laid on white, 16-bit values keep their high byte,
-    of an animation the first frame is taken. The size is checked before any pixel is decoded.
+    EXIF rotation is applied, transparency is laid on white, samples of other depths become 8 bits
+    as `pipeline.formats.depth` says, of an animation the first frame is taken. The size is checked
+    before any pixel is decoded.
 
     Args:
         data: content of a JPEG, PNG, WebP, AVIF, BMP, TIFF, GIF or PPM (PGM, PBM, PFM) file, or the
@@ -79,14 +82,13 @@ def load_image(
 
     Raises:
         ImageError: with the reason: "empty file", "not an image", "truncated", "damaged: ...",
-            "too large: ...", "too elongated: WxH", "cannot be read: ...".
+            "too large: ...", "too elongated: WxH", "not supported: ...", "cannot be read: ...".
     """
     content = read_file(data) if isinstance(data, Path) else data
     image = _open(content, max_pixels)
     try:
-        image.load()
+        rgb = as_rgb(decode(image, content))
         orientation = _orientation(image)
-        rgb = _to_rgb(image)
     except Exception as error:  # decoders answer hostile bytes with any exception
         raise ImageError(_reason(error)) from None
     return rgb.transpose(UPRIGHT[orientation]) if upright and orientation in UPRIGHT else rgb
@@ -277,15 +279,14 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _open(content: bytes, max_pixels: int) -> Image.Image:
+def _open(content: bytes, max_pixels: int) -> ImageFile.ImageFile:
     """Parse the header and check the size it announces."""
     if not content:
         raise ImageError("empty file")
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:
-        known = content.startswith(SIGNATURES)
-        raise ImageError("damaged: header" if known else "not an image") from None
+        raise ImageError(_why_unidentified(content)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         pixels = re.search(r"\d+", str(error))
         raise ImageError(f"too large: {pixels.group() if pixels else '?'} pixels") from None
@@ -301,6 +302,16 @@ def _open(content: bytes, max_pixels: int) -> Image.Image:
         raise ImageError(f"too elongated: {width}x{height}")
     _check_cost(image, content, max_pixels)
     return image
+
+
+def _why_unidentified(content: bytes) -> str:
+    if content.startswith(TIFF_SIGNATURES):
+        try:
+            TiffImageFile(io.BytesIO(content))
+        except Exception as error:  # as in `load_image`
+            if "unknown pixel mode" in str(error):
+                return "not supported: a TIFF of samples of this kind"
+    return "damaged: header" if content.startswith(SIGNATURES) else "not an image"
 
 
 def _check_cost(image: Image.Image, content: bytes, max_pixels: int) -> None:
@@ -348,13 +359,13 @@ def _orientation(image: Image.Image) -> int:
     return value if value in UPRIGHT else 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    elif image.mode == "I":
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        image = Image.fromarray(_float_to_byte(np.asarray(image)))
+def as_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of an image in memory, of any mode: transparency on white, depths as `depth` says.
+
+    Raises:
+        ValueError: floats of which none is a number.
+    """
+    image = eight_bits(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -362,18 +373,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _float_to_byte(values: np.ndarray) -> np.ndarray:
-    """Float pixels, in [0, 1] or else in [0, 255], as uint8."""
-    values = np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0)
-    scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
-    return np.rint((values * scale).clip(0, 255)).astype(np.uint8)
-
-
 def _reason(error: Exception) -> str:
     """A short reason, the same in every run: Pillow's text without memory addresses."""
     if isinstance(error, MemoryError):
         return "too large: out of memory"
     text = re.sub(r"<[^>]*>", "", str(error)).strip()
+    if isinstance(error, NotImplementedError):
+        return f"not supported: {text}"
     if "truncated" in text.lower():
         return "truncated"
     return f"damaged: {one_line(text) or type(error).__name__}"

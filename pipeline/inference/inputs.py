@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.formats.images import load_image
+from pipeline.formats.images import as_rgb, load_image
 from pipeline.params.base import PredictionSettings
 
 ROUNDING = 1e-6
@@ -58,12 +58,12 @@ def to_rgb(image: ImageInput) -> Image.Image:
 
     Raises:
         ImageError: the file cannot be read.
-        ValueError: an array of another shape or type.
+        ValueError: an array of another shape or type; an image of floats none of which is a number.
     """
     if isinstance(image, str | Path):
         return load_image(Path(image))
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return as_rgb(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"{image.dtype} array {image.shape}: expected uint8 (H, W, 3)")
     return Image.fromarray(image)

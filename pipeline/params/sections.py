@@ -46,7 +46,7 @@ class SourceParams(Section):
 class EmbedParams(Section):
     """Stage 1: image embeddings of the index dataset.
 
-    The stage fails if more than `max_error_rate` of the images, and more than ten, cannot be read.
+    The stage fails if more than `max_error_rate` of the images, and more than one, cannot be read.
     """
 
     encoder: EncoderParams = EncoderParams(model="ViT-L-14-336-quickgelu")
@@ -103,11 +103,14 @@ class Params(Section):
     """All of params.yaml.
 
     `background` names what is not asked for; label id 0 is the mean of their text embeddings.
+    `threads` are those of the networks on the CPU: `auto` is one a core, or $OMP_NUM_THREADS. They
+    decide the time and perhaps the last bits of a sum, so DVC does not track them.
     """
 
     k: Count = 500
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     categories: str | list[str]
     background: Annotated[list[Text], Field(min_length=1)] = ["background"]
     worlds: dict[EntryName, WorldParams] = {}

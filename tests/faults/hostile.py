@@ -74,6 +74,7 @@ def samples() -> dict[str, bytes]:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (9, 11, 3), np.uint8)).resize((40, 31))
     words = Image.fromarray(rng.integers(0, 2**16, (31, 40), np.uint16))
+    floats = Image.fromarray(np.asarray(words).astype(np.float32))
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "maker"
     return {
@@ -82,6 +83,12 @@ def samples() -> dict[str, bytes]:
         "cmyk": encoded(image.convert("CMYK"), "JPEG"),
         "png": encoded(image, "PNG"),
         "png 16 bit": encoded(words, "PNG"),
+        "png 16 bit colours": png(40, 31, depth=16, pixels=31 * (6 * 40 + 1)),
+        "pgm 16 bit": encoded(words, "PPM"),
+        "ppm 12 bit": b"P6 20 31 4095 " + (np.asarray(words) >> 4).astype(">u2").tobytes() * 2,
+        "pfm": encoded(floats, "PPM"),
+        "tiff floats": encoded(floats, "TIFF", compression="tiff_lzw"),
+        "avif": encoded(image, "AVIF"),
         "palette": encoded(image.convert("P"), "PNG", transparency=3),
         "alpha": encoded(image.convert("RGBA"), "PNG"),
         "webp": encoded(image, "WEBP"),
@@ -118,9 +125,17 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png(width: int, height: int, *, colour: int = 2, extra: bytes = b"", pixels: int = 0) -> bytes:
-    """A PNG of 8 bits: its header, `extra` chunks, and `pixels` bytes of zeros as its content."""
-    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+def png(
+    width: int,
+    height: int,
+    *,
+    colour: int = 2,
+    depth: int = 8,
+    extra: bytes = b"",
+    pixels: int = 0,
+) -> bytes:
+    """A PNG: its header, `extra` chunks, and `pixels` bytes of zeros as its content."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + png_chunk(b"IHDR", header)

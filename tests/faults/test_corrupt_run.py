@@ -88,7 +88,13 @@ class World:
             name="pool",
             source=SourceParams(root=self.root / folder),
             out_dir=self.root / out / "pool",
-            params=EmbedParams(encoder=self.encoder, batch_size=16, shard_size=64, workers=workers),
+            params=EmbedParams(
+                encoder=self.encoder,
+                batch_size=16,
+                shard_size=64,
+                workers=workers,
+                max_error_rate=0.1,
+            ),
             runtime=self.runtime(f"cache of {out}"),
             stats_path=self.root / f"{out}.json",
         )
@@ -119,7 +125,9 @@ class World:
         mask.run(
             archives_path=self.root / "archives.parquet",
             out_dir=self.root / out,
-            params=SelfMaskParams(weights=weights, short_side=32, batch_size=8, workers=workers),
+            params=SelfMaskParams(
+                weights=weights, short_side=32, batch_size=8, workers=workers, max_error_rate=0.1
+            ),
             runtime=self.runtime(f"cache of {out}"),
             stats_path=self.root / f"{out}.json",
         )

@@ -126,6 +126,13 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: png(SIDE, SIDE, colour=6, pixels=SIDE * (4 * SIDE + 1)),
         "",
     ),
+    "png of 16 bits": (
+        lambda: png(SIDE, SIDE, colour=6, depth=16, pixels=SIDE * (8 * SIDE + 1)),
+        "",
+    ),
+    "ppm of 16 bits": (lambda: b"P6 %d %d 999 " % (SIDE, SIDE) + bytes(6 * SIDE * SIDE), ""),
+    "tiff of floats": (lambda: encoded(Image.new("F", (SIDE, SIDE), 1e9), "TIFF"), ""),
+    "avif": (lambda: encoded(Image.new("RGB", (SIDE, SIDE)), "AVIF", speed=10), ""),
     "webp canvas": (lambda: wide_webp(SIDE, SIDE), ""),
 }
 

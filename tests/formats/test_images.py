@@ -118,13 +118,8 @@ def test_16_bit_rgb_png() -> None:
 
 
 def test_32_bit_integer_and_float_tiff() -> None:
-    integers = np.array([[0, 65535, 32768, 99999]], np.int32)
-    assert pixels(encoded(Image.fromarray(integers), "TIFF"))[0, :, 0].tolist() == [
-        0,
-        255,
-        128,
-        255,
-    ]
+    integers = np.array([[0, 65535, 32768]], np.int32)
+    assert pixels(encoded(Image.fromarray(integers), "TIFF"))[0, :, 0].tolist() == [0, 255, 128]
     floats = np.array([[0.0, 0.5, 1.0]], np.float32)
     assert pixels(encoded(Image.fromarray(floats), "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
 

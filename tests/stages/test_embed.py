@@ -40,7 +40,7 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 def params(tiny_clip: tuple[Path, Path]) -> EmbedParams:
     model, weights = (str(path) for path in tiny_clip)
     encoder = EncoderParams(model=model, pretrained=weights)
-    return EmbedParams(encoder=encoder, batch_size=3, shard_size=5, workers=0)
+    return EmbedParams(encoder=encoder, batch_size=3, shard_size=5, workers=0, max_error_rate=1)
 
 
 @pytest.fixture
@@ -387,3 +387,14 @@ def test_names_are_the_same_under_a_locale_without_their_letters(
     assert rows[2][1:] == ("犬/ß.tar", "Müller/犬.jpg", "ok")
     assert images[0]["file_name"] == "犬/Müller 犬.jpg"
     assert [Path(item["item"]).name for item in skipped] == ["gone ü.jpg"]
+
+
+def test_a_share_of_lost_images_above_the_limit_fails_however_few(
+    run: Callable, make_image_folder: Callable
+) -> None:
+    root = make_image_folder(count=5)
+    (root / "1.jpg").write_bytes(b"")
+    run(SourceParams(root=root), max_error_rate=0.01)
+    (root / "2.jpg").write_bytes(b"")
+    with pytest.raises(PipelineError, match=r"2 of 5 images .*embed\.max_error_rate: 0\.01 allows"):
+        run(SourceParams(root=root), max_error_rate=0.01)

@@ -107,7 +107,11 @@ class World:
         )
         save_selfmask(SelfMask(config), root / "selfmask.safetensors")
         self.params: MaskParams = SelfMaskParams(
-            weights=root / "selfmask.safetensors", short_side=60, batch_size=2, shard_size=3
+            weights=root / "selfmask.safetensors",
+            short_side=60,
+            batch_size=2,
+            shard_size=3,
+            max_error_rate=1,
         )
         self.runtime = Runtime(
             device=torch.device("cpu"), amp_dtype=None, seed=0, cache_dir=root / "cache"

@@ -63,7 +63,9 @@ class Workspace:
             name="pool",
             source=SourceParams(root=self.images),
             out_dir=out,
-            params=EmbedParams(encoder=self.encoder, batch_size=4, shard_size=10, workers=1),
+            params=EmbedParams(
+                encoder=self.encoder, batch_size=4, shard_size=10, workers=1, max_error_rate=0.2
+            ),
             runtime=runtime,
             stats_path=stats,
             executor=executor,
@@ -91,7 +93,11 @@ class Workspace:
             archives_path=self.root / "archives.parquet",
             out_dir=out,
             params=SelfMaskParams(
-                weights=self.root / "selfmask.safetensors", batch_size=2, shard_size=10, workers=1
+                weights=self.root / "selfmask.safetensors",
+                batch_size=2,
+                shard_size=10,
+                workers=1,
+                max_error_rate=0.2,
             ),
             runtime=runtime,
             stats_path=stats,
