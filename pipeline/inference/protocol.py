@@ -96,5 +96,5 @@ def protocol_lines(settings: Mapping[str, Any]) -> list[str]:
 
 def _encoder_tag(encoder: EncoderParams) -> str:
     """`ViT-B-16-quickgelu/openai`; of local files the names without folders."""
-    model, pretrained = Path(encoder.model).name, Path(encoder.pretrained).name
-    return f"{model}/{pretrained}" if encoder.pretrained else encoder.model
+    model = Path(encoder.model).name
+    return f"{model}/{encoder.short_weights()}" if encoder.pretrained else encoder.model

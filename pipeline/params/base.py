@@ -30,15 +30,32 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class TaggedFile(Section):
+    """The weights file of an open_clip tag, which tells activation and preprocessing."""
+
+    tag: Text
+    file: Text
+
+    def __str__(self) -> str:
+        return f"{self.tag} ({self.file})"
+
+
 class EncoderParams(Section):
     """A CLIP model.
 
     `model` is an open_clip architecture or a model-config JSON file; `pretrained` an open_clip tag,
-    a weights file, or a name of `pipeline weights list`.
+    `{tag: TAG, file: PATH}` with the file of one, another weights file, or a name of
+    `pipeline weights list`.
     """
 
     model: str = "ViT-B-16-quickgelu"
-    pretrained: str = "openai"
+    pretrained: TaggedFile | str = "openai"
+
+    def short_weights(self) -> str:
+        """The weights for a reader: `openai`, `openai (ViT-B-32.pt)`; of files the last name."""
+        if isinstance(self.pretrained, TaggedFile):
+            return f"{self.pretrained.tag} ({Path(self.pretrained.file).name})"
+        return Path(self.pretrained).name
 
 
 class PredictionParams(Section):

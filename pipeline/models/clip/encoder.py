@@ -34,7 +34,8 @@ class ClipEncoder(nn.Module):
     Attributes:
         clip: the open_clip model, in evaluation mode.
         preprocess: PIL image -> (3, S, S) float in [0, 1]: open_clip's evaluation transform
-            (bicubic resize of the short side, centre crop) short of the normalisation.
+            (resized and cropped as its weights' tag says; without one, bicubic resize of the short
+            side and centre crop) short of the normalisation.
         embed_dim: C.
         image_size: S.
         tokenizer: of the text tower.
@@ -61,6 +62,7 @@ class ClipEncoder(nn.Module):
         self.config = config
         self.embed_dim: int = config["embed_dim"]
         self.image_size = square_side(preprocess.size)
+        self._geometry = [preprocess.resize_mode, preprocess.interpolation, preprocess.fill_color]
         self.preprocess: Callable[[Image.Image], Tensor] = _transform(preprocess)
         self.tokenizer = tokenizer
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), False)
@@ -171,6 +173,7 @@ class ClipEncoder(nn.Module):
         hasher = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         hash_tensors(hasher, self.state_dict())
         hasher.update(json.dumps([self.mean.tolist(), self.std.tolist()]).encode())
+        hasher.update(json.dumps(self._geometry).encode())
         return hasher.hexdigest()
 
 
