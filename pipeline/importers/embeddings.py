@@ -35,11 +35,10 @@ from pipeline.formats.tables import (
 )
 from pipeline.importers.images import ImageFacts, Prefixes, find_images, read_all
 from pipeline.importers.unpickle import load_tensors, read_tensor
-from pipeline.models.clip import clip_config, published_name
-from pipeline.params.base import EncoderParams
+from pipeline.models.clip import clip_config
+from pipeline.params.base import CLIP_RETRIEVAL_PREFIX, EncoderParams
 from pipeline.params.sections import EmbedParams
 
-CLIP_RETRIEVAL_PREFIX = "open_clip:"
 NAME_COLUMN = "image_path"
 LISTED_NAMES = 3
 
@@ -254,7 +253,7 @@ def _checked_encoder(text: str, expected: EncoderParams) -> str:
     Later stages embed texts with the encoder of the params, so no other would do.
     """
     name = encoder_name(expected.model, str(expected.pretrained))
-    if _plain_encoder(text) not in (_plain_encoder(name), published_name(expected)):
+    if _plain_encoder(text) not in (_plain_encoder(name), "/".join(expected.published_as())):
         raise PipelineError(
             f"--encoder: {text!r} is not {name!r}, the encoder under embed.encoder of the params; "
             "name there the CLIP that made these embeddings"

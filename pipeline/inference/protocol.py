@@ -96,5 +96,4 @@ def protocol_lines(settings: Mapping[str, Any]) -> list[str]:
 
 def _encoder_tag(encoder: EncoderParams) -> str:
     """`ViT-B-16-quickgelu/openai`; of local files the names without folders."""
-    model = Path(encoder.model).name
-    return f"{model}/{encoder.short_weights()}" if encoder.pretrained else encoder.model
+    return "/".join(Path(part).name for part in encoder.published_as() if part)

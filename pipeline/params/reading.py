@@ -188,11 +188,11 @@ def _is_union_branch(part: str | int) -> bool:
 
 
 def _is_other_branch(location: Location, value: Any) -> bool:
-    """Whether a union judged a value as what it is not: a list or a mapping as a text, say."""
+    """Whether a union judged a value as what it is not; another branch has the message."""
     branch = location[-1] if location else ""
     if branch == "str":
         return isinstance(value, list | dict)
-    return branch == "TaggedFile" and not isinstance(value, dict)
+    return branch == "TaggedFile" and not isinstance(value, list | dict)
 
 
 def _suggestion(model: Any, location: Location) -> str:

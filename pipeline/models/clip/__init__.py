@@ -7,7 +7,6 @@ from pipeline.models.clip.loading import (
     build_clip,
     clip_config,
     load_clip,
-    published_name,
     to_open_clip_layout,
 )
 from pipeline.models.clip.text import (
@@ -35,7 +34,6 @@ __all__ = [
     "label_embeddings",
     "load_clip",
     "pad_to_multiple",
-    "published_name",
     "text_embeddings",
     "to_open_clip_layout",
 ]

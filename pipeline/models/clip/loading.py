@@ -38,9 +38,8 @@ from pipeline.models.weights.zoo import (
     published_clip,
     resolve_weights,
 )
-from pipeline.params.base import EncoderParams, TaggedFile
+from pipeline.params.base import CLIP_RETRIEVAL_PREFIX, EncoderParams, TaggedFile
 
-MODEL_PREFIX = "open_clip:"
 QUICK_GELU_SUFFIX = "-quickgelu"
 OPENAI_SCALARS = ("input_resolution", "context_length", "vocab_size")
 OPENAI_FILE_STEMS = (
@@ -81,10 +80,10 @@ def load_clip(
     file of open_clip's form (embed_dim, vision_cfg, text_cfg, quick_gelu). Such a file may also
     hold `vocabulary` (sorted BPE token ids that the text tower was cut to) and `preprocess` (mean,
     std, size, interpolation, resize_mode), and `names`, a closed list that other names are refused
-    by. `photo_clip` is such a file of our own. `pretrained` is an open_clip tag (`openai`), the path
-    of a weights file in open_clip's or OpenAI's layout (.safetensors, .pt, .pth, .bin), such a path
-    with its tag, or a name of `pipeline weights list`; `photo_clip` is put together from its package
-    where it is not fetched.
+    by. `photo_clip` is such a file of our own. `pretrained` is an open_clip tag (`openai`), the
+    path of a weights file in open_clip's or OpenAI's layout (.safetensors, .pt, .pth, .bin), such a
+    path with its tag, or a name of `pipeline weights list`; `photo_clip` is put together from its
+    package where it is not fetched.
 
     Args:
         encoder: model and weights.
@@ -155,12 +154,6 @@ def clip_config(encoder: EncoderParams, *, field: str = "encoder") -> dict[str, 
         return _read_config(Path(model)) if model.endswith(".json") else _named_config(model)
 
 
-def published_name(encoder: EncoderParams) -> str:
-    """`ARCHITECTURE/TAG` as clip-retrieval has it, also where the tag's file is given."""
-    model, pretrained = _split_model_string(encoder.model, encoder.pretrained)
-    return f"{model}/{pretrained.tag if isinstance(pretrained, TaggedFile) else pretrained}"
-
-
 @contextmanager
 def _naming(field: str) -> Iterator[None]:
     """Messages of the block say `encoder.model`; say where in the params that stands."""
@@ -187,9 +180,9 @@ def _split_model_string(model: str, pretrained: TaggedFile | str) -> tuple[str, 
     """
     if model == PHOTO_CLIP:
         return str(PHOTO_CLIP_CONFIG), pretrained
-    if not model.startswith(MODEL_PREFIX):
+    if not model.startswith(CLIP_RETRIEVAL_PREFIX):
         return model, pretrained
-    architecture, _, tag = model.removeprefix(MODEL_PREFIX).partition("/")
+    architecture, _, tag = model.removeprefix(CLIP_RETRIEVAL_PREFIX).partition("/")
     if tag and isinstance(pretrained, str) and _is_path(pretrained):
         return architecture, TaggedFile(tag=tag, file=pretrained)
     given = pretrained.tag if isinstance(pretrained, TaggedFile) else pretrained
@@ -310,7 +303,7 @@ def _download(model: str, tag: str, config: dict[str, Any]) -> Path:
             return Path(open_clip.download_pretrained(config))
     except Exception as error:  # the hub and urllib raise many kinds; all mean "not downloaded"
         published = published_clip(model, tag)
-        by_name = f", or `pipeline weights add {published.name} FILE`" if published else ""
+        by_name = f", or run `pipeline weights add {published.name} FILE`" if published else ""
         raise PipelineError(
             f"encoder.pretrained: could not download the weights {tag!r} of {model} "
             f"({type(error).__name__}: {first_line(error)}). Without a network, fetch the file "

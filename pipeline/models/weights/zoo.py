@@ -84,10 +84,8 @@ def published(name: str) -> PublishedWeights:
     """
     entries = manifest()
     if name not in entries:
-        raise PipelineError(
-            f"{name!r} is not among the published weights; {did_you_mean(name, list(entries))}"
-            f"All: {', '.join(entries)}"
-        )
+        message = f"{name!r} is not among the published weights: {', '.join(entries)}"
+        raise PipelineError(f"{message}; {did_you_mean(name, list(entries))}".rstrip("; "))
     return entries[name]
 
 
