@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal, cast
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -62,6 +63,9 @@ class ClipEncoder(nn.Module):
         self.config = config
         self.embed_dim: int = config["embed_dim"]
         self.image_size = square_side(preprocess.size)
+        statistics = (tuple(preprocess.mean), tuple(preprocess.std))
+        openai = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+        self._has_own_statistics = "preprocess" not in config and statistics != openai
         self._geometry = [preprocess.resize_mode, preprocess.interpolation, preprocess.fill_color]
         self.preprocess: Callable[[Image.Image], Tensor] = _transform(preprocess)
         self.tokenizer = tokenizer
@@ -97,10 +101,11 @@ class ClipEncoder(nn.Module):
     ) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of R, G, B in [0, 1] for dense features.
 
-        The papers' code took ImageNet's where CLIP has its own. A tower that it did not know gets
-        its own always: it may be far from ImageNet's (SigLIP, MobileCLIP).
+        The papers' code took ImageNet's where CLIP has its own. What it did not know gets its own
+        always, which may be far from ImageNet's: other towers (SigLIP, MobileCLIP), and the tags
+        of a CLIP that were not trained with OpenAI's.
         """
-        if normalisation == "clip" or not self.tower.published:
+        if normalisation == "clip" or not self.tower.published or self._has_own_statistics:
             return self.mean.flatten().tolist(), self.std.flatten().tolist()
         return list(IMAGENET_MEAN), list(IMAGENET_STD)
 

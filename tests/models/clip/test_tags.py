@@ -100,7 +100,10 @@ class TestTaggedFile:
 
     def test_the_dense_features_have_the_tags_mean_and_deviation(self, weights: Path) -> None:
         encoder = load("Tiny-8", TaggedFile(tag="half", file=str(weights)))
-        assert encoder.statistics("clip") == ([0.5] * 3, [0.5] * 3)
+        for normalisation in ("clip", "imagenet"):
+            assert encoder.statistics(normalisation) == ([0.5] * 3, [0.5] * 3)
+        openai = load("Tiny-8", TaggedFile(tag="openai", file=str(weights)))
+        assert openai.statistics("imagenet") == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
     def test_encoders_that_prepare_images_otherwise_have_other_fingerprints(
         self, weights: Path
@@ -223,6 +226,7 @@ class TestHub:
         from huggingface_hub import constants, hf_hub_download
 
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         with pytest.raises(Exception, match=r"(?i)refused") as error, tried_once():
             open_clip.download_pretrained({"hf_hub": "no/where/"}, cache_dir=str(tmp_path))
         assert "Connect" in type(error.value).__name__
