@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 
 LISTED_NAMES = 8
@@ -13,6 +14,13 @@ class PipelineError(Exception):
     The command line prints it as one line and exits with status 1; anything else is a bug and
     keeps its traceback.
     """
+
+
+def did_you_mean(name: str, known: Sequence[str], *, count: int = 3) -> str:
+    """A question with the names that are spelt alike, case aside, or nothing; for a message."""
+    folded = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), folded, n=count, cutoff=0.4)
+    return f"did you mean {' or '.join(folded[other] for other in close)}? " if close else ""
 
 
 def first_line(error: Exception) -> str:

@@ -25,9 +25,7 @@ def test_the_segmenter_is_imported_when_it_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize(("chosen", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="the OpenMP of torch elsewhere prints otherwise"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP elsewhere")
 def test_threads_wait_without_spinning_unless_asked_to(chosen: str | None, expected: str) -> None:
     """Whatever starts a command: what OpenMP says of itself when torch loads it."""
     names = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}

@@ -67,9 +67,10 @@ class Session:
 
         params = self.params
         found = load_category_set(params.categories, background=params.background)
-        for section in (params.embed, params.pseudo_label, params.train):
-            check_known(found, section.encoder, field=f"{self.params_path}: categories")
-            check_known(params.background, section.encoder, field=f"{self.params_path}: background")
+        for section in ("embed", "pseudo_label", "train"):
+            encoder, place = getattr(params, section).encoder, f"{section}.encoder"
+            for key, listed in (("categories", found), ("background", params.background)):
+                check_known(listed, encoder, field=f"{self.params_path}: {key}", place=place)
         return found
 
     @cached_property
@@ -155,8 +156,16 @@ def names(text: str | None) -> list[str] | None:
     return load_category_set(rows[0], field="--categories")
 
 
-def check_known(categories: Sequence[str], encoder: EncoderParams, *, field: str) -> None:
+def check_known(
+    categories: Sequence[str], encoder: EncoderParams, *, field: str, place: str = "encoder"
+) -> None:
     """Refuse names that are not in the closed list of an encoder, if it has one.
+
+    Args:
+        categories: the names.
+        encoder: model and weights.
+        field: where the names come from, for the message.
+        place: where the encoder stands in the params, for the message.
 
     Raises:
         PipelineError: names the field and the name.
@@ -166,7 +175,7 @@ def check_known(categories: Sequence[str], encoder: EncoderParams, *, field: str
     from pipeline.models.clip import clip_config
     from pipeline.models.clip.names import resolve_name
 
-    known = clip_config(encoder).get("names")
+    known = clip_config(encoder, field=place).get("names")
     if known is None:
         return
     for name in categories:

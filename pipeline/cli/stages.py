@@ -59,9 +59,12 @@ def init(
     ctx: typer.Context,
     preset: Annotated[str, typer.Option(help="Name of a preset; `--preset list` lists them.")],
     images: Annotated[
-        Path | None, typer.Option(help="Folder of unlabelled images (preset `folder`).")
+        Path | None,
+        typer.Option(help="Folder of unlabelled images (presets `folder`, `folder-offline`)."),
     ] = None,
-    categories: Annotated[str | None, typer.Option(help=f"{NAMES_HELP} (preset `folder`).")] = None,
+    categories: Annotated[
+        str | None, typer.Option(help=f"{NAMES_HELP} (presets `folder`, `folder-offline`).")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Params file to write; default: that of `--params`.")
     ] = None,

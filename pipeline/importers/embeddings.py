@@ -36,10 +36,9 @@ from pipeline.formats.tables import (
 from pipeline.importers.images import ImageFacts, Prefixes, find_images, read_all
 from pipeline.importers.unpickle import load_tensors, read_tensor
 from pipeline.models.clip import clip_config
-from pipeline.params.base import EncoderParams
+from pipeline.params.base import CLIP_RETRIEVAL_PREFIX, EncoderParams
 from pipeline.params.sections import EmbedParams
 
-CLIP_RETRIEVAL_PREFIX = "open_clip:"
 NAME_COLUMN = "image_path"
 LISTED_NAMES = 3
 
@@ -253,8 +252,8 @@ def _checked_encoder(text: str, expected: EncoderParams) -> str:
 
     Later stages embed texts with the encoder of the params, so no other would do.
     """
-    name = encoder_name(expected.model, expected.pretrained)
-    if _plain_encoder(text) != _plain_encoder(name):
+    name = encoder_name(expected.model, str(expected.pretrained))
+    if _plain_encoder(text) not in (_plain_encoder(name), "/".join(expected.published_as())):
         raise PipelineError(
             f"--encoder: {text!r} is not {name!r}, the encoder under embed.encoder of the params; "
             "name there the CLIP that made these embeddings"
@@ -264,9 +263,9 @@ def _checked_encoder(text: str, expected: EncoderParams) -> str:
 
 def _check_dim(path: Path, dim: int, encoder: EncoderParams) -> None:
     """Refuse embeddings that cannot be of the encoder, by its configuration alone."""
-    expected = clip_config(encoder)["embed_dim"]
+    expected = clip_config(encoder, field="embed.encoder")["embed_dim"]
     if dim != expected:
-        name = encoder_name(encoder.model, encoder.pretrained)
+        name = encoder_name(encoder.model, str(encoder.pretrained))
         raise PipelineError(
             f"{path}: embeddings of length {dim}, but {name}, embed.encoder of the params, makes "
             f"{expected}; name there, and as --encoder, the CLIP that made these embeddings"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipeline.formats.images import as_rgb, load_image
+from pipeline.formats.images import ImageError, as_rgb, load_image
 from pipeline.params.base import PredictionSettings
 
 ROUNDING = 1e-6
@@ -57,11 +57,14 @@ def to_rgb(image: ImageInput) -> Image.Image:
     """RGB image of a path, a PIL image of any mode, or an (H, W, 3) uint8 array.
 
     Raises:
-        ImageError: the file cannot be read.
+        ImageError: the file cannot be read; the message has its path and the reason.
         ValueError: an array of another shape or type; an image of floats none of which is a number.
     """
     if isinstance(image, str | Path):
-        return load_image(Path(image))
+        try:
+            return load_image(Path(image))
+        except ImageError as error:
+            raise ImageError(f"{image}: {error}") from None
     if isinstance(image, Image.Image):
         return as_rgb(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:

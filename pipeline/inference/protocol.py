@@ -96,5 +96,4 @@ def protocol_lines(settings: Mapping[str, Any]) -> list[str]:
 
 def _encoder_tag(encoder: EncoderParams) -> str:
     """`ViT-B-16-quickgelu/openai`; of local files the names without folders."""
-    model, pretrained = Path(encoder.model).name, Path(encoder.pretrained).name
-    return f"{model}/{pretrained}" if encoder.pretrained else encoder.model
+    return "/".join(Path(part).name for part in encoder.published_as() if part)

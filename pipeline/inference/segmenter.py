@@ -110,7 +110,7 @@ class Segmenter:
         """Segment one image: a path, a PIL image, or (H, W, 3) uint8 RGB.
 
         Raises:
-            ImageError: the file cannot be read; the message is the reason.
+            ImageError: the file cannot be read; the message has its path and the reason.
         """
         return self.predict([image])[0]
 

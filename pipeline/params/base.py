@@ -21,6 +21,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 # Names of entries become file names and words of commands (dvc.yaml).
 EntryName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Text = Annotated[str, Field(pattern=r"\S")]
+CLIP_RETRIEVAL_PREFIX = "open_clip:"  # of clip-retrieval's open_clip:ARCHITECTURE/TAG
 Templates = Literal["prompts85", "name"]
 
 
@@ -30,15 +31,37 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class TaggedFile(Section):
+    """The weights file of an open_clip tag, which tells activation and preprocessing."""
+
+    tag: Text
+    file: Text
+
+    def __str__(self) -> str:
+        return f"{self.tag} ({self.file})"
+
+
 class EncoderParams(Section):
     """A CLIP model.
 
-    `model` is an open_clip architecture or a model-config JSON file; `pretrained` an open_clip tag,
-    a weights file, or a name of `pipeline weights list`.
+    `model` is an open_clip architecture, or `open_clip:ARCHITECTURE/TAG` beside an empty
+    `pretrained`, or a model-config JSON file; `pretrained` an open_clip tag,
+    `{tag: TAG, file: PATH}` with the file of one, another weights file, or a name of
+    `pipeline weights list`.
     """
 
     model: str = "ViT-B-16-quickgelu"
-    pretrained: str = "openai"
+    pretrained: TaggedFile | str = "openai"
+
+    def published_as(self) -> tuple[str, str]:
+        """Architecture and tag, in whichever form they are given; a file without a tag as it is."""
+        weights = self.pretrained
+        if isinstance(weights, TaggedFile):
+            weights = weights.tag
+        if not self.model.startswith(CLIP_RETRIEVAL_PREFIX):
+            return self.model, weights
+        model, _, tag = self.model.removeprefix(CLIP_RETRIEVAL_PREFIX).partition("/")
+        return model, tag or weights
 
 
 class PredictionParams(Section):

@@ -152,8 +152,8 @@ def _messages(
 ) -> Iterator[str]:
     """A line for each offending place; `model` is checked, `prefix` where it stands."""
     for item in error.errors():
-        if item["loc"] and item["loc"][-1] == "str" and isinstance(item["input"], list):
-            continue  # a list of names is judged as a list
+        if _is_other_branch(item["loc"], item["input"]):
+            continue
         location = [part for part in (*prefix, *item["loc"]) if not _is_union_branch(part)]
         if location and location[0] == "benches" and len(location) > 2 and location[2] in FORMATS:
             del location[2]  # the format chose the section
@@ -184,20 +184,30 @@ def _messages(
 
 
 def _is_union_branch(part: str | int) -> bool:
-    return part in ("str", "list[str]")
+    return part in ("str", "list[str]", "TaggedFile")
+
+
+def _is_other_branch(location: Location, value: Any) -> bool:
+    """Whether a union judged a value as what it is not; another branch has the message."""
+    branch = location[-1] if location else ""
+    if branch == "str":
+        return isinstance(value, list | dict)
+    return branch == "TaggedFile" and not isinstance(value, list | dict)
 
 
 def _suggestion(model: Any, location: Location) -> str:
     """Name the closest known key of the section that holds the unknown one."""
     section = model
     for part in location[:-1]:
+        if _is_union_branch(part):
+            continue
         if section is BenchParams:
             section = FORMATS[str(part)]
         elif get_origin(section) in (dict, list):
             section = get_args(section)[-1]
         else:
             section = section.model_fields[part].annotation
-            if isinstance(section, UnionType):  # a section or null
+            if isinstance(section, UnionType):  # a section, or null or a text
                 section, _ = get_args(section)
             elif get_origin(section) is SerializeAsAny:
                 (section,) = get_args(section)

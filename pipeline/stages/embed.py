@@ -104,7 +104,9 @@ class EmbedMaker:
     """
 
     def __init__(self, params: EmbedParams, runtime: Runtime) -> None:
-        encoder = load_clip(params.encoder, runtime.device, cache_dir=runtime.cache_dir)
+        encoder = load_clip(
+            params.encoder, runtime.device, cache_dir=runtime.cache_dir, field="embed.encoder"
+        )
         self.settings = {
             "version": CACHE_VERSION,
             "encoder": encoder.fingerprint(),
@@ -114,7 +116,7 @@ class EmbedMaker:
         self._chunk_size = batch_size * -(-MIN_CHUNK[runtime.device.type] // batch_size)
         self._ahead = 2 * batch_size
         self._schema = embedding_schema(
-            encoder.embed_dim, encoder_name(params.encoder.model, params.encoder.pretrained)
+            encoder.embed_dim, encoder_name(params.encoder.model, str(params.encoder.pretrained))
         )
         self._cache = BlobCache(runtime.cache_dir / "embed", self.settings)
         self._workers = Workers(params.workers)

@@ -200,7 +200,7 @@ def _settings(params: Params | None) -> dict[str, str]:
 
 def _encoder(encoder: EncoderParams) -> str:
     """`ViT-B-16-quickgelu / openai`; of local files the names without folders."""
-    return f"{Path(encoder.model).name} / {Path(encoder.pretrained).name}"
+    return " / ".join(Path(part).name for part in encoder.published_as())
 
 
 def _glossary(columns: Collection[str]) -> dict[str, str]:

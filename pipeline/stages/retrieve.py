@@ -221,13 +221,13 @@ def _text_embeddings(
     `lists` has them by the field that they come from.
     """
     embedded_by, dim = shard_encoder(shard)
-    wanted = encoder_name(encoder.model, encoder.pretrained)
+    wanted = encoder_name(encoder.model, str(encoder.pretrained))
     if embedded_by != wanted:
         raise PipelineError(
             f"{shard}: embedded by {embedded_by}, but the texts are to be embedded by {wanted}; "
             "run `pipeline embed` again"
         )
-    clip = load_clip(encoder, runtime.device, cache_dir=runtime.cache_dir)
+    clip = load_clip(encoder, runtime.device, cache_dir=runtime.cache_dir, field="embed.encoder")
     if clip.embed_dim != dim:
         raise PipelineError(
             f"{shard}: embeddings of length {dim}, but {wanted} has {clip.embed_dim}; "

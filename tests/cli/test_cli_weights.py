@@ -16,6 +16,7 @@ from pipeline.models.masks.selfmask import SelfMaskConfig, load_selfmask
 from pipeline.models.weights.zoo import manifest
 from tests.paths import REFERENCE
 
+KNOWN = f"not among the published weights: {', '.join(manifest())}"
 LAYOUT = REFERENCE / "checkpoint_layout_selfmask_nq20.json"
 
 
@@ -109,6 +110,9 @@ def test_an_empty_cache_is_intact(cache: Path) -> None:
     ("args", "message"),
     [
         (["fetch", "selfmask"], "'selfmask' is not among the published weights: clip_vit_b_32, "),
+        (["fetch", "selfmsk_nq20"], f"'selfmsk_nq20' is {KNOWN}; did you mean selfmask_nq20 or "),
+        (["fetch", "ViT-B-32"], f"'ViT-B-32' is {KNOWN}; did you mean clip_vit_b_"),
+        (["fetch", "xyz"], f"'xyz' is {KNOWN}"),
         (["fetch", "dino_vits8", "--url", "none.pth"], "none.pth: no such file; --url takes http"),
         (["fetch", "dino_vits8", "--url", "ftp://x/y.pth"], "ftp://x/y.pth: no such file; --url"),
         (["add", "dino_vits8", "none.pth"], "none.pth: no such weights file"),

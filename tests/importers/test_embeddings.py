@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.formats.shards import MANIFEST
 from pipeline.formats.tables import encoder_name, read_archives, shard_encoder
 from pipeline.models.clip import load_clip
-from pipeline.params.base import EncoderParams
+from pipeline.params.base import EncoderParams, TaggedFile
 from pipeline.params.sections import EmbedParams, RetrieveParams, SourceParams
 from pipeline.stages import embed, retrieve
 from tests.importers.helpers import (
@@ -329,3 +329,18 @@ def test_a_damaged_folder_of_clip_retrieval_is_refused(
     damage(folder)
     with pytest.raises(PipelineError, match=reason):
         import_embeddings(folder, "clip-retrieval")
+
+
+@pytest.mark.parametrize("text", ["ViT-B-32/openai", "open_clip:ViT-B-32/openai"])
+@pytest.mark.parametrize("model", ["ViT-B-32", "open_clip:ViT-B-32/openai"])
+def test_the_file_of_a_tag_is_the_encoder_that_the_tag_names(
+    tmp_path: Path, import_embeddings: Callable, params: EmbedParams, text: str, model: str
+) -> None:
+    tagged = TaggedFile(tag="openai", file="ViT-B-32.pt")
+    encoder = EncoderParams(model=model, pretrained=tagged)
+    pickled = write_pickle(tmp_path / "emb.pkl", random_tensors(["0.jpg"], dim=512))
+    changed = params.model_copy(update={"encoder": encoder})
+    rows, _ = import_embeddings(pickled, encoder=text, params=changed)
+    assert rows[0]["status"] == "ok"
+    with pytest.raises(PipelineError, match="is not"):
+        import_embeddings(pickled, encoder="ViT-B-32/laion2b_e16", params=changed)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from pipeline.errors import PipelineError
+from pipeline.inference.protocol import labeller_protocol
+from pipeline.methods.dense import DenseClipParams
+from pipeline.params.base import EncoderParams, TaggedFile
 from pipeline.params.reading import parse_params, read_params
 from pipeline.params.sections import Params
+from pipeline.vocabulary.categories import Names
 
 MINIMAL = "categories: [cat, dog]\nindex: {demo: {root: data/images}}\n"
 
@@ -274,3 +279,52 @@ def test_the_defaults_are_those_of_the_published_code(tmp_path: Path) -> None:
 def test_an_unknown_variant_is_refused(tmp_path: Path, section: str, key: str) -> None:
     message = message_of(tmp_path, f"{MINIMAL}{section}: {{{key}: better}}\n")
     assert message.startswith(f"{section}.{key}: ")
+
+
+def test_a_weights_file_may_name_its_tag(tmp_path: Path) -> None:
+    encoder = read(
+        tmp_path, "train: {encoder: {model: ViT-B-32, pretrained: {tag: openai, file: a/b.pt}}}\n"
+    ).train.encoder
+    assert encoder.pretrained == TaggedFile(tag="openai", file="a/b.pt")
+    assert EncoderParams.model_validate_json(encoder.model_dump_json()) == encoder
+    assert EncoderParams.model_validate(encoder.model_dump()) == encoder
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained"),
+    [
+        ("ViT-B-32", "openai"),
+        ("ViT-B-32", {"tag": "openai", "file": "a/b.pt"}),
+        ("open_clip:ViT-B-32/openai", ""),
+        ("open_clip:ViT-B-32/openai", "a/b.pt"),
+        ("open_clip:ViT-B-32/openai", {"tag": "openai", "file": "a/b.pt"}),
+    ],
+)
+def test_an_encoder_has_one_name_in_every_form(model: str, pretrained: Any) -> None:
+    encoder = EncoderParams.model_validate({"model": model, "pretrained": pretrained})
+    assert encoder.published_as() == ("ViT-B-32", "openai")
+    labeller = SimpleNamespace(
+        params=DenseClipParams(encoder=encoder), names=Names([], ["background"])
+    )
+    assert labeller_protocol(labeller)["encoder"] == "ViT-B-32/openai"
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "message"),
+    [
+        ("{tga: x, file: y}", "key 'S.tag' is missing\nunknown key 'S.tga'; did you mean 'tag'?"),
+        ("{tag: x}", "key 'S.file' is missing"),
+        ("{tag: x, file: 3}", "S.file: Input should be a valid string, got 3"),
+        ("{tag: '', file: y}", "S.tag: the name is empty; write one or remove it"),
+        ("3", "S: Input should be a valid string, got 3"),
+        ("[x]", "S: expected `key: value` lines, got ['x']"),
+        ("null", "S: Input should be a valid string, got None"),
+    ],
+)
+@pytest.mark.parametrize("section", ["train", "embed"])
+def test_mistakes_in_the_weights_are_named_once(
+    tmp_path: Path, section: str, pretrained: str, message: str
+) -> None:
+    text = f"{MINIMAL}{section}: {{encoder: {{pretrained: {pretrained}}}}}\n"
+    found = message_of(tmp_path, text).replace(f"{section}.encoder.pretrained", "S")
+    assert sorted(found.splitlines()) == message.splitlines()

@@ -265,8 +265,10 @@ def test_image_path_array_and_picture_are_the_same(photos: Path, checkpoint_dir:
     for prediction in predictions[1:]:
         np.testing.assert_array_equal(prediction.semantic, predictions[0].semantic)
         assert len(prediction.instances) == len(predictions[0].instances)
-    with pytest.raises(ImageError, match="truncated"):
+    with pytest.raises(ImageError, match=r"cut\.jpg: truncated"):
         segmenter(photos / "cut.jpg")
+    with pytest.raises(ImageError, match=r"^missing\.jpg: cannot be read: No such file"):
+        segmenter("missing.jpg")
     with pytest.raises(ValueError, match="expected uint8"):
         segmenter(np.zeros((4, 4)))
 

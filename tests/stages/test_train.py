@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ from pipeline.inference.segmenter import Segmenter
 from pipeline.models.clip import load_clip
 from pipeline.models.weights.weights import load_state, load_strict
 from pipeline.models.zutis.build import build_zutis
-from pipeline.params.base import EncoderParams
+from pipeline.params.base import EncoderParams, TaggedFile
 from tests.stages.tiny_training import CATEGORIES, curve, run, small_params, write_labels
 
 
@@ -296,3 +297,33 @@ def test_a_short_cut_of_the_matching_still_trains(
         [(_, losses[name])] = curve(run(labels_dir, tmp_path / name, params), "mask")
     assert losses[matching] == pytest.approx(losses["pixels"], rel=0.05)
     assert losses[matching] >= 0.99 * losses["pixels"]
+
+
+def test_a_checkpoint_keeps_the_tag_of_a_weights_file(
+    labels_dir: Path,
+    tiny_clip: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "Tiny.json").write_bytes(tiny_clip[0].read_bytes())
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [tmp_path / "configs"])
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {})
+    open_clip.add_model_config(tmp_path / "configs")
+    half = {"file": str(tiny_clip[1]), "mean": (0.5, 0.5, 0.5), "quick_gelu": True}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "Tiny", {"half": half})
+    architectures, predictions = [], []
+    for name, pretrained in [
+        ("by_tag", "half"),
+        ("by_path", TaggedFile(tag="half", file=str(tiny_clip[1]))),
+    ]:
+        encoder = EncoderParams(model="Tiny", pretrained=pretrained)
+        root = run(labels_dir, tmp_path / name, small_params(encoder, normalisation="clip"))
+        config = json.loads((root / "zutis/config.json").read_text())
+        assert config["encoder"] == encoder.model_dump()
+        architectures.append(config["architecture"])
+        segmenter = Segmenter.load(root / "zutis", device="cpu")
+        predictions.append(segmenter(np.full((40, 48, 3), 90, dtype=np.uint8)).semantic)
+    assert architectures[0]["mean"] == [0.5, 0.5, 0.5]
+    assert architectures[0] == architectures[1]
+    np.testing.assert_array_equal(*predictions)

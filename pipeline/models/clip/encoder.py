@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Literal, cast
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -34,7 +35,8 @@ class ClipEncoder(nn.Module):
     Attributes:
         clip: the open_clip model, in evaluation mode.
         preprocess: PIL image -> (3, S, S) float in [0, 1]: open_clip's evaluation transform
-            (bicubic resize of the short side, centre crop) short of the normalisation.
+            (resized and cropped as its weights' tag says; without one, bicubic resize of the short
+            side and centre crop) short of the normalisation.
         embed_dim: C.
         image_size: S.
         tokenizer: of the text tower.
@@ -61,6 +63,10 @@ class ClipEncoder(nn.Module):
         self.config = config
         self.embed_dim: int = config["embed_dim"]
         self.image_size = square_side(preprocess.size)
+        statistics = (tuple(preprocess.mean), tuple(preprocess.std))
+        openai = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+        self._has_own_statistics = "preprocess" not in config and statistics != openai
+        self._geometry = [preprocess.resize_mode, preprocess.interpolation, preprocess.fill_color]
         self.preprocess: Callable[[Image.Image], Tensor] = _transform(preprocess)
         self.tokenizer = tokenizer
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), False)
@@ -95,10 +101,11 @@ class ClipEncoder(nn.Module):
     ) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of R, G, B in [0, 1] for dense features.
 
-        The papers' code took ImageNet's where CLIP has its own. A tower that it did not know gets
-        its own always: it may be far from ImageNet's (SigLIP, MobileCLIP).
+        The papers' code took ImageNet's where CLIP has its own. What it did not know gets its own
+        always, which may be far from ImageNet's: other towers (SigLIP, MobileCLIP), and the tags
+        of a CLIP that were not trained with OpenAI's.
         """
-        if normalisation == "clip" or not self.tower.published:
+        if normalisation == "clip" or not self.tower.published or self._has_own_statistics:
             return self.mean.flatten().tolist(), self.std.flatten().tolist()
         return list(IMAGENET_MEAN), list(IMAGENET_STD)
 
@@ -171,6 +178,7 @@ class ClipEncoder(nn.Module):
         hasher = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         hash_tensors(hasher, self.state_dict())
         hasher.update(json.dumps([self.mean.tolist(), self.std.tolist()]).encode())
+        hasher.update(json.dumps(self._geometry).encode())
         return hasher.hexdigest()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
-from pipeline.errors import PipelineError, first_line
+from pipeline.errors import PipelineError, did_you_mean, first_line, listing
 from pipeline.models.clip.encoder import ClipEncoder
 from pipeline.models.clip.features import square_side
+from pipeline.models.clip.hub import tried_once
 from pipeline.models.clip.photo_clip import CONFIG_PATH as PHOTO_CLIP_CONFIG
 from pipeline.models.clip.photo_clip import NAME as PHOTO_CLIP
 from pipeline.models.clip.photo_clip import package_file, read_fetched, read_package
@@ -29,15 +32,14 @@ from pipeline.models.weights.zoo import (
     CLIP_KINDS,
     cached_clip,
     cached_path,
+    copied_entry,
     is_cached,
-    manifest,
     published,
     published_clip,
     resolve_weights,
 )
-from pipeline.params.base import EncoderParams
+from pipeline.params.base import CLIP_RETRIEVAL_PREFIX, EncoderParams, TaggedFile
 
-MODEL_PREFIX = "open_clip:"
 QUICK_GELU_SUFFIX = "-quickgelu"
 OPENAI_SCALARS = ("input_resolution", "context_length", "vocab_size")
 OPENAI_FILE_STEMS = (
@@ -51,6 +53,12 @@ OPENAI_FILE_STEMS = (
     "ViT-L-14",
     "ViT-L-14-336px",
 )
+WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+FIELD = re.compile(r"(?<![\w./-])encoder(?=\.(model|pretrained)\b)")
+RESIZING = {
+    "interpolation": ("bicubic", "bilinear"),
+    "resize_mode": ("shortest", "longest", "squash"),
+}
 OWN_CONFIG_KEYS = ("vocabulary", "names", "preprocess")
 COUNTER = ".num_batches_tracked"
 POSITION_IDS = "text.transformer.embeddings.position_ids"
@@ -59,7 +67,11 @@ LIST_TAGS_HINT = 'python -c "import open_clip; print(open_clip.list_pretrained(T
 
 
 def load_clip(
-    encoder: EncoderParams, device: torch.device, *, cache_dir: Path | None = None
+    encoder: EncoderParams,
+    device: torch.device,
+    *,
+    cache_dir: Path | None = None,
+    field: str = "encoder",
 ) -> ClipEncoder:
     """Build a CLIP and load its weights.
 
@@ -67,10 +79,11 @@ def load_clip(
     `open_clip:ARCHITECTURE/TAG` (then `pretrained` is empty), or the path of a model-config JSON
     file of open_clip's form (embed_dim, vision_cfg, text_cfg, quick_gelu). Such a file may also
     hold `vocabulary` (sorted BPE token ids that the text tower was cut to) and `preprocess` (mean,
-    std, size), and `names`, a closed list that other names are refused by. `photo_clip` is such a
-    file of our own. `pretrained` is an open_clip tag (`openai`), the path of a weights file in
-    open_clip's or OpenAI's layout (.safetensors, .pt, .pth, .bin), or a name of
-    `pipeline weights list`; `photo_clip` is put together from its package where it is not fetched.
+    std, size, interpolation, resize_mode), and `names`, a closed list that other names are refused
+    by. `photo_clip` is such a file of our own. `pretrained` is an open_clip tag (`openai`), the
+    path of a weights file in open_clip's or OpenAI's layout (.safetensors, .pt, .pth, .bin), such a
+    path with its tag, or a name of `pipeline weights list`; `photo_clip` is put together from its
+    package where it is not fetched.
 
     Args:
         encoder: model and weights.
@@ -78,48 +91,76 @@ def load_clip(
         cache_dir: the cache folder. Weights of a tag that `pipeline weights` has put there are
             read from there, without a network; those of other tags, and all if it is None, are
             downloaded by open_clip to its own folder.
+        field: where the encoder stands in the params, for messages.
 
     OpenAI's weights need QuickGELU: where the architecture lacks it, it is switched on with a
-    warning.
+    warning. Another one says what is assumed of a path without a tag.
 
     Raises:
         PipelineError: unknown architecture or tag, unreadable file, weights of another
             architecture, or no network.
     """
+    with _naming(field):
+        return _load(encoder, cache_dir=cache_dir, field=field).to(device)
+
+
+def _load(encoder: EncoderParams, *, cache_dir: Path | None, field: str) -> ClipEncoder:
     model, pretrained = _split_model_string(encoder.model, encoder.pretrained)
     local = model.endswith(".json")
     config = clip_config(encoder)
     weights = _find_weights(model, pretrained, local=local, cache_dir=cache_dir)
     state = weights.read(weights.path)
-    quick_gelu = weights.quick_gelu or _is_openai_checkpoint(weights.path, state)
+    from_openai = any(name in state for name in OPENAI_SCALARS)
+    quick_gelu = weights.quick_gelu or from_openai or weights.path.stem in OPENAI_FILE_STEMS
     if quick_gelu and not config.get("quick_gelu", False):
         config["quick_gelu"] = True
         wanted = f'"quick_gelu": true in {model}' if local else f"{model}{QUICK_GELU_SUFFIX}"
         warnings.warn(
-            f"encoder.model: {model} lacks QuickGELU, with which the weights {pretrained} were "
+            f"{field}.model: {model} lacks QuickGELU, with which the weights {pretrained} were "
             f"trained, so it was switched on; write {wanted}",
-            stacklevel=2,
+            stacklevel=3,
         )
     clip = _build(config, source=model)
     load_strict(clip, to_open_clip_layout(clip, state), f"{pretrained} (encoder.model: {model})")
-    loaded = ClipEncoder(
+    preprocess = _preprocess_config(clip, config, weights.preprocess, source=model)
+    if not (local or from_openai or weights.preprocess):
+        warnings.warn(
+            f"{field}.pretrained: {pretrained} says no tag, so it is taken as trained with "
+            f"{_describe(config, preprocess)}; for the file of a tag of {model} "
+            f"({_tags_of(model)}) write pretrained: {{tag: TAG, file: {pretrained}}}",
+            stacklevel=3,
+        )
+    return ClipEncoder(
         clip,
         config=config,
-        preprocess=_preprocess_config(clip, config, weights.preprocess, source=model),
+        preprocess=preprocess,
         tokenizer=load_tokenizer(config, name="" if local else model, source=model),
         source=encoder.model,
     )
-    return loaded.to(device)
 
 
-def clip_config(encoder: EncoderParams) -> dict[str, Any]:
+def clip_config(encoder: EncoderParams, *, field: str = "encoder") -> dict[str, Any]:
     """What is known of a CLIP without its weights: `embed_dim`, `names` of a closed list and so on.
+
+    Args:
+        encoder: model and weights; these are not read.
+        field: where the encoder stands in the params, for messages.
 
     Raises:
         PipelineError: unknown architecture, unreadable file.
     """
-    model, _ = _split_model_string(encoder.model, encoder.pretrained)
-    return _read_config(Path(model)) if model.endswith(".json") else _named_config(model)
+    with _naming(field):
+        model, _ = _split_model_string(encoder.model, encoder.pretrained)
+        return _read_config(Path(model)) if model.endswith(".json") else _named_config(model)
+
+
+@contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """Messages of the block say `encoder.model`; say where in the params that stands."""
+    try:
+        yield
+    except PipelineError as error:
+        raise PipelineError(FIELD.sub(lambda _: field, str(error))) from None
 
 
 @dataclass(frozen=True)
@@ -132,18 +173,29 @@ class _Weights:
     preprocess: dict[str, Any] | None = None
 
 
-def _split_model_string(model: str, pretrained: str) -> tuple[str, str]:
-    """Resolve `photo_clip` and clip-retrieval's `open_clip:ARCHITECTURE/TAG`."""
+def _split_model_string(model: str, pretrained: TaggedFile | str) -> tuple[str, TaggedFile | str]:
+    """Resolve `photo_clip` and clip-retrieval's `open_clip:ARCHITECTURE/TAG`.
+
+    A path beside the latter is the file of its tag.
+    """
     if model == PHOTO_CLIP:
         return str(PHOTO_CLIP_CONFIG), pretrained
-    if not model.startswith(MODEL_PREFIX):
+    if not model.startswith(CLIP_RETRIEVAL_PREFIX):
         return model, pretrained
-    architecture, _, tag = model.removeprefix(MODEL_PREFIX).partition("/")
-    if tag and pretrained and tag != pretrained:
+    architecture, _, tag = model.removeprefix(CLIP_RETRIEVAL_PREFIX).partition("/")
+    if tag and isinstance(pretrained, str) and _is_path(pretrained):
+        return architecture, TaggedFile(tag=tag, file=pretrained)
+    given = pretrained.tag if isinstance(pretrained, TaggedFile) else pretrained
+    if tag and given and tag != given:
         raise PipelineError(
-            f"encoder.pretrained: {pretrained!r} contradicts encoder.model: {model!r}; leave it ''"
+            f"encoder.pretrained: {given!r} contradicts encoder.model: {model!r}; leave it ''"
         )
-    return architecture, tag or pretrained
+    return architecture, pretrained or tag
+
+
+def _is_path(text: str) -> bool:
+    path = Path(text)
+    return path.suffix in WEIGHTS_SUFFIXES or len(path.parts) > 1
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -167,8 +219,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _named_config(name: str) -> dict[str, Any]:
     config = open_clip.get_model_config(name)
     if config is None:
-        close = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        hint = did_you_mean(name, [PHOTO_CLIP, *open_clip.list_models()])
         raise PipelineError(
             f"encoder.model: {name!r} is no architecture of open_clip {open_clip.__version__} and "
             f"no .json file; {hint}All: {LIST_MODELS_HINT}"
@@ -176,8 +227,12 @@ def _named_config(name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def _find_weights(model: str, pretrained: str, *, local: bool, cache_dir: Path | None) -> _Weights:
+def _find_weights(
+    model: str, pretrained: TaggedFile | str, *, local: bool, cache_dir: Path | None
+) -> _Weights:
     """The file of a tag (downloaded if need be), of a published name or of a path."""
+    if isinstance(pretrained, TaggedFile):
+        return _tagged_weights(model, pretrained, local=local)
     if not pretrained:
         raise PipelineError("encoder.pretrained: empty; name an open_clip tag or a weights file")
     tag = {} if local else open_clip.get_pretrained_cfg(model, pretrained)
@@ -189,16 +244,32 @@ def _find_weights(model: str, pretrained: str, *, local: bool, cache_dir: Path |
         return _photo_clip_weights(cache_dir)
     path = Path(pretrained) if cache_dir is None else resolve_weights(pretrained, cache_dir)
     if path.is_file():
-        tag = _tag_of_published(pretrained)
+        tag = {} if cache_dir is None else _tag_of_copy(path, cache_dir)
         return _Weights(path=path, quick_gelu=tag.get("quick_gelu", False), preprocess=tag)
-    if local or path.suffix in (".safetensors", ".pt", ".pth", ".bin") or len(path.parts) > 1:
+    if local or _is_path(pretrained):
         raise PipelineError(f"encoder.pretrained: {pretrained}: no such weights file")
     raise _unknown_tag(model, pretrained)
 
 
-def _tag_of_published(name: str) -> dict[str, Any]:
-    """What open_clip knows of published weights of a name; empty for others."""
-    entry = manifest().get(name)
+def _tagged_weights(model: str, pretrained: TaggedFile, *, local: bool) -> _Weights:
+    """A file of one's own, and what open_clip knows of the tag that it is said to be of."""
+    if local:
+        raise PipelineError(
+            f"encoder.pretrained: {model} has no tags: the file itself says quick_gelu and "
+            f"preprocess; write pretrained: {pretrained.file}"
+        )
+    tag = open_clip.get_pretrained_cfg(model, pretrained.tag)
+    if not tag:
+        raise _unknown_tag(model, pretrained.tag)
+    path = Path(pretrained.file)
+    if not path.is_file():
+        raise PipelineError(f"encoder.pretrained: {path}: no such weights file")
+    return _Weights(path=path, quick_gelu=tag.get("quick_gelu", False), preprocess=tag)
+
+
+def _tag_of_copy(path: Path, cache_dir: Path) -> dict[str, Any]:
+    """What open_clip knows of published weights whose copy `path` is; empty for others."""
+    entry = copied_entry(path, cache_dir)
     if entry is None or entry.kind not in CLIP_KINDS:
         return {}
     architecture = entry.architecture
@@ -216,8 +287,7 @@ def _photo_clip_weights(cache_dir: Path | None) -> _Weights:
 def _unknown_tag(model: str, tag: str) -> PipelineError:
     known = open_clip.list_pretrained_tags_by_model(model)
     elsewhere = open_clip.list_pretrained_models_by_tag(tag)
-    close = difflib.get_close_matches(tag, known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    hint = did_you_mean(tag, known)
     if elsewhere:
         near = difflib.get_close_matches(model, elsewhere, n=3, cutoff=0.0)
         hint = f"that tag belongs to {', '.join(near)}. "
@@ -229,19 +299,37 @@ def _unknown_tag(model: str, tag: str) -> PipelineError:
 
 def _download(model: str, tag: str, config: dict[str, Any]) -> Path:
     try:
-        return Path(open_clip.download_pretrained(config))
+        with tried_once():
+            return Path(open_clip.download_pretrained(config))
     except Exception as error:  # the hub and urllib raise many kinds; all mean "not downloaded"
         published = published_clip(model, tag)
         by_name = f", or run `pipeline weights add {published.name} FILE`" if published else ""
         raise PipelineError(
             f"encoder.pretrained: could not download the weights {tag!r} of {model} "
             f"({type(error).__name__}: {first_line(error)}). Without a network, fetch the file "
-            "elsewhere and set encoder.pretrained to its path (.safetensors or .pt)" + by_name
+            f"{_page_of(config)}elsewhere and set encoder.pretrained to its path and "
+            f"tag{by_name}:\n"
+            f"  encoder: {{model: {model}, pretrained: {{tag: {tag}, file: PATH}}}}\n"
+            "The preset folder-offline needs no hub (encoder.model: photo_clip)"
         ) from None
 
 
-def _is_openai_checkpoint(path: Path, state: dict[str, Tensor]) -> bool:
-    return path.stem in OPENAI_FILE_STEMS or any(name in state for name in OPENAI_SCALARS)
+def _page_of(tag: dict[str, Any]) -> str:
+    repository = str(tag.get("hf_hub", "")).rpartition("/")[0]
+    return f"of https://huggingface.co/{repository} " if repository else ""
+
+
+def _describe(config: dict[str, Any], preprocess: PreprocessCfg) -> str:
+    """The activation and the preprocessing of a CLIP in words."""
+    activation = "QuickGELU" if config.get("quick_gelu") else "GELU, not QuickGELU"
+    return (
+        f"{activation}, mean {preprocess.mean}, std {preprocess.std}, {preprocess.interpolation} "
+        f"resize ({preprocess.resize_mode})"
+    )
+
+
+def _tags_of(model: str) -> str:
+    return listing(open_clip.list_pretrained_tags_by_model(model))
 
 
 def _build(config: dict[str, Any], *, source: str) -> nn.Module:
@@ -311,11 +399,16 @@ def _preprocess_config(
 ) -> PreprocessCfg:
     """What open_clip would preprocess with: the tag's settings, the network's input size."""
     own = config.get("preprocess", {})
-    unknown = sorted(set(own) - {"mean", "std", "size"})
+    unknown = sorted(set(own) - {"mean", "std", "size", *RESIZING})
     if unknown:
         raise PipelineError(f"encoder.model: {source}: unknown preprocess keys {unknown}")
     if any(not _is_colour(own[name]) for name in ("mean", "std") if name in own):
         raise PipelineError(f"encoder.model: {source}: preprocess: mean and std are three numbers")
+    for name, values in RESIZING.items():
+        if own.get(name, values[0]) not in values:
+            raise PipelineError(
+                f"encoder.model: {source}: preprocess.{name} is one of {', '.join(values)}"
+            )
     side = square_side(clip.visual.image_size)  # type: ignore[union-attr, arg-type]
     if own.get("size", side) != side:
         raise PipelineError(

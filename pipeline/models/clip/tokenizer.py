@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,7 @@ from open_clip.tokenizer import get_clean_fn
 from torch import Tensor
 
 from pipeline.errors import PipelineError, first_line
+from pipeline.models.clip.hub import tried_once
 
 VOCABULARY_SPECIALS = (0, 49406, 49407)
 
@@ -99,14 +100,20 @@ def _own_tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
 @cache
 def _named_tokenizer(name: str) -> Any:
     try:
-        with quiet_logging():
+        with quiet_logging(), _hub_of(name):
             return open_clip.get_tokenizer(name)
     except Exception as error:  # as in _download: some architectures fetch theirs from the hub
         raise PipelineError(
             f"encoder.model: could not get the tokenizer of {name} ({type(error).__name__}: "
             f"{first_line(error)}); without a network, use an architecture with CLIP's own "
-            "tokenizer, for example ViT-B-16-quickgelu"
+            "tokenizer, for example ViT-B-16-quickgelu, or the preset folder-offline (photo_clip)"
         ) from None
+
+
+def _hub_of(name: str) -> AbstractContextManager[None]:
+    """What an architecture's tokenizer needs of the model hub: one try, or nothing."""
+    text_config = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+    return tried_once() if text_config.get("hf_tokenizer_name") else nullcontext()
 
 
 def _check_vocabulary(vocabulary: list[int], vocab_size: int | None, *, source: str) -> None:

@@ -125,7 +125,9 @@ def load_denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> D
         PipelineError: an encoder that cannot be loaded or lacks what the params ask for, or a name
             that it does not know.
     """
-    encoder = load_clip(params.encoder, runtime.device, cache_dir=runtime.cache_dir)
+    encoder = load_clip(
+        params.encoder, runtime.device, cache_dir=runtime.cache_dir, field="pseudo_label.encoder"
+    )
     text = label_embeddings(
         encoder,
         background=names.background,

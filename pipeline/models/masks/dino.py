@@ -124,6 +124,10 @@ def load_dino(encoder: EncoderParams, device: torch.device, *, cache_dir: Path) 
     Raises:
         PipelineError: the weights are not there, or are of another architecture.
     """
+    if not isinstance(encoder.pretrained, str):
+        raise PipelineError(
+            f"mask.encoder.pretrained: {encoder.model} has no tags; write the file's path alone"
+        )
     path = resolve_weights(encoder.pretrained or encoder.model, cache_dir)
     vit = build_dino(encoder.model)
     load_strict(vit, read_weights(path), path)

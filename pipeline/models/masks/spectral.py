@@ -46,7 +46,8 @@ class SpectralSource:
     """Voting clusters as a mask source, see `pipeline.methods.masks.MaskSource`."""
 
     def __init__(self, params: SpectralParams, runtime: Runtime) -> None:
-        load = load_dino if params.encoder.model in DINO_MODELS else load_clip
+        load_clip_encoder = partial(load_clip, field="mask.encoder")
+        load = load_dino if params.encoder.model in DINO_MODELS else load_clip_encoder
         self._encoder = load(params.encoder, runtime.device, cache_dir=runtime.cache_dir)
         self._params = params
         if params.precision == "bfloat16":

@@ -79,8 +79,7 @@ def read_checkpoint_config(checkpoint_dir: Path) -> CheckpointConfig:
             student=str(content.get("student", DEFAULT_STUDENT)),
             architecture=dict(content["architecture"]),
             encoder=EncoderParams(
-                model=str(content["encoder"]["model"]),
-                pretrained=str(content["encoder"]["pretrained"]),
+                model=content["encoder"]["model"], pretrained=content["encoder"]["pretrained"]
             ),
             categories=_names(content["categories"]),
             background=_names(content["background"]),

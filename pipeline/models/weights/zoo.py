@@ -14,7 +14,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, did_you_mean
 from pipeline.files import file_sha256, read_json
 
 MANIFEST = Path(__file__).with_name("zoo.yaml")
@@ -84,7 +84,8 @@ def published(name: str) -> PublishedWeights:
     """
     entries = manifest()
     if name not in entries:
-        raise PipelineError(f"{name!r} is not among the published weights: {', '.join(entries)}")
+        message = f"{name!r} is not among the published weights: {', '.join(entries)}"
+        raise PipelineError(f"{message}; {did_you_mean(name, list(entries))}".rstrip("; "))
     return entries[name]
 
 
@@ -143,6 +144,14 @@ def cached_clip(model: str, tag: str, cache_dir: Path) -> Path | None:
     if entry is None or not is_cached(entry, cache_dir):
         return None
     return cached_path(entry, cache_dir)
+
+
+def copied_entry(path: Path, cache_dir: Path) -> PublishedWeights | None:
+    """The entry whose copy `path` is, if it is one."""
+    for entry in manifest().values():
+        if cached_path(entry, cache_dir).resolve() == path.resolve():
+            return entry
+    return None
 
 
 def damage(entry: PublishedWeights, cache_dir: Path) -> str | None:

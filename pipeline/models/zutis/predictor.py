@@ -40,7 +40,12 @@ def load_zutis(
         PipelineError: weights or settings of another architecture, an encoder that cannot be
             loaded, or a name that it does not know.
     """
-    clip = load_clip(config.encoder, runtime.device, cache_dir=runtime.cache_dir)
+    clip = load_clip(
+        config.encoder,
+        runtime.device,
+        cache_dir=runtime.cache_dir,
+        field=f"{folder / CONFIG_NAME}: encoder",
+    )
     text = label_embeddings(
         clip,
         background=names.background,

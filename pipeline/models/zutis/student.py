@@ -29,7 +29,9 @@ class ZutisStudent:
     losses = ("semantic", "mask")
 
     def __init__(self, params: ZutisParams, names: Names, runtime: Runtime) -> None:
-        clip = load_clip(params.encoder, runtime.device, cache_dir=runtime.cache_dir)
+        clip = load_clip(
+            params.encoder, runtime.device, cache_dir=runtime.cache_dir, field="train.encoder"
+        )
         if params.crop_size < clip.patch_size:
             raise PipelineError(
                 f"train.crop_size: {params.crop_size} is less than one patch of "
