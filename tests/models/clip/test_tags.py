@@ -16,12 +16,20 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
 
+from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
+from pipeline.methods.dense import DenseClipParams, load_dense_labeller
+from pipeline.methods.masks import SpectralParams, load_mask_source
+from pipeline.methods.students import ZutisParams
 from pipeline.models.clip import ClipEncoder, clip_config, load_clip
 from pipeline.models.clip.hub import tried_once
 from pipeline.models.weights.acquire import add
 from pipeline.models.weights.zoo import PublishedWeights, manifest
+from pipeline.models.zutis.student import ZutisStudent
 from pipeline.params.base import EncoderParams, TaggedFile
+from pipeline.params.sections import EmbedParams
+from pipeline.stages.embed import EmbedMaker
+from pipeline.vocabulary.categories import Names
 
 CPU = torch.device("cpu")
 CONFIG: dict[str, Any] = {
@@ -242,3 +250,21 @@ class TestHub:
             found = open_clip.download_pretrained({"hf_hub": "no/where/"}, cache_dir=str(tmp_path))
             assert hf_hub_download("no/where", file.name, cache_dir=tmp_path) == found == str(file)
         assert "Retrying" not in caplog.text
+
+
+@pytest.mark.parametrize("section", ["embed", "mask", "pseudo_label", "train"])
+def test_every_stage_names_its_own_encoder(
+    section: str, encoder: EncoderParams, runtime: Runtime
+) -> None:
+    missing = encoder.model_copy(update={"pretrained": "weights/none.pt"})
+    names = Names(["cat"], ["background"])
+    makers: dict[str, Callable[[], object]] = {
+        "embed": lambda: EmbedMaker(EmbedParams(encoder=missing), runtime),
+        "mask": lambda: load_mask_source(SpectralParams(encoder=missing), runtime),
+        "pseudo_label": lambda: load_dense_labeller(
+            DenseClipParams(encoder=missing), names, runtime
+        ),
+        "train": lambda: ZutisStudent(ZutisParams(encoder=missing), names, runtime),
+    }
+    with pytest.raises(PipelineError, match=rf"^{section}\.encoder\.pretrained: weights/none\.pt"):
+        makers[section]()
