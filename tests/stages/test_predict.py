@@ -333,6 +333,10 @@ def test_input_sizes(
         ({"architecture": {"num_heads": 0}}, "architecture: num_heads: 0"),
         ({"architecture": {"num_heads": 2, "num_queries": "7"}}, "architecture: "),
         ({"categories": "cat"}, "expected a list of names, found 'cat'"),
+        ({"encoder": {"model": "m", "pretrained": None}}, "encoder: .*None.*expected [^\n]*$"),
+        ({"encoder": {"model": 1, "pretrained": "p"}}, "encoder: .*1.*expected [^\n]*$"),
+        ({"encoder": {"model": "m", "pretrained": {"tag": "t"}}}, "encoder: .*{tag: TAG, file"),
+        ({"encoder": {"model": "m"}}, "entry 'pretrained' is missing"),
     ],
 )
 def test_a_bad_checkpoint_is_named(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from pipeline.errors import PipelineError
@@ -88,6 +89,11 @@ def read_checkpoint_config(checkpoint_dir: Path) -> CheckpointConfig:
         )
     except KeyError as error:
         raise PipelineError(f"{path}: entry {error.args[0]!r} is missing; train again") from None
+    except ValidationError:
+        raise PipelineError(
+            f"{path}: encoder: {content['encoder']}: expected as model a name, as pretrained a "
+            "name or {tag: TAG, file: PATH}"
+        ) from None
     except (TypeError, ValueError) as error:
         raise PipelineError(f"{path}: not the settings of a checkpoint ({error})") from None
     if config.templates not in TEMPLATE_SETS:
