@@ -308,6 +308,8 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
         code = errno.ENOTDIR if folder else errno.EISDIR
         raise OSError(code, os.strerror(code), str(path))
     parent = next(above for above in path.parents if os.path.lexists(above))
+    if parent.exists() and not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
     try:
         with _naming_in_errors(path), tempfile.TemporaryFile(dir=parent, prefix=f".{path.name}."):
             pass

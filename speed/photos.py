@@ -89,6 +89,7 @@ class Plan:
 
 # A network of convolutions keeps its own scale: the constant of `photo_clip` is the background's.
 CONVOLUTIONS = {
+    "scale_range": [0.5, 1.5],  # objects as large as in the benchmark's images at `side`
     "token_norm": "none",
     "logit_scale": 20.0,
     "num_queries": 12,

@@ -249,13 +249,13 @@ class StageRun(Tally):
             },
         )
         skipped, whole = len(self.skipped), self.items + len(self.skipped)
-        share = f" of {whole} skipped ({100 * skipped / whole:.1f} %)" if whole else " skipped"
+        share = f" ({100 * skipped / whole:.1f} % of {whole})" if skipped else ""
         extra = "".join(f", {name} {count}" for name, count in all_counts.items())
         if self.left_out:
             extra += f", left out: {counted(self.left_out)}"
         extra += "".join(f"; warning: {text}" for text in self._warnings)
         print(
-            f"{self.stage}: {self.items} {self._unit}s, {skipped}{share}, "
+            f"{self.stage}: {self.items} {self._unit}s, {skipped} skipped{share}, "
             f"{seconds:.1f} s, {rate:.1f} {self._unit}s/s{extra}",
             flush=True,
         )

@@ -274,7 +274,7 @@ def test_an_output_that_cannot_be_made_is_a_mistake_before_anything_is_read(
     (tmp_path / "circle").symlink_to("circle")
     message = mistake(*args, place)
     assert message.startswith("error: ")
-    assert place in message
+    assert place.removesuffix("/below").removesuffix("/x") in message
     assert message.endswith("choose another path")
     assert names(tmp_path) == ["circle", "file", "nowhere"]
 

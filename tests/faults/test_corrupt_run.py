@@ -236,7 +236,7 @@ PARAMS = """\
 categories: [cat]
 k: 3
 index: {{evil: {{format: webdataset, root: tars}}}}
-embed: {{encoder: {{model: {model}, pretrained: {weights}}}, workers: 0}}
+embed: {{encoder: {{model: {model}, pretrained: {weights}}}, workers: 0, max_error_rate: 0.3}}
 retrieve: {{templates: name, overlap: all}}
 """
 
