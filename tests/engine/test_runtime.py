@@ -48,7 +48,7 @@ def test_a_finished_run_writes_its_counts_and_one_line(
         {"item": "photos/empty.png", "reason": "zero bytes"},
     ]
     line = (
-        r"embed: 4 images, 2 of 6 skipped \(33\.3 %\), [\d.]+ s, [\d.]+ images/s, "
+        r"embed: 4 images, 2 skipped \(33\.3 % of 6\), [\d.]+ s, [\d.]+ images/s, "
         r"animated 1, cached 3\n"
     )
     assert re.fullmatch(line, capsys.readouterr().out)
