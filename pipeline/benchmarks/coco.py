@@ -41,6 +41,8 @@ MAX_KEY_LENGTH = 1000
 BUFFER_BYTES = 4096  # of JSON, whose paths are in memory together
 MAX_NAME = 255  # bytes of a file's name
 MAX_SIDE = 200_000  # pixels; no photo that can be read has more
+MAX_PIXELS = (1 << 32) - 1  # pycocotools counts in 32 bits
+MAX_RUN_BITS = 60  # of a number in compressed code
 BRACKETS = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
 MIN_POLYGON = 6  # numbers: three points
 LISTED_NAMES = 20
@@ -245,19 +247,20 @@ class CocoBenchmark:
     ) -> None:
         """Attach the annotations to their images, of which some of the known ones are scored."""
         parse = partial(_parse_annotation, known=known, images=images, label_ids=label_ids)
-        has_pixels: dict[int, bool] = {}
-        for found in self._parsed("annotations", "annotation", parse):
-            if found is None:
-                continue
-            coco_id, image, annotation = found
-            self._check_new(coco_id, has_pixels, "annotation")
-            has_pixels[coco_id] = annotation is not None
-            if annotation is not None:
+        seen: set[int] = set()
+        without: list[int] = []
+        num_scored = 0
+        for coco_id, image, annotation in self._parsed("annotations", "annotation", parse):
+            self._check_new(coco_id, seen, "annotation")
+            seen.add(coco_id)
+            num_scored += image is not None
+            if image is not None and annotation is not None:
                 image.annotations.append(annotation)
-        without = [coco_id for coco_id, is_object in has_pixels.items() if not is_object]
+            elif image is not None:
+                without.append(coco_id)
         if without:
             warnings.warn(
-                f"{self._json_path}: {len(without)} of {len(has_pixels)} annotations have no pixel "
+                f"{self._json_path}: {len(without)} of {num_scored} annotations have no pixel "
                 f"in their image; they are no objects and left out. The first: id {without[0]}",
                 stacklevel=2,
             )
@@ -318,13 +321,21 @@ class CocoBenchmark:
         missing = [
             image.file_name
             for image in self._images
-            if not (self._image_dir / image.file_name).is_file()
+            if not _is_file(self._image_dir / image.file_name)
         ]
         if missing:
             raise PipelineError(
                 f"{self._image_dir / missing[0]}: no such file, but {self._json_path.name} has it; "
                 f"{len(missing)} of {len(self._images)} images are missing"
             )
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is one; what is too long for a path is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _check_paths(path: Path) -> None:
@@ -421,6 +432,8 @@ def _parse_image(entry: Mapping[str, Any]) -> tuple[int, _Image]:
     size = (_value(entry, "height", int), _value(entry, "width", int))
     if min(size) < 1 or max(size) > MAX_SIDE:
         raise ValueError(f"size {size[1]}x{size[0]}: expected sides of 1 to {MAX_SIDE} pixels")
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"size {size[1]}x{size[0]}: expected at most {MAX_PIXELS} pixels")
     return coco_id, _Image(file_name, size)
 
 
@@ -438,10 +451,10 @@ def _parse_annotation(
     known: Collection[int],
     images: Mapping[int, _Image],
     label_ids: Mapping[int, int | None],
-) -> tuple[int, _Image, Annotation | None] | None:
+) -> tuple[int, _Image | None, Annotation | None]:
     """COCO id, image and content of an element of `annotations`; no content without a pixel.
 
-    None where its image or category is not scored.
+    No image either where that or the category is not scored.
     """
     coco_id, image_id = _value(entry, "id", int), _value(entry, "image_id", int)
     if image_id not in known:
@@ -453,7 +466,7 @@ def _parse_annotation(
         raise ValueError(f"category_id {category_id} is not among the categories")
     label_id = label_ids[category_id]
     if image_id not in images or label_id is None:
-        return None
+        return coco_id, None, None
     image = images[image_id]
     crowd = _value(entry, "iscrowd", int) if "iscrowd" in entry else 0
     if crowd not in (0, 1):
@@ -530,6 +543,8 @@ def _decompress(counts: str) -> list[int]:
             raise ValueError(f"its run-length code has the character {character!r}")
         value |= (group & 31) << shift
         shift += 5
+        if shift > MAX_RUN_BITS:
+            raise ValueError("its run-length code has a number of too many digits")
         if group & 32:
             continue
         if group & 16:

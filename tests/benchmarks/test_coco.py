@@ -272,6 +272,28 @@ def test_the_truth_as_prediction_is_perfect(tmp_path: Path, area: float) -> None
     assert board.compute()["ap"] == 100
 
 
+@pytest.mark.parametrize("change", [{"image_id": 285}, {"category_id": BED}], ids=str)
+def test_ids_of_annotations_are_unique_whether_scored_or_not(
+    root: Path, change: dict[str, int]
+) -> None:
+    (root / "some.txt").write_text("000000000139.jpg\n")
+    content = coco_json()
+    content["annotations"] += [annotation(20, 139, CAT, [box(0, 0, 1, 1)]) | change] * 2
+    write_bench(root, content)
+    with pytest.raises(PipelineError, match="annotation 20 is listed twice"):
+        open_coco(root, image_list="some.txt", categories=["cat"])
+
+
+def test_an_image_of_more_pixels_than_can_be_counted_is_refused(tmp_path: Path) -> None:
+    content = coco_json()
+    content["images"][1] |= {"height": 1 << 16, "width": 1 << 16}
+    content["annotations"] = [
+        annotation(1, 139, CAT, {"size": [1 << 16] * 2, "counts": [1, (1 << 32) - 1]})
+    ]
+    with pytest.raises(PipelineError, match="image 139: size 65536x65536: expected at most"):
+        open_coco(write_bench(tmp_path, content))
+
+
 def test_an_image_list_chooses_and_orders(root: Path) -> None:
     (root / "some.txt").write_text(
         "train2014/000000000724.jpg\n\n000000000139.jpg\n 000000000632\n"
@@ -366,6 +388,7 @@ LARGE = {"size": [5, 6], "counts": [5, 26]}
         (changed("images.0.file_name", "../x.jpg"), ["image 724", "'../x.jpg'"]),
         (changed("images.0.file_name", None), ["file_name is None"]),
         (changed("images.0.file_name", "x" * 256), ["image 724", "file_name"]),
+        (changed("images.0.file_name", "x/" * 5000 + "y"), ["x/x/x/", "no such file"]),
         (changed("categories.0.name", " "), ["category 1", "empty"]),
         (changed("categories.0.name", 5), ["category 1", "name is 5"]),
         (changed("categories.1.id", 1), ["category 1 is listed twice"]),
@@ -373,6 +396,7 @@ LARGE = {"size": [5, 6], "counts": [5, 26]}
         (changed("annotations.0.id", ...), ["annotation at annotations[0]", "no 'id'"]),
         (changed("annotations.0.id", True), ["annotation True", "id is True"]),
         (changed("annotations.0.id", 12), ["annotation 12 is listed twice"]),
+        (changed("annotations.4.segmentation.counts", "P" * 99), ["annotation 15", "digits"]),
         (changed("annotations.0.image_id", 1), ["annotation 11", "image_id 1"]),
         (changed("annotations.0.image_id", "139"), ["annotation 11", "image_id is '139'"]),
         (changed("annotations.0.category_id", True), ["annotation 11", "category_id is True"]),
@@ -525,8 +549,9 @@ def test_numbers_keep_their_kinds(tmp_path: Path) -> None:
 
 def test_memory_holds_a_piece_of_the_file(tmp_path: Path) -> None:
     content = coco_json()
-    stranger = annotation(1, 724, CAT, [[1.5] * 2000])
-    content["annotations"] += [stranger] * 500
+    content["annotations"] += [
+        annotation(number, 724, CAT, [[1.5] * 2000]) for number in range(1000, 1500)
+    ]
     (tmp_path / "some.txt").write_text("000000000139.jpg\n")
     path = write_bench(tmp_path, content) / "annotations/instances_val2017.json"
     tracemalloc.start()
