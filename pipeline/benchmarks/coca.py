@@ -35,6 +35,8 @@ IMAGE_SUFFIX = ".jpg"
 class CocaBenchmark:
     """A folder in CoCA's layout; see `Benchmark`."""
 
+    warnings: tuple[str, ...] = ()
+
     def __init__(
         self, root: Path, *, split: str, categories: list[str], groups: Mapping[str, str]
     ) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import codecs
 import json
 import math
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -144,8 +143,8 @@ class CocoBenchmark:
 
         `{split}` in a path stands for the split. Categories are matched by name, whatever their
         COCO ids; annotations of other categories, or of images that are not scored, are left out.
-        An image without annotations is scored like the others. A warning counts annotations
-        without a pixel, which are no objects.
+        An image without annotations is scored like the others. `warnings` counts
+        annotations without a pixel, which are no objects.
 
         Args:
             root: the folder that holds all else.
@@ -178,7 +177,7 @@ class CocoBenchmark:
         self._images = list(scored.values())
         self.groups = {name: self._read_group(name, of, scored) for name, of in groups.items()}
         self._check_files()
-        self._read_annotations(known.keys(), scored, label_ids)
+        self.warnings = self._read_annotations(known.keys(), scored, label_ids)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -244,8 +243,11 @@ class CocoBenchmark:
         known: Collection[int],
         images: Mapping[int, _Image],
         label_ids: Mapping[int, int | None],
-    ) -> None:
-        """Attach the annotations to their images, of which some of the known ones are scored."""
+    ) -> list[str]:
+        """Attach the annotations to their images, of which some of the known ones are scored.
+
+        Returns what to warn of.
+        """
         parse = partial(_parse_annotation, known=known, images=images, label_ids=label_ids)
         seen: set[int] = set()
         without: list[int] = []
@@ -258,12 +260,12 @@ class CocoBenchmark:
                 image.annotations.append(annotation)
             elif image is not None:
                 without.append(coco_id)
-        if without:
-            warnings.warn(
-                f"{self._json_path}: {len(without)} of {num_scored} annotations have no pixel "
-                f"in their image; they are no objects and left out. The first: id {without[0]}",
-                stacklevel=2,
-            )
+        if not without:
+            return []
+        return [
+            f"{self._json_path}: {len(without)} of {num_scored} annotations have no pixel in their "
+            f"image; they are no objects and left out. The first: id {without[0]}"
+        ]
 
     def _parsed(self, key: str, kind: str, parse: Callable[[Any], T]) -> Iterator[T]:
         """The elements of an array, parsed; errors name the element by its id or place."""

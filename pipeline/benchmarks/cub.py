@@ -46,6 +46,8 @@ class CubBenchmark:
     name of its breed (ZUTIS section 4.3, table 6), with `bird` the benchmark's only category.
     """
 
+    warnings: tuple[str, ...] = ()
+
     def __init__(
         self,
         root: Path,

@@ -92,6 +92,10 @@ class Benchmark(Protocol):
     def groups(self) -> Mapping[str, frozenset[str]]:
         """Name -> ids of the images that are scored apart as well."""
 
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What its labels lost when they were read, for `StageRun.warn`."""
+
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Example]: ...

@@ -35,6 +35,8 @@ VOID = 1000
 class ImageNetSBenchmark:
     """A split of an ImageNet-S folder; see `Benchmark`."""
 
+    warnings: tuple[str, ...] = ()
+
     def __init__(
         self, root: Path, *, split: str, categories: list[str], groups: Mapping[str, str]
     ) -> None:

@@ -28,6 +28,8 @@ SPLIT = "{split}"
 class IndexPngBenchmark:
     """Images with one index PNG each; see `Benchmark`."""
 
+    warnings: tuple[str, ...] = ()
+
     def __init__(
         self,
         root: Path,

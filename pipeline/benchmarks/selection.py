@@ -81,6 +81,10 @@ class SelectedBenchmark:
     def groups(self) -> Mapping[str, frozenset[str]]:
         return self._whole.groups
 
+    @property
+    def warnings(self) -> Sequence[str]:
+        return self._whole.warnings
+
     def __len__(self) -> int:
         return len(self._whole)
 

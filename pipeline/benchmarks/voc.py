@@ -99,6 +99,8 @@ class VocExample:
 class VocBenchmark:
     """A split of a folder in PASCAL VOC's layout; see `Benchmark`."""
 
+    warnings: tuple[str, ...] = ()
+
     def __init__(
         self,
         root: Path,

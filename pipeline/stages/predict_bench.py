@@ -76,7 +76,7 @@ def run(
             _check_categories(bench_name, bench, names, config, checkpoint_dir)
         with_objects = student_of(checkpoint_dir, config).gives_objects
     metrics = _metrics(bench_name, bench, with_objects=with_objects)
-    warnings = check_headers(benchmark)
+    warnings = [*benchmark.warnings, *check_headers(benchmark)]
     prediction = BenchRun(
         bench_name=bench_name,
         bench=bench,

@@ -65,7 +65,7 @@ def run(
     task = ScoringTask(benchmark.categories, background=bench.background, unseen=unseen)
     board = ScoreBoard(task, metrics=described["metrics"], groups=benchmark.groups)
     name = result_name or bench_name
-    warnings = check_headers(benchmark)
+    warnings = [*benchmark.warnings, *check_headers(benchmark)]
     with StageRun("score", stats_path=stats_path, total=len(store)) as stage:
         for text in warnings:
             if text not in described.get("warnings", []):  # else `predict_bench` has said it

@@ -766,6 +766,28 @@ def write_coco(root: Path, bench: Bench, segmenter: Segmenter) -> Path:
     return path
 
 
+def test_annotations_without_a_pixel_are_said_in_the_summary(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    segmenter = Segmenter.load(
+        bench.checkpoint_dir, runtime=bench.runtime, settings=PredictionSettings()
+    )
+    path = write_coco(tmp_path / "coco", bench, segmenter)
+    content = json.loads(path.read_text())
+    content["annotations"].append(
+        {"id": 5000, "image_id": 1, "category_id": 10, "segmentation": []}
+    )
+    path.write_text(json.dumps(content))
+    entry = CocoBench(
+        format="coco", root=tmp_path / "coco", categories=CATEGORIES, scored=CATEGORIES[:2]
+    )
+    bench.evaluate(tmp_path / "out", params=EvaluateParams(overlays=0), entry=entry)
+    (warning,) = json.loads((tmp_path / "out/stats.json").read_text())["warnings"]
+    assert warning.startswith(f"{path}: 1 of ")
+    assert warning.endswith("The first: id 5000")
+    assert capsys.readouterr().out.count(warning) == 1
+
+
 def test_objects_score_as_cocos_own_tool_scores_the_stored_results(
     bench: Bench, tmp_path: Path
 ) -> None:
