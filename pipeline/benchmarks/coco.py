@@ -6,7 +6,7 @@ ROOT/SPLIT/FILE_NAME                      the image, FILE_NAME as the JSON has i
 An annotation whose mask has no pixel, as polygons of two points or a run-length code of background
 have, is no object: it is left out, and a warning counts these. (COCO's own evaluation counts it as
 an object to find, which nothing can match.) Integers have no decimal point, `true` and `false` are
-no numbers, and `area` and `iscrowd` may be missing, but not null.
+no numbers, and `area`, `iscrowd` and the `id` of an annotation may be missing, but not null.
 
 Letters: H, W height and width in pixels.
 """
@@ -250,21 +250,23 @@ class CocoBenchmark:
         """
         parse = partial(_parse_annotation, known=known, images=images, label_ids=label_ids)
         seen: set[int] = set()
-        without: list[int] = []
+        without: list[str] = []
         num_scored = 0
-        for coco_id, image, annotation in self._parsed("annotations", "annotation", parse):
-            self._check_new(coco_id, seen, "annotation")
-            seen.add(coco_id)
+        parsed = self._parsed("annotations", "annotation", parse)
+        for place, (coco_id, image, annotation) in enumerate(parsed):
+            if coco_id is not None:
+                self._check_new(coco_id, seen, "annotation")
+                seen.add(coco_id)
             num_scored += image is not None
             if image is not None and annotation is not None:
                 image.annotations.append(annotation)
             elif image is not None:
-                without.append(coco_id)
+                without.append(f"annotations[{place}]" if coco_id is None else f"id {coco_id}")
         if not without:
             return []
         return [
             f"{self._json_path}: {len(without)} of {num_scored} annotations have no pixel in their "
-            f"image; they are no objects and left out. The first: id {without[0]}"
+            f"image; they are no objects and left out. The first: {without[0]}"
         ]
 
     def _parsed(self, key: str, kind: str, parse: Callable[[Any], T]) -> Iterator[T]:
@@ -453,12 +455,13 @@ def _parse_annotation(
     known: Collection[int],
     images: Mapping[int, _Image],
     label_ids: Mapping[int, int | None],
-) -> tuple[int, _Image | None, Annotation | None]:
+) -> tuple[int | None, _Image | None, Annotation | None]:
     """COCO id, image and content of an element of `annotations`; no content without a pixel.
 
-    No image either where that or the category is not scored.
+    No id where the element has none; no image either where that or the category is not scored.
     """
-    coco_id, image_id = _value(entry, "id", int), _value(entry, "image_id", int)
+    coco_id = _value(entry, "id", int) if "id" in entry else None
+    image_id = _value(entry, "image_id", int)
     if image_id not in known:
         raise ValueError(
             f"image_id {image_id} is not among the images; add the image, or remove it"

@@ -296,6 +296,19 @@ def test_an_image_of_more_pixels_than_can_be_counted_is_refused(tmp_path: Path) 
         open_coco(write_bench(tmp_path, content))
 
 
+def test_an_annotation_needs_no_id_and_is_named_by_its_place(tmp_path: Path) -> None:
+    content = coco_json()
+    for entry in content["annotations"]:
+        del entry["id"]
+    content["annotations"][2]["segmentation"] = []
+    benchmark = open_coco(write_bench(tmp_path, content))
+    assert len(next(iter(benchmark)).instances()) == 2
+    assert benchmark.warnings[0].endswith("The first: annotations[2]")
+    content["annotations"][1]["image_id"] = 5
+    with pytest.raises(PipelineError, match=r"annotation at annotations\[1\]: image_id 5"):
+        open_coco(write_bench(tmp_path, content))
+
+
 def test_an_image_list_chooses_and_orders(root: Path) -> None:
     (root / "some.txt").write_text(
         "train2014/000000000724.jpg\n\n000000000139.jpg\n 000000000632\n"
@@ -395,7 +408,6 @@ LARGE = {"size": [5, 6], "counts": [5, 26]}
         (changed("categories.0.name", 5), ["category 1", "name is 5"]),
         (changed("categories.1.id", 1), ["category 1 is listed twice"]),
         (changed("annotations.0", 5), ["annotation 5", "annotations[0]"]),
-        (changed("annotations.0.id", ...), ["annotation at annotations[0]", "no 'id'"]),
         (changed("annotations.0.id", True), ["annotation True", "id is True"]),
         (changed("annotations.0.id", 12), ["annotation 12 is listed twice"]),
         (changed("annotations.4.segmentation.counts", "P" * 99), ["annotation 15", "digits"]),
