@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+import torch
 
 from pipeline import __version__
 from pipeline.cli import main
@@ -181,6 +182,17 @@ def test_a_session_makes_the_executor_that_was_asked_for(tmp_path: Path) -> None
     assert isinstance(local.executor(), LocalExecutor)
     ray = Session(params_path=path, executor_name="ray", ray_workers=2)
     assert isinstance(ray.executor(), RayExecutor)
+
+
+def test_a_session_computes_on_the_threads_of_the_params(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(f"{TINY_WORLD}threads: 3\n")
+    before = torch.get_num_threads()
+    try:
+        assert Session(params_path=path, executor_name="local", ray_workers=None).runtime
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_ablations_vary_the_params_of_the_dag(mistake: Callable[..., str]) -> None:

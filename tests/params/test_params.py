@@ -328,3 +328,10 @@ def test_mistakes_in_the_weights_are_named_once(
     text = f"{MINIMAL}{section}: {{encoder: {{pretrained: {pretrained}}}}}\n"
     found = message_of(tmp_path, text).replace(f"{section}.encoder.pretrained", "S")
     assert sorted(found.splitlines()) == message.splitlines()
+
+
+def test_threads_are_auto_or_a_number(tmp_path: Path) -> None:
+    assert read(tmp_path, "").threads == "auto"
+    assert read(tmp_path, "threads: 3").threads == 3
+    for wrong in ("0", "many", "2.5", "true"):
+        assert "threads" in message_of(tmp_path, f"{MINIMAL}threads: {wrong}")
