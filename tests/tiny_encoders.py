@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import open_clip
+import pytest
 import torch
 from safetensors.torch import save_file
 from timm.models import register_model
@@ -27,6 +29,24 @@ TIMM_VIT: dict[str, Any] = {
     "depth": 2,
     "num_heads": 2,
 }
+
+
+# Of the architectures that `add_tiny_architectures` makes known.
+TINY_CLIP: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"width": 16, "heads": 2, "layers": 1},
+}
+
+
+def add_tiny_architectures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let open_clip know Tiny-8 and Tiny-8-quickgelu, by files in `folder`, and nothing else."""
+    folder.mkdir()
+    (folder / "Tiny-8.json").write_text(json.dumps(TINY_CLIP))
+    (folder / "Tiny-8-quickgelu.json").write_text(json.dumps(TINY_CLIP | {"quick_gelu": True}))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [folder])
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {})
+    open_clip.add_model_config(folder)
 
 
 def _timm(name: str, side: int = 32, pool: str = "", proj: str | None = "linear") -> dict[str, Any]:

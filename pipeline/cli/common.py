@@ -121,7 +121,7 @@ def _location(text: str) -> Any:
         raise typer.BadParameter(str(error)) from None
 
 
-def try_outputs(*files: Path, folders: Sequence[Location] = ()) -> None:
+def try_outputs(*files: Location, folders: Sequence[Location] = ()) -> None:
     """Find out now, before any network is loaded, whether a command can write what it is to.
 
     URLs are tried when they are opened.
@@ -129,11 +129,10 @@ def try_outputs(*files: Path, folders: Sequence[Location] = ()) -> None:
     Raises:
         OSError, PipelineError: as `check_writable`.
     """
-    for path in files:
-        check_writable(path)
-    for path in folders:
-        if not is_url(path):
-            check_writable(path, folder=True)
+    for is_folder, paths in ((False, files), (True, folders)):
+        for path in paths:
+            if not is_url(path):
+                check_writable(path, folder=is_folder)
 
 
 def names(text: str | None) -> list[str] | None:

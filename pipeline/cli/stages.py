@@ -21,7 +21,7 @@ from pipeline.cli.common import (
     names,
     try_outputs,
 )
-from pipeline.files import is_url, read_json
+from pipeline.files import read_json
 from pipeline.presets import bench_text, list_benches, list_presets, preset_text, write_preset
 
 NAMES_HELP = """Category names between commas, quoted as in CSV: '"hammer, claw",saw'"""
@@ -129,7 +129,7 @@ def retrieve(
     from pipeline.stages import retrieve as stage
 
     session: Session = ctx.obj
-    try_outputs(stats, *([] if is_url(out) else [out]))
+    try_outputs(stats, out)
     params, runtime = session.params, session.runtime
     with publishing(out, runtime.cache_dir) as out_path:
         stage.run(

@@ -30,13 +30,9 @@ from pipeline.params.base import EncoderParams, TaggedFile
 from pipeline.params.sections import EmbedParams
 from pipeline.stages.embed import EmbedMaker
 from pipeline.vocabulary.categories import Names
+from tests.tiny_encoders import TINY_CLIP, add_tiny_architectures
 
 CPU = torch.device("cpu")
-CONFIG: dict[str, Any] = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8},
-    "text_cfg": {"width": 16, "heads": 2, "layers": 1},
-}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 TAGS: dict[str, dict[str, Any]] = {
     "openai": {"quick_gelu": True},
@@ -56,15 +52,9 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "downloaded.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        clip = open_clip.CLIP(**CONFIG)
+        clip = open_clip.CLIP(**TINY_CLIP)
     save_file({name: tensor.contiguous() for name, tensor in clip.state_dict().items()}, path)
-    configs = tmp_path / "configs"
-    configs.mkdir()
-    (configs / "Tiny-8.json").write_text(json.dumps(CONFIG))
-    (configs / "Tiny-8-quickgelu.json").write_text(json.dumps(CONFIG | {"quick_gelu": True}))
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [configs])
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {})
-    open_clip.add_model_config(configs)
+    add_tiny_architectures(tmp_path / "configs", monkeypatch)
     tags = {tag: known | {"file": str(path)} for tag, known in TAGS.items()}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "Tiny-8", tags)
     trained = {tag: known for tag, known in tags.items() if known.get("quick_gelu")}
@@ -132,7 +122,7 @@ class TestTaggedFile:
         with pytest.raises(PipelineError, match="'half' contradicts"):
             load("open_clip:Tiny-8/laion", TaggedFile(tag="half", file=str(weights)))
         own = tmp_path / "own.json"
-        own.write_text(json.dumps(CONFIG))
+        own.write_text(json.dumps(TINY_CLIP))
         with pytest.raises(PipelineError, match=r"own\.json has no tags.*write pretrained: "):
             load(str(own), TaggedFile(tag="laion", file=str(weights)))
 
@@ -154,7 +144,7 @@ class TestPathAlone:
 
     def test_what_says_it_itself_needs_no_warning(self, weights: Path, tmp_path: Path) -> None:
         own = tmp_path / "own.json"
-        own.write_text(json.dumps(CONFIG))
+        own.write_text(json.dumps(TINY_CLIP))
         for model, file in [
             (str(own), str(weights)),
             ("Tiny-8", TaggedFile(tag="half", file=str(weights))),
@@ -191,13 +181,13 @@ class TestOwnConfig:
     def test_it_may_say_how_images_are_resized(self, weights: Path, tmp_path: Path) -> None:
         own = tmp_path / "own.json"
         preprocess = {"interpolation": "bilinear", "resize_mode": "squash"}
-        own.write_text(json.dumps(CONFIG | {"preprocess": preprocess}))
+        own.write_text(json.dumps(TINY_CLIP | {"preprocess": preprocess}))
         expected = load("Tiny-8", TaggedFile(tag="squashed", file=str(weights))).preprocess(PHOTO)
         assert torch.equal(load(str(own), str(weights)).preprocess(PHOTO), expected)
 
     def test_an_unknown_way_is_refused(self, weights: Path, tmp_path: Path) -> None:
         own = tmp_path / "own.json"
-        own.write_text(json.dumps(CONFIG | {"preprocess": {"resize_mode": "stretch"}}))
+        own.write_text(json.dumps(TINY_CLIP | {"preprocess": {"resize_mode": "stretch"}}))
         with pytest.raises(PipelineError, match=r"preprocess\.resize_mode is one of shortest, "):
             load(str(own), str(weights))
 

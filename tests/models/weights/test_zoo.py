@@ -44,6 +44,7 @@ from pipeline.params.base import EncoderParams
 from pipeline.vocabulary.categories import load_category_set
 from tests.models.clip.test_clip import scripted
 from tests.paths import REFERENCE as DATA
+from tests.tiny_encoders import TINY_CLIP, add_tiny_architectures
 
 CPU = torch.device("cpu")
 NAMES = list(manifest())
@@ -55,11 +56,6 @@ LAYOUTS = {
     "zutis_imagenet_s919_vit_b_16": "zutis_vit_b_16",
     "zutis_imagenet_s919_vit_b_32": "zutis_vit_b_32",
     "dino_vits8": "selfmask_nq20",
-}
-TINY_CLIP: dict[str, Any] = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8},
-    "text_cfg": {"width": 16, "heads": 2, "layers": 1},
 }
 TINY_SELFMASK = {
     "dim": 16,
@@ -264,13 +260,7 @@ def server(files: Path) -> Iterator[str]:
 @pytest.fixture
 def tiny_zoo(files: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Published tiny networks that lie on the server; returns the (empty) cache folder."""
-    configs = tmp_path / "configs"
-    configs.mkdir()
-    (configs / "Tiny-8.json").write_text(json.dumps(TINY_CLIP))
-    (configs / "Tiny-8-quickgelu.json").write_text(json.dumps(TINY_CLIP | {"quick_gelu": True}))
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [configs])
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {})
-    open_clip.add_model_config(configs)
+    add_tiny_architectures(tmp_path / "configs", monkeypatch)
     tag = {"url": "https://localhost.invalid/clip.pt", "quick_gelu": True}
     for name in ("Tiny-8", "Tiny-8-quickgelu"):
         monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"openai": tag})
