@@ -392,7 +392,7 @@ def audit(
         masks_dir=masks,
         labels_dir=labels,
         metrics_path=out,
-        params=params.train,
+        params=params.train.targets,
         runtime=runtime,
         stats_path=stats,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 
@@ -48,6 +48,14 @@ class Group:
         parts = flat.split([gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+
+    def share_statistics(self, network: nn.Module) -> None:
+        """Let batch norms that are trained see the batches of all processes, on GPUs.
+
+        On the CPU, for which torch has none such, each process keeps those of its own part.
+        """
+        if self.size > 1 and self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
     def agree(self, number: int) -> bool:
         """Whether all processes have the same number."""

@@ -6,7 +6,7 @@ here its params and an entry in `STUDENTS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
@@ -20,6 +20,7 @@ from pipeline.params.base import (
     Positive,
     PredictionSettings,
     RelaxedPath,
+    Section,
     Templates,
 )
 from pipeline.training.settings import Composition, TargetSettings
@@ -58,10 +59,13 @@ class Student(Protocol):
         config: what a checkpoint says of the network, representable in JSON: at least its
             `architecture`.
         fingerprint: of the weights that training starts from.
+        milestones: updates of the weights -> name of the folder, inside that of the checkpoint, in
+            which the checkpoint after so many is kept.
     """
 
     config: dict[str, Any]
     fingerprint: str
+    milestones: Mapping[int, str]
 
     @property
     def network(self) -> nn.Module:
@@ -69,7 +73,7 @@ class Student(Protocol):
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """Names of the parts of the loss."""
+        """Names of the parts of the loss, and of what is watched beside them."""
 
     def make_optimizer(self) -> Optimizer:
         """The optimizer over the parameters, in groups."""
@@ -81,7 +85,57 @@ class Student(Protocol):
         """What the parts of the loss are divided by, (len(losses),) int64; counts add up."""
 
     def loss(self, batch: MicroBatch, divisors: Tensor) -> Tensor:
-        """The loss and its parts, (1 + len(losses),), divided by the counts of a whole batch."""
+        """The loss and its parts, (1 + len(losses),), divided by the counts of a whole batch.
+
+        A part is NaN in a step in which it is not measured.
+        """
+
+    def has_drifted(self, rows: Sequence[tuple[int, Sequence[float]]]) -> str | None:
+        """Why training should end here, with the checkpoint of the last milestone; None: go on.
+
+        `rows` are the updates at which something was logged, and what: as `loss` gives it, means.
+        """
+
+
+class TrainingData(Protocol):
+    """Training images by number: image (H, W, 3) uint8, labels (H, W) int16, masks (N, H, W) bool.
+
+    Number i is a pure function of the seed and i.
+    """
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What the stage counts of them."""
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What is odd about them."""
+
+    @property
+    def fingerprint(self) -> Any:
+        """Of what they are made from, representable in JSON."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> tuple[Any, Any, Any]: ...
+
+
+class TrainingInputs(NamedTuple):
+    """What training data are made from.
+
+    Attributes:
+        masks_dir: mask shards.
+        labels_dir: label shards, if the params need any.
+        names: categories and background.
+        length: number of training images.
+        runtime: its seed is that of all draws.
+    """
+
+    masks_dir: Path
+    labels_dir: Path | None
+    names: Names
+    length: int
+    runtime: Runtime
 
 
 class TrainedStudent(Protocol):
@@ -112,15 +166,16 @@ class TrainedStudent(Protocol):
         """What decides a prediction, in the words of a protocol."""
 
 
-class TrainParams(Composition, TargetSettings):
+class StudentParams(Section):
     """Stage 5: a student on the pseudo-labels, by the method that `student` names.
 
-    `labels` is the folder of shards that the target is made of: that of the masks for `saliency`,
-    that of the dense labels for the others. `templates` `name` embeds bare names, as the published
-    code does; the paper's text says prompts.
+    `labels` is the folder that its labels come from: of shards, or of data with truth. It is what
+    DVC watches. `templates` `name` embeds bare names, as ZUTIS's published code does; the paper's
+    text says prompts.
 
     `batch_size` is that of an update of the weights, over all processes. `accumulate` takes it in
-    so many parts, one after the other, which needs less memory and changes nothing but rounding.
+    so many parts, one after the other, which needs less memory and changes nothing but rounding,
+    unless batch norms are trained: those see a part.
     """
 
     student: str
@@ -133,6 +188,28 @@ class TrainParams(Composition, TargetSettings):
     workers: NumWorkers = 2
     log_every: Count = 20
     checkpoint_every: Count = 1000
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether label shards are read."""
+        raise NotImplementedError
+
+    @property
+    def targets(self) -> TargetSettings:
+        """What training sees of an archive's sample."""
+        raise NotImplementedError
+
+
+class TrainParams(Composition, TargetSettings, StudentParams):
+    """A student of archive samples that are pasted together, as ZUTIS's.
+
+    `labels` is that of the masks for the target `saliency`, that of the dense labels for the
+    others.
+    """
+
+    @property
+    def targets(self) -> TargetSettings:
+        return self
 
 
 class ZutisParams(TrainParams):
@@ -174,15 +251,30 @@ class StudentMethod:
 
     Attributes:
         params: the class of its params.
+        data: makes its training images by these.
         train: makes a fresh one by these.
         load: makes a trained one from the folder of a checkpoint and what its config says.
         gives_objects: whether it predicts objects beside label maps.
     """
 
-    params: type[TrainParams]
+    params: type[StudentParams]
+    data: Callable[[Any, TrainingInputs], TrainingData]
     train: Callable[[Any, Names, Runtime], Student]
     load: Callable[[Path, CheckpointConfig, Names, Runtime], TrainedStudent]
     gives_objects: bool
+
+
+def pasted_samples(params: TrainParams, inputs: TrainingInputs) -> TrainingData:
+    """Samples of the archives, pasted together (ZUTIS paper, 3.2)."""
+    from pipeline.training.training_set import Archives, TrainingSet
+
+    archives = Archives(
+        inputs.masks_dir,
+        inputs.labels_dir,
+        categories=inputs.names.categories,
+        settings=params,
+    )
+    return TrainingSet(archives, params, seed=inputs.runtime.seed, length=inputs.length)
 
 
 def _train_zutis(params: ZutisParams, names: Names, runtime: Runtime) -> Student:
@@ -200,11 +292,22 @@ def _load_zutis(
 
 
 STUDENTS = {
-    "zutis": StudentMethod(ZutisParams, _train_zutis, _load_zutis, gives_objects=True),
+    "zutis": StudentMethod(
+        ZutisParams, pasted_samples, _train_zutis, _load_zutis, gives_objects=True
+    ),
 }
 
 
-def fresh_student(params: TrainParams, names: Names, runtime: Runtime) -> Student:
+def training_data(params: StudentParams, inputs: TrainingInputs) -> TrainingData:
+    """The training images of the student that the params are of.
+
+    Raises:
+        PipelineError: there are none, or they do not fit the params.
+    """
+    return STUDENTS[params.student].data(params, inputs)
+
+
+def fresh_student(params: StudentParams, names: Names, runtime: Runtime) -> Student:
     """The student that the params are of, as training starts from it.
 
     Raises:

@@ -120,7 +120,7 @@ def _render(
         facts=_facts(stages, params),
         names=categories,
         colour_of=dict(zip(categories, map(category_colour, count(1)), strict=False)),
-        target=params.train.target if params else "",
+        target=params.train.targets.target if params else "",
         columns=columns,
         measures=AUDIT_MEASURES,
         settings=_settings(params),
@@ -147,11 +147,12 @@ def _names_by_prefix(params: Params | None) -> dict[str, frozenset[str]]:
 def _target_maker(params: Params | None) -> TargetMaker | None:
     if params is None:
         return None
+    targets = params.train.targets
     return partial(
         training_target,
-        target=params.train.target,
-        confidence_threshold=params.train.confidence_threshold,
-        conflict=params.train.conflict,
+        target=targets.target,
+        confidence_threshold=targets.confidence_threshold,
+        conflict=targets.conflict,
     )
 
 
@@ -193,7 +194,7 @@ def _settings(params: Params | None) -> dict[str, str]:
         "trained encoder": _encoder(train.encoder),
         "iterations": integer(train.iterations),
         "batch size": integer(train.batch_size),
-        "training target": train.target,
+        "training target": train.targets.target,
         "seed": str(params.seed),
     }
 

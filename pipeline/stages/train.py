@@ -9,26 +9,33 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from dvclive import Live
 from scmrepo.exceptions import SCMError
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from pipeline.engine.cache import UseMark
 from pipeline.engine.distributed import Group
 from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
-from pipeline.errors import PipelineError, listing
-from pipeline.files import check_writable, digest, refuse_url
-from pipeline.formats.shards import read_manifest
-from pipeline.methods.students import MicroBatch, Student, TrainParams, fresh_student
-from pipeline.models.weights.checkpoint import WEIGHTS_NAME, save_checkpoint
+from pipeline.errors import PipelineError
+from pipeline.files import check_writable, digest, refuse_url, write_bytes
+from pipeline.methods.students import (
+    MicroBatch,
+    Student,
+    StudentParams,
+    TrainingData,
+    TrainingInputs,
+    fresh_student,
+    training_data,
+)
+from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, save_checkpoint
 from pipeline.models.weights.training_state import read_state, restore, save_state
-from pipeline.training.training_set import Archives, Batch, TrainingSet, collate
+from pipeline.training.training_set import Batch, collate
 from pipeline.vocabulary.categories import Names
 
 # To be raised with every change after which the same settings give other weights.
@@ -45,7 +52,7 @@ def run(
     stats_path: Path,
     categories: list[str],
     background: list[str],
-    params: TrainParams,
+    params: StudentParams,
     runtime: Runtime,
     resume: bool = True,
     group: Group | None = None,
@@ -82,7 +89,9 @@ def run(
         check_writable(Path(out_dir) / WEIGHTS_NAME)
     torch.manual_seed(runtime.seed)
     # What to learn from.
-    archives = Archives(masks_dir, labels_dir, categories=categories, settings=params)
+    names = Names(categories, background)
+    length = params.iterations * params.batch_size
+    data = training_data(params, TrainingInputs(masks_dir, labels_dir, names, length, runtime))
     with StageRun(
         "train",
         stats_path=stats_path,
@@ -90,17 +99,13 @@ def run(
         unit="iteration",
         silent=not group.is_main,
     ) as stage:
-        _count(archives, stage)
-        _warn_of_unseen(archives, categories, stage, group)
-        length = params.iterations * params.batch_size
-        dataset = TrainingSet(archives, params, seed=runtime.seed, length=length)
+        _report(data, stage, group)
         # What learns.
-        names = Names(categories, background)
         student = fresh_student(params, names, runtime)
+        group.share_statistics(student.network)
         optimizer = student.make_optimizer()
         config = _checkpoint_config(student, names, params=params, seed=runtime.seed)
-        shards_dirs = [masks_dir, *([labels_dir] if labels_dir and params.needs_labels else [])]
-        state_path = _state_path(shards_dirs, names, student, params=params, runtime=runtime)
+        state_path = _state_path(data, names, student, params=params, runtime=runtime)
         with (
             _open_live(live_dir) if group.is_main else nullcontext() as live,
             UseMark(state_path.parent) as mark,
@@ -113,24 +118,32 @@ def run(
                 print(f"train: resumed at step {start} of {params.iterations}", flush=True)
                 stage.start_at(start)
                 save_checkpoint(out_dir, student.network, {**config, "step": start})
-            steps = _steps(dataset, start=start, params=params, runtime=runtime, group=group)
+            steps = _steps(data, start=start, params=params, runtime=runtime, group=group)
             # One step: rates, gradients of all micro-batches of all processes, update.
             for step, batches in enumerate(steps, start=start + 1):
+                if student.has_drifted(log.rows):
+                    break
                 student.set_learning_rates(optimizer, step - 1)
                 optimizer.zero_grad()
                 losses = _backward(student, batches, group=group, step=step)
                 optimizer.step()
                 log.add(losses)
                 # Reading the losses makes the CPU wait for the device, so now and then only.
-                saves = step == params.iterations or step % params.checkpoint_every == 0
+                saves = (
+                    step == params.iterations
+                    or step % params.checkpoint_every == 0
+                    or step in student.milestones
+                )
                 if saves or step % params.log_every == 0:
                     log.write(step, learning_rate=optimizer.param_groups[-1]["lr"])
                 if saves and group.is_main:
-                    save_checkpoint(out_dir, student.network, {**config, "step": step})
+                    _save(out_dir, student, {**config, "step": step})
                     # The log has just been written, so nothing of it is pending.
                     save_state(state_path, student.network, optimizer, step=step, extra=log.rows)
                     mark.take()
                 stage.advance()
+            if reason := student.has_drifted(log.rows):
+                _go_back(out_dir, student, reason, stage, group)
     if group.is_main:
         _remove_state(state_path)
 
@@ -158,18 +171,23 @@ class _LossLog:
         self._batch_size = batch_size
         self._names = ("loss", *parts)
         self._totals = torch.zeros(len(self._names), device=group.device)
+        self._num_measured = torch.zeros_like(self._totals)
         self._restart()
 
     def _restart(self) -> None:
         self._totals.zero_()
+        self._num_measured.zero_()
         self._num_summed, self._since = 0, time.monotonic()
 
     def add(self, losses: Tensor) -> None:
         """Take in the loss of one step and its parts, without waiting for them.
 
-        They are this process's part of the step's losses.
+        They are this process's part of the step's losses; a part that is NaN was not measured.
         """
-        self._totals += losses
+        measured = ~losses.isnan()
+        measured[0] = True
+        self._totals += torch.where(measured, losses, 0)
+        self._num_measured += measured
         self._num_summed += 1
 
     def write(self, step: int, *, learning_rate: float) -> None:
@@ -178,7 +196,7 @@ class _LossLog:
         Raises:
             PipelineError: the loss is no longer finite.
         """
-        means = (self._group.all_reduce(self._totals) / self._num_summed).tolist()
+        means = (self._group.all_reduce(self._totals) / self._num_measured).tolist()
         _check_finite(means[0], step)
         self.replay([(step, [*means, learning_rate])])
         rate = self._num_summed * self._batch_size / (time.monotonic() - self._since)
@@ -192,10 +210,11 @@ class _LossLog:
             if self._live is not None:
                 self._live.step = step
                 for name, value in zip((*self._names, "learning_rate"), values, strict=True):
-                    self._live.log_metric(f"train/{name}", value)
+                    if not math.isnan(value):
+                        self._live.log_metric(f"train/{name}", value)
 
 
-def _check_shares(params: TrainParams, group: Group) -> None:
+def _check_shares(params: StudentParams, group: Group) -> None:
     """Refuse a batch that cannot be dealt out evenly."""
     parts = params.accumulate * group.size
     if params.batch_size % parts:
@@ -216,11 +235,11 @@ def _check_common_start(start: int, group: Group, state_path: Path) -> None:
 
 
 def _state_path(
-    shards_dirs: Sequence[Path],
+    data: TrainingData,
     names: Names,
     student: Student,
     *,
-    params: TrainParams,
+    params: StudentParams,
     runtime: Runtime,
 ) -> Path:
     """Where the last training state of exactly these settings and inputs lies.
@@ -229,13 +248,11 @@ def _state_path(
     """
     settings = {
         "version": TRAIN_VERSION,
-        "train": params.model_dump(mode="json", exclude={"encoder", "labels", "workers"}),
+        "train": params.model_dump(mode="json", exclude={"encoder", "labels", "workers", "data"}),
         "categories": list(names.categories),
         "background": list(names.background),
         "seed": runtime.seed,
-        "shards": [
-            shard["sha256"] for folder in shards_dirs for shard in read_manifest(folder)["shards"]
-        ],
+        "shards": data.fingerprint,
         "encoder": student.fingerprint,
         "device": runtime.device.type,
         "precision": str(runtime.amp_dtype),
@@ -265,22 +282,32 @@ def _remove_state(path: Path) -> None:
         path.parent.parent.rmdir()
 
 
-def _count(archives: Archives, stage: StageRun) -> None:
-    stage.count("archive_images", sum(len(part) for part in archives.objects.values()))
-    stage.count("negatives", len(archives.negatives))
-    stage.count("empty_masks", archives.num_empty)
-
-
-def _warn_of_unseen(
-    archives: Archives, categories: Sequence[str], stage: StageRun, group: Group
-) -> None:
-    """Name the categories without an object: at once, for training takes long, and at the end."""
-    unseen = [name for number, name in enumerate(categories, 1) if number not in archives.objects]
-    if unseen:
-        text = f"no image shows {listing(unseen)}: training cannot learn them"
+def _report(data: TrainingData, stage: StageRun, group: Group) -> None:
+    """Count the data, and warn at once, for training takes long, and at the end."""
+    for name, value in data.counts.items():
+        stage.count(name, value)
+    for text in data.warnings:
         stage.warn(text)
         if group.is_main:
             print(f"train: warning: {text}", flush=True)
+
+
+def _save(out_dir: Path, student: Student, config: dict[str, Any]) -> None:
+    """Write a checkpoint, and keep those of the milestones in folders of their own."""
+    save_checkpoint(out_dir, student.network, config)
+    if milestone := student.milestones.get(config["step"]):
+        save_checkpoint(out_dir / milestone, student.network, config)
+
+
+def _go_back(out_dir: Path, student: Student, reason: str, stage: StageRun, group: Group) -> None:
+    """End training with the checkpoint of the last milestone, which is still there."""
+    step = max(student.milestones)
+    text = f"{reason}: training ended, with the weights of step {step}"
+    stage.warn(text)
+    if group.is_main:
+        print(f"train: warning: {text}", flush=True)
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            write_bytes(out_dir / name, (out_dir / student.milestones[step] / name).read_bytes())
 
 
 def _open_live(live_dir: Path) -> Live:
@@ -316,12 +343,12 @@ def _backward(student: Student, batches: list[MicroBatch], *, group: Group, step
 
 
 def _steps(
-    dataset: TrainingSet, *, start: int, params: TrainParams, runtime: Runtime, group: Group
+    data: TrainingData, *, start: int, params: StudentParams, runtime: Runtime, group: Group
 ) -> Iterator[list[MicroBatch]]:
     """This process's micro-batches of every iteration after the first `start`."""
     shares = _shares(start, params, group)
-    loader = DataLoader(
-        dataset,
+    loader: DataLoader[Batch] = DataLoader(
+        cast(Dataset[Any], data),
         batch_sampler=shares,
         num_workers=params.workers,
         collate_fn=collate,
@@ -336,7 +363,7 @@ def _steps(
         yield micro_batches
 
 
-def _shares(start: int, params: TrainParams, group: Group) -> list[list[int]]:
+def _shares(start: int, params: StudentParams, group: Group) -> list[list[int]]:
     """Numbers of this process's training images after `start` iterations, by micro-batch.
 
     Iteration i takes `batch_size` numbers from i `batch_size` on, dealt out to the processes in
@@ -364,7 +391,7 @@ def _to_device(numbers: list[int], batch: Batch, device: torch.device) -> MicroB
 
 
 def _checkpoint_config(
-    student: Student, names: Names, *, params: TrainParams, seed: int
+    student: Student, names: Names, *, params: StudentParams, seed: int
 ) -> dict[str, Any]:
     """What a checkpoint says of itself; `step` comes at saving."""
     return {

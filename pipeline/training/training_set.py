@@ -23,7 +23,7 @@ from pipeline.errors import PipelineError, listing
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import ImageError, decode_png, load_image
 from pipeline.formats.labels import BACKGROUND
-from pipeline.formats.shards import open_samples
+from pipeline.formats.shards import open_samples, read_manifest
 from pipeline.training.copy_paste import Canvas, Cutout, copy_paste, cut_out, make_canvas
 from pipeline.training.settings import Composition, TargetSettings
 from pipeline.training.targets import saliency_target, training_target
@@ -116,6 +116,8 @@ class Archives:
         objects: label id -> indices of its samples that show an object; no archive is empty.
         negatives: indices of the samples of archive 0.
         num_empty: samples left out, for want of an object in their pseudo-mask.
+        unseen: categories without an object.
+        fingerprint: of the shards.
 
     Raises:
         PipelineError: shards are missing or damaged, belong to other categories or images, or no
@@ -143,6 +145,11 @@ class Archives:
         self._memory: dict[int, Sample] = {}
         self._masks: dict[int, PackedMask] = {}
         self._sort(sample_bytes, mask_bytes)
+        self.unseen = [name for i, name in enumerate(categories, 1) if i not in self.objects]
+        folders = [masks_dir, *([labels_dir] if labels_dir and settings.needs_labels else [])]
+        self.fingerprint = [
+            shard["sha256"] for folder in folders for shard in read_manifest(folder)["shards"]
+        ]
         if not self.objects:
             raise PipelineError(
                 f"{masks_dir}: none of {len(self._store)} samples has an object in its "
@@ -302,6 +309,16 @@ class TrainingSet(Dataset[Composed]):
         self._length = length
         self._label_ids = sorted(archives.objects)
         self._all_objects = [i for label_id in self._label_ids for i in archives.objects[label_id]]
+        self.fingerprint = archives.fingerprint
+        self.counts = {
+            "archive_images": len(self._all_objects),
+            "negatives": len(archives.negatives),
+            "empty_masks": archives.num_empty,
+        }
+        self.warnings = []
+        if archives.unseen:
+            shown = listing(archives.unseen)
+            self.warnings.append(f"no image shows {shown}: training cannot learn them")
 
     def __len__(self) -> int:
         return self._length

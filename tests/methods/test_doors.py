@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,13 @@ from pipeline.formats.shards import open_samples, read_manifest
 from pipeline.inference.segmenter import Segmenter
 from pipeline.methods.dense import DENSE_LABELLERS, DenseMethod, PseudoLabelParams
 from pipeline.methods.masks import MASK_SOURCES, MaskMethod, MaskParams
-from pipeline.methods.students import STUDENTS, MicroBatch, StudentMethod, TrainParams
+from pipeline.methods.students import (
+    STUDENTS,
+    MicroBatch,
+    StudentMethod,
+    TrainParams,
+    pasted_samples,
+)
 from pipeline.models.weights.checkpoint import WEIGHTS_NAME, CheckpointConfig
 from pipeline.models.weights.weights import load_state
 from pipeline.params.base import EncoderParams, PredictionSettings
@@ -97,6 +103,7 @@ class ColourParams(TrainParams):
 
 class Colour:
     losses = ("pixels",)
+    milestones: Mapping[int, str] = {}
 
     def __init__(self, params: ColourParams, names: Names, runtime: Runtime) -> None:
         del runtime
@@ -119,6 +126,9 @@ class Colour:
         targets = batch.semantic_masks.long()
         loss = nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         return torch.stack([loss / divisors[0]] * 2)
+
+    def has_drifted(self, rows: Sequence[tuple[int, Sequence[float]]]) -> None:
+        pass
 
 
 class TrainedColour:
@@ -167,7 +177,7 @@ def doors(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setitem(MASK_SOURCES, "half", MaskMethod(HalfParams, Half))
     monkeypatch.setitem(DENSE_LABELLERS, "stripes", stripes)
-    colour = StudentMethod(ColourParams, Colour, load_colour, gives_objects=False)
+    colour = StudentMethod(ColourParams, pasted_samples, Colour, load_colour, gives_objects=False)
     monkeypatch.setitem(STUDENTS, "colour", colour)
 
 

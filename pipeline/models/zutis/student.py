@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +29,7 @@ class ZutisStudent:
     """A fresh ZUTIS around an encoder, with the text embeddings of its names."""
 
     losses = ("semantic", "mask")
+    milestones: Mapping[int, str] = MappingProxyType({})
 
     def __init__(self, params: ZutisParams, names: Names, runtime: Runtime) -> None:
         clip = load_clip(
@@ -105,6 +108,9 @@ class ZutisStudent:
         )
         total = params.ce_weight * semantic + params.mask_weight * mask
         return torch.stack((total, semantic, mask))
+
+    def has_drifted(self, rows: Sequence[tuple[int, Sequence[float]]]) -> None:
+        """Never: its labels stay what they are."""
 
 
 def _generators(numbers: list[int], *, seed: int) -> list[torch.Generator]:
