@@ -20,7 +20,6 @@ from pipeline.params.base import (
     NumWorkers,
     PredictionParams,
     Probability,
-    RelaxedLocation,
     RelaxedPath,
     Section,
     Seed,
@@ -28,19 +27,7 @@ from pipeline.params.base import (
     Text,
 )
 from pipeline.params.benches import BenchParams
-
-
-class SourceParams(Section):
-    """One pool of unlabelled images.
-
-    `folder`: a tree of image files below `root`. `webdataset`: tars below `root` that match
-    `pattern` (braces allowed). `parquet`: files below `root` that match `pattern`, with a column of
-    image bytes. `root` may be a URL that fsspec knows: s3://bucket/folder, gs://bucket/folder.
-    """
-
-    format: Literal["folder", "webdataset", "parquet"] = "folder"
-    root: RelaxedLocation
-    pattern: str = ""
+from pipeline.params.sources import SourceParams
 
 
 class EmbedParams(Section):
