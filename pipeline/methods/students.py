@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
+
+from pydantic import model_validator
 
 from pipeline.errors import PipelineError
 from pipeline.formats.predictions import Segmentation
+from pipeline.methods.dense import DenseClipParams, DenseClipRecipe
 from pipeline.params.base import (
     Count,
     EncoderParams,
@@ -19,16 +23,18 @@ from pipeline.params.base import (
     NumWorkers,
     Positive,
     PredictionSettings,
+    Probability,
     RelaxedPath,
     Section,
     Templates,
+    Text,
 )
-from pipeline.training.settings import Composition, TargetSettings
+from pipeline.params.benches import TrainingDataParams
+from pipeline.params.sources import SourceParams
+from pipeline.training.settings import Augmentation, Composition, TargetSettings
 from pipeline.vocabulary.categories import Names
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -59,13 +65,14 @@ class Student(Protocol):
         config: what a checkpoint says of the network, representable in JSON: at least its
             `architecture`.
         fingerprint: of the weights that training starts from.
-        milestones: updates of the weights -> name of the folder, inside that of the checkpoint, in
-            which the checkpoint after so many is kept.
     """
 
     config: dict[str, Any]
     fingerprint: str
-    milestones: Mapping[int, str]
+
+    @property
+    def milestones(self) -> Mapping[int, str]:
+        """Updates of the weights -> folder, in that of the checkpoint, of the one kept then."""
 
     @property
     def network(self) -> nn.Module:
@@ -315,6 +322,13 @@ class DenseClipPlusParams(Augmentation, StudentParams):
         return self
 
     @property
+    def labeller(self) -> DenseClipParams:
+        """DenseCLIP as it guides."""
+        return DenseClipParams(
+            encoder=self.encoder, templates=self.templates, **self.guide.model_dump()
+        )
+
+    @property
     def needs_labels(self) -> bool:
         return self.teacher == "stored"
 
@@ -355,6 +369,12 @@ def pasted_samples(params: TrainParams, inputs: TrainingInputs) -> TrainingData:
     return TrainingSet(archives, params, seed=inputs.runtime.seed, length=inputs.length)
 
 
+def _whole_images(params: DenseClipPlusParams, inputs: TrainingInputs) -> TrainingData:
+    from pipeline.training.images import whole_images
+
+    return whole_images(params, inputs)
+
+
 def _train_zutis(params: ZutisParams, names: Names, runtime: Runtime) -> Student:
     from pipeline.models.zutis.student import ZutisStudent
 
@@ -369,9 +389,37 @@ def _load_zutis(
     return load_zutis(folder, config, names, runtime)
 
 
+def _train_plus(params: DenseClipPlusParams, names: Names, runtime: Runtime) -> Student:
+    from pipeline.models.clip import load_clip
+    from pipeline.models.dense.denseclip import DenseClip
+    from pipeline.models.plus.student import fresh_plus
+
+    encoder = load_clip(
+        params.encoder, runtime.device, cache_dir=runtime.cache_dir, field="train.encoder"
+    )
+    return fresh_plus(
+        params,
+        names,
+        encoder,
+        make_teacher=lambda text: DenseClip(encoder, text, params.labeller).eval(),
+        runtime=runtime,
+    )
+
+
+def _load_plus(
+    folder: Path, config: CheckpointConfig, names: Names, runtime: Runtime
+) -> TrainedStudent:
+    from pipeline.models.plus.predictor import load_plus
+
+    return load_plus(folder, config, names, runtime)
+
+
 STUDENTS = {
     "zutis": StudentMethod(
         ZutisParams, pasted_samples, _train_zutis, _load_zutis, gives_objects=True
+    ),
+    "denseclip_plus": StudentMethod(
+        DenseClipPlusParams, _whole_images, _train_plus, _load_plus, gives_objects=False
     ),
 }
 

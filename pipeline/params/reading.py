@@ -23,7 +23,8 @@ from pipeline.params.sections import Params
 
 AnySection = TypeVar("AnySection", bound=Section)
 Location = tuple[str | int, ...]
-DATA = "data"  # the key of `TrainingDataParams` in a section
+DATA, BENCH = "data", "bench"  # the keys of `TrainingDataParams`, `BenchParams` in a section
+UNIONS = (BenchParams, get_args(BenchParams)[0], get_args(TrainingDataParams)[0])
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,8 @@ def _messages(
         elif item["type"] in ("model_type", "model_attributes_type"):
             yield f"{head}expected `key: value` lines, got {item['input']!r}"
         else:
-            yield f"{head}{item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
+            got = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
+            yield f"{head}{item['msg'].removeprefix('Value error, ')}{got}"
 
 
 def _is_format(location: Sequence[str | int], place: int) -> bool:
@@ -183,7 +185,8 @@ def _is_format(location: Sequence[str | int], place: int) -> bool:
     part = location[place]
     if location[0] == "benches" and place == 2:
         return part in FORMATS
-    return place > 0 and location[place - 1] == DATA and (part in DATA_FORMATS or part == ARCHIVES)
+    chosen = place > 0 and location[place - 1] in (DATA, BENCH)
+    return chosen and (part in DATA_FORMATS or part == ARCHIVES)
 
 
 def _wrong_format(name: str, key: str, value: Any, *, is_data: bool) -> str:
@@ -215,13 +218,13 @@ def _suggestion(model: Any, location: Location) -> str:
     for part in location[:-1]:
         if _is_union_branch(part):
             continue
-        if section in (BenchParams, get_args(TrainingDataParams)[0]):
+        if section in UNIONS:
             section = DATA_FORMATS[str(part)]
         elif get_origin(section) in (dict, list):
             section = get_args(section)[-1]
         else:
             section = section.model_fields[part].annotation
-            if isinstance(section, UnionType):  # a section, or null or a text
+            if isinstance(section, UnionType) and section not in UNIONS:  # a section, or null or a text
                 section, _ = get_args(section)
             elif get_origin(section) is SerializeAsAny:
                 (section,) = get_args(section)

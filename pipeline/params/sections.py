@@ -12,7 +12,7 @@ from pydantic import Field, SerializeAsAny
 
 from pipeline.methods.dense import DenseClipParams, PseudoLabelParams
 from pipeline.methods.masks import MaskParams, SelfMaskParams
-from pipeline.methods.students import TrainParams, ZutisParams
+from pipeline.methods.students import DenseClipPlusParams, StudentParams, ZutisParams
 from pipeline.params.base import (
     Count,
     EncoderParams,
@@ -86,6 +86,16 @@ class WorldParams(Section):
     size: Annotated[int, Field(ge=32)] = 96
 
 
+class PlusParams(Section):
+    """A DenseCLIP+ beside the network of `train`: how it is trained, and what scores it.
+
+    `bench` scores the teacher too, and the network at its switch to self-training.
+    """
+
+    train: DenseClipPlusParams
+    bench: BenchParams
+
+
 class Params(Section):
     """All of params.yaml.
 
@@ -106,7 +116,8 @@ class Params(Section):
     retrieve: RetrieveParams = RetrieveParams()
     mask: SerializeAsAny[MaskParams] = SelfMaskParams()
     pseudo_label: SerializeAsAny[PseudoLabelParams] = DenseClipParams()
-    train: SerializeAsAny[TrainParams] = ZutisParams()
+    train: SerializeAsAny[StudentParams] = ZutisParams()
+    plus: dict[EntryName, PlusParams] = {}
     evaluate: EvaluateParams = EvaluateParams()
     benches: dict[EntryName, BenchParams] = {}
     audits: dict[EntryName, AuditParams] = {}

@@ -16,6 +16,7 @@ from pipeline.formats.predictions import Segmentation
 from pipeline.models.clip import label_embeddings, load_clip
 from pipeline.models.layers.interpolate import upsample
 from pipeline.models.plus.network import PlusNetwork, build_plus
+from pipeline.models.plus.student import LABEL_0
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
 from pipeline.models.weights.weights import hash_tensors, load_state, load_strict
 from pipeline.params.base import PredictionSettings
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
     from pipeline.vocabulary.categories import Names
 
-LABEL_0 = "label_0"  # entry of a checkpoint's architecture: what its row for label id 0 is
 
 
 def load_plus(

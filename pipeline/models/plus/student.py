@@ -5,8 +5,9 @@ Letters: B images, H W pixels, C text embedding, R rows of the classifier.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from pipeline.errors import PipelineError, did_you_mean
 from pipeline.formats.labels import IGNORE_INDEX, UNLABELLED
+from pipeline.models.clip import ClipEncoder, label_embeddings
 from pipeline.models.layers.interpolate import upsample
+from pipeline.models.plus.backbones import backbone_statistics, load_backbone
 from pipeline.models.plus.labels import doubtful_void, fill_unlabelled, own_labels
-from pipeline.models.plus.network import PlusNetwork
+from pipeline.models.plus.network import PlusNetwork, build_plus
 from pipeline.models.plus.schedule import poly_lr
+from pipeline.models.weights.weights import hash_tensors
+from pipeline.models.weights.zoo import resolve_weights
+from pipeline.vocabulary.prompts import templates
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
@@ -31,6 +38,7 @@ MOMENTUM = 0.9
 DRIFT_ROWS = 5  # lines of the log whose mean is compared
 GUIDED = "guided"  # folder of the checkpoint at the switch
 WATCHED = ("agreement", "entropy")
+LABEL_0 = "label_0"  # entry of a checkpoint's architecture: what its row for label id 0 is
 
 
 class PlusStudent:
@@ -195,6 +203,68 @@ class PlusStudent:
             numbers, confidence = self._teacher.label(images)
         labels = torch.tensor(self._candidates, device=numbers.device)[numbers]
         return doubtful_void(labels, confidence, self._params.confidence_threshold)
+
+
+def fresh_plus(
+    params: DenseClipPlusParams,
+    names: Names,
+    encoder: ClipEncoder,
+    *,
+    make_teacher: Callable[[Tensor], DenseLabeller],
+    runtime: Runtime,
+) -> PlusStudent:
+    """The student of some params, as training starts from it.
+
+    Args:
+        params: section `train`.
+        names: categories and background.
+        encoder: the CLIP that guides; frozen.
+        make_teacher: DenseCLIP from text embeddings (1 + K, C) by label id.
+        runtime: device, precision, cache folder of weights.
+
+    Raises:
+        PipelineError: a category of `unseen` that is none, a name that the encoder does not know,
+            or weights of the backbone that are missing or do not fit.
+    """
+    for name in params.unseen:
+        if name not in names.categories:
+            close = did_you_mean(name, list(names.categories))
+            raise PipelineError(f"train.unseen: {name!r} is not among the categories; {close}")
+    encoder.visual.requires_grad_(False)
+    text = label_embeddings(
+        encoder,
+        background=names.background,
+        categories=names.categories,
+        templates=templates(params.templates),
+    )
+    mean, std = backbone_statistics(params.backbone)
+    num_rows = len(names.categories) + (params.background != "none")
+    architecture = {
+        "backbone": params.backbone,
+        "output_stride": params.output_stride,
+        "head": params.head,
+        "channels": text.shape[1],
+        "background": params.background == "learned" and params.classifier == "text",
+        "num_classes": num_rows if params.classifier == "learned" else None,
+        "mean": list(mean),
+        "std": list(std),
+    }
+    network = build_plus(**architecture)
+    if params.backbone_weights is not None:
+        path = resolve_weights(params.backbone_weights, runtime.cache_dir)
+        load_backbone(network.backbone, path)
+    hasher = hashlib.sha256()
+    hash_tensors(hasher, {**network.state_dict(), "text": text})
+    return PlusStudent(
+        params,
+        names,
+        network,
+        text=text,
+        teacher=make_teacher(text) if params.teacher == "online" else None,
+        config={"architecture": {**architecture, LABEL_0: params.background}},
+        fingerprint=f"{hasher.hexdigest()} {encoder.fingerprint()}",
+        runtime=runtime,
+    )
 
 
 def candidates(params: DenseClipPlusParams, categories: Sequence[str]) -> list[int]:
