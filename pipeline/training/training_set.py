@@ -19,7 +19,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.errors import PipelineError, listing
+from pipeline.errors import PipelineError
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import ImageError, decode_png, load_image
 from pipeline.formats.labels import BACKGROUND
@@ -171,16 +171,7 @@ class Archives:
                 f"{error} (train.labels, which target {self._settings.target} reads, is the folder "
                 "that `pipeline pseudo_label` writes)"
             ) from None
-        if labels.categories != list(categories):
-            raise PipelineError(
-                f"{labels_dir}: labels of other categories than those of params.yaml: "
-                f"{listing(labels.categories)}; run `pipeline pseudo_label` again"
-            )
-        if missing := [key for key in self._store.keys if key not in labels]:
-            raise PipelineError(
-                f"{labels_dir}: no labels of {len(missing)} of {len(self._store)} masks, such as "
-                f"{missing[0]}; run `pipeline pseudo_label` again"
-            )
+        labels.check(categories, self._store.keys)
         return labels
 
     def _sort(self, free_for_samples: int, free_for_masks: int) -> None:
