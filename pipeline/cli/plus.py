@@ -1,4 +1,4 @@
-"""DenseCLIP+ beside the network of `train`: trained and scored, with its teacher, by one command."""
+"""DenseCLIP+ beside the network of `train`: trained, and scored with its teacher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pipeline.cli.common import PATHS, Session, try_outputs
 from pipeline.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from pipeline.methods.students import DenseClipPlusParams
     from pipeline.params.sections import PlusParams
 
 plus_app = typer.Typer()

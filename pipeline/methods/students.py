@@ -6,7 +6,7 @@ here its params and an entry in `STUDENTS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
@@ -121,6 +121,9 @@ class TrainingData(Protocol):
     @property
     def fingerprint(self) -> Any:
         """Of what they are made from, representable in JSON."""
+
+    def skipped(self) -> Iterable[tuple[str, str]]:
+        """Name and reason of what could not be read so far."""
 
     def __len__(self) -> int: ...
 
@@ -370,9 +373,30 @@ def pasted_samples(params: TrainParams, inputs: TrainingInputs) -> TrainingData:
 
 
 def _whole_images(params: DenseClipPlusParams, inputs: TrainingInputs) -> TrainingData:
-    from pipeline.training.images import whole_images
+    from pipeline.benchmarks.opening import open_truth
+    from pipeline.training.images import AnnotatedPool, ArchivePool, PlusSet, Pool, SourcePool
 
-    return whole_images(params, inputs)
+    data, names = params.data, inputs.names
+    pool: Pool
+    if isinstance(data, str):
+        pool = ArchivePool(
+            inputs.masks_dir,
+            inputs.labels_dir if params.needs_labels else None,
+            categories=names.categories,
+            background=params.background != "none",
+            confidence_threshold=params.confidence_threshold,
+        )
+    elif isinstance(data, SourceParams):
+        pool = SourcePool("train.data", data, field="train.data")
+    else:
+        pool = AnnotatedPool(
+            open_truth(data, names.background, field="train.data"),
+            categories=names.categories,
+            unseen=params.unseen,
+            background=params.background != "none",
+            truth=params.setting,
+        )
+    return PlusSet(pool, params, seed=inputs.runtime.seed, length=inputs.length)
 
 
 def _train_zutis(params: ZutisParams, names: Names, runtime: Runtime) -> Student:

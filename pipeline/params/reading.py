@@ -224,7 +224,9 @@ def _suggestion(model: Any, location: Location) -> str:
             section = get_args(section)[-1]
         else:
             section = section.model_fields[part].annotation
-            if isinstance(section, UnionType) and section not in UNIONS:  # a section, or null or a text
+            if (
+                isinstance(section, UnionType) and section not in UNIONS
+            ):  # a section, or null or a text
                 section, _ = get_args(section)
             elif get_origin(section) is SerializeAsAny:
                 (section,) = get_args(section)

@@ -10,7 +10,7 @@ import random
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from torch.utils.data import Dataset
 
 from pipeline.benchmarks.example import Benchmark, Example
 from pipeline.errors import PipelineError, did_you_mean, listing
+from pipeline.files import digest
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import ImageError, load_image
 from pipeline.formats.labels import BACKGROUND, IGNORE_INDEX, LABEL_TYPE, UNLABELLED, LabelMap
-from pipeline.formats.shards import open_samples
+from pipeline.formats.shards import open_samples, read_manifest
 from pipeline.formats.sources import SourceSpec, image_name, list_images, read_image
 from pipeline.training.augmentation import augment
 from pipeline.training.settings import Augmentation, Truth
@@ -39,6 +40,14 @@ Labelled = tuple[Image.Image, LabelMap]
 
 class Pool(Protocol):
     """Images by number; may be pickled, and sent to worker processes."""
+
+    @property
+    def fingerprint(self) -> Any:
+        """Of the files that it reads, representable in JSON."""
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What is odd about it."""
 
     def __len__(self) -> int: ...
 
@@ -68,6 +77,8 @@ class ArchivePool:
             lack an image.
     """
 
+    warnings: Sequence[str] = ()
+
     def __init__(
         self,
         masks_dir: Path,
@@ -87,6 +98,10 @@ class ArchivePool:
         self._labels = LabelStore(labels_dir) if labels_dir else None
         if self._labels is not None:
             self._labels.check(categories, [self._store.keys[index] for index in self._indices])
+        folders = [masks_dir, *([labels_dir] if labels_dir else [])]
+        self.fingerprint = [
+            shard["sha256"] for folder in folders for shard in read_manifest(folder)["shards"]
+        ]
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -119,6 +134,8 @@ class SourcePool:
         PipelineError: the source cannot be listed, or has no image.
     """
 
+    warnings: Sequence[str] = ()
+
     def __init__(
         self,
         name: str,
@@ -129,6 +146,7 @@ class SourcePool:
     ) -> None:
         self._images = list(list_images(name, source, field=field))
         self._max_pixels = max_pixels
+        self.fingerprint = digest([image.key for image in self._images])
 
     def __len__(self) -> int:
         return len(self._images)
@@ -192,6 +210,13 @@ class AnnotatedPool:
         self.warnings = list(benchmark.warnings)
         if lacking:
             self.warnings.append(f"the labelled set has no truth of {listing(lacking)}")
+        self.fingerprint = digest(
+            [
+                [path.name, path.stat().st_size]
+                for example in self._examples
+                for path in [example.image_path, *(head.path for head in example.mask_headers())]
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -239,30 +264,6 @@ def _truth_table(
     return table
 
 
-class JointPool:
-    """Several pools as one, in their order."""
-
-    def __init__(self, pools: Sequence[Pool]) -> None:
-        self._pools = list(pools)
-        self._ends = np.cumsum([len(pool) for pool in pools], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if self._ends.size else 0
-
-    def __getitem__(self, index: int) -> Labelled:
-        pool, rest = self._place(index)
-        return pool[rest]
-
-    def name(self, index: int) -> str:
-        pool, rest = self._place(index)
-        return pool.name(rest)
-
-    def _place(self, index: int) -> tuple[Pool, int]:
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        pool = self._pools[number]
-        return pool, index - int(self._ends[number]) + len(pool)
-
-
 class PlusSet(Dataset[Composed]):
     """Augmented training images of a pool; number i is a pure function of the seed and i.
 
@@ -286,6 +287,9 @@ class PlusSet(Dataset[Composed]):
         self._augmentation = augmentation
         self._seed = seed
         self._length = length
+        self.counts = {"images": len(pool)}
+        self.warnings = list(pool.warnings)
+        self.fingerprint = pool.fingerprint
         # Shared, so that worker processes can tell of theirs.
         self._is_unreadable = torch.zeros(len(pool), dtype=torch.bool).share_memory_()
 

@@ -19,7 +19,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listing
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import ImageError, decode_png, load_image
 from pipeline.formats.labels import BACKGROUND
@@ -310,6 +310,10 @@ class TrainingSet(Dataset[Composed]):
         if archives.unseen:
             shown = listing(archives.unseen)
             self.warnings.append(f"no image shows {shown}: training cannot learn them")
+
+    def skipped(self) -> Sequence[tuple[str, str]]:
+        """None: what cannot be read is an error, for the mask stage has read it."""
+        return []
 
     def __len__(self) -> int:
         return self._length

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from pipeline.vocabulary.categories import Names
 
 
-
 def load_plus(
     folder: Path, config: CheckpointConfig, names: Names, runtime: Runtime
 ) -> PlusPredictor:

@@ -6,9 +6,9 @@ from __future__ import annotations
 def poly_lr(
     base_lr: float, step: int, total_steps: int, *, power: float = 0.9, min_lr: float = 1e-4
 ) -> float:
-    """Rate of update `step` of `total_steps`: (base_lr - min_lr) (1 - step / total_steps)^power + min_lr.
+    """Rate of update `step` of `total_steps`.
 
-    As MMSegmentation's; ZUTIS's floor, which cuts the curve off, is another.
+    (base_lr - min_lr) (1 - step / total_steps)^power + min_lr, as MMSegmentation's; ZUTIS's floor, which cuts the curve off, is another.
 
     Raises:
         ValueError: `step` is none of the updates.

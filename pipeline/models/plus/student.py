@@ -1,4 +1,4 @@
-"""DenseCLIP+ under training, see `pipeline.methods.students.Student` (DenseCLIP paper, section 3.4).
+"""DenseCLIP+ under training (DenseCLIP paper, 3.4), see `pipeline.methods.students.Student`.
 
 Letters: B images, H W pixels, C text embedding, R rows of the classifier.
 """
