@@ -8,7 +8,8 @@ def poly_lr(
 ) -> float:
     """Rate of update `step` of `total_steps`.
 
-    (base_lr - min_lr) (1 - step / total_steps)^power + min_lr, as MMSegmentation's; ZUTIS's floor, which cuts the curve off, is another.
+    (base_lr - min_lr) (1 - step / total_steps)^power + min_lr,
+    as MMSegmentation's; ZUTIS's floor, which cuts the curve off, is another.
 
     Raises:
         ValueError: `step` is none of the updates.
