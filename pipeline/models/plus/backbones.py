@@ -242,3 +242,13 @@ def _counters(own: Collection[str], expected: Collection[str]) -> dict[str, Tens
         for name in counters
         if name not in own and name.replace("num_batches_tracked", "running_mean") in own
     }
+
+
+def backbone_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of R, G, B in [0, 1] that the published weights of a backbone expect.
+
+    Raises:
+        PipelineError: as `build_backbone`.
+    """
+    config = timm.get_pretrained_cfg(_timm_name(name))
+    return (*config.mean,), (*config.std,)
