@@ -7,13 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.scoring.confusion import (
-    ConfusionMatrix,
-    SizeIou,
-    harmonic_mean,
-    shares,
-    worst_pairs,
-)
+from pipeline.scoring.confusion import ConfusionMatrix, SizeIou, harmonic_mean, shares, worst_pairs
 
 
 def test_hand_made_scores() -> None:
