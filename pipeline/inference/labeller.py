@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.engine.runtime import Runtime
 from pipeline.files import digest
 from pipeline.formats.labels import LabelMap, label_map
+from pipeline.inference.confidence import confidence_map, find_name
 from pipeline.inference.inputs import to_tensor
 from pipeline.methods.dense import DenseLabeller, PseudoLabelParams, load_dense_labeller
 from pipeline.models.dense.labels import label_and_confidence
@@ -71,6 +74,19 @@ class Labeller:
     def fingerprint(self) -> str:
         """Of all that its labels depend on besides image and names, weights included."""
         return digest(self._all.settings)
+
+    @torch.no_grad()
+    def confidence(self, image: Image.Image, name: str) -> NDArray[np.float32]:
+        """Probability (H, W) of a name at each pixel of an RGB image.
+
+        Raises:
+            PipelineError: it is not among the names.
+        """
+        number = find_name(name, self.names.categories) + 1 - self._first
+        pixels = to_tensor(image, self._settings, patch_size=self._model.patch_size)
+        with self._runtime.autocast():
+            scores = self._model.scores(pixels[None].to(self._runtime.device))
+        return confidence_map(scores, number, image, scale=self._model.logit_scale)
 
     def select(self, categories: Sequence[str]) -> Labeller:
         """A labeller for some of the categories, which shares the networks.

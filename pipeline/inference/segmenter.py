@@ -12,12 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.engine.batching import equal_size_batches
 from pipeline.engine.runtime import Runtime, make_runtime
 from pipeline.formats.labels import LabelMap
 from pipeline.formats.predictions import Instance
+from pipeline.inference.confidence import confidence_map, find_name
 from pipeline.inference.inputs import ImageInput, to_rgb, to_tensor
 from pipeline.methods.students import TrainedStudent, trained_student
 from pipeline.models.weights.checkpoint import read_checkpoint_config
@@ -129,3 +132,18 @@ class Segmenter:
             for index, (semantic, instances) in zip(members, found, strict=True):
                 predictions[index] = Prediction(semantic, instances, self.categories)
         return [predictions[index] for index in range(len(pictures))]
+
+    @torch.no_grad()
+    def confidence(self, image: ImageInput, name: str) -> NDArray[np.float32]:
+        """Probability (H, W) in [0, 1] of a name at each pixel of an image.
+
+        Raises:
+            ImageError: as a call.
+            PipelineError: it is not among `categories`.
+        """
+        first = 0 if self.settings.background else 1
+        number = find_name(name, self.categories) + 1 - first
+        picture = to_rgb(image)
+        pixels = to_tensor(picture, self.settings, patch_size=self.student.patch_size)
+        scores = self.student.scores(pixels[None])[:, first:]
+        return confidence_map(scores, number, picture, scale=self.student.logit_scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from pipeline.ablations.results import protocol_of, value_at
 from pipeline.params.base import Section
 from pipeline.params.reading import read_section
+from pipeline.presets import list_benches
 from pipeline.report.inputs import NO_VALUE, is_number, read_object, score
 
 NOT_RUN = "not run"
@@ -32,7 +33,8 @@ class OurRow(Section):
     Attributes:
         model: name of the row.
         backbone: its encoder.
-        metrics: pattern of a metrics file's name; `{column}` stands for the column.
+        metrics: pattern of a metrics file's name, or a shipped benchmark with all of its results,
+            however they differ; `{column}` stands for the column.
         images: number of images that must have been scored.
         protocol: lines that the file's protocol must have, with one value or one of several.
         values: column -> key in the file, dots reach into it.
@@ -82,9 +84,10 @@ class PublishedResults(Section):
 
 @dataclass(frozen=True)
 class _File:
-    """A metrics file."""
+    """A metrics file, and the shipped benchmark that it is of, if it is of one."""
 
     name: str
+    bench: str
     metrics: Mapping[str, Any]
     protocol: Mapping[str, str]
 
@@ -105,14 +108,17 @@ def read_published(path: Path, metrics_dir: Path) -> dict[str, dict[str, Any]]:
     """
     if not path.is_file():
         return {}
-    files = [_read_file(file) for file in sorted(metrics_dir.glob("*.json"))]
+    shipped = [bench for bench, _ in list_benches()]
+    files = [_read_file(file, shipped) for file in sorted(metrics_dir.glob("*.json"))]
     tables = read_section(path, PublishedResults).tables
     return {table.id: _table(table, files) for table in tables}
 
 
-def _read_file(path: Path) -> _File:
+def _read_file(path: Path, shipped: Sequence[str]) -> _File:
+    """Args: shipped: names of benchmarks; a result is called BENCH or BENCH_DIFFERENCES."""
     metrics = read_object(path)
-    return _File(path.stem, metrics, protocol_of(metrics))
+    benches = [bench for bench in shipped if f"{path.stem}_".startswith(f"{bench}_")]
+    return _File(path.stem, max(benches, key=len, default=""), metrics, protocol_of(metrics))
 
 
 def _table(table: PublishedTable, files: list[_File]) -> dict[str, Any]:
@@ -152,8 +158,9 @@ def _row(row: PublishedRow | OurRow, cells: list[str], *, is_ours: bool) -> dict
 
 
 def _has_name(file: _File, ours: OurRow, column: str) -> bool:
+    wanted = ours.metrics.replace("{column}", column)
     is_asked_for = column in ours.values
-    return is_asked_for and fnmatchcase(file.name, ours.metrics.replace("{column}", column))
+    return is_asked_for and (file.bench == wanted or fnmatchcase(file.name, wanted))
 
 
 def _cell(files: list[_File], ours: OurRow, column: str) -> str:

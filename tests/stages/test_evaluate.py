@@ -821,3 +821,32 @@ def test_objects_score_as_cocos_own_tool_scores_the_stored_results(
         for key, value in zip(keys, evaluation.stats, strict=False):
             expected = None if value < 0 else pytest.approx(100 * value, abs=0.0051)
             assert not key or metrics[key] == expected
+
+
+def test_the_confusion_matrix_is_written_as_table_and_picture(bench: Bench, tmp_path: Path) -> None:
+    swapped = {name: np.array([0, 2, 1, 3])[p.semantic] for name, p in bench.predictions.items()}
+    bench.write({name: (labels, labels) for name, labels in swapped.items()})
+    metrics = bench.evaluate(tmp_path / "out", unseen=["bird"])
+    header, *rows = read_csv(tmp_path / "out/plots/tiny_confusion.csv")
+    assert header == ["category", "background", *CATEGORIES]
+    assert [row[0] for row in rows] == header[1:]
+    found = np.array([row[1:] for row in rows], dtype=int)
+    counts = ConfusionMatrix(4)
+    for name, prediction in bench.predictions.items():
+        counts.update(target=swapped[name], prediction=prediction.semantic)
+    np.testing.assert_array_equal(found, counts.counts)
+    assert metrics["pixel_acc"] == pytest.approx(100 * np.trace(found) / found.sum(), abs=0.0051)
+    seen = found[:3]
+    share = 100 * np.trace(seen) / seen.sum()
+    assert metrics["pixel_acc_seen"] == pytest.approx(share, abs=0.0051)
+    with Image.open(tmp_path / "out/plots/tiny_confusion.png") as picture:
+        picture.load()
+        assert min(picture.size) > 100
+
+    bench.evaluate(tmp_path / "bare", background=False, metrics=["semantic"])
+    assert read_csv(tmp_path / "bare/plots/tiny_confusion.csv")[0] == ["category", *CATEGORIES]
+    objects = bench.evaluate(tmp_path / "objects", metrics=["instance"])
+    assert "miou" not in objects
+    rows = read_csv(tmp_path / "objects/plots/tiny_confusion.csv")[1:]
+    assert {cell for row in rows for cell in row[1:]} == {"0"}
+    assert (tmp_path / "objects/plots/tiny_confusion.png").is_file()

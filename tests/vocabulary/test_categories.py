@@ -41,6 +41,12 @@ def test_every_file_is_a_known_set() -> None:
         "coco",
         "coco_seen65",
         "coco_stuff",
+        "concepts_car_brands",
+        "concepts_car_colours",
+        "concepts_celebrities",
+        "concepts_characters",
+        "concepts_sharpness",
+        "concepts_sports",
         "context",
         "cub",
         "demo",
@@ -100,3 +106,18 @@ def test_a_background_name_is_no_category() -> None:
 def test_messages_name_the_field() -> None:
     with pytest.raises(PipelineError, match=r"^benches\.voc\.categories: 'cat' is listed twice"):
         load_category_set(["cat", "cat"], field="benches.voc.categories")
+
+
+def test_the_concepts_of_denseclip_are_shipped() -> None:
+    concepts = {
+        name: load_category_set(name)
+        for name in category_set_names()
+        if name.startswith("concepts_")
+    }
+    assert concepts["concepts_characters"] == [
+        *("Batman", "Joker", "Mickey Mouse", "Donald Duck", "Mario", "Luigi")
+    ]
+    assert concepts["concepts_celebrities"] == ["Bill Gates", "Steve Jobs"]
+    assert {"red car", "yellow car"} <= set(concepts["concepts_car_colours"])
+    for names in concepts.values():
+        assert load_category_set(names) == names

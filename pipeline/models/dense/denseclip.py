@@ -76,6 +76,11 @@ class DenseClip(nn.Module):
         """All that labels depend on besides image and names."""
         return {**self.params.recipe(), "weights": self._encoder.fingerprint()}
 
+    @property
+    def logit_scale(self) -> float | None:
+        """Factor of the scores in their softmax; None after key smoothing."""
+        return self.params.logit_scale if self.params.key_smoothing is None else None
+
     def select(self, label_ids: Sequence[int]) -> DenseClip:
         """The same for some label ids, in this order."""
         return DenseClip(self._encoder, self.text[list(label_ids)], self.params).eval()
@@ -114,8 +119,7 @@ class DenseClip(nn.Module):
     def label(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> label ids (B, H, W) int64, confidence (B, H, W)."""
         height, width = images.shape[-2:]
-        scale = self.params.logit_scale if self.params.key_smoothing is None else None
-        return label_and_confidence(self(images), (height, width), scale=scale)
+        return label_and_confidence(self(images), (height, width), scale=self.logit_scale)
 
 
 def load_denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> DenseClip:

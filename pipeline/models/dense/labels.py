@@ -5,6 +5,8 @@ Letters: B images, H W pixels, K label ids, h w grid of patches.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,19 +37,62 @@ def label_and_confidence(
     Returns:
         Label ids (B, H, W), int64, and confidence (B, H, W) in [0, 1], float32.
     """
-    step = max(1, max_elements // (len(scores) * size[0] * size[1]))
     best = scores.new_full((len(scores), *size), -torch.inf)
     label = torch.zeros_like(best, dtype=torch.int64)
-    total = torch.full_like(best, -torch.inf) if scale is not None else torch.zeros_like(best)
-    for start in range(0, scores.shape[1], step):
-        part = F.interpolate(scores[:, start : start + step], size=size, mode="bilinear")
+    total = _no_total(best, scale)
+    for start, part in _upsampled(scores, size, max_elements):
         part_best, part_label = part.max(dim=1)
         label = torch.where(part_best > best, part_label + start, label)
         best = torch.maximum(best, part_best)
-        if scale is not None:
-            total = torch.logaddexp(total, (scale * part).logsumexp(dim=1))
-        else:
-            total += part.clamp(min=0).sum(dim=1)
-    if scale is not None:
-        return label, (scale * best - total).exp().clamp(max=1)
-    return label, (best.clamp(min=0) / total.clamp(min=torch.finfo(total.dtype).tiny)).clamp(max=1)
+        total = _add(total, part, scale)
+    return label, _share(best, total, scale)
+
+
+def probability(
+    scores: Tensor,
+    number: int,
+    size: tuple[int, int],
+    *,
+    scale: float | None = LOGIT_SCALE,
+    max_elements: int = UPSAMPLED_ELEMENTS,
+) -> Tensor:
+    """Probability of one label at every pixel, (B, H, W) float32; see `label_and_confidence`.
+
+    Args:
+        scores: (B, K, h, w).
+        number: of the label, from 0.
+        size: (H, W).
+        scale: as there; where the label wins, this is its confidence.
+        max_elements: as there.
+    """
+    own = F.interpolate(scores[:, number : number + 1], size=size, mode="bilinear")[:, 0]
+    total = _no_total(own, scale)
+    for _, part in _upsampled(scores, size, max_elements):
+        total = _add(total, part, scale)
+    return _share(own, total, scale)
+
+
+def _upsampled(
+    scores: Tensor, size: tuple[int, int], max_elements: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Scores of some labels at a time (B, k, H, W), and the number of their first."""
+    step = max(1, max_elements // (len(scores) * size[0] * size[1]))
+    for start in range(0, scores.shape[1], step):
+        yield start, F.interpolate(scores[:, start : start + step], size=size, mode="bilinear")
+
+
+def _no_total(like: Tensor, scale: float | None) -> Tensor:
+    return torch.full_like(like, -torch.inf) if scale is not None else torch.zeros_like(like)
+
+
+def _add(total: Tensor, part: Tensor, scale: float | None) -> Tensor:
+    if scale is None:
+        return total + part.clamp(min=0).sum(dim=1)
+    return torch.logaddexp(total, (scale * part).logsumexp(dim=1))
+
+
+def _share(score: Tensor, total: Tensor, scale: float | None) -> Tensor:
+    """What a score is of the total, in [0, 1]."""
+    if scale is None:
+        return (score.clamp(min=0) / total.clamp(min=torch.finfo(total.dtype).tiny)).clamp(max=1)
+    return (scale * score - total).exp().clamp(max=1)
