@@ -12,7 +12,7 @@ from pipeline.files import digest
 from pipeline.formats.labels import LabelMap, label_map
 from pipeline.inference.inputs import to_tensor
 from pipeline.methods.dense import DenseLabeller, PseudoLabelParams, load_dense_labeller
-from pipeline.models.dense.labels import label_and_confidence
+from pipeline.models.layers.interpolate import upsampled_labels
 from pipeline.params.base import PredictionSettings
 from pipeline.vocabulary.categories import Names, unasked_names
 
@@ -40,7 +40,7 @@ class Labeller:
         self.names = names
         self.params = params
         self._all = model
-        self._settings = settings
+        self.settings = settings
         self._runtime = runtime
         self._first = 0 if settings.background else 1
         label_ids = range(self._first, 1 + len(names.categories))
@@ -83,15 +83,16 @@ class Labeller:
             self._all.select([0, *(1 + known.index(name) for name in categories)]),
             Names(list(categories), self.names.background),
             params=self.params,
-            settings=self._settings,
+            settings=self.settings,
             runtime=self._runtime,
         )
 
     @torch.no_grad()
     def labels(self, image: Image.Image) -> LabelMap:
         """Label ids (H, W) of an RGB image, 0 is background."""
-        pixels = to_tensor(image, self._settings, patch_size=self._model.patch_size)
+        pixels = to_tensor(image, self.settings, patch_size=self._model.patch_size)
         with self._runtime.autocast():
             scores = self._model.scores(pixels[None].to(self._runtime.device)).float()
-        labels, _ = label_and_confidence(scores, (image.height, image.width))
+        through = [pixels.shape[1:]] if self.settings.upsampling == "published" else []
+        labels = upsampled_labels(scores, *through, (image.height, image.width))
         return label_map(labels[0].cpu().numpy(), self._first)

@@ -6,11 +6,11 @@ Letters: B images, H W pixels, K label ids, h w grid of patches.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.models.layers.interpolate import UPSAMPLED_ELEMENTS, upsampled_parts
+
 LOGIT_SCALE = 100.0
-UPSAMPLED_ELEMENTS = 2**26
 
 
 def label_and_confidence(
@@ -35,12 +35,10 @@ def label_and_confidence(
     Returns:
         Label ids (B, H, W), int64, and confidence (B, H, W) in [0, 1], float32.
     """
-    step = max(1, max_elements // (len(scores) * size[0] * size[1]))
     best = scores.new_full((len(scores), *size), -torch.inf)
     label = torch.zeros_like(best, dtype=torch.int64)
     total = torch.full_like(best, -torch.inf) if scale is not None else torch.zeros_like(best)
-    for start in range(0, scores.shape[1], step):
-        part = F.interpolate(scores[:, start : start + step], size=size, mode="bilinear")
+    for start, part in upsampled_parts(scores, size, max_elements=max_elements):
         part_best, part_label = part.max(dim=1)
         label = torch.where(part_best > best, part_label + start, label)
         best = torch.maximum(best, part_best)
