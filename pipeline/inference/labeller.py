@@ -40,7 +40,7 @@ class Labeller:
         self.names = names
         self.params = params
         self._all = model
-        self.settings = settings
+        self._settings = settings
         self._runtime = runtime
         self._first = 0 if settings.background else 1
         label_ids = range(self._first, 1 + len(names.categories))
@@ -83,16 +83,16 @@ class Labeller:
             self._all.select([0, *(1 + known.index(name) for name in categories)]),
             Names(list(categories), self.names.background),
             params=self.params,
-            settings=self.settings,
+            settings=self._settings,
             runtime=self._runtime,
         )
 
     @torch.no_grad()
     def labels(self, image: Image.Image) -> LabelMap:
         """Label ids (H, W) of an RGB image, 0 is background."""
-        pixels = to_tensor(image, self.settings, patch_size=self._model.patch_size)
+        pixels = to_tensor(image, self._settings, patch_size=self._model.patch_size)
         with self._runtime.autocast():
             scores = self._model.scores(pixels[None].to(self._runtime.device)).float()
-        through = [pixels.shape[1:]] if self.settings.upsampling == "published" else []
+        through = [pixels.shape[1:]] if self._settings.upsampling == "published" else []
         labels = upsampled_labels(scores, *through, (image.height, image.width))
         return label_map(labels[0].cpu().numpy(), self._first)

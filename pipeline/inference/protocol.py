@@ -19,7 +19,7 @@ from pipeline.vocabulary.categories import unasked_names
 
 DIGITS = 12
 # Named where they are another, so that what is known of other predictions reads as before.
-USUAL = {"upsampling": "direct", "rounding": "down", "corruption_channels": "rgb"}
+USUAL = {"corruption_channels": "rgb", "rounding": "down", "upsampling": "direct"}
 
 
 def bench_protocol(
@@ -59,7 +59,7 @@ def bench_protocol(
         "resize_to": settings.resize_to,
         "max_side": settings.max_side,
         "whole_patches": settings.whole_patches,
-        **_unusual(rounding=settings.rounding),
+        **_unusual(rounding=settings.rounding, upsampling=settings.upsampling),
         "void": "not scored",
         "sliding_window": False,
         "refinement": "none",
@@ -90,7 +90,6 @@ def labeller_protocol(labeller: Labeller) -> dict[str, Any]:
         "encoder": _encoder_tag(params.encoder),
         "background": ", ".join(labeller.names.background),
         **params.recipe(),
-        **_unusual(upsampling=labeller.settings.upsampling),
     }
 
 
