@@ -327,6 +327,7 @@ def test_dvc_reads_the_dag_with_every_preset(tmp_path: Path, preset: str) -> Non
 
 SMALL: dict[str, Any] = {
     "device": "cpu",
+    "precision": "bfloat16",
     "k": 3,
     "worlds.demo": {"index_images": 40, "bench_images": 6, "size": 48},
     "retrieve.num_negatives": 4,

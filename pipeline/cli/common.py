@@ -80,15 +80,24 @@ class Session:
 
         seed_generators(self.params.seed)
         params = self.params
-        return make_runtime(device=params.device, seed=params.seed, threads=params.threads)
+        return make_runtime(
+            device=params.device,
+            precision=params.precision,
+            seed=params.seed,
+            threads=params.threads,
+        )
 
     def executor(self) -> Executor:
         """Where the shards of a stage are made."""
         if self.executor_name == "ray":
             from pipeline.engine.ray_executor import RayExecutor
 
+            params = self.params
             return RayExecutor(
-                device=self.params.device, seed=self.params.seed, workers=self.ray_workers
+                device=params.device,
+                precision=params.precision,
+                seed=params.seed,
+                workers=self.ray_workers,
             )
         from pipeline.engine.shard_run import LocalExecutor
 

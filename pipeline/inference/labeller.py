@@ -15,7 +15,7 @@ from pipeline.formats.labels import LabelMap, label_map
 from pipeline.inference.confidence import confidence_map, find_name
 from pipeline.inference.inputs import to_tensor
 from pipeline.methods.dense import DenseLabeller, PseudoLabelParams, load_dense_labeller
-from pipeline.models.dense.labels import label_and_confidence
+from pipeline.models.layers.interpolate import upsampled_labels
 from pipeline.params.base import PredictionSettings
 from pipeline.vocabulary.categories import Names, unasked_names
 
@@ -109,5 +109,6 @@ class Labeller:
         pixels = to_tensor(image, self._settings, patch_size=self._model.patch_size)
         with self._runtime.autocast():
             scores = self._model.scores(pixels[None].to(self._runtime.device)).float()
-        labels, _ = label_and_confidence(scores, (image.height, image.width))
+        through = [pixels.shape[1:]] if self._settings.upsampling == "published" else []
+        labels = upsampled_labels(scores, *through, (image.height, image.width))
         return label_map(labels[0].cpu().numpy(), self._first)

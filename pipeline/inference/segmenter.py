@@ -67,6 +67,7 @@ class Segmenter:
         *,
         categories: Sequence[str] | None = None,
         device: str = "auto",
+        precision: str = "auto",
         settings: PredictionSettings | None = None,
         runtime: Runtime | None = None,
     ) -> Segmenter:
@@ -78,14 +79,15 @@ class Segmenter:
             categories: any names; None for those the checkpoint was trained with. A name that was
                 background in training is not any more.
             device: auto, cpu or cuda.
+            precision: see `make_runtime`.
             settings: see `PredictionSettings`.
-            runtime: takes the place of `device`.
+            runtime: takes the place of `device` and `precision`.
 
         Raises:
             PipelineError: no checkpoint, one of another architecture, or a name that is empty,
                 repeated or unknown to the text encoder.
         """
-        runtime = runtime or make_runtime(device=device)
+        runtime = runtime or make_runtime(device=device, precision=precision)
         folder = resolve_weights(checkpoint_dir, runtime.cache_dir)
         config = read_checkpoint_config(folder)
         categories = load_category_set(

@@ -84,7 +84,12 @@ def run(
             benchmark,
             store,
             image_miou=board.image_miou,
-            load=BenchImageReader(bench.corruption, bench_name=bench_name, seed=seed),
+            load=BenchImageReader(
+                bench.corruption,
+                channels=bench.corruption_channels,
+                bench_name=bench_name,
+                seed=seed,
+            ),
             count=overlays,
         )
         _write_per_class(out_dir / "plots" / f"{name}_per_class.csv", task, board)

@@ -105,13 +105,32 @@ def test_an_entry_has_its_papers_protocol(name: str) -> None:
     assert bench.format == "coca" or found[1] == expected[1]
 
 
+DENSECLIP = {
+    "voc20": "voc_denseclip",
+    "voc_unseen": "voc_denseclip",
+    "context59": "context",
+    "context_unseen": "context",
+    "coco_stuff": "coco_stuff",
+    "stuff_unseen": "coco_stuff",
+}
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_denseclips_benchmarks_alone_follow_its_code(name: str) -> None:
+    bench = read_bench(name)
+    found = (bench.rounding, bench.corruption_channels)
+    assert found == (("half_up", "bgr") if name in DENSECLIP else ("down", "rgb"))
+    if name in DENSECLIP:
+        assert bench.categories == DENSECLIP[name]
+
+
 def test_unseen_categories_are_those_of_denseclip() -> None:
     assert read_bench("voc_unseen").unseen == [
         "potted plant",
         "sheep",
         "sofa",
         "train",
-        "tv/monitor",
+        "tv monitor",
     ]
     assert len(read_bench("context_unseen").unseen) == 10
 

@@ -331,6 +331,41 @@ def test_input_sizes(
 
 
 @pytest.mark.parametrize(
+    ("size", "resize_to", "max_side", "expected"),
+    [
+        ((500, 333), 520, 520, (520, 346)),  # 346.32
+        ((500, 334), 520, 520, (520, 347)),  # 347.36
+        ((500, 331), 520, 520, (520, 344)),  # 344.24
+        ((332, 500), 520, 520, (345, 520)),  # 345.28
+        ((500, 375), 512, 2048, (683, 512)),  # 682.67
+        ((281, 500), 512, 2048, (512, 911)),  # 911.03
+        ((128, 125), 64, None, (66, 64)),  # 65.54
+        ((5, 4), 50, None, (63, 50)),  # 62.5
+        ((500, 375), None, None, (500, 375)),
+        ((4, 500), None, 250, (16, 250)),
+    ],
+)
+def test_sizes_rounded_half_up_are_those_of_mmcv(
+    size: tuple[int, int],
+    resize_to: int | None,
+    max_side: int | None,
+    expected: tuple[int, int],
+) -> None:
+    settings = PredictionSettings(resize_to=resize_to, max_side=max_side, rounding="half_up")
+    assert input_size(*size, settings, patch_size=16) == expected
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_cpu_predicts_in_every_precision(checkpoint_dir: Path, precision: str) -> None:
+    segmenter = Segmenter.load(checkpoint_dir, device="cpu", precision=precision)
+    plain = Segmenter.load(checkpoint_dir, device="cpu")
+    image = noise_image(3, 64, 48)
+    found, expected = segmenter(image).semantic, plain(image).semantic
+    assert found.shape == expected.shape
+    assert (found == expected).mean() > 0.9
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"categories": None}, "not the settings of a checkpoint"),
@@ -409,6 +444,7 @@ def test_params_become_settings_of_a_prediction() -> None:
         "resize_to": 64,
         "max_side": 128,
         "whole_patches": True,
+        "upsampling": "published",
         "region_majority": True,
     }
     assert PredictionSettings.of(EvaluateParams(**changed)) == PredictionSettings(**changed)

@@ -10,6 +10,7 @@ from pipeline.vocabulary.categories import category_set_names, load_category_set
     ("name", "size", "first", "last"),
     [
         ("voc", 20, "aeroplane", "tv/monitor"),
+        ("voc_denseclip", 20, "airplane", "tv monitor"),
         ("demo", 16, "airplane", "tv"),
         ("coco", 80, "person", "toothbrush"),
         ("coca", 80, "Accordion", "whisk"),
@@ -54,7 +55,14 @@ def test_every_file_is_a_known_set() -> None:
         "imagenet_s50",
         "imagenet_s919",
         "voc",
+        "voc_denseclip",
     ]
+
+
+def test_denseclips_names_of_voc_are_those_of_zutis_but_for_two() -> None:
+    pairs = zip(load_category_set("voc"), load_category_set("voc_denseclip"), strict=True)
+    differing = [pair for pair in pairs if pair[0] != pair[1]]
+    assert differing == [("aeroplane", "airplane"), ("tv/monitor", "tv monitor")]
 
 
 def test_own_names_keep_their_order_and_lose_blanks_around_them() -> None:

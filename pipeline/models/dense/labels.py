@@ -5,14 +5,12 @@ Letters: B images, H W pixels, K label ids, h w grid of patches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.models.layers.interpolate import UPSAMPLED_ELEMENTS, upsample, upsampled_parts
+
 LOGIT_SCALE = 100.0
-UPSAMPLED_ELEMENTS = 2**26
 
 
 def label_and_confidence(
@@ -40,7 +38,7 @@ def label_and_confidence(
     best = scores.new_full((len(scores), *size), -torch.inf)
     label = torch.zeros_like(best, dtype=torch.int64)
     total = _no_total(best, scale)
-    for start, part in _upsampled(scores, size, max_elements):
+    for start, part in upsampled_parts(scores, size, max_elements=max_elements):
         part_best, part_label = part.max(dim=1)
         label = torch.where(part_best > best, part_label + start, label)
         best = torch.maximum(best, part_best)
@@ -65,20 +63,11 @@ def probability(
         scale: as there; where the label wins, this is its confidence.
         max_elements: as there.
     """
-    own = F.interpolate(scores[:, number : number + 1], size=size, mode="bilinear")[:, 0]
+    own = upsample(scores[:, number : number + 1], size)[:, 0]
     total = _no_total(own, scale)
-    for _, part in _upsampled(scores, size, max_elements):
+    for _, part in upsampled_parts(scores, size, max_elements=max_elements):
         total = _add(total, part, scale)
     return _share(own, total, scale)
-
-
-def _upsampled(
-    scores: Tensor, size: tuple[int, int], max_elements: int
-) -> Iterator[tuple[int, Tensor]]:
-    """Scores of some labels at a time (B, k, H, W), and the number of their first."""
-    step = max(1, max_elements // (len(scores) * size[0] * size[1]))
-    for start in range(0, scores.shape[1], step):
-        yield start, F.interpolate(scores[:, start : start + step], size=size, mode="bilinear")
 
 
 def _no_total(like: Tensor, scale: float | None) -> Tensor:
