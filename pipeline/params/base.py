@@ -76,6 +76,8 @@ class PredictionParams(Section):
     where the published code drops the rest at the right and bottom and stretches the prediction.
     `region_majority` gives a connected region of foreground the category that more than half of its
     pixels have, if there is one: for encoders that outline better than they name.
+    `labeller_objects` says what an object of a dense labeller is: all pixels of a category
+    (`classes`), or each connected part of them (`components`).
     """
 
     threshold: Probability = 0.5
@@ -86,6 +88,7 @@ class PredictionParams(Section):
     max_side: Count | None = None
     whole_patches: bool = False
     region_majority: bool = False
+    labeller_objects: Literal["classes", "components"] = "classes"
 
 
 class PredictionSettings(PredictionParams):

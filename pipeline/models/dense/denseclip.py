@@ -80,17 +80,26 @@ class DenseClip(nn.Module):
         """The same for some label ids, in this order."""
         return DenseClip(self._encoder, self.text[list(label_ids)], self.params).eval()
 
+    @property
+    def logit_scale(self) -> float | None:
+        """Factor of the scores inside their softmax; None after key smoothing."""
+        return self.params.logit_scale if self.params.key_smoothing is None else None
+
     def scores(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w), see `forward`."""
         scores: Tensor = self(images)
         return scores
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w), float32.
 
         Scores are cosines; after key smoothing, smoothed probabilities.
         """
+        return self.scores_and_features(images)[0]
+
+    @torch.no_grad()
+    def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores as `forward` gives them, and the features (B, C, h, w) behind them, float32."""
         scale = self.params.logit_scale
         options = DenseOptions(
             published_activation=self.params.published_activation,
@@ -108,14 +117,13 @@ class DenseClip(nn.Module):
                 scores = key_smoothing(
                     scores, keys, self.params.key_smoothing, affinity=affinity, scale=scale
                 )
-        return scores
+        return scores, features
 
     @torch.no_grad()
     def label(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> label ids (B, H, W) int64, confidence (B, H, W)."""
         height, width = images.shape[-2:]
-        scale = self.params.logit_scale if self.params.key_smoothing is None else None
-        return label_and_confidence(self(images), (height, width), scale=scale)
+        return label_and_confidence(self(images), (height, width), scale=self.logit_scale)
 
 
 def load_denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> DenseClip:
