@@ -29,7 +29,8 @@ from pipeline.models.dense.denseclip import load_denseclip
 from pipeline.models.dense.labels import label_and_confidence
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, load_selfmask, save_selfmask
 from pipeline.params.base import EncoderParams
-from pipeline.params.sections import EmbedParams, SourceParams
+from pipeline.params.sections import EmbedParams
+from pipeline.params.sources import SourceParams
 from pipeline.stages import embed, mask, pseudo_label
 from pipeline.vocabulary.categories import Names
 from speed.bilateral import published_solve

@@ -15,18 +15,30 @@ if TYPE_CHECKING:
     from pipeline.params.benches import BenchParams
 
 
-def open_benchmark(name: str, bench: BenchParams, background: Sequence[str]) -> Benchmark:
+def open_truth(bench: BenchParams, background: Sequence[str], *, field: str) -> Benchmark:
+    """The labelled set of a section that is to be trained on, as `open_benchmark`.
+
+    Masks of objects are not looked for.
+    """
+    semantic = bench.model_copy(update={"metrics": ["semantic"]})
+    return open_benchmark("", semantic, background, field=field)
+
+
+def open_benchmark(
+    name: str, bench: BenchParams, background: Sequence[str], *, field: str | None = None
+) -> Benchmark:
     """The labelled set of an entry, with all its parts there.
 
     Args:
         name: of the entry, for messages.
         bench: the entry.
         background: names of label id 0, which no category may have.
+        field: where the entry stands in the params, for messages; `benches.NAME` by default.
 
     Raises:
         PipelineError: a part is missing, or a name of `scored` or `unseen` is no category.
     """
-    field = f"benches.{name}"
+    field = field or f"benches.{name}"
     categories = load_category_set(
         bench.categories, background=background, field=f"{field}.categories"
     )

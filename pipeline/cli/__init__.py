@@ -17,6 +17,7 @@ from pipeline.cli.cache import cache_app
 from pipeline.cli.common import PARAMS, ExecutorName, Session
 from pipeline.cli.demo import demo_app
 from pipeline.cli.imports import import_app
+from pipeline.cli.plus import plus_app
 from pipeline.cli.stages import stages_app
 from pipeline.cli.weights import weights_app
 from pipeline.errors import PipelineError
@@ -33,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(stages_app)
+app.add_typer(plus_app)
 app.add_typer(ablate_app)
 app.add_typer(weights_app, name="weights", no_args_is_help=True)
 app.add_typer(cache_app, name="cache", no_args_is_help=True)

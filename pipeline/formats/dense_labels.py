@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listing
 from pipeline.formats.images import decode_label, decode_png
 from pipeline.formats.labels import LabelMap, decode_confidence
 from pipeline.formats.shards import MANIFEST, open_samples
@@ -38,6 +39,23 @@ class LabelStore:
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
+
+    def check(self, categories: Sequence[str], keys: Collection[str]) -> None:
+        """Refuse labels of other categories than these, or that lack one of these samples.
+
+        Raises:
+            PipelineError: it is so.
+        """
+        if self.categories != list(categories):
+            raise PipelineError(
+                f"{self._dir}: labels of other categories than those of params.yaml: "
+                f"{listing(self.categories)}; {AGAIN}"
+            )
+        if missing := [key for key in keys if key not in self]:
+            raise PipelineError(
+                f"{self._dir}: no labels of {len(missing)} of {len(keys)} masks, such as "
+                f"{missing[0]}; {AGAIN}"
+            )
 
     def get(self, key: str) -> tuple[LabelMap, NDArray[np.float32]]:
         """Label ids (H, W) and confidence (H, W) in [0, 1] of a sample.

@@ -1,6 +1,8 @@
 """Label maps in memory, and what training sees of a pseudo-mask and dense labels.
 
-Label id 0 is background, k the k-th category, `IGNORE_INDEX` a pixel that no loss looks at.
+Label id 0 is background, k the k-th category. Two marks are no label ids: `IGNORE_INDEX` is void, a
+pixel that no loss looks at; `UNLABELLED` is a pixel without truth, which a teacher may label. Files
+of labels hold no `UNLABELLED`: it is made when truth is read for training.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 IGNORE_INDEX = -1
+UNLABELLED = -2
 BACKGROUND = 0
 LABEL_TYPE = np.int16  # scoring and pasting wait for memory: half the bytes of int32
 MAX_CATEGORIES = int(np.iinfo(LABEL_TYPE).max)

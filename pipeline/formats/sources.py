@@ -118,7 +118,11 @@ def sample_key(source: str, path: str, member: str | None = None) -> str:
 
 
 def list_images(
-    name: str, source: SourceSpec, left_out: Counter[str] | None = None
+    name: str,
+    source: SourceSpec,
+    left_out: Counter[str] | None = None,
+    *,
+    field: str | None = None,
 ) -> Iterator[ImageRef]:
     """Yield all images of a source in a fixed order: by file name, within a file by position.
 
@@ -132,21 +136,23 @@ def list_images(
             wildcards are expanded, an empty pattern means all of them.
         left_out: learns how many files of which kind ("hidden", ".heic", "without extension") are
             no images; those of kinds that lie beside images (`COMPANIONS`) are not counted.
+        field: where the source stands in the params, for messages; `index.NAME` by default.
 
     Raises:
         PipelineError: the root is missing, a folder cannot be listed, a file named by the pattern
             is missing, a tar or Parquet file is broken, or there is no image.
     """
     left_out = Counter() if left_out is None else left_out
+    field = field or f"index.{name}"
     try:
         root = as_location(source.root)
     except ValueError as error:
-        raise PipelineError(f"index.{name}.root: {error}") from None
+        raise PipelineError(f"{field}.root: {error}") from None
     if not root.is_dir():
-        raise PipelineError(f"index.{name}.root: {root}: no such folder")
+        raise PipelineError(f"{field}.root: {root}: no such folder")
     listers = {"folder": _list_folder, "webdataset": _list_tars, "parquet": _list_parquet}
     count = 0
-    for path, member in listers[source.format](name, source, left_out):
+    for path, member in listers[source.format](field, source, left_out):
         relative = utf8_text(path.relative_to(root).as_posix(), path)
         member_name = utf8_text(member.name, path) if member else None
         yield ImageRef(
@@ -166,7 +172,7 @@ def list_images(
             else f"images with the extensions {' '.join(EXTENSIONS)}"
         )
         raise PipelineError(
-            f"index.{name}: no images below {root} (format {source.format}); expected {wanted}"
+            f"{field}: no images below {root} (format {source.format}); expected {wanted}"
             + _hint(left_out)
         )
 
@@ -207,10 +213,10 @@ def read_image(location: ImageLocation) -> bytes:
 Found = tuple[Location, TarMember | None]
 
 
-def _list_folder(name: str, source: SourceSpec, left_out: Counter[str]) -> Iterator[Found]:
+def _list_folder(field: str, source: SourceSpec, left_out: Counter[str]) -> Iterator[Found]:
     if source.pattern:
         raise PipelineError(
-            f"index.{name}.pattern: {source.pattern!r} has no meaning for format folder; remove it"
+            f"{field}.pattern: {source.pattern!r} has no meaning for format folder; remove it"
         )
     for path in image_files(as_location(source.root), left_out):
         yield path, None
@@ -326,8 +332,8 @@ def _visible(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
     return iter(visible)
 
 
-def _list_tars(name: str, source: SourceSpec, left_out: Counter[str]) -> Iterator[Found]:
-    for path in _matching_files(name, source, ".tar", left_out):
+def _list_tars(field: str, source: SourceSpec, left_out: Counter[str]) -> Iterator[Found]:
+    for path in _matching_files(field, source, ".tar", left_out):
         seen: dict[str, int | None] = {}
         try:
             _check_regular(path)
@@ -368,8 +374,8 @@ def _tar_reason(path: Path, error: Exception) -> str:
     return one_line(error) or type(error).__name__
 
 
-def _list_parquet(name: str, source: SourceSpec, left_out: Counter[str]) -> Iterator[Found]:
-    for path in _matching_files(name, source, ".parquet", left_out):
+def _list_parquet(field: str, source: SourceSpec, left_out: Counter[str]) -> Iterator[Found]:
+    for path in _matching_files(field, source, ".parquet", left_out):
         try:
             _check_regular(path)
             with _open_parquet(path) as file:
@@ -390,14 +396,14 @@ def _broken(path: Path, reason: str) -> PipelineError:
 
 
 def _matching_files(
-    name: str, source: SourceSpec, suffix: str, left_out: Counter[str]
+    field: str, source: SourceSpec, suffix: str, left_out: Counter[str]
 ) -> list[Location]:
     """The files that a pattern names, each once, in the order of their names.
 
     Without a pattern, `left_out` learns of files that are neither such nor beside such.
     """
     root = as_location(source.root)
-    patterns = _expand(name, source.pattern or f"**/*{suffix}")
+    patterns = _expand(field, source.pattern or f"**/*{suffix}")
     found: set[Location] = set()
     for pattern in patterns:
         if any(letter in pattern for letter in "*?["):
@@ -405,7 +411,7 @@ def _matching_files(
         elif (root / pattern).is_file():
             found.add(root / pattern)
         else:
-            raise PipelineError(f"index.{name}.pattern: {root / pattern}: no such file")
+            raise PipelineError(f"{field}.pattern: {root / pattern}: no such file")
     deep = [Path(pattern).parts for pattern in patterns if "**" in Path(pattern).parts]
     others: Counter[str] = Counter()
     if not found or (deep and not is_url(root)):  # `glob` stops at links to folders
@@ -416,7 +422,7 @@ def _matching_files(
                 others[_kind(path.name)] += 1
     if not found:
         raise PipelineError(
-            f"index.{name}: no {suffix} file below {root}"
+            f"{field}: no {suffix} file below {root}"
             + (f" matches pattern {source.pattern!r}" if source.pattern else "")
             + _hint(others)
         )
@@ -450,18 +456,18 @@ def _hint(others: Counter[str]) -> str:
     return hint
 
 
-def _expand(name: str, pattern: str) -> list[str]:
+def _expand(field: str, pattern: str) -> list[str]:
     """The patterns that braces stand for, each fit for `Path.glob`."""
-    field = f"index.{name}.pattern: {pattern!r}"
+    where = f"{field}.pattern: {pattern!r}"
     try:
         patterns = expand_urls(pattern)
     except ValueError as error:
-        raise PipelineError(f"{field}: {error}") from None
+        raise PipelineError(f"{where}: {error}") from None
     for single in map(Path, patterns):
         if single.is_absolute() or ".." in single.parts:
-            raise PipelineError(f"{field}: expected a pattern below the root, as in '*.tar'")
+            raise PipelineError(f"{where}: expected a pattern below the root, as in '*.tar'")
         if any("**" in part and part != "**" for part in single.parts):
-            raise PipelineError(f"{field}: ** stands for whole folders only, as in '**/*.tar'")
+            raise PipelineError(f"{where}: ** stands for whole folders only, as in '**/*.tar'")
     return list(patterns)
 
 

@@ -84,8 +84,8 @@ class PseudoLabelParams(Section):
         )
 
 
-class DenseClipParams(PseudoLabelParams):
-    """DenseCLIP, later named MaskCLIP.
+class DenseClipRecipe(Section):
+    """DenseCLIP, later named MaskCLIP, but for its encoder and its names.
 
     `prompt_denoising` and `key_smoothing` are the thresholds of the two refinements; null is off.
     `published_activation` keeps MaskCLIP's exact GELU and layer-norm eps of 1e-6 where CLIP has
@@ -98,7 +98,6 @@ class DenseClipParams(PseudoLabelParams):
     statistics that they were trained with, and what they lack is refused (docs/encoders.md).
     """
 
-    method: Literal["denseclip"] = "denseclip"
     prompt_denoising: Probability | None = None
     key_smoothing: Probability | None = None
     key_affinity: Literal["published", "cosine"] = "published"
@@ -107,6 +106,12 @@ class DenseClipParams(PseudoLabelParams):
     normalisation: Literal["imagenet", "clip"] = "imagenet"
     position_resize: Literal["size", "grid"] = "size"
     logit_scale: Positive = 100.0
+
+
+class DenseClipParams(DenseClipRecipe, PseudoLabelParams):
+    """DenseCLIP with its encoder, as a stage."""
+
+    method: Literal["denseclip"] = "denseclip"
 
 
 @dataclass(frozen=True)

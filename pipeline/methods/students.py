@@ -6,12 +6,16 @@ here its params and an entry in `STUDENTS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
+
+from pydantic import model_validator
 
 from pipeline.errors import PipelineError
 from pipeline.formats.predictions import Segmentation
+from pipeline.methods.dense import DenseClipParams, DenseClipRecipe
 from pipeline.params.base import (
     Count,
     EncoderParams,
@@ -19,16 +23,18 @@ from pipeline.params.base import (
     NumWorkers,
     Positive,
     PredictionSettings,
+    Probability,
     RelaxedPath,
     Section,
     Templates,
+    Text,
 )
-from pipeline.training.settings import Composition, TargetSettings
+from pipeline.params.benches import TrainingDataParams
+from pipeline.params.sources import SourceParams
+from pipeline.training.settings import Augmentation, Composition, TargetSettings
 from pipeline.vocabulary.categories import Names
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -59,13 +65,14 @@ class Student(Protocol):
         config: what a checkpoint says of the network, representable in JSON: at least its
             `architecture`.
         fingerprint: of the weights that training starts from.
-        milestones: updates of the weights -> name of the folder, inside that of the checkpoint, in
-            which the checkpoint after so many is kept.
     """
 
     config: dict[str, Any]
     fingerprint: str
-    milestones: Mapping[int, str]
+
+    @property
+    def milestones(self) -> Mapping[int, str]:
+        """Updates of the weights -> folder, in that of the checkpoint, of the one kept then."""
 
     @property
     def network(self) -> nn.Module:
@@ -114,6 +121,9 @@ class TrainingData(Protocol):
     @property
     def fingerprint(self) -> Any:
         """Of what they are made from, representable in JSON."""
+
+    def skipped(self) -> Iterable[tuple[str, str]]:
+        """Name and reason of what could not be read so far."""
 
     def __len__(self) -> int: ...
 
@@ -245,6 +255,91 @@ class ZutisParams(TrainParams):
     feedforward_dim: Count = 2048
 
 
+class DenseClipPlusParams(Augmentation, StudentParams):
+    """DenseCLIP+: any segmentation network, taught by DenseCLIP (DenseCLIP paper, 3.4).
+
+    `backbone` is `resnet50_v1c`, `resnet101_v1c` (OpenMMLab's) or `timm:NAME`, which starts from
+    `backbone_weights`, a file or a name of `pipeline weights list`; null is random. `head` gives it
+    features as wide as the text embeddings of `encoder`, the CLIP that guides.
+
+    `data` is `archives`, whose images have no truth, or an entry as under `index:`, which has none
+    either, or as under `benches:`, with truth. `setting` says how much of that is read:
+    `annotation_free` nothing; `zero_shot` all but the categories of `unseen`, whose pixels are
+    labelled by DenseCLIP; `adapted` the same, where they stay void; `supervised` everything.
+    The `classifier` is the `text` embeddings, or `learned`. `background` is its row for label id 0:
+    `learned`, from true background alone, since DenseCLIP never says it; the text of the `names` of
+    the background, which DenseCLIP may say then; or `none`.
+
+    DenseCLIP labels, as `guide` says, the image that the student sees (`teacher` `online`, as
+    published), or label shards are read (`stored`). After `guided_iterations` the student labels
+    for itself where `self_training` is `on`; `until_drift` ends that when the shares of the
+    categories among its labels are further than `drift_tolerance` (half the sum of differences)
+    from those at the switch: the paper has no rule. `loss_average` `all` divides the loss by all
+    pixels, as the published code does, `counted` by those that are not void.
+    """
+
+    student: Literal["denseclip_plus"] = "denseclip_plus"
+    templates: Templates = "prompts85"
+    backbone: str = "resnet101_v1c"
+    backbone_weights: Text | None = "resnet101_v1c"
+    head: Literal["deeplabv2", "deeplabv3plus", "pspnet", "lraspp"] = "deeplabv2"
+    output_stride: Literal[8, 16, 32] = 8
+    data: TrainingDataParams = "archives"
+    setting: Literal["annotation_free", "zero_shot", "adapted", "supervised"] = "annotation_free"
+    unseen: list[Text] = []
+    classifier: Literal["text", "learned"] = "text"
+    background: Literal["none", "learned", "names"] = "none"
+    guide: DenseClipRecipe = DenseClipRecipe()
+    teacher: Literal["online", "stored"] = "online"
+    confidence_threshold: Probability = 0.0
+    guided_iterations: Count = 2000
+    self_training: Literal["on", "off", "until_drift"] = "off"
+    drift_tolerance: Probability = 0.3
+    loss_average: Literal["all", "counted"] = "all"
+    batch_size: Count = 16
+    learning_rate: Positive = 0.01
+    final_learning_rate: NonNegative = 1e-4
+    weight_decay: NonNegative = 5e-4
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Refuse what contradicts itself."""
+        has_truth = not isinstance(self.data, str | SourceParams)
+        needs_truth = self.setting != "annotation_free"
+        if needs_truth and not has_truth:
+            raise ValueError(f"setting {self.setting} reads true masks: data has none")
+        if self.unseen and self.setting not in ("zero_shot", "adapted"):
+            raise ValueError(f"setting {self.setting} has no unseen categories")
+        if self.setting in ("zero_shot", "adapted") and not self.unseen:
+            raise ValueError(f"setting {self.setting} needs the names of unseen categories")
+        if self.background == "learned" and self.setting == "annotation_free":
+            raise ValueError("background learned needs true background: setting has none")
+        if self.teacher == "stored" and self.data != "archives":
+            raise ValueError("teacher stored reads label shards, which are of archives")
+        if self.classifier == "learned" and self.setting != "supervised":
+            raise ValueError("classifier learned is for setting supervised")
+        if not isinstance(self.data, str) and Path(str(self.labels)) != Path(str(self.data.root)):
+            raise ValueError("labels, which DVC watches, and data.root are the same folder")
+        if self.self_training != "off" and self.setting not in ("annotation_free", "zero_shot"):
+            raise ValueError(f"setting {self.setting} leaves nothing to label for oneself")
+        return self
+
+    @property
+    def labeller(self) -> DenseClipParams:
+        """DenseCLIP as it guides."""
+        return DenseClipParams(
+            encoder=self.encoder, templates=self.templates, **self.guide.model_dump()
+        )
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.teacher == "stored"
+
+    @property
+    def targets(self) -> TargetSettings:
+        return TargetSettings(target="denseclip")
+
+
 @dataclass(frozen=True)
 class StudentMethod:
     """An entry of `STUDENTS`.
@@ -277,6 +372,33 @@ def pasted_samples(params: TrainParams, inputs: TrainingInputs) -> TrainingData:
     return TrainingSet(archives, params, seed=inputs.runtime.seed, length=inputs.length)
 
 
+def _whole_images(params: DenseClipPlusParams, inputs: TrainingInputs) -> TrainingData:
+    from pipeline.benchmarks.opening import open_truth
+    from pipeline.training.images import AnnotatedPool, ArchivePool, PlusSet, Pool, SourcePool
+
+    data, names = params.data, inputs.names
+    pool: Pool
+    if isinstance(data, str):
+        pool = ArchivePool(
+            inputs.masks_dir,
+            inputs.labels_dir if params.needs_labels else None,
+            categories=names.categories,
+            background=params.background != "none",
+            confidence_threshold=params.confidence_threshold,
+        )
+    elif isinstance(data, SourceParams):
+        pool = SourcePool("train.data", data, field="train.data")
+    else:
+        pool = AnnotatedPool(
+            open_truth(data, names.background, field="train.data"),
+            categories=names.categories,
+            unseen=params.unseen,
+            background=params.background != "none",
+            truth=params.setting,
+        )
+    return PlusSet(pool, params, seed=inputs.runtime.seed, length=inputs.length)
+
+
 def _train_zutis(params: ZutisParams, names: Names, runtime: Runtime) -> Student:
     from pipeline.models.zutis.student import ZutisStudent
 
@@ -291,9 +413,37 @@ def _load_zutis(
     return load_zutis(folder, config, names, runtime)
 
 
+def _train_plus(params: DenseClipPlusParams, names: Names, runtime: Runtime) -> Student:
+    from pipeline.models.clip import load_clip
+    from pipeline.models.dense.denseclip import DenseClip
+    from pipeline.models.plus.student import fresh_plus
+
+    encoder = load_clip(
+        params.encoder, runtime.device, cache_dir=runtime.cache_dir, field="train.encoder"
+    )
+    return fresh_plus(
+        params,
+        names,
+        encoder,
+        make_teacher=lambda text: DenseClip(encoder, text, params.labeller).eval(),
+        runtime=runtime,
+    )
+
+
+def _load_plus(
+    folder: Path, config: CheckpointConfig, names: Names, runtime: Runtime
+) -> TrainedStudent:
+    from pipeline.models.plus.predictor import load_plus
+
+    return load_plus(folder, config, names, runtime)
+
+
 STUDENTS = {
     "zutis": StudentMethod(
         ZutisParams, pasted_samples, _train_zutis, _load_zutis, gives_objects=True
+    ),
+    "denseclip_plus": StudentMethod(
+        DenseClipPlusParams, _whole_images, _train_plus, _load_plus, gives_objects=False
     ),
 }
 

@@ -1,12 +1,14 @@
-"""Entries of `benches`: one section a format."""
+"""Entries of `benches`, one section a format, and what a student may be trained on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from pipeline.params.base import Count, RelaxedPath, Section
+from pipeline.params.sources import SourceParams
 
 
 class CorruptionParams(Section):
@@ -131,3 +133,30 @@ FORMATS = {
     "imagenet_s": ImageNetSBench,
     "cub": CubBench,
 }
+
+ARCHIVES = "archives"
+DATA_FORMATS = {**dict.fromkeys(("folder", "webdataset", "parquet"), SourceParams), **FORMATS}
+
+
+def _kind_of_data(value: Any) -> str | None:
+    """The tag of a branch of `TrainingDataParams`: `archives`, or the format of a section."""
+    if isinstance(value, str):
+        return value if value == ARCHIVES else repr(value)
+    kind = value.get("format") if isinstance(value, Mapping) else getattr(value, "format", None)
+    return None if kind is None else str(kind)
+
+
+# The images of the masks' archives, a pool without truth, or a labelled set.
+TrainingDataParams = Annotated[
+    Annotated[Literal["archives"], Tag(ARCHIVES)]
+    | Annotated[SourceParams, Tag("folder")]
+    | Annotated[SourceParams, Tag("webdataset")]
+    | Annotated[SourceParams, Tag("parquet")]
+    | Annotated[VocBench, Tag("voc")]
+    | Annotated[IndexPngBench, Tag("index_png")]
+    | Annotated[CocoBench, Tag("coco")]
+    | Annotated[CocaBench, Tag("coca")]
+    | Annotated[ImageNetSBench, Tag("imagenet_s")]
+    | Annotated[CubBench, Tag("cub")],
+    Discriminator(_kind_of_data),
+]

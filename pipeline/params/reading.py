@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -18,11 +18,13 @@ from pipeline.methods.dense import DENSE_LABELLERS
 from pipeline.methods.masks import MASK_SOURCES
 from pipeline.methods.students import STUDENTS
 from pipeline.params.base import EntryName, Section
-from pipeline.params.benches import FORMATS, BenchParams
+from pipeline.params.benches import ARCHIVES, DATA_FORMATS, FORMATS, BenchParams, TrainingDataParams
 from pipeline.params.sections import Params
 
 AnySection = TypeVar("AnySection", bound=Section)
 Location = tuple[str | int, ...]
+DATA, BENCH = "data", "bench"  # the keys of `TrainingDataParams`, `BenchParams` in a section
+UNIONS = (BenchParams, get_args(BenchParams)[0], get_args(TrainingDataParams)[0])
 
 
 @dataclass(frozen=True)
@@ -155,21 +157,15 @@ def _messages(
         if _is_other_branch(item["loc"], item["input"]):
             continue
         location = [part for part in (*prefix, *item["loc"]) if not _is_union_branch(part)]
-        if location and location[0] == "benches" and len(location) > 2 and location[2] in FORMATS:
-            del location[2]  # the format chose the section
+        location = [part for place, part in enumerate(location) if not _is_format(location, place)]
         key = ".".join(str(part) for part in location)
         head = f"{name}: {key}: " if key else f"{name}: "
         if item["type"] == "extra_forbidden":
             yield f"{name}: unknown key {key!r}{_suggestion(model, item['loc'])}"
         elif item["type"] == "missing":
             yield f"{name}: key {key!r} is missing"
-        elif item["type"] == "union_tag_not_found":
-            yield f"{name}: key '{key}.format' is missing; expected one of {', '.join(FORMATS)}"
-        elif item["type"] == "union_tag_invalid":
-            yield (
-                f"{name}: {key}.format: expected one of {', '.join(FORMATS)}, "
-                f"got {item['input']['format']!r}"
-            )
+        elif item["type"] in ("union_tag_not_found", "union_tag_invalid"):
+            yield _wrong_format(name, key, item["input"], is_data=location[-1] == DATA)
         elif location and location[-1] == "[key]":
             yield (
                 f"{name}: {'.'.join(map(str, location[:-2]))}: {item['input']!r} is no name for an "
@@ -180,7 +176,28 @@ def _messages(
         elif item["type"] in ("model_type", "model_attributes_type"):
             yield f"{head}expected `key: value` lines, got {item['input']!r}"
         else:
-            yield f"{head}{item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
+            got = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
+            yield f"{head}{item['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _is_format(location: Sequence[str | int], place: int) -> bool:
+    """Whether a part of a location is the format that chose the section, and no key."""
+    part = location[place]
+    if location[0] == "benches" and place == 2:
+        return part in FORMATS
+    chosen = place > 0 and location[place - 1] in (DATA, BENCH)
+    return chosen and (part in DATA_FORMATS or part == ARCHIVES)
+
+
+def _wrong_format(name: str, key: str, value: Any, *, is_data: bool) -> str:
+    """What to say of a value that has none of the formats that choose a section."""
+    formats = ", ".join(DATA_FORMATS if is_data else FORMATS)
+    if not isinstance(value, dict):
+        expected = f"{ARCHIVES}, or a section with a format of {formats}"
+        return f"{name}: {key}: expected {expected}, got {value!r}"
+    if "format" not in value:
+        return f"{name}: key '{key}.format' is missing; expected one of {formats}"
+    return f"{name}: {key}.format: expected one of {formats}, got {value['format']!r}"
 
 
 def _is_union_branch(part: str | int) -> bool:
@@ -201,13 +218,15 @@ def _suggestion(model: Any, location: Location) -> str:
     for part in location[:-1]:
         if _is_union_branch(part):
             continue
-        if section is BenchParams:
-            section = FORMATS[str(part)]
+        if section in UNIONS:
+            section = DATA_FORMATS[str(part)]
         elif get_origin(section) in (dict, list):
             section = get_args(section)[-1]
         else:
             section = section.model_fields[part].annotation
-            if isinstance(section, UnionType):  # a section, or null or a text
+            if (
+                isinstance(section, UnionType) and section not in UNIONS
+            ):  # a section, or null or a text
                 section, _ = get_args(section)
             elif get_origin(section) is SerializeAsAny:
                 (section,) = get_args(section)

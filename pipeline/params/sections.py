@@ -12,7 +12,7 @@ from pydantic import Field, SerializeAsAny
 
 from pipeline.methods.dense import DenseClipParams, PseudoLabelParams
 from pipeline.methods.masks import MaskParams, SelfMaskParams
-from pipeline.methods.students import TrainParams, ZutisParams
+from pipeline.methods.students import DenseClipPlusParams, StudentParams, ZutisParams
 from pipeline.params.base import (
     Count,
     EncoderParams,
@@ -20,7 +20,6 @@ from pipeline.params.base import (
     NumWorkers,
     PredictionParams,
     Probability,
-    RelaxedLocation,
     RelaxedPath,
     Section,
     Seed,
@@ -28,19 +27,7 @@ from pipeline.params.base import (
     Text,
 )
 from pipeline.params.benches import BenchParams
-
-
-class SourceParams(Section):
-    """One pool of unlabelled images.
-
-    `folder`: a tree of image files below `root`. `webdataset`: tars below `root` that match
-    `pattern` (braces allowed). `parquet`: files below `root` that match `pattern`, with a column of
-    image bytes. `root` may be a URL that fsspec knows: s3://bucket/folder, gs://bucket/folder.
-    """
-
-    format: Literal["folder", "webdataset", "parquet"] = "folder"
-    root: RelaxedLocation
-    pattern: str = ""
+from pipeline.params.sources import SourceParams
 
 
 class EmbedParams(Section):
@@ -99,6 +86,16 @@ class WorldParams(Section):
     size: Annotated[int, Field(ge=32)] = 96
 
 
+class PlusParams(Section):
+    """A DenseCLIP+ beside the network of `train`: how it is trained, and what scores it.
+
+    `bench` scores the teacher too, and the network at its switch to self-training.
+    """
+
+    train: DenseClipPlusParams
+    bench: BenchParams
+
+
 class Params(Section):
     """All of params.yaml.
 
@@ -119,7 +116,8 @@ class Params(Section):
     retrieve: RetrieveParams = RetrieveParams()
     mask: SerializeAsAny[MaskParams] = SelfMaskParams()
     pseudo_label: SerializeAsAny[PseudoLabelParams] = DenseClipParams()
-    train: SerializeAsAny[TrainParams] = ZutisParams()
+    train: SerializeAsAny[StudentParams] = ZutisParams()
+    plus: dict[EntryName, PlusParams] = {}
     evaluate: EvaluateParams = EvaluateParams()
     benches: dict[EntryName, BenchParams] = {}
     audits: dict[EntryName, AuditParams] = {}

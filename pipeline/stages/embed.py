@@ -37,7 +37,8 @@ from pipeline.formats.tables import (
     write_table,
 )
 from pipeline.models.clip import ClipEncoder, load_clip
-from pipeline.params.sections import EmbedParams, SourceParams
+from pipeline.params.sections import EmbedParams
+from pipeline.params.sources import SourceParams
 
 CACHE_VERSION = 1
 CACHED_SIZE = struct.Struct("<II")

@@ -38,6 +38,7 @@ def run(
     runtime: Runtime,
     stats_path: Path,
     open_vocabulary: bool = False,
+    with_baseline: bool = True,
     shard_size: int = SHARD_SIZE,
     executor: Executor | None = None,
 ) -> None:
@@ -58,6 +59,7 @@ def run(
         runtime: device, precision, cache folder, and seed of corruptions.
         stats_path: counts of this run, JSON.
         open_vocabulary: score categories that the checkpoint was not trained with.
+        with_baseline: let the dense labeller label beside a network.
         shard_size: predictions of a shard.
         executor: where predictions are made; here by default.
 
@@ -85,7 +87,7 @@ def run(
         metrics=metrics,
         checkpoint_dir=checkpoint_dir,
         settings=_settings(params, bench, metrics),
-        has_baseline=not LABEL_MAP_METRICS.isdisjoint(metrics),
+        has_baseline=with_baseline and not LABEL_MAP_METRICS.isdisjoint(metrics),
         baseline=baseline,
         background=background,
         batch_size=params.batch_size,

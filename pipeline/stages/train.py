@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.engine.cache import UseMark
 from pipeline.engine.distributed import Group
-from pipeline.engine.progress import StageRun
+from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.files import check_writable, digest, refuse_url, write_bytes
@@ -144,6 +144,8 @@ def run(
                 stage.advance()
             if reason := student.has_drifted(log.rows):
                 _go_back(out_dir, student, reason, stage, group)
+            for item, why in data.skipped():
+                Tally.skip(stage, item, why)  # the stage itself counts iterations
     if group.is_main:
         _remove_state(state_path)
 

@@ -6,13 +6,21 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from pipeline.params.base import Count, Positive, Probability, Section
+from pipeline.params.base import Count, NonNegative, Positive, Probability, Section
 
 
 def _ascending(values: list[float]) -> list[float]:
     if values != sorted(values):
         raise ValueError("Input should be in ascending order")
     return values
+
+
+Range = Annotated[list[Positive], Field(min_length=2, max_length=2), AfterValidator(_ascending)]
+Strengths = Annotated[
+    list[NonNegative], Field(min_length=2, max_length=2), AfterValidator(_ascending)
+]
+# What becomes of the truth of a labelled set, see `AnnotatedPool`.
+Truth = Literal["zero_shot", "annotation_free", "supervised", "adapted"]
 
 
 class TargetSettings(Section):
@@ -45,9 +53,7 @@ class Composition(Section):
     """
 
     crop_size: Count = 384
-    scale_range: Annotated[
-        list[Positive], Field(min_length=2, max_length=2), AfterValidator(_ascending)
-    ] = [0.1, 1.0]
+    scale_range: Range = [0.1, 1.0]
     flip: Probability = 0.5
     colour_jitter: Probability = 0.8
     greyscale: Probability = 0.2
@@ -56,3 +62,26 @@ class Composition(Section):
     same_archive: Probability = 0.5
     negative_canvas: Probability = 0.0
     keep_last_row_column: bool = False
+
+
+class Augmentation(Section):
+    """How a whole image becomes a training image (DenseCLIP+, as MaskCLIP's configs have it).
+
+    An image is fit into `base_size`, long and short side (null: its own size), times a factor of
+    `scale_range`. A crop of side `crop_size` shows at most a share `max_share` of one label, if ten
+    redraws can have it; void pixels do not count, unlabelled ones do. `flip` is a probability.
+    Each change of colours has probability `photometric`: grey levels up to `brightness` are added,
+    values are multiplied by a factor of `contrast`, their saturation by one of `saturation`, and
+    the hue turns by up to `hue`, in 180ths of the colour circle.
+    """
+
+    crop_size: Count = 512
+    base_size: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = [2048, 512]
+    scale_range: Range = [0.5, 2.0]
+    max_share: Probability = 0.75
+    flip: Probability = 0.5
+    photometric: Probability = 0.5
+    brightness: Annotated[float, Field(ge=0.0, le=255.0)] = 32.0
+    contrast: Strengths = [0.5, 1.5]
+    saturation: Strengths = [0.5, 1.5]
+    hue: Annotated[int, Field(ge=0, le=90)] = 18

@@ -171,16 +171,7 @@ class Archives:
                 f"{error} (train.labels, which target {self._settings.target} reads, is the folder "
                 "that `pipeline pseudo_label` writes)"
             ) from None
-        if labels.categories != list(categories):
-            raise PipelineError(
-                f"{labels_dir}: labels of other categories than those of params.yaml: "
-                f"{listing(labels.categories)}; run `pipeline pseudo_label` again"
-            )
-        if missing := [key for key in self._store.keys if key not in labels]:
-            raise PipelineError(
-                f"{labels_dir}: no labels of {len(missing)} of {len(self._store)} masks, such as "
-                f"{missing[0]}; run `pipeline pseudo_label` again"
-            )
+        labels.check(categories, self._store.keys)
         return labels
 
     def _sort(self, free_for_samples: int, free_for_masks: int) -> None:
@@ -319,6 +310,10 @@ class TrainingSet(Dataset[Composed]):
         if archives.unseen:
             shown = listing(archives.unseen)
             self.warnings.append(f"no image shows {shown}: training cannot learn them")
+
+    def skipped(self) -> Sequence[tuple[str, str]]:
+        """None: what cannot be read is an error, for the mask stage has read it."""
+        return []
 
     def __len__(self) -> int:
         return self._length

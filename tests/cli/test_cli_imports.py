@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.formats.tables import encoder_name, read_archives
 from pipeline.params.base import EncoderParams
-from pipeline.params.sections import SourceParams
+from pipeline.params.sources import SourceParams
 from tests.importers.helpers import (
     CATEGORIES,
     C,

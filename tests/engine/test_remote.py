@@ -16,7 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.files import as_location
 from pipeline.formats.shards import MANIFEST
 from pipeline.formats.sources import list_images, read_image
-from pipeline.params.sections import SourceParams
+from pipeline.params.sources import SourceParams
 from tests.stages.tiny_workspace import Workspace, content, write_workspace
 
 pytest.importorskip("upath", reason="universal_pathlib is not installed")

@@ -26,7 +26,8 @@ from pipeline.formats.tables import read_archives
 from pipeline.methods.masks import SelfMaskParams
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, save_selfmask
 from pipeline.params.base import EncoderParams
-from pipeline.params.sections import EmbedParams, RetrieveParams, SourceParams
+from pipeline.params.sections import EmbedParams, RetrieveParams
+from pipeline.params.sources import SourceParams
 from pipeline.stages import embed, mask, retrieve
 from tests.conftest import encoded_image, noise_image
 from tests.faults.hostile import (

@@ -14,7 +14,8 @@ from pipeline.formats.tables import ArchiveRow, encoder_name, read_archives
 from pipeline.importers import archives, embeddings
 from pipeline.importers.images import parse_prefixes
 from pipeline.params.base import EncoderParams
-from pipeline.params.sections import EmbedParams, SourceParams
+from pipeline.params.sections import EmbedParams
+from pipeline.params.sources import SourceParams
 from tests.importers.helpers import CATEGORIES
 
 

@@ -15,7 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.formats.sources import sample_key
 from pipeline.methods.masks import SpectralParams
 from pipeline.params.base import EncoderParams
-from pipeline.params.sections import SourceParams
+from pipeline.params.sources import SourceParams
 from pipeline.stages import mask
 from tests.formats.shard_folders import read_shards
 from tests.importers.helpers import places

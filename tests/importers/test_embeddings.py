@@ -20,7 +20,8 @@ from pipeline.formats.shards import MANIFEST
 from pipeline.formats.tables import encoder_name, read_archives, shard_encoder
 from pipeline.models.clip import load_clip
 from pipeline.params.base import EncoderParams, TaggedFile
-from pipeline.params.sections import EmbedParams, RetrieveParams, SourceParams
+from pipeline.params.sections import EmbedParams, RetrieveParams
+from pipeline.params.sources import SourceParams
 from pipeline.stages import embed, retrieve
 from tests.importers.helpers import (
     CATEGORIES,

@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline.errors import PipelineError
 from pipeline.formats.sources import sample_key
 from pipeline.importers.images import parse_prefixes
-from pipeline.params.sections import SourceParams
+from pipeline.params.sources import SourceParams
 from tests.importers.helpers import places, random_tensors, write_pickle
 
 

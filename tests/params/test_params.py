@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from pipeline.errors import PipelineError
 from pipeline.inference.protocol import labeller_protocol
 from pipeline.methods.dense import DenseClipParams
-from pipeline.params.base import EncoderParams, TaggedFile
-from pipeline.params.reading import parse_params, read_params
+from pipeline.params.base import EncoderParams, Section, TaggedFile
+from pipeline.params.benches import FORMATS, TrainingDataParams
+from pipeline.params.reading import parse_params, parse_section, read_params
 from pipeline.params.sections import Params
 from pipeline.vocabulary.categories import Names
 
@@ -335,3 +336,73 @@ def test_threads_are_auto_or_a_number(tmp_path: Path) -> None:
     assert read(tmp_path, "threads: 3").threads == 3
     for wrong in ("0", "many", "2.5", "true"):
         assert "threads" in message_of(tmp_path, f"{MINIMAL}threads: {wrong}")
+
+
+class Student(Section):
+    data: TrainingDataParams = "archives"
+
+
+class StudentFile(Section):
+    train: Student = Student()
+
+
+DATA_FORMATS = ", ".join(("folder", "webdataset", "parquet", *FORMATS))
+
+
+def test_data_to_train_on_are_archives_a_pool_or_a_labelled_set() -> None:
+    assert Student().data == "archives"
+    assert parse_data("archives") == "archives"
+    for name in ("folder", "webdataset", "parquet"):
+        pool = parse_data({"format": name, "root": "photos"})
+        assert (pool.format, pool.root) == (name, Path("photos"))
+    bench = parse_data({"format": "voc", "root": "VOC2012", "split": "trainaug"})
+    assert (type(bench), bench.split) == (FORMATS["voc"], "trainaug")
+    for name in set(FORMATS) - {"index_png"}:
+        assert parse_data({"format": name, "root": "x"}) == FORMATS[name](format=name, root="x")
+    again = Student.model_validate(Student(data=bench).model_dump(mode="json"))
+    assert again == Student(data=bench)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        *(
+            (
+                value,
+                f"train.data: expected archives, or a section with a format of {DATA_FORMATS}, "
+                f"got {value!r}",
+            )
+            for value in ("archivs", "voc", "", 3, None, [])
+        ),
+        ({"root": "x"}, f"key 'train.data.format' is missing; expected one of {DATA_FORMATS}"),
+        (
+            {"format": "vox", "root": "x"},
+            f"train.data.format: expected one of {DATA_FORMATS}, got 'vox'",
+        ),
+        (
+            {"format": ["voc"], "root": "x"},
+            f"train.data.format: expected one of {DATA_FORMATS}, got ['voc']",
+        ),
+        ({"format": "folder"}, "key 'train.data.root' is missing"),
+        (
+            {"format": "folder", "root": "x", "patern": ""},
+            "unknown key 'train.data.patern'; did you mean 'pattern'?",
+        ),
+        (
+            {"format": "voc", "root": "x", "splt": "val"},
+            "unknown key 'train.data.splt'; did you mean 'split'?",
+        ),
+        (
+            {"format": "voc", "root": "x", "background": "no"},
+            "train.data.background: Input should be a valid boolean, got 'no'",
+        ),
+    ],
+)
+def test_wrong_data_to_train_on_are_named_with_what_they_may_be(data: Any, message: str) -> None:
+    with pytest.raises(PipelineError) as caught:
+        parse_data(data)
+    assert str(caught.value) == f"file: {message}"
+
+
+def parse_data(data: Any) -> Any:
+    return parse_section({"train": {"data": data}}, StudentFile, name="file").train.data

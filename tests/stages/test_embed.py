@@ -27,7 +27,8 @@ from pipeline.formats.sources import list_images
 from pipeline.formats.tables import list_embedding_shards
 from pipeline.models.clip import load_clip
 from pipeline.params.base import EncoderParams
-from pipeline.params.sections import EmbedParams, SourceParams
+from pipeline.params.sections import EmbedParams
+from pipeline.params.sources import SourceParams
 from pipeline.stages import embed
 from tests.processes import Fork
 from tests.stages.tiny_checkpoint import write_checkpoint
@@ -333,7 +334,8 @@ import os, sys, torch
 from pathlib import Path
 from pipeline.engine.runtime import Runtime
 from pipeline.params.base import EncoderParams
-from pipeline.params.sections import EmbedParams, EvaluateParams, SourceParams
+from pipeline.params.sections import EmbedParams, EvaluateParams
+from pipeline.params.sources import SourceParams
 from pipeline.stages import embed, predict
 model, weights, checkpoint, work = sys.argv[1:]
 work, folder = Path(work), chr(0x72AC)

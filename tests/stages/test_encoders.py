@@ -19,7 +19,8 @@ from pipeline.methods.dense import DenseClipParams, load_dense_labeller
 from pipeline.methods.masks import SpectralParams
 from pipeline.models.weights.weights import load_state
 from pipeline.params.benches import VocBench
-from pipeline.params.sections import EmbedParams, EvaluateParams, RetrieveParams, SourceParams
+from pipeline.params.sections import EmbedParams, EvaluateParams, RetrieveParams
+from pipeline.params.sources import SourceParams
 from pipeline.stages import embed, mask, pseudo_label, retrieve, train
 from pipeline.vocabulary.categories import Names
 from tests.conftest import encoded_image

@@ -21,7 +21,8 @@ from pipeline.formats.sources import list_images
 from pipeline.inference.inputs import input_size
 from pipeline.inference.segmenter import Segmenter
 from pipeline.params.base import PredictionSettings
-from pipeline.params.sections import EvaluateParams, SourceParams
+from pipeline.params.sections import EvaluateParams
+from pipeline.params.sources import SourceParams
 from pipeline.stages import predict
 from tests.conftest import encoded_image, noise_image
 from tests.stages.tiny_checkpoint import write_checkpoint

@@ -20,7 +20,8 @@ from pipeline.methods.masks import SelfMaskParams
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, save_selfmask
 from pipeline.params.base import EncoderParams
 from pipeline.params.benches import VocBench
-from pipeline.params.sections import EmbedParams, EvaluateParams, RetrieveParams, SourceParams
+from pipeline.params.sections import EmbedParams, EvaluateParams, RetrieveParams
+from pipeline.params.sources import SourceParams
 from pipeline.stages import embed, mask, predict_bench, pseudo_label, retrieve
 from tests.conftest import encoded_image, noise_image
 from tests.stages.tiny_checkpoint import CATEGORIES, write_checkpoint

@@ -1,0 +1,168 @@
+"""A trained DenseCLIP+, see `pipeline.methods.students.TrainedStudent`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import PipelineError, first_line
+from pipeline.formats.labels import label_map
+from pipeline.formats.predictions import Segmentation
+from pipeline.models.clip import label_embeddings, load_clip
+from pipeline.models.layers.interpolate import upsample
+from pipeline.models.plus.network import PlusNetwork, build_plus
+from pipeline.models.plus.student import LABEL_0
+from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
+from pipeline.models.weights.weights import hash_tensors, load_state, load_strict
+from pipeline.params.base import PredictionSettings
+from pipeline.vocabulary.prompts import TEMPLATE_SETS
+
+if TYPE_CHECKING:
+    from pipeline.engine.runtime import Runtime
+    from pipeline.vocabulary.categories import Names
+
+
+def load_plus(
+    folder: Path, config: CheckpointConfig, names: Names, runtime: Runtime
+) -> PlusPredictor:
+    """The network of a checkpoint, with any names unless its classifier is learned.
+
+    Raises:
+        PipelineError: weights or settings of another architecture, an encoder that cannot be
+            loaded, a name that it does not know, or that a learned classifier does not.
+    """
+    architecture = dict(config.architecture)
+    label_0 = architecture.pop(LABEL_0, "none")
+    try:
+        network = build_plus(**architecture)
+    except (TypeError, PipelineError) as error:
+        raise PipelineError(f"{folder / CONFIG_NAME}: architecture: {first_line(error)}") from None
+    load_strict(network, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
+    clip = load_clip(
+        config.encoder,
+        runtime.device,
+        cache_dir=runtime.cache_dir,
+        field=f"{folder / CONFIG_NAME}: encoder",
+    )
+    text = label_embeddings(
+        clip,
+        background=names.background,
+        categories=names.categories,
+        templates=TEMPLATE_SETS[config.templates],
+    )
+    rows = None
+    if network.classifier is not None:
+        rows = _learned_rows(folder, config, names, has_background=label_0 != "none")
+    return PlusPredictor(
+        network.to(runtime.device).eval(),
+        text.to(runtime.device),
+        label_ids=list(range(len(text))),
+        label_0=label_0,
+        rows=rows,
+        architecture=architecture,
+        runtime=runtime,
+    )
+
+
+def _learned_rows(
+    folder: Path, config: CheckpointConfig, names: Names, *, has_background: bool
+) -> list[int]:
+    """Row of a learned classifier by label id of the names; that of label id 0 may be none, -1."""
+    if unknown := [name for name in names.categories if name not in config.categories]:
+        raise PipelineError(
+            f"{folder}: its classifier is learned and knows no {unknown[0]!r}; it knows "
+            f"{', '.join(config.categories)}"
+        )
+    first = 0 if has_background else -1
+    return [first, *(1 + first + config.categories.index(name) for name in names.categories)]
+
+
+class PlusPredictor:
+    """A segmentation network with the text embeddings of some names.
+
+    Args:
+        network: on the device of `runtime`, in eval mode.
+        text: (1 + K, C) unit rows by label id of the names, the background's first.
+        label_ids: those that are asked for; predictions number them from 0 on.
+        label_0: what answers for label id 0: `none`, `learned` or `names`.
+        rows: row of a learned classifier by label id, in place of text.
+        architecture: what the network was built with.
+        runtime: device and precision.
+    """
+
+    patch_size = 1
+
+    def __init__(
+        self,
+        network: PlusNetwork,
+        text: Tensor,
+        *,
+        label_ids: Sequence[int],
+        label_0: str,
+        rows: Sequence[int] | None,
+        architecture: Mapping[str, Any],
+        runtime: Runtime,
+    ) -> None:
+        self._network = network
+        self._text = text
+        self._label_ids = list(label_ids)
+        self._label_0 = label_0
+        self._rows = rows
+        self._architecture = architecture
+        self._runtime = runtime
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the text embeddings."""
+        hasher = hashlib.sha256()
+        hash_tensors(hasher, {"text": self._text[self._label_ids]})
+        return hasher.hexdigest()
+
+    def select(self, label_ids: Sequence[int]) -> PlusPredictor:
+        """The same for some label ids, in this order, the background's first."""
+        return PlusPredictor(
+            self._network,
+            self._text,
+            label_ids=[self._label_ids[number] for number in label_ids],
+            label_0=self._label_0,
+            rows=self._rows,
+            architecture=self._architecture,
+            runtime=self._runtime,
+        )
+
+    @torch.no_grad()
+    def predict(
+        self, images: Tensor, sizes: Sequence[tuple[int, int]], settings: PredictionSettings
+    ) -> list[Segmentation]:
+        """Label maps at `sizes` (H, W) of images (B, 3, H', W') in [0, 1]; no objects."""
+        with self._runtime.autocast():
+            features = self._network(images.to(self._runtime.device))
+        first = 0 if settings.background and self._label_0 != "none" else 1
+        logits = self._logits(features, first)
+        return [
+            Segmentation(
+                label_map(upsample(one[None], size).argmax(dim=1)[0].cpu().numpy(), first), []
+            )
+            for one, size in zip(logits, sizes, strict=True)
+        ]
+
+    def _logits(self, features: Tensor, first: int) -> Tensor:
+        """Logits (B, K', h, w) of the label ids that are asked for, from number `first` on."""
+        asked = self._label_ids[first:]
+        if self._rows is not None:
+            return self._network.logits(features, self._text)[:, [self._rows[i] for i in asked]]
+        if self._label_0 != "learned":
+            return self._network.logits(features, self._text[asked])
+        logits = self._network.logits(features, self._text[self._label_ids[1:]])
+        return logits[:, first:]
+
+    def protocol(self, settings: PredictionSettings) -> dict[str, Any]:
+        """The architecture."""
+        del settings
+        architecture = {f"network_{name}": value for name, value in self._architecture.items()}
+        return {**architecture, "network_label_0": self._label_0}

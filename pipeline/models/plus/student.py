@@ -1,0 +1,288 @@
+"""DenseCLIP+ under training (DenseCLIP paper, 3.4), see `pipeline.methods.students.Student`.
+
+Letters: B images, H W pixels, C text embedding, R rows of the classifier.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from pipeline.errors import PipelineError, did_you_mean
+from pipeline.formats.labels import IGNORE_INDEX, UNLABELLED
+from pipeline.models.clip import ClipEncoder, label_embeddings
+from pipeline.models.layers.interpolate import upsample
+from pipeline.models.plus.backbones import backbone_statistics, load_backbone
+from pipeline.models.plus.labels import doubtful_void, fill_unlabelled, own_labels
+from pipeline.models.plus.network import PlusNetwork, build_plus
+from pipeline.models.plus.schedule import poly_lr
+from pipeline.models.weights.weights import hash_tensors
+from pipeline.models.weights.zoo import resolve_weights
+from pipeline.vocabulary.prompts import templates
+
+if TYPE_CHECKING:
+    from pipeline.engine.runtime import Runtime
+    from pipeline.methods.dense import DenseLabeller
+    from pipeline.methods.students import DenseClipPlusParams, MicroBatch
+    from pipeline.vocabulary.categories import Names
+
+MOMENTUM = 0.9
+DRIFT_ROWS = 5  # lines of the log whose mean is compared
+GUIDED = "guided"  # folder of the checkpoint at the switch
+WATCHED = ("agreement", "entropy")
+LABEL_0 = "label_0"  # entry of a checkpoint's architecture: what its row for label id 0 is
+
+
+class PlusStudent:
+    """A fresh segmentation network whose classifier is text, and who labels its images.
+
+    Args:
+        params: section `train`.
+        names: categories and background.
+        network: fresh, as `config` says.
+        text: (1 + K, C) unit text embeddings by label id, the background's first.
+        teacher: DenseCLIP loaded with the names; None where labels are stored.
+        config: what a checkpoint says of the network.
+        fingerprint: of the weights of network, text and teacher.
+        runtime: device and precision.
+    """
+
+    def __init__(
+        self,
+        params: DenseClipPlusParams,
+        names: Names,
+        network: PlusNetwork,
+        *,
+        text: Tensor,
+        teacher: DenseLabeller | None,
+        config: dict[str, Any],
+        fingerprint: str,
+        runtime: Runtime,
+    ) -> None:
+        self.network = network.to(runtime.device).train()
+        self.config = config
+        self.fingerprint = fingerprint
+        self._params = params
+        self._runtime = runtime
+        self._first = 1 if params.background == "none" else 0  # label id of the first row
+        self._text = text[0 if params.background == "names" else 1 :].to(runtime.device)
+        self._candidates = candidates(params, names.categories)
+        self._teacher = teacher.select(self._candidates) if teacher and self._candidates else None
+        shown = ["background", *names.categories]
+        self._shares = [f"share_{_slug(shown[label_id])}" for label_id in self._candidates]
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Cross-entropy on truth and on pseudo-labels, and what is watched without truth.
+
+        Of the unlabelled pixels: how many the student labels as the teacher, the mean entropy of
+        its probabilities, and the share of every candidate among their labels.
+        """
+        return ("truth", "pseudo", *WATCHED, *self._shares)
+
+    @property
+    def milestones(self) -> Mapping[int, str]:
+        """The switch to self-training."""
+        if not self._trains_itself or self._params.guided_iterations >= self._params.iterations:
+            return {}
+        return {self._params.guided_iterations: GUIDED}
+
+    @property
+    def _num_facts(self) -> int:
+        return len(WATCHED) + len(self._shares)
+
+    @property
+    def _trains_itself(self) -> bool:
+        return self._params.self_training != "off"
+
+    def make_optimizer(self) -> Optimizer:
+        """SGD with momentum over all parameters alike."""
+        params = self._params
+        return SGD(
+            self.network.parameters(),
+            lr=params.learning_rate,
+            momentum=MOMENTUM,
+            weight_decay=params.weight_decay,
+        )
+
+    def set_learning_rates(self, optimizer: Optimizer, step: int) -> None:
+        """See `poly_lr`."""
+        params = self._params
+        for group in optimizer.param_groups:
+            group["lr"] = poly_lr(
+                params.learning_rate, step, params.iterations, min_lr=params.final_learning_rate
+            )
+
+    def count(self, batch: MicroBatch) -> Tensor:
+        """Pixels that the loss is divided by, and those without truth: (2,) int64."""
+        labels = batch.semantic_masks
+        counted = (labels != IGNORE_INDEX).sum()
+        if self._params.loss_average == "all":
+            counted = torch.full_like(counted, labels.numel())
+        return torch.stack((counted, self._is_unlabelled(labels).sum()))
+
+    def loss(self, batch: MicroBatch, divisors: Tensor) -> Tensor:
+        """The loss and its parts, see `losses`: (1 + len(losses),)."""
+        images = batch.images / 255
+        with self._runtime.autocast():
+            features = self.network(images)
+        logits = upsample(self.network.logits(features, self._text), images.shape[-2:])
+        unlabelled = self._is_unlabelled(batch.semantic_masks)
+        labels, facts = batch.semantic_masks.long(), logits.new_full((self._num_facts,), torch.nan)
+        if self._candidates:
+            labels, facts = self._complete(batch, images, logits.detach(), unlabelled)
+        losses = F.cross_entropy(
+            logits, _rows(labels, self._first), ignore_index=IGNORE_INDEX, reduction="none"
+        )
+        total, pseudo = losses.sum(), losses.masked_fill(~unlabelled, 0).sum()
+        parts = torch.stack((total, total - pseudo, pseudo)) / divisors[0]
+        return torch.cat((parts, facts / divisors[1]))
+
+    def _complete(
+        self, batch: MicroBatch, images: Tensor, logits: Tensor, unlabelled: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Labels (B, H, W) of this step, and sums of what is watched, NaN where it is not now."""
+        step = batch.numbers[0] // self._params.batch_size
+        is_guided = not self._trains_itself or step < self._params.guided_iterations
+        is_watched = (step + 1) % self._params.log_every == 0
+        own, taught = unlabelled, unlabelled  # not asked for
+        if is_watched or not is_guided:
+            own = own_labels(logits, [i - self._first for i in self._candidates]) + self._first
+        if is_watched or is_guided:
+            taught = self._taught(batch, images)
+        pseudo = taught if is_guided else own
+        labels = fill_unlabelled(batch.semantic_masks.masked_fill(unlabelled, UNLABELLED), pseudo)
+        if not is_watched:
+            return labels, logits.new_full((self._num_facts,), torch.nan)
+        agreement = ((own == taught) & unlabelled).sum()
+        log_probs = logits.log_softmax(dim=1)
+        entropy = -(log_probs.exp() * log_probs).sum(dim=1).masked_fill(~unlabelled, 0).sum()
+        found = pseudo.masked_fill(~unlabelled, IGNORE_INDEX).flatten() - IGNORE_INDEX
+        counts = found.bincount(minlength=self._candidates[-1] + 2)
+        shares = counts[torch.tensor(self._candidates, device=counts.device) - IGNORE_INDEX]
+        return labels, torch.cat((torch.stack((agreement, entropy)), shares)).to(logits.dtype)
+
+    def has_drifted(self, rows: Sequence[tuple[int, Sequence[float]]]) -> str | None:
+        """Where the shares of the categories have left those at the switch, with `until_drift`."""
+        params = self._params
+        if params.self_training != "until_drift":
+            return None
+        first = 1 + len(self.losses) - len(self._shares)
+        shares = slice(first, first + len(self._shares))
+        watched = [(step, row[shares]) for step, row in rows if not np.isnan(row[first])]
+        before = [row for step, row in watched if step <= params.guided_iterations]
+        after = [row for step, row in watched if step > params.guided_iterations]
+        if not before or len(after) < DRIFT_ROWS:
+            return None
+        old, new = (np.mean(part[-DRIFT_ROWS:], axis=0) for part in (before, after))
+        distance = float(np.abs(new - old).sum() / 2)
+        if distance <= params.drift_tolerance:
+            return None
+        return f"self-training has drifted: shares of categories moved by {distance:.2f}"
+
+    def _is_unlabelled(self, labels: Tensor) -> Tensor:
+        """Pixels (B, H, W) to be pseudo-labelled: with a stored teacher, those that it labels."""
+        if self._params.teacher == "stored":
+            return labels != IGNORE_INDEX
+        return labels == UNLABELLED
+
+    def _taught(self, batch: MicroBatch, images: Tensor) -> Tensor:
+        """Labels (B, H, W) of the teacher, void where it is in doubt."""
+        if self._teacher is None:
+            labels = batch.semantic_masks.long()
+            return labels if self._first == 0 else labels.masked_fill(labels == 0, IGNORE_INDEX)
+        with torch.no_grad(), self._runtime.autocast():
+            numbers, confidence = self._teacher.label(images)
+        labels = torch.tensor(self._candidates, device=numbers.device)[numbers]
+        return doubtful_void(labels, confidence, self._params.confidence_threshold)
+
+
+def fresh_plus(
+    params: DenseClipPlusParams,
+    names: Names,
+    encoder: ClipEncoder,
+    *,
+    make_teacher: Callable[[Tensor], DenseLabeller],
+    runtime: Runtime,
+) -> PlusStudent:
+    """The student of some params, as training starts from it.
+
+    Args:
+        params: section `train`.
+        names: categories and background.
+        encoder: the CLIP that guides; frozen.
+        make_teacher: DenseCLIP from text embeddings (1 + K, C) by label id.
+        runtime: device, precision, cache folder of weights.
+
+    Raises:
+        PipelineError: a category of `unseen` that is none, a name that the encoder does not know,
+            or weights of the backbone that are missing or do not fit.
+    """
+    for name in params.unseen:
+        if name not in names.categories:
+            close = did_you_mean(name, list(names.categories))
+            raise PipelineError(f"train.unseen: {name!r} is not among the categories; {close}")
+    encoder.visual.requires_grad_(False)
+    text = label_embeddings(
+        encoder,
+        background=names.background,
+        categories=names.categories,
+        templates=templates(params.templates),
+    )
+    mean, std = backbone_statistics(params.backbone)
+    num_rows = len(names.categories) + (params.background != "none")
+    architecture = {
+        "backbone": params.backbone,
+        "output_stride": params.output_stride,
+        "head": params.head,
+        "channels": text.shape[1],
+        "background": params.background == "learned" and params.classifier == "text",
+        "num_classes": num_rows if params.classifier == "learned" else None,
+        "mean": list(mean),
+        "std": list(std),
+    }
+    network = build_plus(**architecture)
+    if params.backbone_weights is not None:
+        path = resolve_weights(params.backbone_weights, runtime.cache_dir)
+        load_backbone(network.backbone, path)
+    hasher = hashlib.sha256()
+    hash_tensors(hasher, {**network.state_dict(), "text": text})
+    return PlusStudent(
+        params,
+        names,
+        network,
+        text=text,
+        teacher=make_teacher(text) if params.teacher == "online" else None,
+        config={"architecture": {**architecture, LABEL_0: params.background}},
+        fingerprint=f"{hasher.hexdigest()} {encoder.fingerprint()}",
+        runtime=runtime,
+    )
+
+
+def candidates(params: DenseClipPlusParams, categories: Sequence[str]) -> list[int]:
+    """Label ids that a pseudo-label may have: of the unseen, of all where nothing is annotated.
+
+    There are none where nothing is pseudo-labelled.
+    """
+    if params.setting == "annotation_free":
+        return list(range(0 if params.background == "names" else 1, 1 + len(categories)))
+    if params.setting == "zero_shot":
+        return sorted(1 + categories.index(name) for name in params.unseen)
+    return []
+
+
+def _rows(labels: Tensor, first: int) -> Tensor:
+    """Rows of the classifier for label ids (B, H, W); void stays."""
+    return torch.where(labels == IGNORE_INDEX, labels, labels - first)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"\W+", "_", name)
