@@ -5,6 +5,8 @@ Letters: B images, H W pixels, K label ids, h w grid of patches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ def label_and_confidence(
     size: tuple[int, int],
     *,
     scale: float | None = LOGIT_SCALE,
+    through: Sequence[Sequence[int]] = (),
     max_elements: int = UPSAMPLED_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
     """Labels of pixels from scores of patches.
@@ -30,6 +33,7 @@ def label_and_confidence(
         size: (H, W).
         scale: the winner's confidence is its softmax(scale * score). None, for scores that key
             smoothing made probabilities: its share of the sum of all positive scores.
+        through: (H, W) of resizings before that to `size`, see `upsampled_labels`.
         max_elements: number of upsampled scores held at a time, if one label has no more.
 
     Returns:
@@ -38,7 +42,7 @@ def label_and_confidence(
     best = scores.new_full((len(scores), *size), -torch.inf)
     label = torch.zeros_like(best, dtype=torch.int64)
     total = _no_total(best, scale)
-    for start, part in upsampled_parts(scores, size, max_elements=max_elements):
+    for start, part in upsampled_parts(scores, *through, size, max_elements=max_elements):
         part_best, part_label = part.max(dim=1)
         label = torch.where(part_best > best, part_label + start, label)
         best = torch.maximum(best, part_best)
