@@ -28,7 +28,7 @@ def build(name: str) -> nn.Module:
 def conv_bn_relu(state: State, name: str, values: Tensor, dilation: int = 1) -> Tensor:
     """Unfolded convolution, batch norm by its formula, ReLU."""
     weight = state[f"{name}.conv.weight"]
-    outputs, inputs, side = weight.shape[:3]
+    inputs, side = weight.shape[1:3]
     padding = dilation * (side // 2)
     columns = F.unfold(values, side, dilation=dilation, padding=padding)
     columns = columns.unflatten(1, (values.shape[1], side * side))
@@ -79,6 +79,7 @@ def pooled(values: Tensor, side: int) -> Tensor:
 
 
 def plain_deeplabv2(state: State, low: Tensor, last: Tensor) -> Tensor:
+    del low
     total = torch.zeros(())
     for index, dilation in enumerate((6, 12, 18, 24)):
         total = total + conv_bn_relu(state, f"aspp_modules.{index}", last, dilation)
@@ -99,6 +100,7 @@ def plain_deeplabv3plus(state: State, low: Tensor, last: Tensor) -> Tensor:
 
 
 def plain_pspnet(state: State, low: Tensor, last: Tensor) -> Tensor:
+    del low
     size = (last.shape[2], last.shape[3])
     parts = [last]
     for index, side in enumerate((1, 2, 3, 6)):

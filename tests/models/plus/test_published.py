@@ -14,7 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.models.plus.network import build_plus
 from pipeline.models.plus.published import convert_published, read_published
 from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
-from tests.models.plus.test_backbones import norm_shapes, openmmlab_shapes
+from tests.openmmlab import norm_shapes, openmmlab_shapes
 
 C, K = 12, 4
 

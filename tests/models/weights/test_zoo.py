@@ -45,7 +45,7 @@ from pipeline.models.zutis.build import build_zutis
 from pipeline.params.base import EncoderParams
 from pipeline.vocabulary.categories import load_category_set
 from tests.models.clip.test_clip import scripted
-from tests.models.plus.test_backbones import openmmlab_shapes
+from tests.openmmlab import blank, openmmlab_shapes
 from tests.paths import REFERENCE as DATA
 from tests.tiny_encoders import TINY_CLIP, add_tiny_architectures
 
@@ -86,11 +86,6 @@ def layout(name: str) -> dict[str, list[int]]:
         encoder = {key: shape for key, shape in tensors.items() if key.startswith("encoder.")}
         return {key.removeprefix("encoder."): shape for key, shape in encoder.items()}
     return tensors
-
-
-def blank(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Tensors of these names and shapes that take no memory."""
-    return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
 
 
 def open_clip_shapes(model: str) -> dict[str, list[int]]:
@@ -186,7 +181,7 @@ class TestRealSize:
             ("selfmask_nq10", "selfmask_nq20", r"query_embed is \[20, 384\], expected \[10, 384\]"),
             ("zutis_coco_vit_b_16", "zutis_imagenet_s919_vit_b_32", r"encoder\.conv1\.weight is"),
             ("dino_vits16", "dino_vits8", r"pos_embed is \[1, 785, 384\], expected \[1, 197, 384"),
-            ("resnet50_v1c", "resnet101_v1c", r"\(as resnet50_v1c: resnet50_v1c\).*layer3\.6"),
+            ("resnet50_v1c", "resnet101_v1c", r"(?s)\(as resnet50_v1c: resnet50_v1c\).*layer3\.6"),
             ("resnet101_v1c", "dino_vits8", r"(?s)missing \(636\): conv1\.0\.weight"),
         ],
     )
