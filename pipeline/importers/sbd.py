@@ -7,13 +7,11 @@ images are VOC's own. With VOC's `train`, and without VOC's `val`, they are 10,5
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.io import loadmat
 
 from pipeline.benchmarks.lists import check_files, check_folder, read_ids
 from pipeline.benchmarks.voc import CLASSES, IMAGES, SPLITS, VocWriter, encode_index_png
@@ -21,6 +19,7 @@ from pipeline.engine.progress import StageRun
 from pipeline.errors import PipelineError
 from pipeline.files import write_bytes
 from pipeline.formats.images import ImageError, one_line, read_file, stored_size
+from pipeline.importers.matlab import read_field
 
 TRAINAUG = "trainaug"
 NUM_TRAINAUG = 10_582
@@ -67,18 +66,14 @@ def run(*, sbd_dir: Path, voc_dir: Path, stats_path: Path) -> None:
 def read_map(path: Path) -> NDArray[np.uint8]:
     """The label map (H, W) of a .mat file of SBD's, 0 for background.
 
-    These are MATLAB's files of version 5, which hold arrays and no code: reading them unpickles
-    nothing.
-
     Raises:
         ImageError: it cannot be read, or holds no such map.
     """
-    content = read_file(path)
     try:
-        stored = loadmat(io.BytesIO(content), variable_names=["GTcls"])
-        labels = stored["GTcls"]["Segmentation"][0, 0]
-        labels = labels[0, 0] if labels.dtype == np.object_ else labels  # in a cell
-    except Exception as error:  # damaged bytes make the parser raise any exception
+        labels = read_field(read_file(path), "GTcls", "Segmentation")
+    except ImageError:
+        raise
+    except ValueError as error:
         raise ImageError(f"no GTcls.Segmentation: {one_line(error)}") from None
     if labels.ndim != 2 or labels.dtype.kind not in "iu" or labels.size == 0:
         raise ImageError(f"Segmentation: {labels.dtype} {labels.shape}, not a map of label ids")
