@@ -112,7 +112,7 @@ def _differences() -> dict[str, dict[str, Any]]:
 def _paper_text(fields: dict[str, Any]) -> str:
     benches = [f"  {name}:\n{indent(bench_text(name), '    ')}" for name in fields["benches"]]
     base = Template((_PAPERS / "base.yaml").read_text(encoding="utf-8"))
-    return base.substitute(fields, benches="".join(benches))
+    return base.substitute({"upsampling": "direct"} | fields, benches="".join(benches))
 
 
 def _filled_in(text: str, images: Path | None, categories: list[str] | None) -> str:
