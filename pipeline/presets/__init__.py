@@ -122,7 +122,8 @@ def _paper_text(fields: dict[str, Any]) -> str:
 
 
 def _zutis_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    return {**fields, "benches": "".join(_bench_entry(name) for name in fields["benches"])}
+    benches = "".join(_bench_entry(name) for name in fields["benches"])
+    return {"upsampling": "direct", **fields, "benches": benches}
 
 
 def _plus_fields(fields: dict[str, Any]) -> dict[str, Any]:

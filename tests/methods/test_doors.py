@@ -361,5 +361,7 @@ def test_a_checkpoint_of_an_unknown_kind_is_named(
     assert "student" not in config  # and yet it is a ZUTIS
     assert Segmenter.load(workspace.root / "zutis", runtime=runtime).categories == CATEGORIES
     (tmp_path / "config.json").write_text(json.dumps({**config, "student": "deeplab"}))
-    with pytest.raises(PipelineError, match=r"student: 'deeplab'; known are zutis, denseclip_plus, colour"):
+    with pytest.raises(
+        PipelineError, match=r"student: 'deeplab'; known are zutis, denseclip_plus, colour"
+    ):
         Segmenter.load(tmp_path, runtime=runtime)

@@ -1,7 +1,8 @@
 """DenseCLIP, later named MaskCLIP (Zhou, Loy, Dai: "Extract Free Dense Labels from CLIP", 2022).
 
 CLIP's image encoder labels every patch without training: its last attention is replaced by the
-value path, and the patch features are compared with text embeddings. Not to be confused with the
+value path, and the patch features are compared with text embeddings. Sections are those of the
+first version, arXiv 2112.01071v1, where nothing else is said. Not to be confused with the
 supervised DenseCLIP of Rao et al.
 
 Letters: B images, H W pixels, h w patch grid, D tower width, C joint embedding, K labels.
@@ -206,14 +207,17 @@ def dense_logits(features: Tensor, text: Tensor) -> Tensor:
 
 
 def prompt_denoising(logits: Tensor, threshold: float, *, scale: float = LOGIT_SCALE) -> Tensor:
-    """Remove from each image the labels it nowhere believes in (section 3.3).
+    """Remove from each image the labels it nowhere believes in.
+
+    From section 3.3 of MaskCLIP (ECCV 2022), as `key_smoothing`; DenseCLIP's first version has
+    neither.
 
     A label whose largest softmax(scale * logit) over all positions is below the threshold gets
     logit -100 everywhere. If that removes every label, label 0 wins.
 
     Args:
         logits: cosines (B, K, h, w).
-        threshold: in [0, 1]; 0.5 in the paper.
+        threshold: in [0, 1]; 0.5 there.
         scale: factor of the cosines inside the softmax.
     """
     peaks = (scale * logits).softmax(dim=1).amax(dim=(2, 3), keepdim=True)
@@ -228,7 +232,7 @@ def key_smoothing(
     affinity: KeyAffinity = "published",
     scale: float = LOGIT_SCALE,
 ) -> Tensor:
-    """Spread probabilities between positions with similar keys (section 3.3).
+    """Spread probabilities between positions with similar keys; see `prompt_denoising`.
 
     Args:
         logits: cosines (B, K, h, w), after prompt denoising if both are on.
