@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from pipeline.errors import PipelineError, listing
@@ -29,15 +28,15 @@ def find_name(name: str, categories: Sequence[str], *, field: str = "confidence"
 
 
 def confidence_map(
-    scores: Tensor, number: int, image: Image.Image, *, scale: float | None
+    scores: Tensor, number: int, *sizes: Sequence[int], scale: float | None
 ) -> NDArray[np.float32]:
     """Probability (H, W) in [0, 1] of one label at each pixel of an image.
 
     Args:
         scores: (1, K, h, w) of the image.
         number: of the label, from 0.
-        image: its size is that of the map.
+        sizes: (H, W) of each resizing of the scores, the image's last.
         scale: factor of the scores in their softmax; None where they are probabilities.
     """
-    found = probability(scores.float(), number, (image.height, image.width), scale=scale)
+    found = probability(scores.float(), number, *sizes, scale=scale)
     return np.asarray(found[0].cpu().numpy(), dtype=np.float32)

@@ -86,7 +86,9 @@ class Labeller:
         pixels = to_tensor(image, self._settings, patch_size=self._model.patch_size)
         with self._runtime.autocast():
             scores = self._model.scores(pixels[None].to(self._runtime.device))
-        return confidence_map(scores, number, image, scale=self._model.logit_scale)
+        through = [pixels.shape[1:]] if self._settings.upsampling == "published" else []
+        size = image.height, image.width
+        return confidence_map(scores, number, *through, size, scale=self._model.logit_scale)
 
     def select(self, categories: Sequence[str]) -> Labeller:
         """A labeller for some of the categories, which shares the networks.

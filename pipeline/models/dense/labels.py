@@ -5,10 +5,12 @@ Letters: B images, H W pixels, K label ids, h w grid of patches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from pipeline.models.layers.interpolate import UPSAMPLED_ELEMENTS, upsample, upsampled_parts
+from pipeline.models.layers.interpolate import UPSAMPLED_ELEMENTS, upsampled_parts
 
 LOGIT_SCALE = 100.0
 
@@ -49,8 +51,7 @@ def label_and_confidence(
 def probability(
     scores: Tensor,
     number: int,
-    size: tuple[int, int],
-    *,
+    *sizes: Sequence[int],
     scale: float | None = LOGIT_SCALE,
     max_elements: int = UPSAMPLED_ELEMENTS,
 ) -> Tensor:
@@ -59,15 +60,15 @@ def probability(
     Args:
         scores: (B, K, h, w).
         number: of the label, from 0.
-        size: (H, W).
+        sizes: (H, W) of each resizing, one after the other.
         scale: as there; where the label wins, this is its confidence.
         max_elements: as there.
     """
-    own = upsample(scores[:, number : number + 1], size)[:, 0]
-    total = _no_total(own, scale)
-    for _, part in upsampled_parts(scores, size, max_elements=max_elements):
+    [(_, own)] = upsampled_parts(scores[:, number : number + 1], *sizes)
+    total = _no_total(own[:, 0], scale)
+    for _, part in upsampled_parts(scores, *sizes, max_elements=max_elements):
         total = _add(total, part, scale)
-    return _share(own, total, scale)
+    return _share(own[:, 0], total, scale)
 
 
 def _no_total(like: Tensor, scale: float | None) -> Tensor:

@@ -96,6 +96,7 @@ class PlusPredictor:
     """
 
     patch_size = 1
+    logit_scale = 1.0  # it was trained without a temperature
 
     def __init__(
         self,
@@ -150,6 +151,13 @@ class PlusPredictor:
             )
             for one, size in zip(logits, sizes, strict=True)
         ]
+
+    @torch.no_grad()
+    def scores(self, images: Tensor) -> Tensor:
+        """Logits (B, 1 + K, h, w) by label id, or (B, K, h, w) of one that has no background."""
+        with self._runtime.autocast():
+            features = self._network(images.to(self._runtime.device))
+        return self._logits(features, 1 if self._label_0 == "none" else 0)
 
     def _logits(self, features: Tensor, first: int) -> Tensor:
         """Logits (B, K', h, w) of the label ids that are asked for, from number `first` on."""
