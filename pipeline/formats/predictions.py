@@ -1,10 +1,11 @@
 """Predictions on disk: WebDataset shards with one sample an image, in the order of the benchmark.
 
-label.png       label ids (H, W)
-baseline.png    label ids of a dense labeller; only where a baseline is asked for
-instances.json  COCO results: image_id, category_id (label id), segmentation (RLE), score; only
-                where instances are asked for
-json            image_id and the image's number in the benchmark, which is also the sample key
+label.png                label ids (H, W)
+baseline.png             label ids of a dense labeller; only where a baseline is asked for
+instances.json           COCO results: image_id, category_id (label id), segmentation (RLE), score;
+                         only where instances are asked for
+baseline_instances.json  those of the dense labeller; only where it has any beside a network's
+json                     image_id and the image's number in the benchmark, the sample key as well
 
 An image that cannot be read has no sample.
 """
@@ -29,7 +30,8 @@ from pipeline.formats.shards import StoredSample, open_samples, write_tar
 SHARD_SIZE = 100  # what a killed evaluation loses at most
 KEY_DIGITS = 8
 HEADER_END = b"\n"
-LABEL, BASELINE, INSTANCES = "label.png", "baseline.png", "instances.json"
+LABEL, BASELINE = "label.png", "baseline.png"
+INSTANCES, BASELINE_INSTANCES = "instances.json", "baseline_instances.json"
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,14 @@ class StoredPrediction:
         labels: (H, W) label ids, 0 is background.
         baseline: those of a dense labeller, or None.
         objects: by falling score, or None where there was no need for them.
+        baseline_objects: those of the dense labeller, or None.
     """
 
     image_id: str
     labels: LabelMap
     baseline: LabelMap | None = None
     objects: Sequence[RleObject] | None = None
+    baseline_objects: Sequence[RleObject] | None = None
 
 
 def encode_prediction(prediction: StoredPrediction, num_categories: int) -> bytes:
@@ -99,11 +103,9 @@ def encode_prediction(prediction: StoredPrediction, num_categories: int) -> byte
     if prediction.baseline is not None:
         members[BASELINE] = encode_label(np.asarray(prediction.baseline), num_categories)
     if prediction.objects is not None:
-        objects = [
-            {"category_id": item.label_id, "segmentation": item.rle, "score": item.score}
-            for item in prediction.objects
-        ]
-        members[INSTANCES] = json.dumps(objects, separators=(",", ":")).encode()
+        members[INSTANCES] = _encode_objects(prediction.objects)
+    if prediction.baseline_objects is not None:
+        members[BASELINE_INSTANCES] = _encode_objects(prediction.baseline_objects)
     header = json.dumps({name: len(data) for name, data in members.items()}).encode()
     return b"".join([header, HEADER_END, *members.values()])
 
@@ -168,6 +170,23 @@ class PredictionStore:
                 yield example, prediction
 
 
+def _encode_objects(objects: Iterable[RleObject]) -> bytes:
+    results = [
+        {"category_id": item.label_id, "segmentation": item.rle, "score": item.score}
+        for item in objects
+    ]
+    return json.dumps(results, separators=(",", ":")).encode()
+
+
+def _decode_objects(sample: StoredSample, member: str) -> list[RleObject] | None:
+    if member not in sample:
+        return None
+    return [
+        RleObject(entry["category_id"], entry["segmentation"], entry["score"])
+        for entry in json.loads(sample[member])
+    ]
+
+
 def _key(number: int) -> str:
     return f"{number:0{KEY_DIGITS}d}"
 
@@ -182,22 +201,17 @@ def _to_sample(number: int, image_id: str, encoded: bytes) -> StoredSample:
     for name, length in json.loads(header).items():
         sample[name] = content[start : start + length]
         start += length
-    if INSTANCES in sample:
-        objects = [{"image_id": image_id, **entry} for entry in json.loads(sample[INSTANCES])]
-        sample[INSTANCES] = json.dumps(objects, separators=(",", ":")).encode()
+    for name in {INSTANCES, BASELINE_INSTANCES} & sample.keys():
+        objects = [{"image_id": image_id, **entry} for entry in json.loads(sample[name])]
+        sample[name] = json.dumps(objects, separators=(",", ":")).encode()
     return sample
 
 
 def _from_sample(sample: StoredSample) -> StoredPrediction:
-    objects = None
-    if INSTANCES in sample:
-        objects = [
-            RleObject(entry["category_id"], entry["segmentation"], entry["score"])
-            for entry in json.loads(sample[INSTANCES])
-        ]
     return StoredPrediction(
         image_id=json.loads(sample["json"])["image_id"],
         labels=decode_label(sample[LABEL]),
         baseline=decode_label(sample[BASELINE]) if BASELINE in sample else None,
-        objects=objects,
+        objects=_decode_objects(sample, INSTANCES),
+        baseline_objects=_decode_objects(sample, BASELINE_INSTANCES),
     )

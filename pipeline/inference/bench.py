@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from itertools import groupby
@@ -20,7 +20,12 @@ from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.files import digest
 from pipeline.formats.images import ImageError
-from pipeline.formats.predictions import StoredPrediction, encode_prediction, write_encoded
+from pipeline.formats.predictions import (
+    Instance,
+    StoredPrediction,
+    encode_prediction,
+    write_encoded,
+)
 from pipeline.formats.rle import RleObject, encode_crop
 from pipeline.inference.labeller import Labeller
 from pipeline.inference.protocol import (
@@ -29,7 +34,7 @@ from pipeline.inference.protocol import (
     network_protocol,
     protocol_lines,
 )
-from pipeline.inference.segmenter import Prediction, Segmenter
+from pipeline.inference.segmenter import Segmenter
 from pipeline.methods.dense import PseudoLabelParams
 from pipeline.params.base import PredictionSettings
 from pipeline.params.benches import BenchParams
@@ -102,7 +107,7 @@ class NetworkPredictor:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        baseline = labeller_protocol(self.baseline) if self.baseline else {}
+        baseline = LabellerPredictor(self.baseline).protocol if self.baseline else {}
         return {
             **network_protocol(self.segmenter, self.checkpoint_dir),
             **{f"baseline_{name}": value for name, value in baseline.items()},
@@ -120,38 +125,36 @@ class NetworkPredictor:
     def predict(
         self, image_ids: Sequence[str], images: Sequence[Image.Image]
     ) -> list[StoredPrediction]:
-        return [
+        with_objects = self.segmenter.settings.instances
+        predictions = [
             StoredPrediction(
                 image_id,
                 labels=prediction.semantic,
-                baseline=self.baseline.labels(image) if self.baseline else None,
-                objects=self._objects(prediction),
+                objects=_encoded(prediction.instances) if with_objects else None,
             )
-            for image_id, image, prediction in zip(
-                image_ids, images, self.segmenter.predict(images), strict=True
-            )
+            for image_id, prediction in zip(image_ids, self.segmenter.predict(images), strict=True)
         ]
-
-    def _objects(self, prediction: Prediction) -> list[RleObject] | None:
-        if not self.segmenter.settings.instances:
-            return None
+        if self.baseline is None:
+            return predictions
+        beside = LabellerPredictor(self.baseline).predict(image_ids, images)
         return [
-            RleObject(
-                found.label_id, encode_crop(found.crop, found.bbox_xyxy, found.size), found.score
-            )
-            for found in prediction.instances
+            replace(prediction, baseline=below.labels, baseline_objects=below.objects)
+            for prediction, below in zip(predictions, beside, strict=True)
         ]
 
 
 @dataclass(frozen=True)
 class LabellerPredictor:
-    """A dense labeller alone; it finds no objects."""
+    """A dense labeller alone."""
 
     labeller: Labeller
 
     @property
     def protocol(self) -> dict[str, Any]:
-        return labeller_protocol(self.labeller)
+        settings = self.labeller.settings
+        objects = {"temperature": settings.temperature, "objects": settings.labeller_objects}
+        found = objects if self.labeller.finds_objects else {}
+        return {**labeller_protocol(self.labeller), **found}
 
     @property
     def fingerprints(self) -> list[str]:
@@ -163,10 +166,19 @@ class LabellerPredictor:
     def predict(
         self, image_ids: Sequence[str], images: Sequence[Image.Image]
     ) -> list[StoredPrediction]:
+        with_objects = self.labeller.finds_objects
+        found = [self.labeller.predict(image) for image in images]
         return [
-            StoredPrediction(image_id, labels=self.labeller.labels(image))
-            for image_id, image in zip(image_ids, images, strict=True)
+            StoredPrediction(image_id, labels, objects=_encoded(objects) if with_objects else None)
+            for image_id, (labels, objects) in zip(image_ids, found, strict=True)
         ]
+
+
+def _encoded(objects: Iterable[Instance]) -> list[RleObject]:
+    return [
+        RleObject(item.label_id, encode_crop(item.crop, item.bbox_xyxy, item.size), item.score)
+        for item in objects
+    ]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from pipeline.errors import PipelineError, listing
@@ -28,15 +29,22 @@ def find_name(name: str, categories: Sequence[str], *, field: str = "confidence"
 
 
 def confidence_map(
-    scores: Tensor, number: int, *sizes: Sequence[int], scale: float | None
+    scores: Tensor,
+    number: int,
+    image: Image.Image,
+    *,
+    scale: float | None,
+    through: Sequence[Sequence[int]] = (),
 ) -> NDArray[np.float32]:
     """Probability (H, W) in [0, 1] of one label at each pixel of an image.
 
     Args:
         scores: (1, K, h, w) of the image.
         number: of the label, from 0.
-        sizes: (H, W) of each resizing of the scores, the image's last.
+        image: its size is that of the map.
         scale: factor of the scores in their softmax; None where they are probabilities.
+        through: (H, W) of resizings of the scores before that.
     """
-    found = probability(scores.float(), number, *sizes, scale=scale)
+    size = (image.height, image.width)
+    found = probability(scores.float(), number, size, scale=scale, through=through)
     return np.asarray(found[0].cpu().numpy(), dtype=np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,24 +12,37 @@ from PIL import Image
 
 from pipeline.engine.runtime import Runtime
 from pipeline.files import digest
-from pipeline.formats.labels import LabelMap, label_map
+from pipeline.formats.labels import label_map
+from pipeline.formats.predictions import Segmentation
 from pipeline.inference.confidence import confidence_map, find_name
 from pipeline.inference.inputs import to_tensor
-from pipeline.methods.dense import DenseLabeller, PseudoLabelParams, load_dense_labeller
+from pipeline.methods.dense import (
+    DENSE_LABELLERS,
+    DenseLabeller,
+    ObjectLabeller,
+    PseudoLabelParams,
+    load_dense_labeller,
+)
+from pipeline.models.dense.labels import label_and_confidence
+from pipeline.models.dense.objects import objects_of_labels
 from pipeline.models.layers.interpolate import upsampled_labels
 from pipeline.params.base import PredictionSettings
 from pipeline.vocabulary.categories import Names, unasked_names
 
 
 class Labeller:
-    """A dense labeller alone as a segmenter: label maps, no objects.
+    """A dense labeller alone as a segmenter: label maps, whose regions may be objects.
 
     Args:
         model: loaded with the names.
         names: what it tells apart.
         params: section `pseudo_label` of params.yaml.
-        settings: size of the input, and whether a pixel may be background.
+        settings: size of the input, whether a pixel may be background, and whether objects are
+            looked for, and how.
         runtime: device and precision.
+
+    Attributes:
+        finds_objects: whether they are, and the method can.
     """
 
     def __init__(
@@ -43,7 +57,8 @@ class Labeller:
         self.names = names
         self.params = params
         self._all = model
-        self._settings = settings
+        self.settings = settings
+        self.finds_objects = settings.instances and DENSE_LABELLERS[params.method].gives_objects
         self._runtime = runtime
         self._first = 0 if settings.background else 1
         label_ids = range(self._first, 1 + len(names.categories))
@@ -83,12 +98,11 @@ class Labeller:
             PipelineError: it is not among the names.
         """
         number = find_name(name, self.names.categories) + 1 - self._first
-        pixels = to_tensor(image, self._settings, patch_size=self._model.patch_size)
+        pixels = to_tensor(image, self.settings, patch_size=self._model.patch_size)
         with self._runtime.autocast():
             scores = self._model.scores(pixels[None].to(self._runtime.device))
-        through = [pixels.shape[1:]] if self._settings.upsampling == "published" else []
-        size = image.height, image.width
-        return confidence_map(scores, number, *through, size, scale=self._model.logit_scale)
+        through = [pixels.shape[1:]] if self.settings.upsampling == "published" else []
+        return confidence_map(scores, number, image, scale=self._model.logit_scale, through=through)
 
     def select(self, categories: Sequence[str]) -> Labeller:
         """A labeller for some of the categories, which shares the networks.
@@ -101,16 +115,35 @@ class Labeller:
             self._all.select([0, *(1 + known.index(name) for name in categories)]),
             Names(list(categories), self.names.background),
             params=self.params,
-            settings=self._settings,
+            settings=self.settings,
             runtime=self._runtime,
         )
 
     @torch.no_grad()
-    def labels(self, image: Image.Image) -> LabelMap:
-        """Label ids (H, W) of an RGB image, 0 is background."""
-        pixels = to_tensor(image, self._settings, patch_size=self._model.patch_size)
+    def predict(self, image: Image.Image) -> Segmentation:
+        """Label map, and objects if any are looked for, of an RGB image."""
+        pixels = to_tensor(image, self.settings, patch_size=self._model.patch_size)
+        size = image.height, image.width
+        through = [pixels.shape[1:]] if self.settings.upsampling == "published" else []
+        batch = pixels[None].to(self._runtime.device)
+        if not self.finds_objects:
+            with self._runtime.autocast():
+                scores = self._model.scores(batch).float()
+            rows = upsampled_labels(scores, *through, size)
+            return Segmentation(label_map(rows[0].cpu().numpy(), self._first), [])
+        model = cast("ObjectLabeller", self._model)
         with self._runtime.autocast():
-            scores = self._model.scores(pixels[None].to(self._runtime.device)).float()
-        through = [pixels.shape[1:]] if self._settings.upsampling == "published" else []
-        labels = upsampled_labels(scores, *through, (image.height, image.width))
-        return label_map(labels[0].cpu().numpy(), self._first)
+            scores, features = model.scores_and_features(batch)
+        rows, confidence = label_and_confidence(
+            scores.float(), size, scale=model.logit_scale, through=through
+        )
+        labels = label_map(rows[0].cpu().numpy(), self._first)
+        objects = objects_of_labels(
+            labels,
+            confidence[0].cpu().numpy(),
+            features[0].float(),
+            cast("ObjectLabeller", self._all).text,
+            regions=self.settings.labeller_objects,
+            temperature=self.settings.temperature,
+        )
+        return Segmentation(labels, objects)

@@ -30,7 +30,7 @@ class PhotoSegmenter(Protocol):
 
 @dataclass(frozen=True)
 class LabellerOfPhotos:
-    """A dense labeller as a `PhotoSegmenter`; it finds no objects."""
+    """A dense labeller as a `PhotoSegmenter`."""
 
     labeller: Labeller
 
@@ -39,7 +39,8 @@ class LabellerOfPhotos:
         return list(self.labeller.names.categories)
 
     def predict(self, images: Sequence[Image.Image]) -> list[Prediction]:
-        return [Prediction(self.labeller.labels(image), [], self.categories) for image in images]
+        found = map(self.labeller.predict, images)
+        return [Prediction(semantic, objects, self.categories) for semantic, objects in found]
 
     def confidence(self, image: Image.Image, name: str) -> NDArray[np.float32]:
         return self.labeller.confidence(image, name)

@@ -143,13 +143,12 @@ class Segmenter:
             ImageError: as a call.
             PipelineError: it is not among `categories`.
         """
-        place = find_name(name, self.categories)
+        first = 0 if self.settings.background else 1
+        number = find_name(name, self.categories) + 1 - first
         picture = to_rgb(image)
         pixels = to_tensor(picture, self.settings, patch_size=self.student.patch_size)
-        scores = self.student.scores(pixels[None])
-        first = scores.shape[1] - len(self.categories)  # 1, or 0 of a network without background
-        if not self.settings.background:
-            scores, first = scores[:, first:], 0
+        scores = self.student.scores(pixels[None])[:, first:]
         through = [pixels.shape[1:]] if self.settings.upsampling == "published" else []
-        size, scale = (picture.height, picture.width), self.student.logit_scale
-        return confidence_map(scores, first + place, *through, size, scale=scale)
+        return confidence_map(
+            scores, number, picture, scale=self.student.logit_scale, through=through
+        )

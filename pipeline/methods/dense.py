@@ -54,6 +54,23 @@ class DenseLabeller(Protocol):
         """Images (B, 3, H, W) in [0, 1] -> numbers of label ids (B, H, W), confidence (B, H, W)."""
 
 
+class ObjectLabeller(DenseLabeller, Protocol):
+    """A dense labeller that can tell how well a region fits its name (`gives_objects`).
+
+    Attributes:
+        text: (K, C) unit rows of the K label ids.
+    """
+
+    text: Tensor
+
+    @property
+    def logit_scale(self) -> float | None:
+        """Factor of the scores inside their softmax; None where they are probabilities already."""
+
+    def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What `scores` gives, and features (B, C, h, w) float32, of any length, beside `text`."""
+
+
 class PseudoLabelParams(Section):
     """Stage 4: dense labels, training-free, by the method that `method` names."""
 
@@ -103,10 +120,17 @@ class DenseClipParams(DenseClipRecipe, PseudoLabelParams):
 
 @dataclass(frozen=True)
 class DenseMethod:
-    """An entry of `DENSE_LABELLERS`: the class of its params, and what loads it by these."""
+    """An entry of `DENSE_LABELLERS`.
+
+    Attributes:
+        params: the class of its params.
+        load: loads it by these.
+        gives_objects: whether what is loaded is an `ObjectLabeller`, whose regions are objects too.
+    """
 
     params: type[PseudoLabelParams]
     load: Callable[[Any, Names, Runtime], DenseLabeller]
+    gives_objects: bool = False
 
 
 def _denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> DenseLabeller:
@@ -115,7 +139,7 @@ def _denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> Dense
     return load_denseclip(params, names, runtime)
 
 
-DENSE_LABELLERS = {"denseclip": DenseMethod(DenseClipParams, _denseclip)}
+DENSE_LABELLERS = {"denseclip": DenseMethod(DenseClipParams, _denseclip, gives_objects=True)}
 
 
 def load_dense_labeller(params: PseudoLabelParams, names: Names, runtime: Runtime) -> DenseLabeller:

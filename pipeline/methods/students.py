@@ -175,10 +175,7 @@ class TrainedStudent(Protocol):
         """Segment images (B, 3, H', W') in [0, 1]; predictions are of `sizes` (H, W)."""
 
     def scores(self, images: Tensor) -> Tensor:
-        """Logits (B, 1 + K, h, w) of images (B, 3, H', W') in [0, 1], by label id.
-
-        Or (B, K, h, w), of a network that has no background.
-        """
+        """Logits (B, 1 + K, h, w) float32 of images (B, 3, H', W') in [0, 1], by label id."""
 
     def protocol(self, settings: PredictionSettings) -> dict[str, Any]:
         """What decides a prediction, in the words of a protocol."""

@@ -79,6 +79,8 @@ class PredictionParams(Section):
     for dense labels, to that of the network's input first, as DenseCLIP's code does.
     `region_majority` gives a connected region of foreground the category that more than half of its
     pixels have, if there is one: for encoders that outline better than they name.
+    `labeller_objects` says what an object of a dense labeller is: all pixels of a category
+    (`classes`), or each connected part of them (`components`).
     """
 
     threshold: Probability = 0.5
@@ -90,6 +92,7 @@ class PredictionParams(Section):
     whole_patches: bool = False
     upsampling: Literal["direct", "published"] = "direct"
     region_majority: bool = False
+    labeller_objects: Literal["classes", "components"] = "classes"
 
 
 class PredictionSettings(PredictionParams):

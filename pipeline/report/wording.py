@@ -35,6 +35,9 @@ BENCH_COLUMNS = {
     "ap": "AP",
     "ap50": "AP50",
     "ap75": "AP75",
+    "baseline_ap": "Baseline AP",
+    "baseline_ap50": "Baseline AP50",
+    "baseline_ap75": "Baseline AP75",
     "ap_unseen": "Unseen AP",
     "ap50_unseen": "Unseen AP50",
     "ap_agnostic": "Agnostic AP",
@@ -67,7 +70,7 @@ GLOSSARY = {
     "mIoU": "overlap of predicted and true pixels of a class (intersection over union), averaged "
     "over all classes and background, from one confusion matrix over the whole benchmark.",
     "Baseline": "a dense labeller alone, training-free: every patch of the image encoder takes the "
-    "nearest category name. The protocol says which one.",
+    "nearest category name. The protocol says which one. Its objects are regions of its labels.",
     "Pixel acc.": "share of all labelled pixels whose class is predicted right.",
     "Mean acc.": "the same share for each class by itself, averaged over the classes.",
     "AP": "area under the precision-recall curve of whole objects, averaged over categories and "

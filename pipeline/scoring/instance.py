@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,23 +16,25 @@ from pipeline.scoring.task import ScoringTask, Truth
 
 @dataclass(frozen=True)
 class InstancePart:
-    """Matches within categories, and regardless of them."""
+    """Matches within categories, and regardless of them; of the baseline if it has objects."""
 
     aware: Matches
     agnostic: Matches
+    baseline: InstancePart | None = None
 
 
 class InstanceScorer:
     """Mask AP and AR.
 
     Void pixels are cut out of targets and predictions alike before they are compared; what has no
-    pixel left is not counted, neither as found, nor as missed, nor as wrong.
+    pixel left is not counted, neither as found, nor as missed, nor as wrong. The AP of a baseline's
+    objects, where there are any, stand beside those of the network as `baseline_ap` and so on.
     """
 
     def __init__(self, task: ScoringTask) -> None:
         self._task = task
-        self._aware = MaskAP(task.num_categories)
-        self._agnostic = MaskAP(1)
+        self._network = _Sums(task)
+        self._baseline: _Sums | None = None
 
     def measure(self, truth: Truth, prediction: StoredPrediction) -> InstancePart:
         targets = [
@@ -41,18 +43,46 @@ class InstanceScorer:
             )
             for target in truth.instances
         ]
-        predictions = list(prediction.objects or [])
-        if truth.void.any():
-            scored = encode_mask(~truth.void)
-            targets, predictions = _cut(targets, scored), _cut(predictions, scored)
-        return InstancePart(
-            aware=match_objects(targets, predictions),
-            agnostic=match_objects(targets, predictions, by_category=False),
+        scored = encode_mask(~truth.void) if truth.void.any() else None
+        targets = _cut(targets, scored)
+        below = prediction.baseline_objects
+        return _match(
+            targets,
+            _cut(prediction.objects or [], scored),
+            baseline=None if below is None else _match(targets, _cut(below, scored)),
         )
+
+    def add(self, part: InstancePart) -> None:
+        self._network.add(part)
+        if part.baseline is not None:
+            self._baseline = self._baseline or _Sums(self._task)
+            self._baseline.add(part.baseline)
+
+    def compute(self) -> dict[str, float]:
+        metrics = self._network.compute()
+        if self._baseline is not None:
+            baseline = self._baseline.compute().items()
+            metrics |= {f"baseline_{key}": value for key, value in baseline if key[:2] == "ap"}
+        return metrics
+
+    def per_class(self) -> dict[str, NDArray[np.float64]]:
+        return {"ap": np.concatenate([[np.nan], self._network.category_ap()])}
+
+
+class _Sums:
+    """Precision and recall of the objects of one predictor."""
+
+    def __init__(self, task: ScoringTask) -> None:
+        self._task = task
+        self._aware = MaskAP(task.num_categories)
+        self._agnostic = MaskAP(1)
 
     def add(self, part: InstancePart) -> None:
         self._aware.add(part.aware)
         self._agnostic.add(part.agnostic)
+
+    def category_ap(self) -> NDArray[np.float64]:
+        return self._aware.compute().category_ap()
 
     def compute(self) -> dict[str, float]:
         aware, agnostic = self._aware.compute(), self._agnostic.compute()
@@ -64,9 +94,6 @@ class InstanceScorer:
             **{f"{name}_agnostic": value for name, value in _ars(agnostic).items()},
             **self._seen_and_unseen(aware),
         }
-
-    def per_class(self) -> dict[str, NDArray[np.float64]]:
-        return {"ap": np.concatenate([[np.nan], self._aware.compute().category_ap()])}
 
     def _seen_and_unseen(self, scores: PrecisionRecall) -> dict[str, float]:
         """AP of categories apart; what counts as a false object is the same as for all."""
@@ -93,8 +120,22 @@ def _ars(scores: PrecisionRecall) -> dict[str, float]:
     return {f"ar{bound}": scores.ar(bound) for bound in (1, 10, 100)}
 
 
-def _cut(objects: Iterable[RleObject], scored: Rle) -> list[RleObject]:
+def _match(
+    targets: Sequence[RleObject],
+    predictions: Sequence[RleObject],
+    baseline: InstancePart | None = None,
+) -> InstancePart:
+    return InstancePart(
+        match_objects(targets, predictions),
+        match_objects(targets, predictions, by_category=False),
+        baseline,
+    )
+
+
+def _cut(objects: Iterable[RleObject], scored: Rle | None) -> list[RleObject]:
     """Objects without their void pixels; those that lose their last one are left out."""
+    if scored is None:
+        return list(objects)
     kept = []
     for item in objects:
         rle = intersect(item.rle, scored)

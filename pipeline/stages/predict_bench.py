@@ -15,7 +15,7 @@ from pipeline.engine.shard_run import Executor, Job, run_job
 from pipeline.errors import PipelineError, listing
 from pipeline.formats.predictions import SHARD_SIZE
 from pipeline.inference.bench import BenchRun, PredictionMaker, images_to_predict
-from pipeline.methods.dense import PseudoLabelParams
+from pipeline.methods.dense import DENSE_LABELLERS, PseudoLabelParams
 from pipeline.methods.students import student_of
 from pipeline.models.weights.checkpoint import CheckpointConfig, read_checkpoint_config
 from pipeline.models.weights.zoo import resolve_weights
@@ -51,7 +51,7 @@ def run(
         bench_name: name of the benchmark, for messages.
         bench: its entry of params.yaml.
         checkpoint_dir: folder that the train stage wrote, or name of published weights; None for
-            the dense labeller alone, which has label maps but no objects.
+            the dense labeller alone.
         out_dir: folder of shards, replaced as a whole.
         params: section `evaluate`.
         baseline: section `pseudo_label`: the dense labeller, the training-free baseline.
@@ -70,7 +70,7 @@ def run(
     """
     benchmark = open_benchmark(bench_name, bench, background)
     names = _asked_names(benchmark)
-    with_objects = False
+    with_objects = DENSE_LABELLERS[baseline.method].gives_objects
     if checkpoint_dir is not None:
         checkpoint_dir = resolve_weights(checkpoint_dir, runtime.cache_dir)
         config = read_checkpoint_config(checkpoint_dir)
@@ -117,7 +117,7 @@ def _metrics(bench_name: str, bench: BenchParams, *, with_objects: bool) -> list
     if not metrics:
         raise PipelineError(
             f"benches.{bench_name}.metrics: {', '.join(bench.metrics)}: this model finds no "
-            "objects; evaluate a checkpoint that does, or a benchmark with `semantic`"
+            "objects; evaluate one that does, or a benchmark with `semantic`"
         )
     return metrics
 

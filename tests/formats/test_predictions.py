@@ -21,7 +21,9 @@ OBJECTS = [
     RleObject(2, encode_mask(LABELS == 2), 0.123456789012345),
     RleObject(1, encode_mask(LABELS == 1), 0.1),
 ]
-FULL = StoredPrediction("001.Albatross_0046", LABELS, LABELS[::-1].copy(), OBJECTS)
+FULL = StoredPrediction(
+    "001.Albatross_0046", LABELS, LABELS[::-1].copy(), OBJECTS, baseline_objects=OBJECTS[1:]
+)
 BARE = StoredPrediction("b", np.array([[1]], np.int16))
 
 
@@ -41,6 +43,7 @@ def test_predictions_come_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.labels, FULL.labels)
     np.testing.assert_array_equal(found.baseline, FULL.baseline)
     assert found.objects == FULL.objects
+    assert found.baseline_objects == FULL.baseline_objects
     assert read_manifest(tmp_path / "out")["protocol"] == ["step: 7"]
 
 
@@ -51,6 +54,7 @@ def test_what_is_not_there_is_none(tmp_path: Path) -> None:
     assert found is not None
     assert found.baseline is None
     assert found.objects is None
+    assert found.baseline_objects is None
     assert store.get(2, "b") is None
     assert len(store) == 1
 
@@ -75,12 +79,16 @@ def test_examples_are_paired_with_their_own_prediction(tmp_path: Path) -> None:
 def test_objects_are_cocos_results(tmp_path: Path) -> None:
     write(tmp_path / "out", [(0, FULL)])
     sample = next(read_shards(tmp_path / "out"))
-    assert json.loads(sample["instances.json"])[0] == {
+    result = {
         "image_id": FULL.image_id,
         "category_id": 2,
         "segmentation": encode_mask(LABELS == 2),
         "score": 0.123456789012345,
     }
+    assert json.loads(sample["instances.json"])[0] == result
+    assert json.loads(sample["baseline_instances.json"]) == [
+        {**result, "category_id": 1, "segmentation": encode_mask(LABELS == 1), "score": 0.1}
+    ]
 
 
 def test_many_categories_fit(tmp_path: Path) -> None:

@@ -271,9 +271,14 @@ def test_a_dense_labeller(workspace: Workspace, tmp_path: Path, runtime: Runtime
     metrics = score(tmp_path, runtime, checkpoint_dir=None)
     assert {"model: stripes", "width: 8"} <= set(metrics["protocol"])
     assert metrics["n_images"] == 3
+    assert "ap" not in metrics  # it finds no objects
+    with pytest.raises(PipelineError, match=r"benches\.tiny\.metrics: instance: this model"):
+        score(tmp_path, runtime, checkpoint_dir=None, metrics=["instance"])
 
 
-def score(root: Path, runtime: Runtime, *, checkpoint_dir: Path | None) -> dict[str, Any]:
+def score(
+    root: Path, runtime: Runtime, *, checkpoint_dir: Path | None, **changes: Any
+) -> dict[str, Any]:
     """Metrics of a benchmark whose truth is what the method `stripes` says."""
     writer = VocWriter(root / "voc")
     for number in range(3):
@@ -283,7 +288,7 @@ def score(root: Path, runtime: Runtime, *, checkpoint_dir: Path | None) -> dict[
     writer.write_split("val", [f"im{number}" for number in range(3)])
     evaluate(
         bench_name="tiny",
-        bench=VocBench(format="voc", root=root / "voc", categories=CATEGORIES),
+        bench=VocBench(format="voc", root=root / "voc", categories=CATEGORIES, **changes),
         checkpoint_dir=checkpoint_dir,
         out_dir=root / "reports",
         predictions_dir=root / "predictions",
@@ -356,5 +361,7 @@ def test_a_checkpoint_of_an_unknown_kind_is_named(
     assert "student" not in config  # and yet it is a ZUTIS
     assert Segmenter.load(workspace.root / "zutis", runtime=runtime).categories == CATEGORIES
     (tmp_path / "config.json").write_text(json.dumps({**config, "student": "deeplab"}))
-    with pytest.raises(PipelineError, match=r"student: 'deeplab'; known are zutis, colour"):
+    with pytest.raises(
+        PipelineError, match=r"student: 'deeplab'; known are zutis, denseclip_plus, colour"
+    ):
         Segmenter.load(tmp_path, runtime=runtime)

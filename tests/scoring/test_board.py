@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tracemalloc
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +188,35 @@ def test_objects_of_seen_and_unseen_categories() -> None:
     assert (metrics["ap_seen"], metrics["ap_unseen"]) == (100, 70)
     assert (metrics["ap50_unseen"], metrics["ap75_unseen"]) == (100, 100)
     assert metrics["ap"] == 85
+
+
+def test_objects_of_a_baseline_stand_beside_those_of_the_network() -> None:
+    task = ScoringTask(["cat", "dog"], unseen=frozenset({2}))
+    targets = [InstanceTarget(1, block(0, 0, 4, 4)), InstanceTarget(2, block(10, 10, 4, 5))]
+    void = block(0, 16, 20, 4)
+    example, found = object_pair(targets, [thing(block(0, 0, 4, 4))], void=void)
+    # The dog: 4 x 4 of 4 x 5, IoU 0.8, named so once and once a cat with a better score; void
+    # alone; void at the edge.
+    below = [
+        thing(block(10, 10, 4, 4), 1, 0.9),
+        thing(block(10, 10, 4, 4), 2, 0.8),
+        thing(block(0, 0, 4, 4), 1, 0.5),
+        thing(block(2, 17, 2, 2), 1, 1.0),
+    ]
+    both = replace(found, baseline_objects=below)
+    metrics = score([(example, both)], task, ("instance",))
+    assert (metrics["ap"], metrics["ap_seen"], metrics["ap_unseen"]) == (50, 100, 0)
+    assert (metrics["baseline_ap_seen"], metrics["baseline_ap_unseen"]) == (50, 70)
+    assert (metrics["baseline_ap"], metrics["baseline_ap75"]) == (60, 75)
+    # Agnostic: right, wrong, right up to IoU 0.8; at more, wrong, wrong, right.
+    upto, beyond = (51 + 50 * 2 / 3) / 101, 51 / 3 / 101
+    expected = 100 * (0.7 * upto + 0.3 * beyond)
+    assert metrics["baseline_ap_agnostic"] == pytest.approx(expected, abs=0.01)
+    alone = score([(example, found)], task, ("instance",))
+    rest = {name: value for name, value in metrics.items() if not name.startswith("baseline")}
+    np.testing.assert_equal(alone, rest)
+    nothing = score([(example, replace(found, baseline_objects=[]))], task, ("instance",))
+    assert nothing["baseline_ap"] == nothing["baseline_ap_agnostic"] == 0
 
 
 def test_a_crowd_is_neither_missed_nor_wrong() -> None:

@@ -26,10 +26,10 @@ from pipeline.cli.benches import shipped_bench
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.files import digest
-from pipeline.formats.images import load_image
+from pipeline.formats.images import decode_label, load_image
 from pipeline.formats.labels import IGNORE_INDEX
 from pipeline.formats.predictions import PredictionStore
-from pipeline.formats.rle import coco_annotation, encode_mask
+from pipeline.formats.rle import coco_annotation, decode_mask, encode_mask
 from pipeline.inference.inputs import to_tensor
 from pipeline.inference.segmenter import Prediction, Segmenter
 from pipeline.methods.dense import DenseClipParams, PseudoLabelParams, load_dense_labeller
@@ -549,7 +549,8 @@ def test_predictions_are_kept_as_they_were_made(bench: Bench, tmp_path: Path) ->
     bench.write(from_predictions(bench))
     bench.evaluate(tmp_path / "out")
     samples = list(read_shards(predictions_of(tmp_path / "out")))
-    members = {"__key__", "json", "label.png", "baseline.png", "instances.json"}
+    members = {"__key__", "json", "label.png", "baseline.png"}
+    members |= {"instances.json", "baseline_instances.json"}
     assert [set(sample) for sample in samples] == [members] * 3
     labels = stored(tmp_path / "out")
     for sample, (name, prediction) in zip(samples, bench.predictions.items(), strict=True):
@@ -596,9 +597,64 @@ def test_denseclip_alone_scores_like_the_baseline_beside_a_network(
     alone = bench.evaluate(tmp_path / "alone", denseclip=True, categories=["cat", "dog", "bird"])
     assert alone["miou"] == beside["baseline_miou"]
     assert "model: denseclip" in alone["protocol"]
-    assert not {"ap", "baseline_miou"} & set(alone)
-    with pytest.raises(PipelineError, match=r"benches\.tiny\.metrics: instance: this model"):
-        bench.evaluate(tmp_path / "objects", denseclip=True, metrics=["instance"])
+    assert not [name for name in alone if name.startswith("baseline")]
+    for name in SCORES:
+        assert alone[name] == beside[f"baseline_{name}"]
+    assert alone["ap_agnostic"] > 0
+    objects = bench.evaluate(tmp_path / "objects", denseclip=True, metrics=["instance"])
+    assert {name: objects[name] for name in SCORES} == {name: alone[name] for name in SCORES}
+    assert "miou" not in objects
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_objects_of_denseclip_are_its_classes_or_their_parts(
+    bench: Bench, tmp_path: Path, background: bool
+) -> None:
+    bench.write(from_predictions(bench))
+    found = {}
+    for regions in ("classes", "components"):
+        params = EvaluateParams(overlays=1, temperature=7.0, labeller_objects=regions)
+        metrics = bench.evaluate(
+            tmp_path / regions, denseclip=True, params=params, background=background
+        )
+        assert {"temperature: 7.0", f"objects: {regions}"} <= set(metrics["protocol"])
+        for sample in read_shards(predictions_of(tmp_path / regions)):
+            image_id, labels = json.loads(sample["json"])["image_id"], sample["label.png"]
+            results = json.loads(sample["instances.json"])
+            found[regions, image_id] = results
+            scores = [result["score"] for result in results]
+            assert scores == sorted(scores, reverse=True)
+            assert all(0 < score < 1 for score in scores)
+            union = sum(decode_mask(result["segmentation"]).astype(int) for result in results)
+            np.testing.assert_array_equal(union, decode_label(labels) > 0)
+    for image_id in bench.predictions:
+        classes = [result["category_id"] for result in found["classes", image_id]]
+        parts = [result["category_id"] for result in found["components", image_id]]
+        assert len(classes) == len(set(classes)) == len(set(parts))
+        assert len(parts) >= len(classes)
+    assert sum(map(len, found.values())) > 2 * sum(
+        len(results) for (regions, _), results in found.items() if regions == "classes"
+    )
+
+
+def test_an_image_without_foreground_has_no_objects(bench: Bench, tmp_path: Path) -> None:
+    bench.write(from_predictions(bench))
+    # No label is that likely anywhere, and without any the background wins.
+    unlikely = {"prompt_denoising": 1.0, "logit_scale": 1.0}
+    bench.baseline = bench.baseline.model_copy(update=unlikely)
+    metrics = bench.evaluate(tmp_path / "out", denseclip=True)
+    assert metrics["ap"] == 0
+    for sample in read_shards(predictions_of(tmp_path / "out")):
+        assert decode_label(sample["label.png"]).max() == 0
+        assert json.loads(sample["instances.json"]) == []
+
+
+def test_unseen_categories_of_the_baselines_objects(bench: Bench, tmp_path: Path) -> None:
+    bench.write(from_predictions(bench))
+    names = [*CATEGORIES, "zebra"]
+    metrics = bench.evaluate(tmp_path / "out", categories=names, unseen=["bird", "zebra"])
+    assert {"baseline_ap_seen", "baseline_ap50_unseen", "baseline_ap75_unseen"} <= set(metrics)
+    assert not [name for name in metrics if name.startswith("baseline_ar")]
 
 
 def test_without_background_the_best_category_has_every_pixel(bench: Bench, tmp_path: Path) -> None:

@@ -554,7 +554,7 @@ def test_confidence_is_drawn_at_each_pixel_of_a_photo(
             runtime=runtime,
         )
         assert content["images"][0]["file_name"].endswith("a.jpg")
-        labels = loaded.labels(load_image(photos / "a.jpg"))
+        labels = loaded.predict(load_image(photos / "a.jpg")).semantic
         first = content["images"][0]["confidence"]
         best = np.stack([grey_of(out_dir / first[name]) for name in names])
         for label_id in (1, 2, 3):

@@ -90,12 +90,16 @@ class DenseClip(nn.Module):
         scores: Tensor = self(images)
         return scores
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w), float32.
 
         Scores are cosines; after key smoothing, smoothed probabilities.
         """
+        return self.scores_and_features(images)[0]
+
+    @torch.no_grad()
+    def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores as `forward` gives them, and the features (B, C, h, w) behind them, float32."""
         scale = self.params.logit_scale
         options = DenseOptions(
             published_activation=self.params.published_activation,
@@ -113,7 +117,7 @@ class DenseClip(nn.Module):
                 scores = key_smoothing(
                     scores, keys, self.params.key_smoothing, affinity=affinity, scale=scale
                 )
-        return scores
+        return scores, features
 
     @torch.no_grad()
     def label(self, images: Tensor) -> tuple[Tensor, Tensor]:

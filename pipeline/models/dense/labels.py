@@ -20,6 +20,7 @@ def label_and_confidence(
     size: tuple[int, int],
     *,
     scale: float | None = LOGIT_SCALE,
+    through: Sequence[Sequence[int]] = (),
     max_elements: int = UPSAMPLED_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
     """Labels of pixels from scores of patches.
@@ -32,6 +33,7 @@ def label_and_confidence(
         size: (H, W).
         scale: the winner's confidence is its softmax(scale * score). None, for scores that key
             smoothing made probabilities: its share of the sum of all positive scores.
+        through: (H, W) of resizings before that to `size`, see `upsampled_labels`.
         max_elements: number of upsampled scores held at a time, if one label has no more.
 
     Returns:
@@ -40,7 +42,7 @@ def label_and_confidence(
     best = scores.new_full((len(scores), *size), -torch.inf)
     label = torch.zeros_like(best, dtype=torch.int64)
     total = _no_total(best, scale)
-    for start, part in upsampled_parts(scores, size, max_elements=max_elements):
+    for start, part in upsampled_parts(scores, *through, size, max_elements=max_elements):
         part_best, part_label = part.max(dim=1)
         label = torch.where(part_best > best, part_label + start, label)
         best = torch.maximum(best, part_best)
@@ -51,8 +53,10 @@ def label_and_confidence(
 def probability(
     scores: Tensor,
     number: int,
-    *sizes: Sequence[int],
+    size: Sequence[int],
+    *,
     scale: float | None = LOGIT_SCALE,
+    through: Sequence[Sequence[int]] = (),
     max_elements: int = UPSAMPLED_ELEMENTS,
 ) -> Tensor:
     """Probability of one label at every pixel, (B, H, W) float32; see `label_and_confidence`.
@@ -60,13 +64,14 @@ def probability(
     Args:
         scores: (B, K, h, w).
         number: of the label, from 0.
-        sizes: (H, W) of each resizing, one after the other.
+        size: (H, W).
         scale: as there; where the label wins, this is its confidence.
+        through: as there.
         max_elements: as there.
     """
-    [(_, own)] = upsampled_parts(scores[:, number : number + 1], *sizes)
+    [(_, own)] = upsampled_parts(scores[:, number : number + 1], *through, size)
     total = _no_total(own[:, 0], scale)
-    for _, part in upsampled_parts(scores, *sizes, max_elements=max_elements):
+    for _, part in upsampled_parts(scores, *through, size, max_elements=max_elements):
         total = _add(total, part, scale)
     return _share(own[:, 0], total, scale)
 

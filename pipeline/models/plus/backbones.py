@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError, did_you_mean, first_line
+from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.models.weights.weights import check_strict, load_strict, read_weights
 
 BACKBONES = {"resnet50_v1c": "resnet50c", "resnet101_v1c": "resnet101c"}  # ours to timm's
@@ -251,4 +252,6 @@ def backbone_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]
         PipelineError: as `build_backbone`.
     """
     config = timm.get_pretrained_cfg(_timm_name(name))
+    if config is None:
+        return IMAGENET_MEAN, IMAGENET_STD
     return (*config.mean,), (*config.std,)

@@ -239,7 +239,7 @@ def fresh_plus(
     )
     mean, std = backbone_statistics(params.backbone)
     num_rows = len(names.categories) + (params.background != "none")
-    architecture = {
+    architecture: dict[str, Any] = {
         "backbone": params.backbone,
         "output_stride": params.output_stride,
         "head": params.head,
