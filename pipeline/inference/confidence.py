@@ -29,7 +29,12 @@ def find_name(name: str, categories: Sequence[str], *, field: str = "confidence"
 
 
 def confidence_map(
-    scores: Tensor, number: int, image: Image.Image, *, scale: float | None
+    scores: Tensor,
+    number: int,
+    image: Image.Image,
+    *,
+    scale: float | None,
+    through: Sequence[Sequence[int]] = (),
 ) -> NDArray[np.float32]:
     """Probability (H, W) in [0, 1] of one label at each pixel of an image.
 
@@ -38,6 +43,8 @@ def confidence_map(
         number: of the label, from 0.
         image: its size is that of the map.
         scale: factor of the scores in their softmax; None where they are probabilities.
+        through: (H, W) of resizings of the scores before that.
     """
-    found = probability(scores.float(), number, (image.height, image.width), scale=scale)
+    size = (image.height, image.width)
+    found = probability(scores.float(), number, size, scale=scale, through=through)
     return np.asarray(found[0].cpu().numpy(), dtype=np.float32)

@@ -101,7 +101,8 @@ class Labeller:
         pixels = to_tensor(image, self.settings, patch_size=self._model.patch_size)
         with self._runtime.autocast():
             scores = self._model.scores(pixels[None].to(self._runtime.device))
-        return confidence_map(scores, number, image, scale=self._model.logit_scale)
+        through = [pixels.shape[1:]] if self.settings.upsampling == "published" else []
+        return confidence_map(scores, number, image, scale=self._model.logit_scale, through=through)
 
     def select(self, categories: Sequence[str]) -> Labeller:
         """A labeller for some of the categories, which shares the networks.

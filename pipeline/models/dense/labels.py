@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.models.layers.interpolate import UPSAMPLED_ELEMENTS, upsample, upsampled_parts
+from pipeline.models.layers.interpolate import UPSAMPLED_ELEMENTS, upsampled_parts
 
 LOGIT_SCALE = 100.0
 
@@ -53,9 +53,10 @@ def label_and_confidence(
 def probability(
     scores: Tensor,
     number: int,
-    size: tuple[int, int],
+    size: Sequence[int],
     *,
     scale: float | None = LOGIT_SCALE,
+    through: Sequence[Sequence[int]] = (),
     max_elements: int = UPSAMPLED_ELEMENTS,
 ) -> Tensor:
     """Probability of one label at every pixel, (B, H, W) float32; see `label_and_confidence`.
@@ -65,13 +66,14 @@ def probability(
         number: of the label, from 0.
         size: (H, W).
         scale: as there; where the label wins, this is its confidence.
+        through: as there.
         max_elements: as there.
     """
-    own = upsample(scores[:, number : number + 1], size)[:, 0]
-    total = _no_total(own, scale)
-    for _, part in upsampled_parts(scores, size, max_elements=max_elements):
+    [(_, own)] = upsampled_parts(scores[:, number : number + 1], *through, size)
+    total = _no_total(own[:, 0], scale)
+    for _, part in upsampled_parts(scores, *through, size, max_elements=max_elements):
         total = _add(total, part, scale)
-    return _share(own, total, scale)
+    return _share(own[:, 0], total, scale)
 
 
 def _no_total(like: Tensor, scale: float | None) -> Tensor:
