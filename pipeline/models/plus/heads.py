@@ -127,22 +127,22 @@ class LrAspp(nn.Module):
     """The light head of MobileNetV3 (Howard et al., 2019), for small and fast networks.
 
     128 channels of the last map, each of them weighted by a gate that sees the whole image, go
-    linearly to the features; so does the map at stride 4, and both are added there.
+    linearly to the features at stride 4, together with the map there: one convolution over both is
+    the published sum of two, and the wide features need no upsampling.
     """
 
     def __init__(self, channels: int, low_channels: int, width: int) -> None:
         super().__init__()
         self.project = conv_block(channels, LRASPP_HIDDEN)
         self.gate = nn.Conv2d(channels, LRASPP_HIDDEN, 1, bias=False)
-        self.high = nn.Conv2d(LRASPP_HIDDEN, width, 1)
-        self.low = nn.Conv2d(low_channels, width, 1, bias=False)
+        self.features = nn.Conv2d(LRASPP_HIDDEN + low_channels, width, 1)
         self.apply(initialise)
 
     def forward(self, low: Tensor, last: Tensor) -> Tensor:
         """Maps (B, E, H, W) and (B, D, h, w) -> (B, C, H, W)."""
         gate = self.gate(F.adaptive_avg_pool2d(last, 1)).sigmoid()
-        high = self.high(self.project(last) * gate)
-        return upsample(high, low.shape[-2:]) + self.low(low)
+        gated = upsample(self.project(last) * gate, low.shape[-2:])
+        return self.features(torch.cat([gated, low], dim=1))
 
 
 class HeadKind(NamedTuple):

@@ -113,10 +113,10 @@ def plain_lraspp(state: State, low: Tensor, last: Tensor) -> Tensor:
     size = (low.shape[2], low.shape[3])
     gate = torch.einsum("oi,bi->bo", state["gate.weight"].flatten(1), last.mean((-2, -1)))
     gated = conv_bn_relu(state, "project", last) / (1 + torch.exp(-gate))[..., None, None]
-    # Upsampled before the last layer, as published; it is linear.
-    high = torch.einsum("oi,bihw->bohw", state["high.weight"].flatten(1), resized(gated, size))
-    fine = torch.einsum("oi,bihw->bohw", state["low.weight"].flatten(1), low)
-    return high + fine + state["high.bias"][:, None, None]
+    weights = state["features.weight"].flatten(1)  # published as two layers, and summed
+    high = torch.einsum("oi,bihw->bohw", weights[:, :128], resized(gated, size))
+    fine = torch.einsum("oi,bihw->bohw", weights[:, 128:], low)
+    return high + fine + state["features.bias"][:, None, None]
 
 
 PLAIN = {
