@@ -162,7 +162,7 @@ def test_photos_are_segmented_without_a_checkpoint(run: Run, tiny_clip: tuple[Pa
     shutil.rmtree("models")
     args = ("predict", "photo.jpg", "--out", "out", "--model", "denseclip")
     run(*args)
-    predicted(*CATEGORIES)
+    assert predicted(*CATEGORIES)["annotations"]
     confidence = ("--confidence", "cat", "--confidence", "zebra")
     run(*args, "--categories", "cat,ox", "--context", "zebra", *confidence)
     (image,) = predicted("cat", "ox", "zebra")["images"]

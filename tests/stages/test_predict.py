@@ -609,6 +609,11 @@ def test_the_confidence_of_a_checkpoint_is_the_softmax_of_its_training(
         assert (best == segmenter(image).semantic).mean() > 0.99
     spread = [np.ptp(segmenter.confidence(image, "cat")) for segmenter in (plain, sharp)]
     assert spread[1] > 3 * spread[0]
+    settings = PredictionSettings(upsampling="published", resize_to=20)
+    resized = Segmenter.load(tmp_path / "sharp", runtime=runtime, settings=settings)
+    maps = [resized.confidence(image, name) for name in resized.categories]
+    best = np.argmax([1 - np.sum(maps, axis=0), *maps], axis=0)
+    assert (best == resized(image).semantic).mean() > 0.995
     foreground = Segmenter.load(
         checkpoint_dir, runtime=runtime, settings=PredictionSettings(background=False)
     )
