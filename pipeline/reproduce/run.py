@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -161,11 +162,13 @@ def reproduce(tables: Tables, name: str, *, rows: Sequence[str] = (), dry_run: b
         known = [f"{table.id}: {row.name}" for table, _ in chosen for row in table.ours]
         raise PipelineError(f"--rows: {', '.join(rows)}: no such row; there are: {listing(known)}")
     status = ALL_THERE
-    failed: set[Path] = set()
+    runner = _Runner(dry_run=dry_run)
     for table, found in chosen:
         before = [cell for row in found for cell in tables.cells(table, row)]
         _print_missing(before)
-        _run([cell.recipe for cell in before if cell.can_run and cell.recipe], failed, dry_run)
+        for cell in before:
+            if cell.can_run and cell.recipe is not None:
+                runner.run(cell.recipe)
         after = before if dry_run else [c for row in found for c in tables.cells(table, row)]
         print(_compared(table, after))
         if table.picture and not dry_run:
@@ -190,8 +193,7 @@ def _by_row(cells: Sequence[Cell]) -> dict[str, dict[str, Pair]]:
 
 def _is_part(name: str, table_id: str) -> bool:
     """`denseclip-2` of `denseclip-2a` and of `denseclip-2-voc`, but not of `denseclip-20`."""
-    rest = table_id.removeprefix(name)
-    return bool(name) and rest != table_id and not rest[0].isdigit()
+    return re.fullmatch(rf"{re.escape(name)}(-.*|(?<=\d)[a-z])", table_id) is not None
 
 
 def _rows(table: PublishedTable, wanted: Sequence[str]) -> list[OurRow]:
@@ -241,22 +243,29 @@ def _print_missing(cells: Sequence[Cell]) -> None:
         print(HINT)
 
 
-def _run(recipes: Sequence[Recipe], failed: set[Path], dry_run: bool) -> None:
-    """Run, or print, the commands that have not been run, each once."""
-    begun: set[tuple[str, ...]] = set()
-    described: set[Path] = set()
-    for made in recipes:
+class _Runner:
+    """Runs, or prints, commands that have not been run, each once."""
+
+    def __init__(self, *, dry_run: bool) -> None:
+        self._dry_run = dry_run
+        self._begun: set[tuple[str, ...]] = set()
+        self._described: set[Path] = set()
+        self._failed: set[Path] = set()
+
+    def run(self, made: Recipe) -> None:
+        """All commands of a recipe, as far as none before them has failed."""
         for step in made.steps:
-            needs_failed = any(other.folder in failed for other in made.steps)
-            if step.result is not None or step.words in begun or needs_failed:
+            if any(other.folder in self._failed for other in made.steps):
+                return
+            if step.result is not None or step.words in self._begun:
                 continue
-            begun.add(step.words)
-            if made.params_path not in described:
-                described.add(made.params_path)
+            self._begun.add(step.words)
+            if made.params_path not in self._described:
+                self._described.add(made.params_path)
                 print(f"# {made.params_path}: {made.origin}")
             print(f"$ {made.command(step)}", flush=True)
-            if not dry_run and not _call(made, step):
-                failed.add(step.folder)
+            if not (self._dry_run or _call(made, step)):
+                self._failed.add(step.folder)
 
 
 def _call(made: Recipe, step: Step) -> bool:
