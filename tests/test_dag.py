@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 import pytest
@@ -54,7 +55,10 @@ PACKAGE_DATA = {
     "pipeline/demo/glyphs.py": ["pipeline/demo/glyphs.json"],
     "pipeline/stages/report.py": ["pipeline/report/report.css", "pipeline/report/report.html.j2"],
 }
-MAIN_MODULES = {"world": "pipeline/demo/world.py"}
+MAIN_MODULES = {
+    "world": ["pipeline/demo/world.py"],
+    "plus": [f"pipeline/stages/{stage}.py" for stage in ("train", "predict_bench", "score")],
+}
 CATEGORIES = Path("pipeline/vocabulary/categories.py")
 
 
@@ -77,18 +81,20 @@ def code_deps(stage: str) -> list[str]:
 
 
 def outs(stage: str) -> list[str]:
-    return paths(body(stage)["outs"]) + paths(body(stage).get("metrics", []))
+    return paths(body(stage).get("outs", [])) + paths(body(stage).get("metrics", []))
 
 
 # -- paths and params ------------------------------------------------------------------------------
 
 
-def field_at(path: str) -> Any:
-    """Annotation of a dotted key of params.yaml; fails where there is none."""
-    section: Any = Params
+def field_at(path: str, section: Any = Params) -> Any:
+    """Annotation of a dotted key of params.yaml, or of a section; fails where there is none."""
     for part in path.split("."):
         if get_origin(section) is dict:
             _, section = get_args(section)
+        elif isinstance(section, UnionType):  # of benchmarks, which share a class
+            assert all(part in kind.model_fields for kind in get_args(section))
+            section = str
         else:
             assert part in section.model_fields, f"params.yaml has no {path}: {part} is unknown"
             section = section.model_fields[part].annotation
@@ -122,7 +128,7 @@ def test_a_foreach_runs_over_a_table_of_params(stage: str) -> None:
     kinds = FORMATS.values() if entry is BenchParams else [entry]
     for path in entries:
         for kind in kinds:
-            assert path.removeprefix("${item.").removesuffix("}") in kind.model_fields
+            field_at(path.removeprefix("${item.").removesuffix("}"), kind)
 
 
 def commands(group: Any) -> Iterator[Any]:
@@ -205,7 +211,8 @@ def command_imports(stage: str) -> set[Path]:
 
 def code_of(stage: str) -> set[Path]:
     """Modules that a stage and its command import, and the data files that these read."""
-    roots = {Path(MAIN_MODULES.get(stage, f"pipeline/stages/{stage}.py"))} | command_imports(stage)
+    own = MAIN_MODULES.get(stage, [f"pipeline/stages/{stage}.py"])
+    roots = {*map(Path, own)} | command_imports(stage)
     if "categories" in body(stage).get("params", []):  # may be the name of a set
         roots.add(CATEGORIES)
     modules = {path for path in closure(roots) if path.name != "__init__.py"}
@@ -302,10 +309,11 @@ def test_dvc_joins_the_demos_stages_by_their_files(tmp_path: Path) -> None:
         "train": {"mask"},
         "predict_bench@voc": {"train", "world@demo"},
         "score@voc": {"predict_bench@voc", "world@demo"},
+        "compare": set(),
         "audit@demo": {"retrieve", "mask", "pseudo_label", "world@demo"},
         "report": {
             *("world@demo", "embed@demo", "retrieve", "mask", "pseudo_label"),
-            *("train", "predict_bench@voc", "score@voc", "audit@demo"),
+            *("train", "predict_bench@voc", "score@voc", "audit@demo", "compare"),
         },
     }
 
@@ -327,6 +335,7 @@ def test_dvc_reads_the_dag_with_every_preset(tmp_path: Path, preset: str) -> Non
 
 SMALL: dict[str, Any] = {
     "device": "cpu",
+    "precision": "bfloat16",
     "k": 3,
     "worlds.demo": {"index_images": 40, "bench_images": 6, "size": 48},
     "retrieve.num_negatives": 4,

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,8 @@ from pipeline.formats.images import load_image, read_file
 
 if TYPE_CHECKING:
     from pipeline.params.benches import CorruptionParams
+
+Channels = Literal["rgb", "bgr"]
 
 # In the order of the paper's table; the names are those of ImageNet-C.
 CORRUPTIONS = (
@@ -42,7 +44,9 @@ SEED_DIGITS = 8  # hexadecimal: 32 bits
 _generator_lock = threading.Lock()
 
 
-def corrupt(image: Image.Image, *, name: str, level: int, seed: int) -> Image.Image:
+def corrupt(
+    image: Image.Image, *, name: str, level: int, seed: int, channels: Channels = "rgb"
+) -> Image.Image:
     """Corrupt an image; the same arguments give the same pixels, in any thread or process.
 
     Noise and spatter are drawn for `seed`: give every image a seed of its own. NumPy's global
@@ -54,6 +58,9 @@ def corrupt(image: Image.Image, *, name: str, level: int, seed: int) -> Image.Im
         name: one of `CORRUPTIONS`.
         level: severity from 1 (slight) to 5.
         seed: any integer of at least 0.
+        channels: their order in what the library sees, which takes them for RGB. Under `bgr`, as
+            in DenseCLIP's code, it splashes water and mud with red and blue exchanged, weighs blue
+            as red in JPEG's luma, and draws blue's noise first; blurs are the same.
 
     Returns:
         RGB of the same size. A black or a plain image may come back unchanged: blur, JPEG and
@@ -64,7 +71,8 @@ def corrupt(image: Image.Image, *, name: str, level: int, seed: int) -> Image.Im
     """
     check_corruption(name, level)
     library_corrupt = _load_library()
-    pixels = np.asarray(image)
+    order = slice(None, None, -1 if channels == "bgr" else 1)
+    pixels = np.asarray(image)[..., order]
     height, width = pixels.shape[:2]
     padding = [(0, max(0, MIN_SIDE - side)) for side in (height, width)]
     padded = np.pad(pixels, [*padding, (0, 0)], mode="symmetric")
@@ -75,7 +83,7 @@ def corrupt(image: Image.Image, *, name: str, level: int, seed: int) -> Image.Im
             corrupted = library_corrupt(padded, severity=level, corruption_name=name, **options)
         except FloatingPointError:
             return image.copy()
-    return Image.fromarray(np.ascontiguousarray(corrupted[:height, :width]))
+    return Image.fromarray(np.ascontiguousarray(corrupted[:height, :width, order]))
 
 
 def check_corruption(name: str, level: int, *, field: str = "corruption") -> None:
@@ -130,6 +138,7 @@ class BenchImageReader:
 
     Args:
         corruption: name and level, or None.
+        channels: see `corrupt`.
         bench_name: of the benchmark.
         seed: of the corruptions.
 
@@ -137,11 +146,19 @@ class BenchImageReader:
         PipelineError: an unknown corruption.
     """
 
-    def __init__(self, corruption: CorruptionParams | None, *, bench_name: str, seed: int) -> None:
+    def __init__(
+        self,
+        corruption: CorruptionParams | None,
+        *,
+        channels: Channels = "rgb",
+        bench_name: str,
+        seed: int,
+    ) -> None:
         if corruption is not None:
             field = f"benches.{bench_name}.corruption.name"
             check_corruption(corruption.name, corruption.level, field=field)
         self._corruption = corruption
+        self._channels = channels
         self._seed = seed
 
     def __call__(self, image: BenchImage) -> Image.Image:
@@ -162,13 +179,15 @@ class BenchImageReader:
         if self._corruption is None:
             return pixels
         name, level = self._corruption.name, self._corruption.level
-        return corrupt(pixels, name=name, level=level, seed=self._image_seed(image))
+        seed = self._image_seed(image)
+        return corrupt(pixels, name=name, level=level, seed=seed, channels=self._channels)
 
     def tag(self, image: BenchImage) -> str | None:
         """What a corruption does to an image, None without one."""
         if self._corruption is None:
             return None
-        return f"{self._corruption.name} {self._corruption.level} {self._image_seed(image)}"
+        order = " bgr" if self._channels == "bgr" else ""
+        return f"{self._corruption.name} {self._corruption.level}{order} {self._image_seed(image)}"
 
     def _image_seed(self, image: BenchImage) -> int:
         return int(digest([self._seed, image.image_id])[:SEED_DIGITS], 16)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ruamel.yaml import YAML
 
+from pipeline.cli.common import PATHS, PHOTO_CLIP, Session
 from pipeline.errors import PipelineError
 from pipeline.presets import bench_text, list_benches
 
 if TYPE_CHECKING:  # pydantic takes a moment that `--help` need not wait for
     from pipeline.methods.dense import PseudoLabelParams
+    from pipeline.params.base import EncoderParams
     from pipeline.params.benches import BenchParams, CorruptionParams
     from pipeline.params.sections import Params
+
+HASH_DIGITS = 6
 
 
 def shipped_bench(name: str) -> BenchParams:
@@ -50,14 +55,7 @@ def find_bench(
         PipelineError: an unknown name, no folder at its root, or a corruption that is not of that
             form.
     """
-    shipped = [known for known, _ in list_benches()]
-    if name not in benches and name not in shipped:
-        known = ", ".join(sorted(benches)) or "none"
-        raise PipelineError(
-            f"{params_path}: {name!r} is not under `benches:`; there are: {known}; "
-            "`pipeline benches` lists the shipped ones"
-        )
-    bench = benches[name] if name in benches else shipped_bench(name)
+    bench = _entry(benches, name, params_path)
     changes: dict[str, object] = {}
     if root is not None:
         changes["root"] = root
@@ -65,8 +63,24 @@ def find_bench(
         changes["corruption"] = _parse_corruption(corruption)
     bench = bench.model_copy(update=changes)
     if not bench.root.is_dir():
-        raise PipelineError(_missing_root(name, bench.root, shipped))
+        raise PipelineError(_missing_root(name, bench.root))
     return bench
+
+
+def _entry(benches: Mapping[str, BenchParams], name: str, params_path: Path) -> BenchParams:
+    if name in benches:
+        return benches[name]
+    if name not in _shipped():
+        known = ", ".join(sorted(benches)) or "none"
+        raise PipelineError(
+            f"{params_path}: {name!r} is not under `benches:`; there are: {known}; "
+            "`pipeline benches` lists the shipped ones"
+        )
+    return shipped_bench(name)
+
+
+def _shipped() -> list[str]:
+    return [name for name, _ in list_benches()]
 
 
 def alone(model: str | None) -> str | None:
@@ -86,23 +100,127 @@ def alone(model: str | None) -> str | None:
     return None
 
 
-def baseline(params: Params, labeller: str | None) -> PseudoLabelParams:
-    """The params of the dense labeller: those of section `pseudo_label` if it is theirs."""
+def baseline(params: Params, labeller: str | None, encoder: str | None = None) -> PseudoLabelParams:
+    """The params of the dense labeller: those of section `pseudo_label` if it is theirs.
+
+    Args:
+        params: of the run.
+        labeller: a name of `DENSE_LABELLERS`, or None for that of the section.
+        encoder: MODEL/TAG, takes the place of theirs.
+
+    Raises:
+        PipelineError: an encoder without a dense labeller, or not of that form.
+    """
     from pipeline.methods.dense import DENSE_LABELLERS
 
-    if labeller in (None, params.pseudo_label.method):
-        return params.pseudo_label
-    return DENSE_LABELLERS[str(labeller)].params(method=labeller)
+    found = params.pseudo_label
+    if labeller not in (None, found.method):
+        found = DENSE_LABELLERS[str(labeller)].params(method=labeller)
+    if encoder is None:
+        return found
+    if labeller is None:
+        raise PipelineError(
+            f"--encoder: {encoder}: a checkpoint brings its own encoder; name a dense labeller as "
+            "well, such as --model denseclip, or leave it out"
+        )
+    return found.model_copy(update={"encoder": _parse_encoder(encoder)})
 
 
-def result_name(bench: str, labeller: str | None = None, corruption: str | None = None) -> str:
-    """Name of the files of an evaluation: of its benchmark and of what is not the usual."""
-    parts = [bench]
-    if labeller is not None:
-        parts.append(labeller)
+def result_name(
+    bench: str,
+    labeller: str | None = None,
+    corruption: str | None = None,
+    *,
+    others: Sequence[str] = (),
+) -> str:
+    """Name of the files of an evaluation: of its benchmark and of what is not the usual.
+
+    Args:
+        bench: name of the benchmark.
+        labeller: the dense labeller that is scored alone.
+        corruption: NAME:LEVEL.
+        others: what else is not the usual, see `differences`.
+    """
+    parts = [bench, *([labeller] if labeller else []), *others]
     if corruption is not None:
         parts.append(corruption.replace(":", "_"))
-    return "_".join(parts)
+    return "_".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
+
+
+def differences(
+    session: Session,
+    bench: str,
+    checkpoint: Path,
+    *,
+    model: str | None,
+    encoder: str | None,
+    open_vocabulary: bool,
+) -> list[str]:
+    """What tells an evaluation from that of the run, besides dense labeller and corruption.
+
+    Of a dense labeller alone: its encoder, where it is not the params'. Of the run's own checkpoint
+    with an open vocabulary: its categories, where they are not the benchmark's. Of another one: the
+    name of its folder, its student and its encoder where they are not those of `train`, and its
+    categories likewise. A category set goes by its name, another list by its length and hash.
+
+    Raises:
+        PipelineError: see `baseline`, and a checkpoint that cannot be read.
+    """
+    labeller = alone(model)
+    if labeller is not None or encoder is not None:
+        usual = baseline(session.params, labeller).encoder
+        asked = baseline(session.params, labeller, encoder).encoder
+        return [] if asked == usual else [_encoder_name(asked)]
+    is_own = checkpoint.resolve() == PATHS["checkpoint"].resolve()
+    if is_own and not open_vocabulary:
+        return []
+    from pipeline.models.weights.checkpoint import read_checkpoint_config
+    from pipeline.models.weights.zoo import resolve_weights
+
+    config = read_checkpoint_config(resolve_weights(checkpoint, session.runtime.cache_dir))
+    params = session.params
+    entry = _entry(params.benches, bench, session.params_path)
+    names = _categories_name(config.categories, entry)
+    if is_own:
+        return names
+    student, encoder_name = config.student, _encoder_name(config.encoder)
+    return [
+        checkpoint.resolve().name,
+        *([student] if student != params.train.student else []),
+        *([encoder_name] if encoder_name != _encoder_name(params.train.encoder) else []),
+        *names,
+    ]
+
+
+def _categories_name(trained: Sequence[str], bench: BenchParams) -> list[str]:
+    """What the categories of a checkpoint are called, if they are not those of a benchmark."""
+    from pipeline.files import digest
+    from pipeline.vocabulary.categories import category_set_names, load_category_set
+
+    if set(trained) == set(bench.scored or load_category_set(bench.categories)):
+        return []
+    sets = (name for name in category_set_names() if load_category_set(name) == list(trained))
+    return [next(sets, f"{len(trained)}-names-{digest(list(trained))[:HASH_DIGITS]}")]
+
+
+def _encoder_name(encoder: EncoderParams) -> str:
+    """`RN50-openai`; of local files the names without folders."""
+    return "-".join(Path(part).name for part in encoder.published_as() if part)
+
+
+def _parse_encoder(text: str) -> EncoderParams:
+    """MODEL/TAG, either of which may be a file, such as a.json/b.safetensors; or photo_clip."""
+    from pipeline.params.base import CLIP_RETRIEVAL_PREFIX, EncoderParams
+
+    if text == PHOTO_CLIP:
+        return EncoderParams(model=text, pretrained=text)
+    head, json_suffix, tail = text.removeprefix(CLIP_RETRIEVAL_PREFIX).partition(".json/")
+    model, _, tag = (f"{head}.json", "/", tail) if json_suffix else head.partition("/")
+    if not (model and tag):
+        raise PipelineError(
+            f"--encoder: {text!r}: expected MODEL/TAG, such as RN50-quickgelu/openai"
+        )
+    return EncoderParams(model=model, pretrained=tag)
 
 
 def _parse_corruption(text: str) -> CorruptionParams:
@@ -117,10 +235,10 @@ def _parse_corruption(text: str) -> CorruptionParams:
     return CorruptionParams(name=name, level=int(level))
 
 
-def _missing_root(name: str, root: Path, shipped: list[str]) -> str:
+def _missing_root(name: str, root: Path) -> str:
     """What is missing and, for a shipped benchmark, where its data come from."""
     message = f"benches.{name}.root: {root}: no such folder; put the data there or give --root"
-    if name not in shipped:
+    if name not in _shipped():
         return message
     comment = [line for line in bench_text(name).splitlines() if line.startswith("#")]
     advice = "\n".join(line.removeprefix("#").removeprefix(" ") for line in comment)

@@ -80,15 +80,24 @@ class Session:
 
         seed_generators(self.params.seed)
         params = self.params
-        return make_runtime(device=params.device, seed=params.seed, threads=params.threads)
+        return make_runtime(
+            device=params.device,
+            precision=params.precision,
+            seed=params.seed,
+            threads=params.threads,
+        )
 
     def executor(self) -> Executor:
         """Where the shards of a stage are made."""
         if self.executor_name == "ray":
             from pipeline.engine.ray_executor import RayExecutor
 
+            params = self.params
             return RayExecutor(
-                device=self.params.device, seed=self.params.seed, workers=self.ray_workers
+                device=params.device,
+                precision=params.precision,
+                seed=params.seed,
+                workers=self.ray_workers,
             )
         from pipeline.engine.shard_run import LocalExecutor
 
@@ -135,24 +144,28 @@ def try_outputs(*files: Location, folders: Sequence[Location] = ()) -> None:
                 check_writable(path, folder=is_folder)
 
 
-def names(text: str | None) -> list[str] | None:
-    """Names of the option `--categories`: separated by commas, quoted as in CSV.
+def names(text: str | None, option: str = "--categories") -> list[str] | None:
+    """Names of an option such as `--categories`: separated by commas, quoted as in CSV.
+
+    The name of a shipped set, alone and not quoted, stands for its names.
 
     Raises:
         PipelineError: a quote that is not closed, or names that are no categories.
     """
     if text is None:
         return None
-    from pipeline.vocabulary.categories import load_category_set
+    from pipeline.vocabulary.categories import category_set_names, load_category_set
 
+    if text.strip() in category_set_names():
+        return load_category_set(text.strip())
     try:
         rows = list(csv.reader([text], skipinitialspace=True, strict=True))
     except csv.Error as error:
         raise PipelineError(
-            f"--categories: {text}: not names between commas ({error}); a name with a comma or a "
+            f"{option}: {text}: not names between commas ({error}); a name with a comma or a "
             'quote is written as in CSV: "hammer, claw",saw'
         ) from None
-    return load_category_set(rows[0], field="--categories")
+    return load_category_set(rows[0] if rows else [], field=option)
 
 
 def check_known(

@@ -1,4 +1,4 @@
-"""`pipeline import`: what others have computed, in place of a stage of ours."""
+"""`pipeline import`: what others have computed or annotated, in the form that stages read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from pipeline.cli.common import PATHS, EntryStatsPath, Session, StatsPath, try_outputs
 
 import_app = typer.Typer(
-    help="Published intermediates in place of a stage: archives, image embeddings."
+    help="Published intermediates in place of a stage, archives and image embeddings; label maps."
 )
 
 PrefixOption = Annotated[
@@ -105,6 +105,24 @@ def clip_retrieval(
         out=out,
         stats=stats,
     )
+
+
+@import_app.command()
+def sbd(
+    folder: Annotated[
+        Path, typer.Option("--from", help="SBD's folder: dataset, or one that it is in.")
+    ],
+    voc: Annotated[
+        Path, typer.Option(help="Folder of VOC 2012, into which label maps and list are written.")
+    ] = Path("data/raw/VOCdevkit/VOC2012"),
+    stats: StatsPath = PATHS["stats"] / "import-sbd.json",
+) -> None:
+    """SBD's label maps into VOC 2012's folder: the 10,582 images of `trainaug`."""
+    from pipeline.files import given_path
+    from pipeline.importers import sbd as importer
+
+    try_outputs(stats)
+    importer.run(sbd_dir=given_path(folder), voc_dir=given_path(voc), stats_path=stats)
 
 
 def _import_embeddings(

@@ -30,6 +30,7 @@ def plus(
     Scores are in `scores.json` of the folder of reports; `compare` gathers them.
     """
     from pipeline.stages import train as stage
+    from pipeline.stages.compare import SCORES_NAME
 
     session: Session = ctx.obj
     entry: PlusParams = session.entry("plus", name)
@@ -60,7 +61,7 @@ def plus(
         for key, value in scores[title].items()
         if key in ("miou", "miou_unseen")
     }
-    write_json(reports / "scores.json", {**flat, **scores})
+    write_json(reports / SCORES_NAME, {**flat, **scores})
 
 
 def _score(
@@ -108,8 +109,8 @@ def compare(
     / "metrics/plus.json",
 ) -> None:
     """Gather the scores of all entries under `plus:` in one metrics file."""
+    from pipeline.stages import compare as stage
+
     session: Session = ctx.obj
     try_outputs(out)
-    write_json(
-        out, {name: read_json(reports / name / "scores.json") for name in session.params.plus}
-    )
+    stage.run(reports_dir=reports, names=list(session.params.plus), out_path=out)

@@ -9,7 +9,14 @@ from typing import Annotated, Any, Literal
 import typer
 from ruamel.yaml import YAML
 
-from pipeline.cli.benches import alone, baseline, find_bench, result_name, shipped_bench
+from pipeline.cli.benches import (
+    alone,
+    baseline,
+    differences,
+    find_bench,
+    result_name,
+    shipped_bench,
+)
 from pipeline.cli.common import (
     PARAMS,
     PATHS,
@@ -43,6 +50,12 @@ BenchRoot = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(help="A dense labeller, such as `denseclip`: it alone, without a checkpoint."),
+]
+Encoder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL/TAG", help="Encoder of the dense labeller (with --model), for the params'."
+    ),
 ]
 OpenVocabulary = Annotated[
     bool, typer.Option(help="Score categories that the checkpoint was not trained with.")
@@ -250,6 +263,7 @@ def predict_bench(
     out: PredictionsPath = None,
     root: BenchRoot = None,
     model: Model = None,
+    encoder: Encoder = None,
     open_vocabulary: OpenVocabulary = False,
     corruption: Corruption = None,
     stats: EntryStatsPath = None,
@@ -258,7 +272,10 @@ def predict_bench(
     from pipeline.stages import predict_bench as stage
 
     session: Session = ctx.obj
-    name = result_name(bench, alone(model), corruption)
+    others = differences(
+        session, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
+    )
+    name = result_name(bench, alone(model), corruption, others=others)
     out = out or PATHS["predictions"] / name
     stats = stats or PATHS["stats"] / f"predict_bench-{name}.json"
     try_outputs(stats, folders=[out])
@@ -271,7 +288,7 @@ def predict_bench(
         checkpoint_dir=None if alone(model) else checkpoint,
         out_dir=out,
         params=params.evaluate,
-        baseline=baseline(params, alone(model)),
+        baseline=baseline(params, alone(model), encoder),
         background=params.background,
         runtime=runtime,
         stats_path=stats,
@@ -284,18 +301,27 @@ def predict_bench(
 def score(
     ctx: typer.Context,
     bench: BenchName,
+    checkpoint: CheckpointPath = PATHS["checkpoint"],
     predictions: PredictionsPath = None,
     out: ReportsPath = PATHS["reports"],
     root: BenchRoot = None,
     model: Model = None,
+    encoder: Encoder = None,
+    open_vocabulary: OpenVocabulary = False,
     corruption: Corruption = None,
     stats: EntryStatsPath = None,
 ) -> None:
-    """Stage 6b: score predictions on a benchmark: mIoU and mask AP; no network is run."""
+    """Stage 6b: score predictions on a benchmark: mIoU and mask AP; no network is run.
+
+    Checkpoint, model and encoder only say whose predictions they are, and so what they are called.
+    """
     from pipeline.stages import score as stage
 
     session: Session = ctx.obj
-    name = result_name(bench, alone(model), corruption)
+    others = differences(
+        session, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
+    )
+    name = result_name(bench, alone(model), corruption, others=others)
     stats = stats or out / "stats" / f"score-{name}.json"
     try_outputs(stats, folders=[out])
     params = session.params
@@ -323,14 +349,19 @@ def evaluate(
     predictions: PredictionsPath = None,
     root: BenchRoot = None,
     model: Model = None,
+    encoder: Encoder = None,
     open_vocabulary: OpenVocabulary = False,
     corruption: Corruption = None,
 ) -> None:
     """Stage 6: predict on a benchmark and score: mIoU and mask AP, beside the baseline.
 
-    It is `predict_bench`, then `score`.
+    It is `predict_bench`, then `score`. What the run itself has trained is scored as BENCH.json;
+    what differs from it is in the name of a result (docs/results.md).
     """
-    name = result_name(bench, alone(model), corruption)
+    others = differences(
+        ctx.obj, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
+    )
+    name = result_name(bench, alone(model), corruption, others=others)
     try_outputs(folders=[out])
     predict_bench(
         ctx,
@@ -339,6 +370,7 @@ def evaluate(
         out=predictions,
         root=root,
         model=model,
+        encoder=encoder,
         open_vocabulary=open_vocabulary,
         corruption=corruption,
         stats=out / "stats" / f"predict_bench-{name}.json",
@@ -346,10 +378,13 @@ def evaluate(
     score(
         ctx,
         bench,
+        checkpoint=checkpoint,
         predictions=predictions,
         out=out,
         root=root,
         model=model,
+        encoder=encoder,
+        open_vocabulary=open_vocabulary,
         corruption=corruption,
     )
 
@@ -473,10 +508,23 @@ def predict(
         str | None,
         typer.Option(
             help=f"{NAMES_HELP}: any words, but for an encoder that knows only the names of its "
-            "list (`pipeline weights names photo_clip`); default: the trained categories."
+            "list (`pipeline weights names photo_clip`); or a category set, such as "
+            "concepts_sports; default: the trained ones, without a checkpoint those of the params."
         ),
     ] = None,
     checkpoint: CheckpointPath = PATHS["checkpoint"],
+    model: Model = None,
+    encoder: Encoder = None,
+    context: Annotated[
+        str | None,
+        typer.Option(help="More names, asked for likewise but drawn black: person,car."),
+    ] = None,
+    confidence: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Draw the probability of this name at each pixel; repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Segment images: one overlay each, and one COCO JSON."""
     from pipeline.models.weights.checkpoint import read_checkpoint_config
@@ -486,15 +534,25 @@ def predict(
     session: Session = ctx.obj
     try_outputs(folders=[out])
     params, runtime = session.params, session.runtime
-    wanted = names(categories)
-    if wanted is not None:
-        config = read_checkpoint_config(resolve_weights(checkpoint, runtime.cache_dir))
-        check_known(wanted, config.encoder, field="--categories")
+    labeller = baseline(params, alone(model), encoder)
+    asked, others = names(categories), names(context, "--context") or []
+    if alone(model):
+        asked = session.categories if asked is None else asked
+        own = labeller.encoder
+    elif asked or others:
+        own = read_checkpoint_config(resolve_weights(checkpoint, runtime.cache_dir)).encoder
+    for option, listed in (("--categories", asked), ("--context", others)):
+        if listed:
+            check_known(listed, own, field=option)
     stage.run(
         inputs=photos,
-        categories=wanted,
-        checkpoint_dir=checkpoint,
+        categories=asked,
+        checkpoint_dir=None if alone(model) else checkpoint,
         out_dir=out,
         params=params.evaluate,
         runtime=runtime,
+        labeller=labeller,
+        background=params.background,
+        context=others,
+        confidence=confidence or [],
     )

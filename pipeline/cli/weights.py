@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from pipeline.models.weights.zoo import PublishedWeights
 
 weights_app = typer.Typer(
-    help="Published weights: CLIP and its kin, SelfMask, ZUTIS and DINO, by name. They are stored "
-    "as safetensors below the cache folder ($PIPELINE_CACHE); wherever params take a weights file "
-    "or `--checkpoint` a folder, a name works too."
+    help="Published weights: CLIP and its kin, SelfMask, ZUTIS, DINO and backbones, by name. They "
+    "are stored as safetensors below the cache folder ($PIPELINE_CACHE); wherever params take a "
+    "weights file or `--checkpoint` a folder, a name works too."
 )
 
 Name = Annotated[str, typer.Argument(help="A name that `pipeline weights list` shows.")]

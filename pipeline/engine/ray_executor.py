@@ -10,6 +10,7 @@ import pickle
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,20 @@ class RayExecutor:
 
     Args:
         device: as in params.yaml; an actor takes a GPU unless it is "cpu" or there is none.
+        precision: as in params.yaml.
         seed: of the run.
         workers: number of actors; None: one for each GPU, without GPUs one for each core.
     """
 
-    def __init__(self, *, device: str, seed: int, workers: int | None = None) -> None:
+    def __init__(
+        self, *, device: str, precision: str = "auto", seed: int, workers: int | None = None
+    ) -> None:
         try:
             import ray.data  # noqa: F401
         except ImportError:
             raise PipelineError(INSTALL) from None
         self._device = device
+        self._precision = precision
         self._seed = seed
         self._workers = workers
 
@@ -87,6 +92,7 @@ class RayExecutor:
             fn_constructor_kwargs={
                 "load": load,
                 "device": self._device,
+                "precision": self._precision,
                 "seed": self._seed,
                 "threads": torch.get_num_threads(),
                 "folder": str(Path.cwd()),
@@ -117,10 +123,11 @@ class _Worker:
     Items travel pickled, as all that Ray sends: whoever may join the cluster is trusted.
     """
 
-    def __init__(self, *, load: Load, device: str, seed: int, threads: int, folder: str) -> None:
+    def __init__(
+        self, *, load: Load, device: str, precision: str, seed: int, threads: int, folder: str
+    ) -> None:
         self._load = load
-        self._device = device
-        self._seed = seed
+        self._runtime = partial(make_runtime, device=device, precision=precision, seed=seed)
         self._maker: ShardMaker | None = None
         torch.set_num_threads(threads)  # sums in the order in which the driver would take them
         if Path(folder).is_dir():
@@ -131,7 +138,7 @@ class _Worker:
         tally, data, samples, error, settings = Tally(), b"", 0, "", ""
         try:
             if self._maker is None:
-                self._maker = self._load(make_runtime(device=self._device, seed=self._seed))
+                self._maker = self._load(self._runtime())
             settings = json.dumps(self._maker.settings, sort_keys=True, default=str)
             with tempfile.TemporaryDirectory() as scratch:
                 path = Path(scratch) / row["name"]

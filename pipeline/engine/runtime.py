@@ -17,6 +17,8 @@ import torch
 from pipeline.errors import PipelineError
 
 CACHE_VARIABLE = "PIPELINE_CACHE"
+# Of autocast; None is plain float32.
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # glibc's malloc.h: options of mallopt.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 KEPT_BYTES = 1 << 30
@@ -46,31 +48,47 @@ class Runtime:
 
 
 def make_runtime(
-    *, device: str = "auto", seed: int = 0, threads: Literal["auto"] | int = "auto"
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    seed: int = 0,
+    threads: Literal["auto"] | int = "auto",
 ) -> Runtime:
-    """Pick device and precision: bfloat16 on CUDA, float32 on CPU.
+    """Pick device and precision.
 
     Args:
         device: auto, cpu or cuda.
+        precision: of the networks: auto (bfloat16 on CUDA, float32 on CPU), float32, bfloat16 or
+            float16. What is sensitive stays in float32, and so does text.
         seed: see `Runtime`.
         threads: those of torch on the CPU, in this process from now on; `auto` leaves them as they
             are: one a core, or $OMP_NUM_THREADS.
 
     Raises:
-        PipelineError: `device` is "cuda" where there is none, or not a known name.
+        PipelineError: `device` is "cuda" where there is none; it or `precision` is not a known
+            name.
     """
     has_cuda = torch.cuda.is_available()
     if device not in ("auto", "cpu", "cuda"):
         raise PipelineError(f"params.yaml: device: {device!r} is not one of auto, cpu, cuda")
     if device == "cuda" and not has_cuda:
         raise PipelineError("params.yaml: device: cuda, but no CUDA device was found; use auto")
+    if precision not in ("auto", *PRECISIONS):
+        known = ", ".join(("auto", *PRECISIONS))
+        raise PipelineError(f"params.yaml: precision: {precision!r} is not one of {known}")
     chosen = torch.device("cuda" if has_cuda and device != "cpu" else "cpu")
-    amp_dtype = torch.bfloat16 if chosen.type == "cuda" else None
+    if precision == "auto":
+        precision = "bfloat16" if chosen.type == "cuda" else "float32"
     if threads != "auto":
         torch.set_num_threads(threads)
     if chosen.type == "cpu":
         _keep_freed_memory()
-    return Runtime(device=chosen, amp_dtype=amp_dtype, seed=seed, cache_dir=default_cache_dir())
+    return Runtime(
+        device=chosen,
+        amp_dtype=PRECISIONS[precision],
+        seed=seed,
+        cache_dir=default_cache_dir(),
+    )
 
 
 def seed_generators(seed: int) -> None:

@@ -1,1 +1,1 @@
-"""What others have computed, read into our tables: archives and image embeddings."""
+"""What others have computed or annotated, read into our tables and layouts."""

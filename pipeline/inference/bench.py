@@ -255,7 +255,10 @@ class PredictionMaker:
     ) -> None:
         self._run = run
         self._reader = BenchImageReader(
-            run.bench.corruption, bench_name=run.bench_name, seed=runtime.seed
+            run.bench.corruption,
+            channels=run.bench.corruption_channels,
+            bench_name=run.bench_name,
+            seed=runtime.seed,
         )
         self._predictor = predictor or load_predictor(run, runtime)
         protocol = self._predictor.protocol

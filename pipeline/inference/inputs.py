@@ -23,17 +23,17 @@ def input_size(
 ) -> tuple[int, int]:
     """(width, height) of the network's input for an image.
 
-    Where nothing asks for another size the image keeps its own; a resized one keeps its aspect, the
-    other side rounded down. The network then ignores what exceeds whole patches at the right and
-    bottom and its prediction is stretched over it: as in the published code; the paper says
-    "original resolution" (4.1). Under `whole_patches` sides are multiples of the patch size
+    Where nothing asks for another size the image keeps its own; a resized one keeps its aspect, its
+    sides rounded as `rounding` says. The network then ignores what exceeds whole patches at the
+    right and bottom and its prediction is stretched over it: as in the published code; the paper
+    says "original resolution" (4.1). Under `whole_patches` sides are multiples of the patch size
     instead, so that no pixel is cut off. No side is shorter than a patch.
     """
     scale = 1.0 if settings.resize_to is None else settings.resize_to / min(width, height)
     if settings.max_side is not None:
         scale = min(scale, settings.max_side / max(width, height))
     step = patch_size if settings.whole_patches else 1
-    to_steps = round if settings.whole_patches else _floor
+    to_steps = round if settings.whole_patches else ROUND[settings.rounding]
     new_width, new_height = (
         max(patch_size, step * to_steps(side * scale / step)) for side in (width, height)
     )
@@ -43,6 +43,14 @@ def input_size(
 def _floor(value: float) -> int:
     """Largest integer below `value`, or above it by no more than rounding makes of an integer."""
     return math.floor(value + ROUNDING)
+
+
+def _half_up(value: float) -> int:
+    """Nearest integer, of two the larger; as in mmcv, to the last bit."""
+    return math.floor(value + 0.5)
+
+
+ROUND = {"down": _floor, "half_up": _half_up}
 
 
 def to_tensor(image: Image.Image, settings: PredictionSettings, *, patch_size: int) -> Tensor:

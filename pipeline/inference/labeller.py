@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.engine.runtime import Runtime
 from pipeline.files import digest
 from pipeline.formats.labels import label_map
 from pipeline.formats.predictions import Segmentation
+from pipeline.inference.confidence import confidence_map, find_name
 from pipeline.inference.inputs import to_tensor
 from pipeline.methods.dense import (
     DENSE_LABELLERS,
@@ -22,6 +25,7 @@ from pipeline.methods.dense import (
 )
 from pipeline.models.dense.labels import label_and_confidence
 from pipeline.models.dense.objects import objects_of_labels
+from pipeline.models.layers.interpolate import upsampled_labels
 from pipeline.params.base import PredictionSettings
 from pipeline.vocabulary.categories import Names, unasked_names
 
@@ -86,6 +90,20 @@ class Labeller:
         """Of all that its labels depend on besides image and names, weights included."""
         return digest(self._all.settings)
 
+    @torch.no_grad()
+    def confidence(self, image: Image.Image, name: str) -> NDArray[np.float32]:
+        """Probability (H, W) of a name at each pixel of an RGB image.
+
+        Raises:
+            PipelineError: it is not among the names.
+        """
+        number = find_name(name, self.names.categories) + 1 - self._first
+        pixels = to_tensor(image, self.settings, patch_size=self._model.patch_size)
+        with self._runtime.autocast():
+            scores = self._model.scores(pixels[None].to(self._runtime.device))
+        through = [pixels.shape[1:]] if self.settings.upsampling == "published" else []
+        return confidence_map(scores, number, image, scale=self._model.logit_scale, through=through)
+
     def select(self, categories: Sequence[str]) -> Labeller:
         """A labeller for some of the categories, which shares the networks.
 
@@ -106,16 +124,19 @@ class Labeller:
         """Label map, and objects if any are looked for, of an RGB image."""
         pixels = to_tensor(image, self.settings, patch_size=self._model.patch_size)
         size = image.height, image.width
+        through = [pixels.shape[1:]] if self.settings.upsampling == "published" else []
         batch = pixels[None].to(self._runtime.device)
         if not self.finds_objects:
             with self._runtime.autocast():
                 scores = self._model.scores(batch).float()
-            rows, _ = label_and_confidence(scores, size)
+            rows = upsampled_labels(scores, *through, size)
             return Segmentation(label_map(rows[0].cpu().numpy(), self._first), [])
         model = cast("ObjectLabeller", self._model)
         with self._runtime.autocast():
             scores, features = model.scores_and_features(batch)
-        rows, confidence = label_and_confidence(scores.float(), size, scale=model.logit_scale)
+        rows, confidence = label_and_confidence(
+            scores.float(), size, scale=model.logit_scale, through=through
+        )
         labels = label_map(rows[0].cpu().numpy(), self._first)
         objects = objects_of_labels(
             labels,

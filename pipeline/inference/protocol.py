@@ -18,6 +18,8 @@ from pipeline.params.benches import BenchParams
 from pipeline.vocabulary.categories import unasked_names
 
 DIGITS = 12
+# Named where they are another, so that what is known of other predictions reads as before.
+USUAL = {"corruption_channels": "rgb", "rounding": "down", "upsampling": "direct"}
 
 
 def bench_protocol(
@@ -53,9 +55,11 @@ def bench_protocol(
         "unseen": ", ".join(bench.unseen) or None,
         "corruption": f"{corruption.name} {corruption.level}" if corruption else None,
         "corruption_seed": runtime.seed if corruption else None,
+        **_unusual(corruption_channels=bench.corruption_channels if corruption else "rgb"),
         "resize_to": settings.resize_to,
         "max_side": settings.max_side,
         "whole_patches": settings.whole_patches,
+        **_unusual(rounding=settings.rounding, upsampling=settings.upsampling),
         "void": "not scored",
         "sliding_window": False,
         "refinement": "none",
@@ -92,6 +96,10 @@ def labeller_protocol(labeller: Labeller) -> dict[str, Any]:
 def protocol_lines(settings: Mapping[str, Any]) -> list[str]:
     """`name: value` lines, because DVC makes a column of every value that is not in a list."""
     return [f"{name}: {'none' if value is None else value}" for name, value in settings.items()]
+
+
+def _unusual(**settings: str) -> dict[str, str]:
+    return {name: value for name, value in settings.items() if value != USUAL[name]}
 
 
 def _encoder_tag(encoder: EncoderParams) -> str:

@@ -12,12 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.engine.batching import equal_size_batches
 from pipeline.engine.runtime import Runtime, make_runtime
 from pipeline.formats.labels import LabelMap
 from pipeline.formats.predictions import Instance
+from pipeline.inference.confidence import confidence_map, find_name
 from pipeline.inference.inputs import ImageInput, to_rgb, to_tensor
 from pipeline.methods.students import TrainedStudent, trained_student
 from pipeline.models.weights.checkpoint import read_checkpoint_config
@@ -64,6 +67,7 @@ class Segmenter:
         *,
         categories: Sequence[str] | None = None,
         device: str = "auto",
+        precision: str = "auto",
         settings: PredictionSettings | None = None,
         runtime: Runtime | None = None,
     ) -> Segmenter:
@@ -75,14 +79,15 @@ class Segmenter:
             categories: any names; None for those the checkpoint was trained with. A name that was
                 background in training is not any more.
             device: auto, cpu or cuda.
+            precision: see `make_runtime`.
             settings: see `PredictionSettings`.
-            runtime: takes the place of `device`.
+            runtime: takes the place of `device` and `precision`.
 
         Raises:
             PipelineError: no checkpoint, one of another architecture, or a name that is empty,
                 repeated or unknown to the text encoder.
         """
-        runtime = runtime or make_runtime(device=device)
+        runtime = runtime or make_runtime(device=device, precision=precision)
         folder = resolve_weights(checkpoint_dir, runtime.cache_dir)
         config = read_checkpoint_config(folder)
         categories = load_category_set(
@@ -129,3 +134,21 @@ class Segmenter:
             for index, (semantic, instances) in zip(members, found, strict=True):
                 predictions[index] = Prediction(semantic, instances, self.categories)
         return [predictions[index] for index in range(len(pictures))]
+
+    @torch.no_grad()
+    def confidence(self, image: ImageInput, name: str) -> NDArray[np.float32]:
+        """Probability (H, W) in [0, 1] of a name at each pixel of an image.
+
+        Raises:
+            ImageError: as a call.
+            PipelineError: it is not among `categories`.
+        """
+        first = 0 if self.settings.background else 1
+        number = find_name(name, self.categories) + 1 - first
+        picture = to_rgb(image)
+        pixels = to_tensor(picture, self.settings, patch_size=self.student.patch_size)
+        scores = self.student.scores(pixels[None])[:, first:]
+        through = [pixels.shape[1:]] if self.settings.upsampling == "published" else []
+        return confidence_map(
+            scores, number, picture, scale=self.student.logit_scale, through=through
+        )

@@ -40,6 +40,10 @@ class DenseLabeller(Protocol):
     def settings(self) -> dict[str, Any]:
         """All that its labels depend on besides image and names; representable in JSON."""
 
+    @property
+    def logit_scale(self) -> float | None:
+        """Factor of the scores in their softmax; None where they are probabilities."""
+
     def select(self, label_ids: Sequence[int]) -> Self:
         """The same for some label ids, in this order; it shares the networks."""
 

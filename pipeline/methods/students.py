@@ -153,9 +153,11 @@ class TrainedStudent(Protocol):
 
     Attributes:
         patch_size: side in pixels of what one token stands for; no input is smaller.
+        logit_scale: factor of the scores in their softmax, as it was trained.
     """
 
     patch_size: int
+    logit_scale: float
 
     @property
     def fingerprint(self) -> str:
@@ -171,6 +173,9 @@ class TrainedStudent(Protocol):
         settings: PredictionSettings,
     ) -> list[Segmentation]:
         """Segment images (B, 3, H', W') in [0, 1]; predictions are of `sizes` (H, W)."""
+
+    def scores(self, images: Tensor) -> Tensor:
+        """Logits (B, 1 + K, h, w) float32 of images (B, 3, H', W') in [0, 1], by label id."""
 
     def protocol(self, settings: PredictionSettings) -> dict[str, Any]:
         """What decides a prediction, in the words of a protocol."""

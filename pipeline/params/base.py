@@ -21,6 +21,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 # Names of entries become file names and words of commands (dvc.yaml).
 EntryName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Text = Annotated[str, Field(pattern=r"\S")]
+Rounding = Literal["down", "half_up"]  # of the sides of a resized image
 CLIP_RETRIEVAL_PREFIX = "open_clip:"  # of clip-retrieval's open_clip:ARCHITECTURE/TAG
 Templates = Literal["prompts85", "name"]
 
@@ -74,6 +75,8 @@ class PredictionParams(Section):
     short side of an image to this many pixels before the network, `max_side` bounds its long side;
     predictions return to the original size. `whole_patches` resizes an image to whole patches,
     where the published code drops the rest at the right and bottom and stretches the prediction.
+    `upsampling` `direct` brings scores of patches to the size of the image at once; `published`,
+    for dense labels, to that of the network's input first, as DenseCLIP's code does.
     `region_majority` gives a connected region of foreground the category that more than half of its
     pixels have, if there is one: for encoders that outline better than they name.
     `labeller_objects` says what an object of a dense labeller is: all pixels of a category
@@ -87,6 +90,7 @@ class PredictionParams(Section):
     resize_to: Count | None = None
     max_side: Count | None = None
     whole_patches: bool = False
+    upsampling: Literal["direct", "published"] = "direct"
     region_majority: bool = False
     labeller_objects: Literal["classes", "components"] = "classes"
 
@@ -95,11 +99,12 @@ class PredictionSettings(PredictionParams):
     """The same, and what a benchmark asks for.
 
     Without `background` no pixel may be background: the best category has it. Without `instances`
-    no objects are looked for.
+    no objects are looked for. `rounding` is that of the sides of a resized image.
     """
 
     background: bool = True
     instances: bool = True
+    rounding: Rounding = "down"
 
     @classmethod
     def of(cls, params: PredictionParams, **others: Any) -> PredictionSettings:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from pipeline.params.base import Count, RelaxedPath, Section
+from pipeline.params.base import Count, RelaxedPath, Rounding, Section
 from pipeline.params.sources import SourceParams
 
 
@@ -27,7 +27,9 @@ class BenchSection(Section):
     `background`, label id 0 is neither predicted nor scored. `metrics` says what is scored:
     `semantic` masks, `instance` masks, semantic masks by object `size`. The categories of `unseen`
     are scored apart from the others. `groups` maps a name to an image list of the benchmark that is
-    scored apart as well. `resize_to` and `max_side` go before those of section `evaluate`.
+    scored apart as well. `resize_to` and `max_side` go before those of section `evaluate`;
+    `rounding` is that of the sides of a resized image. A `corruption` sees the channels of an image
+    in the order `corruption_channels`.
     """
 
     root: RelaxedPath
@@ -41,8 +43,10 @@ class BenchSection(Section):
     unseen: list[str] = []
     groups: dict[str, str] = {}
     corruption: CorruptionParams | None = None
+    corruption_channels: Literal["rgb", "bgr"] = "rgb"
     resize_to: Count | None = None
     max_side: Count | None = None
+    rounding: Rounding = "down"
 
     def layout(self) -> dict[str, Any]:
         """The settings that only the reader of this format takes."""

@@ -100,6 +100,8 @@ class Params(Section):
     """All of params.yaml.
 
     `background` names what is not asked for; label id 0 is the mean of their text embeddings.
+    `precision` is that of the networks: `auto` is bfloat16 on a GPU and float32 on a CPU; training
+    takes no float16.
     `threads` are those of the networks on the CPU: `auto` is one a core, or $OMP_NUM_THREADS. They
     decide the time and perhaps the last bits of a sum, so DVC does not track them.
     """
@@ -107,6 +109,7 @@ class Params(Section):
     k: Count = 500
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     categories: str | list[str]
     background: Annotated[list[Text], Field(min_length=1)] = ["background"]

@@ -7,7 +7,7 @@ void. Small images are enlarged and huge ones reduced, so that every picture can
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from typing import Protocol, TypeVar
 
@@ -86,6 +86,7 @@ def overlay_semantic(
     palette: Pixels,
     *,
     names: Sequence[str] | None = None,
+    context: Collection[int] = (),
 ) -> Image.Image:
     """Label colours over a grey image, with a legend strip of the names that occur.
 
@@ -94,12 +95,17 @@ def overlay_semantic(
         labels: (H, W) label ids.
         palette: (K + 1, 3) uint8 by label id, see `colour_map`.
         names: K category names; without them there is no legend.
+        context: label ids whose pixels are black.
     """
     _check_sizes(image, labels)
+    is_context = np.isin(labels, list(context))
+    palette = palette.copy()
+    palette[list(context)] = 0
     colours = np.zeros_like(image)
     colours[labels > 0] = palette[labels[labels > 0]]
     colours[labels == IGNORE_INDEX] = VOID_COLOUR
-    picture = _blend(_grey(image), colours, where=labels != 0, alpha=0.55)
+    grey = np.where(is_context[..., None], np.uint8(0), _grey(image))
+    picture = _blend(grey, colours, where=labels != 0, alpha=0.55)
     if names is None:
         return picture
     present = [int(label_id) for label_id in np.unique(labels) if label_id > 0]
@@ -111,6 +117,7 @@ def overlay_instances(
     instances: Iterable[DrawnInstance],
     *,
     names: Sequence[str],
+    context: Collection[int] = (),
 ) -> Image.Image:
     """The best `DRAWN_INSTANCES` objects, each in a colour of its own, outlined and named.
 
@@ -118,10 +125,12 @@ def overlay_instances(
         image: (H, W, 3) uint8.
         instances: objects, the best first; it is drawn last, on top.
         names: category names in the order of the label ids from 1.
+        context: label ids whose objects are black.
     """
     drawn = list(islice(instances, DRAWN_INSTANCES))
     masks = [instance.mask for instance in drawn]
     palette = colour_map(len(drawn) + 1)
+    palette[1:][[instance.label_id in context for instance in drawn]] = 0
     colours = image.copy()
     covered = np.zeros(image.shape[:2], dtype=bool)
     for number, mask in reversed(list(enumerate(masks, start=1))):

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -20,6 +21,11 @@ from pipeline.files import given_path, utf8_text, write_bytes
 _FOLDER = Path(__file__).parent
 _BENCHES = _FOLDER / "benches"
 _PAPERS = _FOLDER / "papers"
+# Keys of a benchmark that say how it is scored.
+_OF_SCORES = (
+    *("background", "metrics", "unseen", "groups"),
+    *("resize_to", "max_side", "rounding", "corruption_channels"),
+)
 _OWN_IMAGES = ("folder", "folder-offline")
 
 
@@ -110,9 +116,39 @@ def _differences() -> dict[str, dict[str, Any]]:
 
 
 def _paper_text(fields: dict[str, Any]) -> str:
-    benches = [f"  {name}:\n{indent(bench_text(name), '    ')}" for name in fields["benches"]]
-    base = Template((_PAPERS / "base.yaml").read_text(encoding="utf-8"))
-    return base.substitute(fields, benches="".join(benches))
+    template = fields.get("template", "base")
+    base = Template((_PAPERS / f"{template}.yaml").read_text(encoding="utf-8"))
+    return base.substitute(_PAPER_FIELDS[template](fields))
+
+
+def _zutis_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    benches = "".join(_bench_entry(name) for name in fields["benches"])
+    return {"upsampling": "direct", **fields, "benches": benches}
+
+
+def _plus_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Data, unseen categories and benchmark of DenseCLIP+ are those of one shipped benchmark."""
+    text = bench_text(fields["bench"])
+    bench = YAML(typ="safe", pure=True).load(text)
+    settings = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    blocks = re.split(r"\n(?=[a-z])", settings)
+    layout = "\n".join(block for block in blocks if block.partition(":")[0] not in _OF_SCORES)
+    data = layout.replace(f"split: {bench['split']}", f"split: {fields['split']}")
+    return {
+        **fields,
+        "root": bench["root"],
+        "data": indent(data, "    "),
+        "unseen": "[" + ", ".join(bench.get("unseen", [])) + "]",
+        "benches": _bench_entry(fields["bench"]),
+        "plus_bench": indent(settings, "      "),
+    }
+
+
+_PAPER_FIELDS = {"base": _zutis_fields, "plus": _plus_fields}
+
+
+def _bench_entry(name: str) -> str:
+    return f"  {name}:\n{indent(bench_text(name), '    ')}"
 
 
 def _filled_in(text: str, images: Path | None, categories: list[str] | None) -> str:

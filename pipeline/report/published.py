@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from pipeline.ablations.results import protocol_of, value_at
 from pipeline.params.base import Section
 from pipeline.params.reading import read_section
+from pipeline.presets import list_benches
 from pipeline.report.inputs import NO_VALUE, is_number, read_object, score
 
 NOT_RUN = "not run"
@@ -62,8 +63,9 @@ class OurRow(Section):
     Attributes:
         model: name of the row.
         backbone: its encoder.
-        metrics: pattern of a metrics file's name; `{column}` stands for the column. Empty: there is
-            none but what `run` leaves.
+        metrics: pattern of a metrics file's name, or a shipped benchmark with all of its results,
+            however they differ; `{column}` stands for the column. Empty: there is none but what
+            `run` leaves.
         images: number of images that must have been scored.
         protocol: lines that the file's protocol must have, with one value or one of several.
         values: column -> key in the file, dots reach into it.
@@ -135,26 +137,32 @@ class PublishedResults(Section):
 
 @dataclass(frozen=True)
 class MetricsFile:
-    """A metrics file."""
+    """A metrics file, and the shipped benchmark that it is of, if it is of one."""
 
     name: str
+    bench: str
     metrics: Mapping[str, Any]
     protocol: Mapping[str, str]
 
     @classmethod
     def read(cls, path: Path) -> MetricsFile:
-        """Read one.
+        """Read one; a result is called BENCH or BENCH_DIFFERENCES.
 
         Raises:
             PipelineError: it is damaged.
         """
         metrics = read_object(path)
-        return cls(path.stem, metrics, protocol_of(metrics))
+        shipped = [bench for bench, _ in list_benches()]
+        benches = [bench for bench in shipped if f"{path.stem}_".startswith(f"{bench}_")]
+        bench = max(benches, key=len, default="")
+        return cls(path.stem, bench, metrics, protocol_of(metrics))
 
     def has_name_of(self, ours: OurRow, column: str) -> bool:
         """Whether its name is that of a row's file."""
-        is_asked_for = column in ours.values
-        return is_asked_for and fnmatchcase(self.name, ours.metrics.replace("{column}", column))
+        wanted = ours.metrics.replace("{column}", column)
+        if not wanted or column not in ours.values:
+            return False
+        return self.bench == wanted or fnmatchcase(self.name, wanted)
 
     def number(self, ours: OurRow, column: str) -> float | None:
         """The number of a row, if this file's protocol is that of the row."""

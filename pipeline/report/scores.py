@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeline.errors import PipelineError
+from pipeline.formats.images import ImageError, load_image
+from pipeline.pictures.confusion import describe_pairs
+from pipeline.pictures.report import fit_image, picture
 from pipeline.report.inputs import (
     integer,
     is_number,
@@ -20,15 +27,18 @@ from pipeline.report.inputs import (
 from pipeline.report.wording import AUDIT_MEASURES, BENCH_COLUMNS
 
 AUDIT_PREFIX = "audit_"
+SIDE, MAX_BYTES = 2400, 300_000  # of a confusion matrix
 
 
 def read_benches(
     metrics_dir: Path, plots_dir: Path, names: Collection[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Headline, table rows, protocol and class bars of every benchmark, or of those in `names`.
+    """Headline, table rows, protocol, class bars and confusion matrix of every benchmark.
+
+    Or of those in `names`.
 
     Raises:
-        PipelineError: a metrics file or table of classes is damaged.
+        PipelineError: a metrics file, or a table or picture of the classes, is damaged.
     """
     benches = []
     for path in sorted(metrics_dir.glob("*.json")):
@@ -44,6 +54,7 @@ def read_benches(
                 + [_scores(name, group, is_group=True) for name, group in groups.items()],
                 "protocol": dict(line.split(": ", 1) for line in metrics.get("protocol", [])),
                 "per_class": _per_class(plots_dir / f"{path.stem}_per_class.csv"),
+                "confusion": _confusion(plots_dir / f"{path.stem}_confusion.png"),
             }
         )
     return benches
@@ -108,3 +119,33 @@ def _per_class(path: Path) -> list[dict[str, Any]]:
             scored, key=lambda bar: -bar[1] if is_number(bar[1]) else math.inf
         )
     ]
+
+
+def _confusion(path: Path) -> dict[str, Any] | None:
+    """Picture of the confusion matrix; the pairs that it lists are also its text."""
+    table = path.with_suffix(".csv")
+    if not (path.is_file() and table.is_file()):
+        return None
+    try:
+        names, counts = _read_counts(table)
+        image = fit_image(load_image(path), SIDE)
+    except (ImageError, ValueError) as error:
+        raise PipelineError(f"{path}: {error}; run `pipeline score` again") from None
+    if not counts.any():  # no label maps were scored
+        return None
+    pairs = "; ".join(describe_pairs(counts, names)) or "no mistakes"
+    return picture(image, alt=f"Confusion matrix. {pairs}", max_bytes=MAX_BYTES)
+
+
+def _read_counts(path: Path) -> tuple[list[str], NDArray[np.int64]]:
+    """Classes, and pixels by true (row) and predicted class.
+
+    Raises:
+        ValueError: not a square table of whole numbers.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    counts = np.array([row[1:] for row in rows], dtype=np.int64)
+    if counts.shape != (len(header) - 1,) * 2:
+        raise ValueError(f"{path.name} is no square table")
+    return header[1:], counts

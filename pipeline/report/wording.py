@@ -27,6 +27,11 @@ BENCH_COLUMNS = {
     "miou_l": "mIoU L",
     "iou": "IoU",
     "pixel_acc": "Pixel acc.",
+    "pixel_acc_seen": "Seen pixel acc.",
+    "pixel_acc_unseen": "Unseen pixel acc.",
+    "mean_acc": "Mean acc.",
+    "mean_acc_seen": "Seen mean acc.",
+    "mean_acc_unseen": "Unseen mean acc.",
     "ap": "AP",
     "ap50": "AP50",
     "ap75": "AP75",
@@ -67,6 +72,7 @@ GLOSSARY = {
     "Baseline": "a dense labeller alone, training-free: every patch of the image encoder takes the "
     "nearest category name. The protocol says which one. Its objects are regions of its labels.",
     "Pixel acc.": "share of all labelled pixels whose class is predicted right.",
+    "Mean acc.": "the same share for each class by itself, averaged over the classes.",
     "AP": "area under the precision-recall curve of whole objects, averaged over categories and "
     "over the overlaps from 0.50 to 0.95 at which an object counts as found.",
     "AP50, AP75": "the same at one overlap: 0.50, roughly right, and 0.75, tight.",

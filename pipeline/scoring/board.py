@@ -87,12 +87,20 @@ class ScoreBoard:
         """Metric -> (1 + K,) scores in [0, 1] by label id, NaN where there was nothing to score."""
         return self._whole.per_class()
 
+    def confusion(self) -> NDArray[np.int64]:
+        """(1 + K, 1 + K) pixels by true (row) and predicted (column) label id.
+
+        All 0 where no semantic masks are scored.
+        """
+        return self._whole.confusion()
+
 
 class _Scorers:
     """Scorers over one set of images."""
 
     def __init__(self, task: ScoringTask, metrics: Sequence[str]) -> None:
         self._scorers = {name: SCORERS[name](task) for name in metrics}
+        self._num_labels = 1 + task.num_categories
         self._num_images = 0
 
     def measure(self, truth: Truth, prediction: StoredPrediction) -> dict[str, Any]:
@@ -114,6 +122,12 @@ class _Scorers:
         for scorer in self._scorers.values():
             columns |= scorer.per_class()
         return columns
+
+    def confusion(self) -> NDArray[np.int64]:
+        scorer = self._scorers.get("semantic")
+        if isinstance(scorer, SemanticScorer):
+            return scorer.confusion()
+        return np.zeros((self._num_labels, self._num_labels), np.int64)
 
 
 def percent(score: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 # Size of an object: the largest share of the image that it may cover, in percent.
 SIZES = {"s": 5, "ms": 25, "ml": 50, "l": 100}
 BLOCK = 1 << 18  # pixels whose comparison stays in the processor's cache
+WORST_PAIRS = 10
 MOST_RUNS = 0.2  # of the pixels: with more, single pixels are counted faster
 
 
@@ -21,7 +22,7 @@ class SemanticScores:
 
     Attributes:
         miou: mean of `iou` over the classes that occur in target or prediction.
-        pixel_acc: share of pixels that are right.
+        pixel_acc: share of true pixels that are right.
         mean_acc: mean recall over the classes that occur in the target.
         iou: (K,) intersection over union of each class; NaN for a class that never occurs.
     """
@@ -76,16 +77,22 @@ class ConfusionMatrix:
         """Add the counts of another matrix over the same classes."""
         self.counts += other.counts
 
-    def compute(self) -> SemanticScores:
-        """Scores of everything added so far."""
+    def compute(self, label_ids: Collection[int] | None = None) -> SemanticScores:
+        """Scores of everything added so far.
+
+        Args:
+            label_ids: the classes whose IoU and recall are averaged and whose true pixels are
+                counted; None for all. What is predicted on them is compared with all classes.
+        """
+        part = slice(None) if label_ids is None else sorted(label_ids)
         diagonal = np.diag(self.counts).astype(np.float64)
         in_target = self.counts.sum(axis=1)
-        total = self.counts.sum()
+        total = in_target[part].sum()
         iou = _ratio(diagonal, in_target + self.counts.sum(axis=0) - diagonal)
         return SemanticScores(
-            miou=mean_known(iou),
-            pixel_acc=float(diagonal.sum() / total) if total else float("nan"),
-            mean_acc=mean_known(_ratio(diagonal, in_target)),
+            miou=mean_known(iou[part]),
+            pixel_acc=float(diagonal[part].sum() / total) if total else float("nan"),
+            mean_acc=mean_known(_ratio(diagonal, in_target)[part]),
             iou=iou,
         )
 
@@ -161,6 +168,33 @@ def _changes(
         changed = target[start:stop] != target[start - 1 : stop - 1]
         changed |= prediction[start:stop] != prediction[start - 1 : stop - 1]
         yield np.flatnonzero(changed) + start
+
+
+def shares(counts: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Row-normalised counts (K, K): of the pixels of a true class, the share of each prediction.
+
+    NaN in the row of a class without a pixel.
+    """
+    return _ratio(counts, np.broadcast_to(counts.sum(axis=1, keepdims=True), counts.shape))
+
+
+def worst_pairs(
+    counts: NDArray[np.integer], num_pairs: int = WORST_PAIRS
+) -> list[tuple[int, int, float]]:
+    """True class, wrong prediction and share of the largest shares off the diagonal.
+
+    Args:
+        counts: (K, K) pixels by target (row) and prediction (column).
+        num_pairs: how many at most; what never happened is no pair.
+
+    Returns:
+        Worst first; of equal shares that of more pixels, then in the order of the matrix.
+    """
+    wrong = counts * ~np.eye(len(counts), dtype=bool)
+    rows, columns = np.nonzero(wrong)
+    pixels, share = wrong[rows, columns], shares(counts)[rows, columns]
+    worst = np.lexsort((-pixels, -share))[:num_pairs]
+    return [(int(rows[i]), int(columns[i]), float(share[i])) for i in worst]
 
 
 def mean_known(values: NDArray[np.float64]) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.formats.predictions import StoredPrediction
-from pipeline.scoring.confusion import ConfusionMatrix, SemanticScores, harmonic_mean, mean_known
+from pipeline.scoring.confusion import ConfusionMatrix, SemanticScores, harmonic_mean
 from pipeline.scoring.task import ScoringTask, Truth
 
 
@@ -49,13 +49,17 @@ class SemanticScorer:
             "pixel_acc": scores.pixel_acc,
             "mean_acc": scores.mean_acc,
             **self._single(scores),
-            **self._seen_and_unseen(scores),
+            **self._seen_and_unseen(),
         }
         if self._baseline is not None:
             baseline = self._baseline.compute()
             for name, value in {"miou": baseline.miou, **self._single(baseline)}.items():
                 metrics[f"baseline_{name}"] = value
         return metrics
+
+    def confusion(self) -> NDArray[np.int64]:
+        """(1 + K, 1 + K) pixels by true (row) and predicted (column) label id."""
+        return self._network.counts
 
     def per_class(self) -> dict[str, NDArray[np.float64]]:
         unknown = np.full(self._task.num_categories + 1, np.nan)
@@ -65,12 +69,20 @@ class SemanticScorer:
     def _single(self, scores: SemanticScores) -> dict[str, float]:
         return {"iou": float(scores.iou[1])} if self._task.num_categories == 1 else {}
 
-    def _seen_and_unseen(self, scores: SemanticScores) -> dict[str, float]:
+    def _seen_and_unseen(self) -> dict[str, float]:
         if not self._task.unseen:
             return {}
-        seen = mean_known(scores.iou[sorted(self._task.seen)])
-        unseen = mean_known(scores.iou[sorted(self._task.unseen)])
-        return {"miou_seen": seen, "miou_unseen": unseen, "hiou": harmonic_mean(seen, unseen)}
+        seen = self._network.compute(self._task.seen)
+        unseen = self._network.compute(self._task.unseen)
+        return {
+            "miou_seen": seen.miou,
+            "miou_unseen": unseen.miou,
+            "hiou": harmonic_mean(seen.miou, unseen.miou),
+            "pixel_acc_seen": seen.pixel_acc,
+            "pixel_acc_unseen": unseen.pixel_acc,
+            "mean_acc_seen": seen.mean_acc,
+            "mean_acc_unseen": unseen.mean_acc,
+        }
 
     def _matrix(self) -> ConfusionMatrix:
         return ConfusionMatrix(self._task.num_categories + 1)

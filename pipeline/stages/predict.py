@@ -1,17 +1,21 @@
-"""Segment a user's own images: one overlay each, and one COCO JSON."""
+"""Segment a user's own images: one overlay each, one COCO JSON, and pictures of confidence."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.engine.batching import batches
@@ -30,72 +34,103 @@ from pipeline.files import (
 from pipeline.formats.images import EXTENSIONS, ImageError, load_image
 from pipeline.formats.rle import coco_annotation, encode_crop
 from pipeline.formats.sources import image_files
+from pipeline.inference.confidence import find_name
+from pipeline.inference.labeller import Labeller
+from pipeline.inference.photos import LabellerOfPhotos, PhotoSegmenter
 from pipeline.inference.segmenter import Prediction, Segmenter
+from pipeline.methods.dense import PseudoLabelParams
+from pipeline.models.weights.checkpoint import read_checkpoint_config
+from pipeline.models.weights.zoo import resolve_weights
 from pipeline.params.base import PredictionSettings
 from pipeline.params.sections import EvaluateParams
 from pipeline.pictures.overlays import colour_map, grid, overlay_instances, overlay_semantic
+from pipeline.vocabulary.categories import load_category_set, plain_name
 
 OVERLAYS = "overlays"
+CONFIDENCE = "confidence"
 PREDICTIONS = "predictions.json"
 STATS = "stats.json"
 SCORE_DIGITS = 6
+FOLDER_LENGTH = 60
 
 
 def run(
     *,
     inputs: Sequence[Path],
     categories: Sequence[str] | None,
-    checkpoint_dir: Path,
+    checkpoint_dir: Path | None,
     out_dir: Path,
     params: EvaluateParams,
     runtime: Runtime,
+    labeller: PseudoLabelParams | None = None,
+    background: Sequence[str] = ("background",),
+    context: Sequence[str] = (),
+    confidence: Sequence[str] = (),
 ) -> None:
     """Write `overlays/NAME.png`, `predictions.json` and `stats.json` below `out_dir`.
 
     `predictions.json` is a COCO file: images (an id from 1, width, height, file_name, and
     `overlay`, the picture's name), annotations (ids from 1, RLE with text counts, box x y width
     height, area, score), categories (ids from 1, in the order asked for), and `skipped`, the images
-    that could not be read. `stats.json` counts other files by kind, as `left_out`. The outputs of
+    that could not be read. Pictures of confidence are `confidence/NAME_CATEGORY.png`, grey, at the
+    image's size, 255 where the model is sure of the category; an image's `confidence` names them by
+    category. `stats.json` counts other files by kind, as `left_out`. The outputs of
     an earlier run are replaced when everything is done.
 
     Args:
         inputs: image files, and folders that are searched through all levels.
         categories: any names; None for those of the checkpoint.
-        checkpoint_dir: folder that the train stage wrote.
+        checkpoint_dir: folder that the train stage wrote; None for the dense labeller alone, which
+            needs `categories`.
         out_dir: made if absent; pictures that this stage made, here or elsewhere below the
             inputs, are never taken as inputs.
         params: section `evaluate` of params.yaml.
         runtime: device and precision.
+        labeller: section `pseudo_label`, where there is no checkpoint.
+        background: names of label id 0 for it; a checkpoint brings its own.
+        context: names that are asked for too, but drawn black.
+        confidence: those of the names asked for whose probability is drawn.
 
     Raises:
         PipelineError: a path that does not exist, no image, none that can be read, a checkpoint or
-            category that cannot be used, or an output that would replace something else.
+            category that cannot be used, a name of `confidence` that is not asked for, or an output
+            that would replace something else.
     """
     left_out: Counter[str] = Counter()
     paths = list_inputs(inputs, left_out)
     _check_out(out_dir)
-    segmenter = Segmenter.load(
-        checkpoint_dir,
-        categories=categories,
+    segmenter = _load(
+        _asked(categories, context, checkpoint_dir, runtime),
+        checkpoint_dir=checkpoint_dir,
+        labeller=labeller,
+        background=background,
         settings=PredictionSettings.of(params),
         runtime=runtime,
     )
+    places = [find_name(name, segmenter.categories, field="--confidence") for name in confidence]
+    drawn = _folder_names([segmenter.categories[place] for place in places])
+    context_ids = [1 + find_name(name, segmenter.categories, field="--context") for name in context]
     with (
         StageRun("predict", stats_path=out_dir / STATS, total=len(paths)) as stage,
-        # Left in reverse order: the overlays first, then the file that makes the run complete.
+        # Left in reverse order: the pictures first, then the file that makes the run complete.
         atomic_path(out_dir / PREDICTIONS) as json_path,
         replace_dir(out_dir / OVERLAYS) as overlay_dir,
+        _confidence_dir(out_dir / CONFIDENCE, drawn.values()) as confidence_dir,
         json_path.open("w", encoding="utf-8") as file,
     ):
         stage.left_out.update(left_out)
         output = _CocoWriter(file)
         names = _UniqueNames()
-        for batch in batches(_load(paths, stage), params.batch_size):
+        for batch in batches(_load_images(paths, stage), params.batch_size):
             predictions = segmenter.predict([image for _, image in batch])
             for (path, image), prediction in zip(batch, predictions, strict=True):
                 name = f"{names.take(path.stem)}.png"
-                _draw(image, prediction).save(overlay_dir / native_path(name))
-                output.add(path, image, prediction, overlay=f"{OVERLAYS}/{name}")
+                _draw(image, prediction, context_ids).save(overlay_dir / native_path(name))
+                for category, folder in drawn.items():
+                    picture = _draw_confidence(segmenter.confidence(image, category))
+                    picture.save(confidence_dir / native_path(f"{folder}/{name}"))
+                maps = {category: f"{CONFIDENCE}/{drawn[category]}/{name}" for category in drawn}
+                output.add(path, image, prediction, overlay=f"{OVERLAYS}/{name}", confidence=maps)
                 stage.advance()
         if not stage.items:
             raise PipelineError(
@@ -103,6 +138,71 @@ def run(
                 f"{stage.skipped[0]['item']}: {stage.skipped[0]['reason']}"
             )
         output.finish(segmenter.categories, stage.skipped)
+
+
+def _asked(
+    categories: Sequence[str] | None,
+    context: Sequence[str],
+    checkpoint_dir: Path | None,
+    runtime: Runtime,
+) -> list[str] | None:
+    """The categories, and those names of the context that are none; None for the trained ones."""
+    if categories is None and context and checkpoint_dir is not None:
+        folder = resolve_weights(checkpoint_dir, runtime.cache_dir)
+        categories = read_checkpoint_config(folder).categories
+    if categories is None:
+        return None
+    known = {plain_name(name) for name in categories}
+    return [*categories, *(name for name in context if plain_name(name) not in known)]
+
+
+def _load(
+    categories: list[str] | None,
+    *,
+    checkpoint_dir: Path | None,
+    labeller: PseudoLabelParams | None,
+    background: Sequence[str],
+    settings: PredictionSettings,
+    runtime: Runtime,
+) -> PhotoSegmenter:
+    """A checkpoint, or the dense labeller where there is none."""
+    if checkpoint_dir is not None:
+        return Segmenter.load(
+            checkpoint_dir, categories=categories, settings=settings, runtime=runtime
+        )
+    if labeller is None or categories is None:
+        raise ValueError("without a checkpoint, a dense labeller and its categories are needed")
+    return LabellerOfPhotos(
+        Labeller.load(
+            labeller,
+            categories=load_category_set(categories),
+            background=background,
+            settings=settings,
+            runtime=runtime,
+        )
+    )
+
+
+def _folder_names(categories: Sequence[str]) -> dict[str, str]:
+    """A folder's name for each category, in which it can be recognised."""
+    names = _UniqueNames()
+    return {
+        category: names.take(re.sub(r"\W+", "_", category)[:FOLDER_LENGTH].strip("_") or "name")
+        for category in dict.fromkeys(categories)
+    }
+
+
+@contextmanager
+def _confidence_dir(path: Path, folders: Collection[str]) -> Iterator[Path]:
+    """A folder with these folders in place of `path`; without any, that of an earlier run goes."""
+    if not folders:
+        yield path
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with replace_dir(path) as temporary:
+        for folder in folders:
+            (temporary / native_path(folder)).mkdir()
+        yield temporary
 
 
 def list_inputs(inputs: Sequence[Path], left_out: Counter[str] | None = None) -> list[Path]:
@@ -154,7 +254,10 @@ def _check_out(out_dir: Path) -> None:
         raise PipelineError(f"--out {out_dir}: is a file; expected a folder")
     check_writable(out_dir / PREDICTIONS)
     ours = _written_by_predict(out_dir)
-    for path in (out_dir / PREDICTIONS, out_dir / STATS, *_entries(out_dir / OVERLAYS)):
+    pictures = _entries(out_dir / OVERLAYS)
+    for folder in _entries(out_dir / CONFIDENCE):
+        pictures += _entries(folder)
+    for path in (out_dir / PREDICTIONS, out_dir / STATS, *pictures):
         if os.path.lexists(path) and path not in ours:
             raise PipelineError(
                 f"--out {out_dir}: {path.relative_to(out_dir)} was not written by `pipeline "
@@ -172,18 +275,24 @@ def _entries(folder: Path) -> list[Path]:
 def _written_by_predict(out_dir: Path) -> set[Path]:
     """What an earlier run has written below `out_dir`, as its `predictions.json` lists it."""
     try:
-        pictures = [image["overlay"] for image in read_json(out_dir / PREDICTIONS)["images"]]
+        images = read_json(out_dir / PREDICTIONS)["images"]
+        pictures = [image["overlay"] for image in images]
+        pictures += chain.from_iterable(image.get("confidence", {}).values() for image in images)
         return {out_dir / native_path(name) for name in (PREDICTIONS, STATS, *pictures)}
-    except (PipelineError, KeyError, TypeError):  # none, or that of something else
+    except (PipelineError, KeyError, TypeError, AttributeError):  # none, or that of something else
         return set()
 
 
 def _pictures_of_predict(folder: Path) -> set[Path]:
     """Those pictures in a folder that an earlier run has written."""
-    return _written_by_predict(folder.parent) if folder.name == OVERLAYS else set()
+    if folder.name == OVERLAYS:
+        return _written_by_predict(folder.parent)
+    if folder.parent.name == CONFIDENCE:
+        return _written_by_predict(folder.parent.parent)
+    return set()
 
 
-def _load(paths: Iterable[Path], stage: StageRun) -> Iterator[tuple[Path, Image.Image]]:
+def _load_images(paths: Iterable[Path], stage: StageRun) -> Iterator[tuple[Path, Image.Image]]:
     for path in paths:
         try:
             yield path, load_image(native_path(path))
@@ -191,17 +300,22 @@ def _load(paths: Iterable[Path], stage: StageRun) -> Iterator[tuple[Path, Image.
             stage.skip(str(path), str(error))
 
 
-def _draw(image: Image.Image, prediction: Prediction) -> Image.Image:
-    """Objects and label map side by side."""
+def _draw(image: Image.Image, prediction: Prediction, context: Collection[int]) -> Image.Image:
+    """Objects and label map side by side, the context black."""
     pixels, names = np.asarray(image), prediction.categories
     palette = colour_map(len(names) + 1)
     return grid(
         [
-            overlay_instances(pixels, prediction.instances, names=names),
-            overlay_semantic(pixels, prediction.semantic, palette, names=names),
+            overlay_instances(pixels, prediction.instances, names=names, context=context),
+            overlay_semantic(pixels, prediction.semantic, palette, names=names, context=context),
         ],
         columns=2,
     )
+
+
+def _draw_confidence(probability: NDArray[np.float32]) -> Image.Image:
+    """Grey: black for 0, white for 1."""
+    return Image.fromarray((255 * probability).round().astype(np.uint8))
 
 
 class _UniqueNames:
@@ -227,7 +341,15 @@ class _CocoWriter:
         self._num_annotations = 0
         file.write('{"annotations": [')
 
-    def add(self, path: Path, image: Image.Image, prediction: Prediction, *, overlay: str) -> None:
+    def add(
+        self,
+        path: Path,
+        image: Image.Image,
+        prediction: Prediction,
+        *,
+        overlay: str,
+        confidence: Mapping[str, str],
+    ) -> None:
         """Write the objects of one image."""
         image_id = len(self._images) + 1
         self._images.append(
@@ -237,6 +359,7 @@ class _CocoWriter:
                 "width": image.width,
                 "height": image.height,
                 "overlay": overlay,
+                **({"confidence": dict(confidence)} if confidence else {}),
             }
         )
         for instance in prediction.instances:

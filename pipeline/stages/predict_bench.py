@@ -129,6 +129,7 @@ def _settings(
         params,
         resize_to=bench.resize_to or params.resize_to,
         max_side=bench.max_side or params.max_side,
+        rounding=bench.rounding,
         background=bench.background,
         instances="instance" in metrics,
     )

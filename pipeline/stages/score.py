@@ -6,22 +6,25 @@ No network is needed: what predicted, and how, stands in the manifest of the pre
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.benchmarks.corruptions import BenchImageReader
 from pipeline.benchmarks.headers import check_headers
 from pipeline.benchmarks.opening import open_benchmark
 from pipeline.engine.progress import StageRun
 from pipeline.errors import PipelineError
-from pipeline.files import atomic_path, write_json
+from pipeline.files import atomic_path, write_bytes, write_json
+from pipeline.formats.images import encode_png
 from pipeline.formats.predictions import PredictionStore
 from pipeline.formats.shards import MANIFEST
 from pipeline.params.benches import BenchParams
 from pipeline.pictures.benchmark import write_pictures
+from pipeline.pictures.confusion import draw_confusion
 from pipeline.scoring.board import ScoreBoard, percent
 from pipeline.scoring.task import ScoringTask
 
@@ -38,7 +41,10 @@ def run(
     stats_path: Path,
     result_name: str | None = None,
 ) -> None:
-    """Write `metrics/NAME.json`, `plots/NAME_per_class.csv` and `overlays/NAME/`.
+    """Write `metrics/NAME.json`, `overlays/NAME/`, and below `plots` `NAME_per_class.csv`.
+
+    Beside it `NAME_confusion.csv` has the pixels by true (row) and predicted class, which
+    `NAME_confusion.png` shows; they are all 0 where no label maps are scored.
 
     Scores are percentages with two decimals, null where there was nothing to score. Void pixels
     count nowhere: they are left out of the confusion matrix and cut out of all instance masks.
@@ -78,10 +84,16 @@ def run(
             benchmark,
             store,
             image_miou=board.image_miou,
-            load=BenchImageReader(bench.corruption, bench_name=bench_name, seed=seed),
+            load=BenchImageReader(
+                bench.corruption,
+                channels=bench.corruption_channels,
+                bench_name=bench_name,
+                seed=seed,
+            ),
             count=overlays,
         )
         _write_per_class(out_dir / "plots" / f"{name}_per_class.csv", task, board)
+        _write_confusion(out_dir / "plots" / f"{name}_confusion", task, board.confusion())
         metrics = board.compute() | {"protocol": described["protocol"]}
         write_json(out_dir / "metrics" / f"{name}.json", metrics)
 
@@ -103,11 +115,31 @@ def _write_per_class(path: Path, task: ScoringTask, board: ScoreBoard) -> None:
     """CSV of scores by class, the background's first if it counts; empty cells for no score."""
     columns = board.per_class()
     first = 0 if task.background else 1
-    names = ["background", *task.categories][first:]
+    rows = zip(_names(task), *(column[first:] for column in columns.values()), strict=True)
+    _write_csv(
+        path,
+        ["category", *columns],
+        ([name, *("" if np.isnan(v) else percent(v) for v in values)] for name, *values in rows),
+    )
+
+
+def _write_confusion(stem: Path, task: ScoringTask, counts: NDArray[np.int64]) -> None:
+    """CSV and picture of the matrix, the background first if it counts."""
+    first, names = 0 if task.background else 1, _names(task)
+    scored = counts[first:, first:]
+    rows = ([name, *row.tolist()] for name, row in zip(names, scored, strict=True))
+    _write_csv(stem.with_name(f"{stem.name}.csv"), ["category", *names], rows)
+    picture = draw_confusion(scored, names, {label_id - first for label_id in task.unseen})
+    write_bytes(stem.with_name(f"{stem.name}.png"), encode_png(np.asarray(picture)))
+
+
+def _names(task: ScoringTask) -> list[str]:
+    """Classes that count, by label id."""
+    return [*(["background"] if task.background else []), *task.categories]
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["category", *columns])
-        for name, *values in zip(
-            names, *(column[first:] for column in columns.values()), strict=True
-        ):
-            writer.writerow([name, *("" if np.isnan(v) else percent(v) for v in values)])
+        writer.writerow(header)
+        writer.writerows(rows)

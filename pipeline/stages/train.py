@@ -80,10 +80,11 @@ def run(
             writes.
 
     Raises:
-        PipelineError: the shards do not fit the params, the batch cannot be shared evenly, or
-            training diverges.
+        PipelineError: the shards do not fit the params, the batch cannot be shared evenly, the
+            precision is float16, or training diverges.
     """
     group = group or Group(runtime.device)
+    _check_precision(runtime)
     _check_shares(params, group)
     if group.is_main:
         check_writable(Path(out_dir) / WEIGHTS_NAME)
@@ -214,6 +215,15 @@ class _LossLog:
                 for name, value in zip((*self._names, "learning_rate"), values, strict=True):
                     if not math.isnan(value):
                         self._live.log_metric(f"train/{name}", value)
+
+
+def _check_precision(runtime: Runtime) -> None:
+    """Refuse float16, in which small gradients vanish."""
+    if runtime.amp_dtype == torch.float16:
+        raise PipelineError(
+            "precision: float16 needs gradients to be scaled, which training does not do; use "
+            "bfloat16 or float32 for `pipeline train`"
+        )
 
 
 def _check_shares(params: StudentParams, group: Group) -> None:

@@ -210,13 +210,8 @@ class AnnotatedPool:
         self.warnings = list(benchmark.warnings)
         if lacking:
             self.warnings.append(f"the labelled set has no truth of {listing(lacking)}")
-        self.fingerprint = digest(
-            [
-                [path.name, path.stat().st_size]
-                for example in self._examples
-                for path in [example.image_path, *(head.path for head in example.mask_headers())]
-            ]
-        )
+        images = [example.image_path for example in self._examples]
+        self.fingerprint = digest([[path.name, path.stat().st_size] for path in images])
 
     def __len__(self) -> int:
         return len(self._examples)

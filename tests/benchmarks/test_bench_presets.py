@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
 from pipeline import presets
 from pipeline.benchmarks import READERS, open_bench
+from pipeline.benchmarks.opening import open_truth
+from pipeline.benchmarks.voc import VocWriter
 from pipeline.params.benches import FORMATS, BenchParams
 from pipeline.params.reading import parse_params
 from pipeline.vocabulary.categories import load_category_set
@@ -20,6 +23,8 @@ from tests.benchmarks.fixtures import (
     IMAGENET_S_CATEGORIES,
     VOC_CATEGORIES,
     Maps,
+    save_jpeg,
+    save_png,
     write_coca,
     write_context,
     write_cub,
@@ -105,13 +110,32 @@ def test_an_entry_has_its_papers_protocol(name: str) -> None:
     assert bench.format == "coca" or found[1] == expected[1]
 
 
+DENSECLIP = {
+    "voc20": "voc_denseclip",
+    "voc_unseen": "voc_denseclip",
+    "context59": "context",
+    "context_unseen": "context",
+    "coco_stuff": "coco_stuff",
+    "stuff_unseen": "coco_stuff",
+}
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_denseclips_benchmarks_alone_follow_its_code(name: str) -> None:
+    bench = read_bench(name)
+    found = (bench.rounding, bench.corruption_channels)
+    assert found == (("half_up", "bgr") if name in DENSECLIP else ("down", "rgb"))
+    if name in DENSECLIP:
+        assert bench.categories == DENSECLIP[name]
+
+
 def test_unseen_categories_are_those_of_denseclip() -> None:
     assert read_bench("voc_unseen").unseen == [
         "potted plant",
         "sheep",
         "sofa",
         "train",
-        "tv/monitor",
+        "tv monitor",
     ]
     assert len(read_bench("context_unseen").unseen) == 10
 
@@ -141,3 +165,61 @@ def test_an_entry_opens_what_the_data_set_looks_like(tmp_path: Path, name: str) 
     assert {example.image_id: example.semantic().tolist() for example in benchmark} == {
         image_id: labels.tolist() for image_id, labels in expected.items()
     }
+
+
+def write_voc_split(root: Path, split: str) -> None:
+    """Two masks of palette indices, one of them void; no masks of objects."""
+    write_voc(root)
+    for path in (root / "SegmentationObject").iterdir():
+        path.unlink()
+    VocWriter(root).write_split(split, ["2007_000003", "2007_000001"])
+
+
+def write_context_split(root: Path, split: str) -> None:
+    write_context(root)
+    path = root / f"ImageSets/SegmentationContext/{split}.txt"
+    path.write_text("2010_000004\n2008_000002\n")
+
+
+def write_stuff_split(root: Path, split: str) -> None:
+    for image_id, values in (("000000000009", [[0, 181, 255]]), ("000000000025", [[65, 12]])):
+        save_jpeg(root / f"images/{split}/{image_id}.jpg", np.shape(values), "RGB")
+        save_png(root / f"annotations/{split}/{image_id}.png", np.array(values, np.uint8))
+    save_jpeg(root / "images/val2017/000000000001.jpg", (1, 1), "RGB")
+    save_png(root / "annotations/val2017/000000000001.png", np.zeros((1, 1), np.uint8))
+
+
+VOC_MAPS = [[[2], [0], [0]], [[1, -1, 2, 2, 2, 2], [-1, -1, 2, 2, 2, 2], [0] * 6, [0] * 6]]
+CONTEXT_MAPS = [[[3]], [[1, 2, 2, 0], [0, 2, 3, -1]]]
+STUFF_MAPS = [[[1, 171, -1]], [[-1, 12]]]
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "write", "expected"),
+    [
+        *(
+            (name, split, write_voc_split, VOC_MAPS)
+            for name in ("voc", "voc_val", "voc20", "voc_unseen")
+            for split in ("train", "trainaug")
+        ),
+        *(
+            (name, "train", write_context_split, CONTEXT_MAPS)
+            for name in ("context59", "context60", "context_unseen")
+        ),
+        *(
+            (name, "train2017", write_stuff_split, STUFF_MAPS)
+            for name in ("coco_stuff", "stuff_unseen")
+        ),
+    ],
+)
+def test_an_entry_reads_the_images_for_training_by_its_split(
+    tmp_path: Path,
+    name: str,
+    split: str,
+    write: Callable[[Path, str], None],
+    expected: list[list[list[int]]],
+) -> None:
+    write(tmp_path, split)
+    bench = read_bench(name).model_copy(update={"root": tmp_path, "split": split})
+    truth = open_truth(bench, ["background"], field="train.data")
+    assert [example.semantic().tolist() for example in truth] == expected

@@ -59,6 +59,24 @@ def test_the_seed_decides_what_is_drawn(name: str) -> None:
     assert (first == other) == (name not in DRAWN)
 
 
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_bgr_is_what_the_library_makes_of_exchanged_channels(name: str) -> None:
+    image = scene()
+    exchanged = Image.fromarray(np.asarray(image)[..., ::-1])
+    expected = np.asarray(corrupt(exchanged, name=name, level=5, seed=3))[..., ::-1]
+    found = corrupt(image, name=name, level=5, seed=3, channels="bgr")
+    np.testing.assert_array_equal(np.asarray(found), expected)
+    is_same = found.tobytes() == corrupt(image, name=name, level=5, seed=3).tobytes()
+    assert is_same is name.endswith("blur")
+
+
+def test_mud_is_brown_in_rgb_and_blue_in_bgr() -> None:
+    black = Image.new("RGB", (200, 200))
+    for channels, colour in (("rgb", [63, 42, 20]), ("bgr", [20, 42, 63])):
+        muddy = corrupt(black, name="spatter", level=5, seed=1, channels=channels)
+        assert np.asarray(muddy).max(axis=(0, 1)).tolist() == pytest.approx(colour, abs=1)
+
+
 def test_noise_has_the_deviation_of_imagenet_c() -> None:
     grey = Image.new("RGB", (256, 256), (128, 128, 128))
     noisy = np.asarray(corrupt(grey, name="gaussian_noise", level=1, seed=0), float)

@@ -78,6 +78,39 @@ class Counter:
         pass
 
 
+class Precision:
+    """Writes in which precision it was told to compute."""
+
+    settings: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def make(self, items: Sequence[str], path: Path, tally: Tally) -> int:
+        tally.advance(len(items))
+        path.write_text(str(self._runtime.amp_dtype))
+        return len(items)
+
+    def close(self) -> None:
+        pass
+
+
+def test_workers_compute_in_the_precision_of_the_params(
+    executor: RayExecutor, tmp_path: Path
+) -> None:
+    del executor  # it starts Ray with what the test session needs
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    run_job(
+        Job("tell", ["item"], shard_size=1, load=Precision),
+        out_dir=tmp_path / "out",
+        stats_path=tmp_path / "stats.json",
+        runtime=Runtime(torch.device("cpu"), None, seed=0, cache_dir=tmp_path / "cache"),
+        executor=RayExecutor(device="cpu", precision="float16", seed=0, workers=1),
+    )
+    (shard,) = (tmp_path / "out").glob("*.tar")
+    assert shard.read_text() == "torch.float16"
+
+
 def count(items: Sequence[str], out: Path, executor: RayExecutor, **limits: Any) -> dict[str, Any]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     stats = out.with_suffix(".json")

@@ -141,6 +141,25 @@ def test_the_cpu_computes_in_float32() -> None:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("auto", torch.float32),
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+    ],
+)
+def test_the_precision_can_be_chosen(precision: str, dtype: torch.dtype) -> None:
+    with make_runtime(device="cpu", precision=precision).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_an_unknown_precision_names_the_known_ones() -> None:
+    with pytest.raises(PipelineError, match="'half' is not one of auto, float32, bfloat16, float1"):
+        make_runtime(device="cpu", precision="half")
+
+
 def test_auto_takes_what_there_is() -> None:
     runtime = make_runtime(device="auto")
     assert runtime.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
@@ -163,6 +182,8 @@ def test_cuda_computes_in_bfloat16() -> None:
     ones = torch.ones(2, 2, device=runtime.device)
     with runtime.autocast():
         assert (ones @ ones).dtype == torch.bfloat16
+    with make_runtime(device="cuda", precision="float32").autocast():
+        assert (ones @ ones).dtype == torch.float32
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -77,6 +78,7 @@ class Stripes:
     def __init__(self, params: StripesParams, label_ids: Sequence[int]) -> None:
         self.patch_size = params.width
         self.settings = {"width": params.width}
+        self.logit_scale = None
         self._params = params
         self._label_ids = list(label_ids)
 
@@ -133,6 +135,7 @@ class Colour:
 
 class TrainedColour:
     patch_size = 1
+    logit_scale = 2.0
     fingerprint = "none"
 
     def __init__(self, network: nn.Module, label_ids: Sequence[int]) -> None:
@@ -153,6 +156,11 @@ class TrainedColour:
             for one, size in zip(logits, sizes, strict=True)
         ]
         return [Segmentation(semantic, []) for semantic in maps]
+
+    @torch.no_grad()
+    def scores(self, images: Tensor) -> Tensor:
+        logits: Tensor = self._network(images)[:, self._label_ids]
+        return logits
 
     def protocol(self, settings: PredictionSettings) -> dict[str, Any]:
         del settings
@@ -244,6 +252,22 @@ def test_a_dense_labeller(workspace: Workspace, tmp_path: Path, runtime: Runtime
     assert counts(tmp_path / "pseudo_label.json") == {"cached": 0}
     label(tmp_path, runtime, masks)
     assert counts(tmp_path / "pseudo_label.json") == {"cached": 9}
+    section = params(pseudo_label={"method": "stripes"}).pseudo_label
+    (tmp_path / "photo.png").write_bytes(encoded_image(noise_image(2, 40, 32)))
+    predict.run(
+        inputs=[tmp_path / "photo.png"],
+        categories=CATEGORIES,
+        checkpoint_dir=None,
+        out_dir=tmp_path / "out",
+        params=EvaluateParams(),
+        runtime=runtime,
+        labeller=section,
+        confidence=["dog"],
+    )
+    with Image.open(tmp_path / "out/confidence/dog/photo.png") as picture:
+        values = np.asarray(picture)[0, 4::8]
+    assert values[2] > 230
+    assert (np.delete(values, 2) < 20).all()
     metrics = score(tmp_path, runtime, checkpoint_dir=None)
     assert {"model: stripes", "width: 8"} <= set(metrics["protocol"])
     assert metrics["n_images"] == 3
@@ -318,8 +342,16 @@ def test_a_student(workspace: Workspace, tmp_path: Path, runtime: Runtime) -> No
         out_dir=tmp_path / "out",
         params=EvaluateParams(),
         runtime=runtime,
+        confidence=["cat"],
     )
-    assert json.loads((tmp_path / "out/predictions.json").read_text())["annotations"] == []
+    content = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert content["annotations"] == []
+    with Image.open(tmp_path / "out" / content["images"][0]["confidence"]["cat"]) as picture:
+        values = np.asarray(picture) / 255
+    labels = Segmenter.load(tmp_path / "student", runtime=runtime)(tmp_path / "photo.jpg").semantic
+    assert values.shape == labels.shape
+    assert (values[labels == 1] > 0.24).all()  # the largest of four
+    assert (values[labels != 1] < 0.51).all()
 
 
 def test_a_checkpoint_of_an_unknown_kind_is_named(
@@ -329,5 +361,7 @@ def test_a_checkpoint_of_an_unknown_kind_is_named(
     assert "student" not in config  # and yet it is a ZUTIS
     assert Segmenter.load(workspace.root / "zutis", runtime=runtime).categories == CATEGORIES
     (tmp_path / "config.json").write_text(json.dumps({**config, "student": "deeplab"}))
-    with pytest.raises(PipelineError, match=r"student: 'deeplab'; known are zutis, colour"):
+    with pytest.raises(
+        PipelineError, match=r"student: 'deeplab'; known are zutis, denseclip_plus, colour"
+    ):
         Segmenter.load(tmp_path, runtime=runtime)

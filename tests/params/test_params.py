@@ -148,6 +148,9 @@ def test_a_missing_key_is_named(tmp_path: Path, text: str, key: str) -> None:
         ("k: true", "k", "True"),
         ("seed: -1", "seed", "-1"),
         ("device: gpu", "device", "'gpu'"),
+        ("precision: half", "precision", "'half'"),
+        ("evaluate: {upsampling: twice}", "evaluate.upsampling", "'twice'"),
+        ("benches: {a: {format: voc, root: a, rounding: up}}", "benches.a.rounding", "'up'"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key(

@@ -146,3 +146,22 @@ def test_a_grid_keeps_every_picture() -> None:
 def test_maps_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 3\): expected the image's \(3, 2\)"):
         viz.overlay_semantic(grey(3, 2), np.zeros((2, 3), int), viz.colour_map(2))
+
+
+def test_context_is_black() -> None:
+    labels, palette = quadrants([0, 1, 2, IGNORE_INDEX]), viz.colour_map(3)
+    picture = viz.overlay_semantic(grey(96, 96), labels, palette, names=NAMES, context=[1])
+    assert pixel(picture, 10, 80) == [0, 0, 0]
+    assert pixel(picture, 80, 10) == mixed(palette[2], 0.55)
+    assert pixel(picture, 10, 10) == [100, 100, 100]
+    strip = np.asarray(picture)[288:].reshape(-1, 3).tolist()
+    assert [0, 0, 0] in strip
+    assert viz.colour_map(3).tolist() == palette.tolist()
+
+    drawn = [
+        Drawn(1, 0.9, labels == 1, (48, 0, 95, 47)),
+        Drawn(2, 0.8, labels == 2, (0, 48, 47, 95)),
+    ]
+    objects = viz.overlay_instances(grey(96, 96), drawn, names=NAMES, context=[1])
+    assert pixel(objects, 30, 70) == mixed((0, 0, 0), 0.5)
+    assert pixel(objects, 80, 30) == mixed(palette[2], 0.5)

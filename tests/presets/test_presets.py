@@ -19,6 +19,8 @@ NAMES = [name for name, _ in list_presets()]
 
 def test_the_presets_of_the_documentation_exist() -> None:
     papers = {"zutis-coco", "zutis-voc", "zutis-coca", "zutis-imagenet-s"}
+    papers |= {"zutis-coco-b32", "zutis-coco-seen65", "zutis-imagenet-s-b16"}
+    papers |= {"denseclip", "denseclip-rn50x16"}
     assert set(NAMES) == {"demo", "folder", "folder-offline"} | papers
 
 
@@ -39,33 +41,64 @@ def test_a_papers_preset_has_the_papers_settings(tmp_path: Path, name: str) -> N
     params = read_params(path)
     assert params.k == 500
     assert params.embed.encoder.model == "ViT-L-14-336-quickgelu"
-    pools = {"imagenet1k"} if name == "zutis-imagenet-s" else {"imagenet1k", "pass"}
+    pools = {"imagenet1k"} if name.startswith("zutis-imagenet-s") else {"imagenet1k", "pass"}
     assert set(params.index) == pools
     assert (params.train.target, params.train.max_paste) == ("saliency", 10)
     assert (params.train.learning_rate, params.train.encoder_learning_rate) == (5e-5, 5e-6)
-    assert params.train.iterations in (20_000, 80_000)
+    assert params.train.iterations == (80_000 if "imagenet" in name else 20_000)
+    assert params.precision == "float32"
     assert params.benches == {bench: shipped_bench(bench) for bench in params.benches} != {}
 
 
+IMAGENET1K = {"imagenet1k": {"format": "folder", "root": "data/raw/imagenet1k/train"}}
+
+
+def encoder(model: str) -> dict[str, dict[str, str]]:
+    return {"encoder": {"model": f"{model}-quickgelu", "pretrained": "openai"}}
+
+
 DIFFERENCES: dict[str, dict[str, object]] = {
+    "denseclip": {
+        "categories": "voc_denseclip",
+        "pseudo_label": encoder("RN50"),
+        "train": encoder("RN50"),
+        "evaluate": {"upsampling": "published"},
+    },
+    "denseclip-rn50x16": {
+        "categories": "voc_denseclip",
+        "pseudo_label": encoder("RN50x16"),
+        "train": encoder("RN50x16"),
+        "evaluate": {"upsampling": "published"},
+    },
     "zutis-coca": {"categories": "coca"},
     "zutis-coco": {"categories": "coco"},
+    "zutis-coco-b32": {
+        "categories": "coco",
+        "pseudo_label": encoder("ViT-B-32"),
+        "train": encoder("ViT-B-32"),
+    },
+    "zutis-coco-seen65": {"categories": "coco_seen65"},
     "zutis-imagenet-s": {
         "categories": "imagenet_s919",
-        "index": {"imagenet1k": {"format": "folder", "root": "data/raw/imagenet1k/train"}},
-        "pseudo_label": {
-            "encoder": {"model": "ViT-B-32-quickgelu", "pretrained": "openai"},
-        },
-        "train": {
-            "encoder": {"model": "ViT-B-32-quickgelu", "pretrained": "openai"},
-            "iterations": 80_000,
-        },
+        "index": IMAGENET1K,
+        "pseudo_label": encoder("ViT-B-32"),
+        "train": encoder("ViT-B-32") | {"iterations": 80_000},
+    },
+    "zutis-imagenet-s-b16": {
+        "categories": "imagenet_s919",
+        "index": IMAGENET1K,
+        "train": {"iterations": 80_000},
     },
 }
 BENCHES = {
+    "denseclip": ["voc20", "context59", "coco_stuff"],
+    "denseclip-rn50x16": ["voc20", "context59", "coco_stuff"],
     "zutis-coca": ["coca"],
     "zutis-coco": ["coco", "coco20k"],
+    "zutis-coco-b32": ["coco20k"],
+    "zutis-coco-seen65": ["coco_unseen"],
     "zutis-imagenet-s": ["imagenet_s919"],
+    "zutis-imagenet-s-b16": ["imagenet_s919"],
     "zutis-voc": ["voc"],
 }
 
@@ -75,7 +108,7 @@ def test_the_papers_presets_differ_in_little(name: str) -> None:
     yaml = YAML(typ="safe", pure=True)
     expected, content = yaml.load(preset_text("zutis-voc")), yaml.load(preset_text(name))
     for key, value in DIFFERENCES.get(name, {}).items():
-        is_section = key in ("pseudo_label", "train")
+        is_section = key in ("pseudo_label", "train", "evaluate")
         expected[key] = expected[key] | value if is_section else value
     assert list(content.pop("benches")) == BENCHES[name]
     expected.pop("benches")

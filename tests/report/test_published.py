@@ -183,3 +183,24 @@ def test_shipped_tables_agree_with_themselves(tmp_path: Path) -> None:
     for name, gain in gains.items():
         without, with_ = (row.values for row in tables[name].rows)
         assert {key: round(with_[key] - without[key], 1) for key in gain} == gain
+
+
+def test_results_that_differ_from_the_runs_count_likewise(tree: Tree) -> None:
+    write_published(tree, PUBLISHED.read_text(encoding="utf-8"))
+    scores = {"ap": 13.06, "ap50": 30.04, "ap75": 10.88, "n_images": 2913}
+    write_metrics(tree, "voc_best_ViT-B-16-quickgelu-openai", REAL_VOC, **scores)
+    assert filled(tree.report())[0] == "this project ViT-B/16 13.1 30.0 10.9"
+    (tree.reports_dir / "metrics/voc_best_ViT-B-16-quickgelu-openai.json").unlink()
+    write_metrics(tree, "voc_val_best", REAL_VOC, **scores)  # of another shipped benchmark
+    assert filled(tree.report()) == []
+
+
+def test_accuracies_stand_beside_those_of_table_6(tree: Tree) -> None:
+    write_published(tree, PUBLISHED.read_text(encoding="utf-8"))
+    names = ("pixel_acc_seen", "pixel_acc_unseen", "pixel_acc")
+    names += ("mean_acc_seen", "mean_acc_unseen", "mean_acc")
+    scores = {name: 10.0 + place for place, name in enumerate(names)}
+    protocol = REAL_VOC | {"split": "val"}
+    write_metrics(tree, "voc_unseen", protocol, **scores)
+    row = "this project ViT-B/16 10.0 11.0 12.0 13.0 14.0 15.0"
+    assert row in filled(tree.report())

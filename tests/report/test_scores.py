@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import re
 
+import numpy as np
+import pytest
+
+from pipeline.errors import PipelineError
 from pipeline.files import write_json
-from tests.report.helpers import Tree, section, text_of
+from pipeline.pictures.confusion import draw_confusion
+from tests.report.helpers import CATEGORIES, Tree, checked, section, text_of
 
 
 def test_scores_of_bench_groups_and_audit(page: str) -> None:
@@ -42,3 +48,40 @@ def test_class_bars_are_sorted_and_carry_the_baseline(page: str) -> None:
     last = bars.split("<li>")[-1]
     assert "fill" not in last
     assert "mark" not in last
+
+
+def write_confusion(tree: Tree, counts: list[list[int]]) -> None:
+    names = ["background", *CATEGORIES]
+    path = tree.reports_dir / "plots/voc_confusion.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["category", *names])
+        writer.writerows([name, *row] for name, row in zip(names, counts, strict=True))
+    draw_confusion(np.array(counts), names).save(path.with_suffix(".png"))
+
+
+def test_the_confusion_matrix_is_shown_with_its_pairs(tree: Tree) -> None:
+    counts = np.diag([90, 5, 5, 5])
+    counts[0, 2] = 10
+    write_confusion(tree, counts.tolist())
+    page = tree.report()
+    found = checked(page)
+    (shown,) = (image for image in found.images if "Confusion" in (image["alt"] or ""))
+    assert shown["alt"] == f"Confusion matrix. background taken for {CATEGORIES[1]}: 10.0 %"
+    write_confusion(tree, np.zeros((4, 4), int).tolist())  # no label maps were scored
+    assert "Confusion" not in tree.report()
+    write_confusion(tree, counts.tolist())
+    table = tree.reports_dir / "plots/voc_confusion.csv"
+    for damage in ("", "category,cat\ncat,x\n", "category,cat\ncat,1,2\n"):
+        table.write_text(damage)
+        with pytest.raises(PipelineError, match=r"voc_confusion\.png: .*`pipeline score` again"):
+            tree.report()
+
+
+def test_accuracies_of_seen_and_unseen_have_columns(tree: Tree) -> None:
+    scores = {"mean_acc": 50.0, "pixel_acc_unseen": 33.3, "mean_acc_seen": 44.4, "n_images": 9}
+    write_json(tree.reports_dir / "metrics/voc.json", scores | {"protocol": []})
+    table = section(tree.report(), "scores").split("<table>")[1].split("</table>")[0]
+    assert re.findall(r'<th scope="col">(.*?)</th>', table) == [
+        *("Benchmark", "Unseen pixel acc.", "Mean acc.", "Seen mean acc.", "Images")
+    ]

@@ -124,6 +124,20 @@ def test_seen_and_unseen(background: bool) -> None:
     assert metrics["hiou"] == pytest.approx(100 * harmonic, abs=0.01)
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_accuracy_of_seen_and_unseen(background: bool) -> None:
+    task = ScoringTask(["cat", "dog", "cow"], background=background, unseen=frozenset({2, 3}))
+    labels = [[0, 0, 0, 0, 1, 2, 2, 2, -1]], [[0, 0, 0, 1, 2, 2, 2, 3, 1]]
+    metrics = score([pair(*labels)], task)
+    # Background 3 of 4, cat 0 of 1, dog 2 of 3; cows do not occur, though one is predicted.
+    assert metrics["pixel_acc_seen"] == (60 if background else 0)
+    assert metrics["mean_acc_seen"] == (37.5 if background else 0)
+    assert (metrics["pixel_acc_unseen"], metrics["mean_acc_unseen"]) == (66.67, 66.67)
+    whole = score([pair(*labels)], ScoringTask(task.categories, background=background))
+    assert not [name for name in whole if name.endswith("seen")]
+    assert {name: metrics[name] for name in whole} == whole
+
+
 def test_sizes_stand_beside_the_whole() -> None:
     target = np.repeat([[0, 1, 2]], [70, 5, 25], axis=1)
     metrics = score([pair(target, target)], metrics=("semantic", "size"))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.scoring.confusion import ConfusionMatrix, SizeIou, harmonic_mean
+from pipeline.scoring.confusion import ConfusionMatrix, SizeIou, harmonic_mean, shares, worst_pairs
 
 
 def test_hand_made_scores() -> None:
@@ -89,3 +89,28 @@ def test_harmonic_mean() -> None:
     assert harmonic_mean(0.0, 0.0) == 0
     assert harmonic_mean(0.0, 0.9) == 0
     assert math.isnan(harmonic_mean(math.nan, 0.5))
+
+
+def test_a_part_of_the_classes_is_scored_by_its_own_true_pixels() -> None:
+    matrix = ConfusionMatrix(3)
+    matrix.update(
+        target=np.array([0, 0, 0, 1, 1, 2, 2, 2, 2]),
+        prediction=np.array([0, 0, 1, 1, 2, 2, 2, 2, 0]),
+    )
+    part = matrix.compute({1, 2})
+    # IoU 1/3 and 3/5, recall 1/2 and 3/4; 4 of 6 pixels of these classes.
+    assert part.miou == pytest.approx((1 / 3 + 3 / 5) / 2)
+    assert part.mean_acc == pytest.approx((1 / 2 + 3 / 4) / 2)
+    assert part.pixel_acc == pytest.approx(4 / 6)
+    assert matrix.compute({0, 1, 2}).pixel_acc == matrix.compute().pixel_acc == 6 / 9
+    assert math.isnan(matrix.compute([]).pixel_acc)
+
+
+def test_pairs_are_ordered_by_their_share_of_the_true_class() -> None:
+    counts = np.array([[90, 10, 0, 0], [1, 1, 0, 0], [30, 0, 30, 0], [0, 0, 0, 0]])
+    # Of equal shares, that of more pixels first.
+    assert worst_pairs(counts) == [(2, 0, 0.5), (1, 0, 0.5), (0, 1, 0.1)]
+    assert worst_pairs(counts, 1) == [(2, 0, 0.5)]
+    assert worst_pairs(np.diag([3, 0])) == []
+    assert shares(counts)[0].tolist() == [0.9, 0.1, 0, 0]
+    assert np.isnan(shares(counts)[3]).all()

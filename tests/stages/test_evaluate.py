@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -29,6 +30,7 @@ from pipeline.formats.images import decode_label, load_image
 from pipeline.formats.labels import IGNORE_INDEX
 from pipeline.formats.predictions import PredictionStore
 from pipeline.formats.rle import coco_annotation, decode_mask, encode_mask
+from pipeline.inference.inputs import to_tensor
 from pipeline.inference.segmenter import Prediction, Segmenter
 from pipeline.methods.dense import DenseClipParams, PseudoLabelParams, load_dense_labeller
 from pipeline.params.base import EncoderParams, PredictionSettings
@@ -332,6 +334,67 @@ def test_the_protocol_has_every_setting_of_denseclip_and_of_the_network(
     assert not [line for line in protocol if "_size:" in line]
     assert {"asked_names: categories", "precision: float32"} <= set(protocol)
     assert ("network_num_queries: 12" in protocol) is not denseclip
+
+
+@pytest.mark.parametrize("denseclip", [False, True])
+def test_the_precision_is_in_the_protocol_and_in_the_cache_key(
+    bench: Bench, tmp_path: Path, denseclip: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.write(from_predictions(bench))
+    for dtype, name, cached in (
+        (None, "float32", 0),
+        (torch.bfloat16, "bfloat16", 0),
+        (None, "float32", 3),
+    ):
+        runtime = replace(bench.runtime, amp_dtype=dtype)
+        out = tmp_path / f"{name}{cached}"
+        metrics = bench.evaluate(out, denseclip=denseclip, runtime=runtime)
+        assert f"precision: {name}" in metrics["protocol"]
+        assert f"cached {cached}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("upsampling", ["direct", "published"])
+def test_scores_of_patches_are_upsampled_once_or_as_published_twice(
+    bench: Bench, tmp_path: Path, upsampling: str
+) -> None:
+    bench.write(from_predictions(bench))
+    params = EvaluateParams(overlays=0, resize_to=100, upsampling=upsampling)
+    alone = bench.evaluate(tmp_path / "alone", params=params, denseclip=True)
+    beside = bench.evaluate(tmp_path / "beside", params=params)
+    for metrics in (alone, beside):
+        named = [line for line in metrics["protocol"] if "upsampling" in line]
+        assert named == (["upsampling: published"] if upsampling == "published" else [])
+    model = load_dense_labeller(bench.baseline, Names(CATEGORIES), bench.runtime)
+    others = 0
+    for number, name in enumerate(bench.predictions):
+        with Image.open(bench.root / f"JPEGImages/{name}.jpg") as image:
+            pixels = to_tensor(image, PredictionSettings(resize_to=100), patch_size=16)[None]
+            scores, size = model.scores(pixels), image.size[::-1]
+        once = F.interpolate(scores, size=size, mode="bilinear").argmax(dim=1)
+        inside = F.interpolate(scores, size=pixels.shape[2:], mode="bilinear")
+        twice = F.interpolate(inside, size=size, mode="bilinear").argmax(dim=1)
+        others += int((once != twice).sum())
+        expected = (once if upsampling == "direct" else twice)[0].numpy()
+        found = PredictionStore(predictions_of(tmp_path / "alone")).get(number, name).labels
+        np.testing.assert_array_equal(found, expected)
+        found = PredictionStore(predictions_of(tmp_path / "beside")).get(number, name).baseline
+        np.testing.assert_array_equal(found, expected)
+    assert others > 0
+
+
+def test_a_benchmark_says_how_sizes_are_rounded(bench: Bench, tmp_path: Path) -> None:
+    bench.write(from_predictions(bench))
+    plain = bench.evaluate(tmp_path / "down", resize_to=47)
+    assert not [line for line in plain["protocol"] if line.startswith("rounding")]
+    metrics = bench.evaluate(tmp_path / "half_up", resize_to=47, rounding="half_up")
+    assert "rounding: half_up" in metrics["protocol"]
+    for rounding in ("down", "half_up"):
+        settings = PredictionSettings(resize_to=47, rounding=rounding)
+        segmenter = Segmenter.load(bench.checkpoint_dir, runtime=bench.runtime, settings=settings)
+        labels = stored(tmp_path / rounding)
+        for name in bench.predictions:
+            expected = segmenter(bench.root / f"JPEGImages/{name}.jpg").semantic
+            np.testing.assert_array_equal(labels[name], expected)
 
 
 def test_a_name_that_is_asked_for_is_no_background(bench: Bench, tmp_path: Path) -> None:
@@ -702,6 +765,29 @@ def test_corruption_changes_the_input_and_nothing_else(
     assert other["miou"] != metrics["miou"]
 
 
+def test_a_benchmark_says_in_which_order_a_corruption_sees_the_channels(
+    bench: Bench, tmp_path: Path
+) -> None:
+    bench.write(from_predictions(bench))
+    spatter = {"name": "spatter", "level": 5}
+    plain = bench.evaluate(tmp_path / "rgb", corruption=spatter)
+    assert not [line for line in plain["protocol"] if line.startswith("corruption_channels")]
+    metrics = bench.evaluate(tmp_path / "bgr", corruption=spatter, corruption_channels="bgr")
+    assert {"corruption: spatter 5", "corruption_channels: bgr"} <= set(metrics["protocol"])
+    segmenter = Segmenter.load(bench.checkpoint_dir, runtime=bench.runtime)
+    labels = stored(tmp_path / "bgr")
+    for name in bench.predictions:
+        with Image.open(bench.root / f"JPEGImages/{name}.jpg") as image:
+            swapped = Image.fromarray(np.asarray(image.convert("RGB"))[..., ::-1])
+        seed = int(digest([0, name])[:8], 16)
+        muddy = np.asarray(corrupt(swapped, name="spatter", level=5, seed=seed))[..., ::-1]
+        expected = segmenter(np.ascontiguousarray(muddy)).semantic
+        np.testing.assert_array_equal(labels[name], expected)
+    # Without a corruption the order of the channels is nobody's business.
+    lines = bench.evaluate(tmp_path / "none", corruption_channels="bgr")["protocol"]
+    assert lines == bench.evaluate(tmp_path / "usual")["protocol"]
+
+
 def test_masks_belong_to_the_pixels_as_they_are_stored(bench: Bench, tmp_path: Path) -> None:
     bench.write(from_predictions(bench))
     path = bench.root / "JPEGImages/im0.jpg"
@@ -877,3 +963,32 @@ def test_objects_score_as_cocos_own_tool_scores_the_stored_results(
         for key, value in zip(keys, evaluation.stats, strict=False):
             expected = None if value < 0 else pytest.approx(100 * value, abs=0.0051)
             assert not key or metrics[key] == expected
+
+
+def test_the_confusion_matrix_is_written_as_table_and_picture(bench: Bench, tmp_path: Path) -> None:
+    swapped = {name: np.array([0, 2, 1, 3])[p.semantic] for name, p in bench.predictions.items()}
+    bench.write({name: (labels, labels) for name, labels in swapped.items()})
+    metrics = bench.evaluate(tmp_path / "out", unseen=["bird"])
+    header, *rows = read_csv(tmp_path / "out/plots/tiny_confusion.csv")
+    assert header == ["category", "background", *CATEGORIES]
+    assert [row[0] for row in rows] == header[1:]
+    found = np.array([row[1:] for row in rows], dtype=int)
+    counts = ConfusionMatrix(4)
+    for name, prediction in bench.predictions.items():
+        counts.update(target=swapped[name], prediction=prediction.semantic)
+    np.testing.assert_array_equal(found, counts.counts)
+    assert metrics["pixel_acc"] == pytest.approx(100 * np.trace(found) / found.sum(), abs=0.0051)
+    seen = found[:3]
+    share = 100 * np.trace(seen) / seen.sum()
+    assert metrics["pixel_acc_seen"] == pytest.approx(share, abs=0.0051)
+    with Image.open(tmp_path / "out/plots/tiny_confusion.png") as picture:
+        picture.load()
+        assert min(picture.size) > 100
+
+    bench.evaluate(tmp_path / "bare", background=False, metrics=["semantic"])
+    assert read_csv(tmp_path / "bare/plots/tiny_confusion.csv")[0] == ["category", *CATEGORIES]
+    objects = bench.evaluate(tmp_path / "objects", metrics=["instance"])
+    assert "miou" not in objects
+    rows = read_csv(tmp_path / "objects/plots/tiny_confusion.csv")[1:]
+    assert {cell for row in rows for cell in row[1:]} == {"0"}
+    assert (tmp_path / "objects/plots/tiny_confusion.png").is_file()

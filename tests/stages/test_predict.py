@@ -16,11 +16,13 @@ from pycocotools.coco import COCO
 
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
-from pipeline.formats.images import ImageError
+from pipeline.formats.images import ImageError, load_image
 from pipeline.formats.sources import list_images
 from pipeline.inference.inputs import input_size
+from pipeline.inference.labeller import Labeller
 from pipeline.inference.segmenter import Segmenter
-from pipeline.params.base import PredictionSettings
+from pipeline.methods.dense import DenseClipParams
+from pipeline.params.base import EncoderParams, PredictionSettings
 from pipeline.params.sections import EvaluateParams
 from pipeline.params.sources import SourceParams
 from pipeline.stages import predict
@@ -55,7 +57,11 @@ def photos(tmp_path: Path) -> Path:
 
 
 def predict_into(
-    out_dir: Path, inputs: list[Path], checkpoint_dir: Path, runtime: Runtime, **changes: object
+    out_dir: Path,
+    inputs: list[Path],
+    checkpoint_dir: Path | None,
+    runtime: Runtime,
+    **changes: object,
 ) -> dict:
     arguments = {"categories": None, "params": EvaluateParams(batch_size=2)} | changes
     predict.run(
@@ -325,6 +331,41 @@ def test_input_sizes(
 
 
 @pytest.mark.parametrize(
+    ("size", "resize_to", "max_side", "expected"),
+    [
+        ((500, 333), 520, 520, (520, 346)),  # 346.32
+        ((500, 334), 520, 520, (520, 347)),  # 347.36
+        ((500, 331), 520, 520, (520, 344)),  # 344.24
+        ((332, 500), 520, 520, (345, 520)),  # 345.28
+        ((500, 375), 512, 2048, (683, 512)),  # 682.67
+        ((281, 500), 512, 2048, (512, 911)),  # 911.03
+        ((128, 125), 64, None, (66, 64)),  # 65.54
+        ((5, 4), 50, None, (63, 50)),  # 62.5
+        ((500, 375), None, None, (500, 375)),
+        ((4, 500), None, 250, (16, 250)),
+    ],
+)
+def test_sizes_rounded_half_up_are_those_of_mmcv(
+    size: tuple[int, int],
+    resize_to: int | None,
+    max_side: int | None,
+    expected: tuple[int, int],
+) -> None:
+    settings = PredictionSettings(resize_to=resize_to, max_side=max_side, rounding="half_up")
+    assert input_size(*size, settings, patch_size=16) == expected
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_cpu_predicts_in_every_precision(checkpoint_dir: Path, precision: str) -> None:
+    segmenter = Segmenter.load(checkpoint_dir, device="cpu", precision=precision)
+    plain = Segmenter.load(checkpoint_dir, device="cpu")
+    image = noise_image(3, 64, 48)
+    found, expected = segmenter(image).semantic, plain(image).semantic
+    assert found.shape == expected.shape
+    assert (found == expected).mean() > 0.9
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"categories": None}, "not the settings of a checkpoint"),
@@ -403,6 +444,7 @@ def test_params_become_settings_of_a_prediction() -> None:
         "resize_to": 64,
         "max_side": 128,
         "whole_patches": True,
+        "upsampling": "published",
         "region_majority": True,
     }
     assert PredictionSettings.of(EvaluateParams(**changed)) == PredictionSettings(**changed)
@@ -468,3 +510,137 @@ def test_paths_that_no_shell_has_expanded(
     assert listed == predict.list_inputs([photos])
     with pytest.raises(PipelineError, match="must be a path; a URL cannot"):
         predict.list_inputs([Path("s3://bucket/photos")])
+
+
+@pytest.fixture
+def labeller(encoder: EncoderParams) -> DenseClipParams:
+    return DenseClipParams(encoder=encoder, templates="name", logit_scale=7.0)
+
+
+def grey_of(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        assert picture.mode == "L"
+        return np.asarray(picture) / 255
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_confidence_is_drawn_at_each_pixel_of_a_photo(
+    photos: Path,
+    tmp_path: Path,
+    checkpoint_dir: Path,
+    labeller: DenseClipParams,
+    runtime: Runtime,
+    alone: bool,
+) -> None:
+    names = ["cat", "tv/monitor", "TV monitor"]
+    asked = {"categories": names, "labeller": labeller, "confidence": names}
+    model = None if alone else checkpoint_dir
+    out_dir = tmp_path / "out"
+    content = predict_into(out_dir, [photos], model, runtime, **asked)
+    assert [list(image["confidence"]) for image in content["images"]] == [names] * 4
+    folders = sorted(path.name for path in (out_dir / "confidence").iterdir())
+    assert folders == ["TV_monitor_2", "cat", "tv_monitor"]
+    for image in content["images"]:
+        assert Path(image["confidence"]["cat"]).name == Path(image["overlay"]).name
+        maps = np.stack([grey_of(out_dir / image["confidence"][name]) for name in names])
+        assert maps.shape == (3, image["height"], image["width"])
+        assert (maps.sum(axis=0) < 1.01).all()  # the rest is background
+    if alone:
+        loaded = Labeller.load(
+            labeller,
+            categories=names,
+            background=["background"],
+            settings=PredictionSettings(),
+            runtime=runtime,
+        )
+        assert content["images"][0]["file_name"].endswith("a.jpg")
+        labels = loaded.predict(load_image(photos / "a.jpg")).semantic
+        first = content["images"][0]["confidence"]
+        best = np.stack([grey_of(out_dir / first[name]) for name in names])
+        for label_id in (1, 2, 3):
+            members = labels == label_id
+            assert (best.max(axis=0)[members] - best[label_id - 1][members] < 0.01).all()
+    else:
+        assert content["annotations"]
+
+    # Pictures of confidence are no photos, and go when none are asked for.
+    again = predict_into(photos / "out", [photos], model, runtime, **asked)
+    assert predict_into(photos / "out", [photos], model, runtime, **asked) == again
+    (photos / "out/confidence/cat/mine.png").write_bytes(b"mine")
+    with pytest.raises(PipelineError, match=r"confidence/cat/mine\.png was not written by"):
+        predict_into(photos / "out", [photos], model, runtime, **(asked | {"confidence": []}))
+    (photos / "out/confidence/cat/mine.png").unlink()
+    bare = predict_into(photos / "out", [photos], model, runtime, **(asked | {"confidence": []}))
+    assert "confidence" not in bare["images"][0]
+    assert not (photos / "out/confidence").exists()
+
+
+def test_a_name_that_is_not_asked_for_has_no_confidence(
+    photos: Path, tmp_path: Path, checkpoint_dir: Path, labeller: DenseClipParams, runtime: Runtime
+) -> None:
+    message = r"--confidence: 'zebra' is not among the names asked for: cat, dog, bird"
+    with pytest.raises(PipelineError, match=message):
+        predict_into(tmp_path / "out", [photos], checkpoint_dir, runtime, confidence=["zebra"])
+    asked = {"categories": ["cat", "dog", "bird"], "labeller": labeller, "confidence": ["zebra"]}
+    with pytest.raises(PipelineError, match=message):
+        predict_into(tmp_path / "out", [photos], None, runtime, **asked)
+    assert not (tmp_path / "out").exists()
+    segmenter = Segmenter.load(checkpoint_dir, runtime=runtime)
+    with pytest.raises(PipelineError, match=r"confidence: .zebra. is not among .* cat, dog, bird"):
+        segmenter.confidence(photos / "a.jpg", "zebra")
+
+
+def test_the_confidence_of_a_checkpoint_is_the_softmax_of_its_training(
+    checkpoint_dir: Path, tmp_path: Path, runtime: Runtime
+) -> None:
+    shutil.copytree(checkpoint_dir, tmp_path / "sharp")
+    config = json.loads((checkpoint_dir / "config.json").read_text())
+    (tmp_path / "sharp/config.json").write_text(json.dumps(config | {"logit_scale": 30.0}))
+    image = noise_image(5, 50, 31)
+    plain, sharp = (
+        Segmenter.load(folder, runtime=runtime) for folder in (checkpoint_dir, tmp_path / "sharp")
+    )
+    for segmenter in (plain, sharp):
+        maps = [segmenter.confidence(image, name) for name in segmenter.categories]
+        assert maps[0].shape == (31, 50)
+        assert maps[0].dtype == np.float32
+        background = 1 - np.sum(maps, axis=0)
+        best = np.argmax([background, *maps], axis=0)
+        assert (best == segmenter(image).semantic).mean() > 0.99
+    spread = [np.ptp(segmenter.confidence(image, "cat")) for segmenter in (plain, sharp)]
+    assert spread[1] > 3 * spread[0]
+    settings = PredictionSettings(upsampling="published", resize_to=20)
+    resized = Segmenter.load(tmp_path / "sharp", runtime=runtime, settings=settings)
+    maps = [resized.confidence(image, name) for name in resized.categories]
+    best = np.argmax([1 - np.sum(maps, axis=0), *maps], axis=0)
+    assert (best == resized(image).semantic).mean() > 0.995
+    foreground = Segmenter.load(
+        checkpoint_dir, runtime=runtime, settings=PredictionSettings(background=False)
+    )
+    total = np.sum([foreground.confidence(image, name) for name in plain.categories], axis=0)
+    np.testing.assert_allclose(total, 1, rtol=1e-4)
+    one = plain.select(["dog"])
+    assert (one.confidence(image, "dog") > plain.confidence(image, "dog")).all()
+
+
+def test_context_is_asked_for_and_drawn_black(
+    photos: Path, tmp_path: Path, checkpoint_dir: Path, labeller: DenseClipParams, runtime: Runtime
+) -> None:
+    cases = (
+        ("own", checkpoint_dir, None, ["dog"], ["cat", "dog", "bird"]),
+        ("more", checkpoint_dir, ["cat"], ["zebra", "Cat"], ["cat", "zebra"]),
+        ("alone", None, ["cat", "dog"], ["zebra", "dog"], ["cat", "dog", "zebra"]),
+    )
+    for name, model, categories, context, listed in cases:
+        out_dir = tmp_path / name
+        asked = {"categories": categories, "context": context, "labeller": labeller}
+        content = predict_into(out_dir, [photos / "a.jpg"], model, runtime, **asked)
+        assert [item["name"] for item in content["categories"]] == listed
+        asked["context"] = []
+        asked["categories"] = listed
+        predict_into(tmp_path / "plain", [photos / "a.jpg"], model, runtime, **asked)
+        black, coloured = (
+            np.asarray(Image.open(folder / "overlays/a.png").convert("RGB")).sum(axis=2) == 0
+            for folder in (out_dir, tmp_path / "plain")
+        )
+        assert black.sum() > coloured.sum() + 1000

@@ -113,6 +113,15 @@ def test_bfloat16_trains_float32_weights(
     assert losses[0] != losses[1]
 
 
+def test_float16_is_refused_at_once(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    runtime = Runtime(torch.device("cpu"), torch.float16, seed=5, cache_dir=tmp_path / "cache")
+    with pytest.raises(PipelineError, match=r"^precision: float16 .* use bfloat16 or float32"):
+        run(labels_dir, tmp_path / "out", small_params(encoder), runtime=runtime)
+    assert not (tmp_path / "out/zutis").exists()
+
+
 def test_same_bytes_whatever_the_workers(
     labels_dir: Path, encoder: EncoderParams, tmp_path: Path
 ) -> None:

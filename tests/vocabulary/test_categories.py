@@ -10,6 +10,7 @@ from pipeline.vocabulary.categories import category_set_names, load_category_set
     ("name", "size", "first", "last"),
     [
         ("voc", 20, "aeroplane", "tv/monitor"),
+        ("voc_denseclip", 20, "airplane", "tv monitor"),
         ("demo", 16, "airplane", "tv"),
         ("coco", 80, "person", "toothbrush"),
         ("coca", 80, "Accordion", "whisk"),
@@ -41,6 +42,12 @@ def test_every_file_is_a_known_set() -> None:
         "coco",
         "coco_seen65",
         "coco_stuff",
+        "concepts_car_brands",
+        "concepts_car_colours",
+        "concepts_celebrities",
+        "concepts_characters",
+        "concepts_sharpness",
+        "concepts_sports",
         "context",
         "cub",
         "demo",
@@ -48,7 +55,14 @@ def test_every_file_is_a_known_set() -> None:
         "imagenet_s50",
         "imagenet_s919",
         "voc",
+        "voc_denseclip",
     ]
+
+
+def test_denseclips_names_of_voc_are_those_of_zutis_but_for_two() -> None:
+    pairs = zip(load_category_set("voc"), load_category_set("voc_denseclip"), strict=True)
+    differing = [pair for pair in pairs if pair[0] != pair[1]]
+    assert differing == [("aeroplane", "airplane"), ("tv/monitor", "tv monitor")]
 
 
 def test_own_names_keep_their_order_and_lose_blanks_around_them() -> None:
@@ -100,3 +114,18 @@ def test_a_background_name_is_no_category() -> None:
 def test_messages_name_the_field() -> None:
     with pytest.raises(PipelineError, match=r"^benches\.voc\.categories: 'cat' is listed twice"):
         load_category_set(["cat", "cat"], field="benches.voc.categories")
+
+
+def test_the_concepts_of_denseclip_are_shipped() -> None:
+    concepts = {
+        name: load_category_set(name)
+        for name in category_set_names()
+        if name.startswith("concepts_")
+    }
+    assert concepts["concepts_characters"] == [
+        *("Batman", "Joker", "Mickey Mouse", "Donald Duck", "Mario", "Luigi")
+    ]
+    assert concepts["concepts_celebrities"] == ["Bill Gates", "Steve Jobs"]
+    assert {"red car", "yellow car"} <= set(concepts["concepts_car_colours"])
+    for names in concepts.values():
+        assert load_category_set(names) == names

@@ -1,7 +1,8 @@
 """DenseCLIP, later named MaskCLIP (Zhou, Loy, Dai: "Extract Free Dense Labels from CLIP", 2022).
 
 CLIP's image encoder labels every patch without training: its last attention is replaced by the
-value path, and the patch features are compared with text embeddings. Not to be confused with the
+value path, and the patch features are compared with text embeddings. Sections are those of the
+first version, arXiv 2112.01071v1, where nothing else is said. Not to be confused with the
 supervised DenseCLIP of Rao et al.
 
 Letters: B images, H W pixels, h w patch grid, D tower width, C joint embedding, K labels.
@@ -76,14 +77,14 @@ class DenseClip(nn.Module):
         """All that labels depend on besides image and names."""
         return {**self.params.recipe(), "weights": self._encoder.fingerprint()}
 
+    @property
+    def logit_scale(self) -> float | None:
+        """Factor of the scores in their softmax; None after key smoothing."""
+        return self.params.logit_scale if self.params.key_smoothing is None else None
+
     def select(self, label_ids: Sequence[int]) -> DenseClip:
         """The same for some label ids, in this order."""
         return DenseClip(self._encoder, self.text[list(label_ids)], self.params).eval()
-
-    @property
-    def logit_scale(self) -> float | None:
-        """Factor of the scores inside their softmax; None after key smoothing."""
-        return self.params.logit_scale if self.params.key_smoothing is None else None
 
     def scores(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w), see `forward`."""
@@ -206,14 +207,17 @@ def dense_logits(features: Tensor, text: Tensor) -> Tensor:
 
 
 def prompt_denoising(logits: Tensor, threshold: float, *, scale: float = LOGIT_SCALE) -> Tensor:
-    """Remove from each image the labels it nowhere believes in (section 3.3).
+    """Remove from each image the labels it nowhere believes in.
+
+    From section 3.3 of MaskCLIP (ECCV 2022), as `key_smoothing`; DenseCLIP's first version has
+    neither.
 
     A label whose largest softmax(scale * logit) over all positions is below the threshold gets
     logit -100 everywhere. If that removes every label, label 0 wins.
 
     Args:
         logits: cosines (B, K, h, w).
-        threshold: in [0, 1]; 0.5 in the paper.
+        threshold: in [0, 1]; 0.5 there.
         scale: factor of the cosines inside the softmax.
     """
     peaks = (scale * logits).softmax(dim=1).amax(dim=(2, 3), keepdim=True)
@@ -228,7 +232,7 @@ def key_smoothing(
     affinity: KeyAffinity = "published",
     scale: float = LOGIT_SCALE,
 ) -> Tensor:
-    """Spread probabilities between positions with similar keys (section 3.3).
+    """Spread probabilities between positions with similar keys; see `prompt_denoising`.
 
     Args:
         logits: cosines (B, K, h, w), after prompt denoising if both are on.

@@ -5,12 +5,14 @@ Letters: B images, H W pixels, K label ids, h w grid of patches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.models.layers.interpolate import UPSAMPLED_ELEMENTS, upsampled_parts
+
 LOGIT_SCALE = 100.0
-UPSAMPLED_ELEMENTS = 2**26
 
 
 def label_and_confidence(
@@ -18,6 +20,7 @@ def label_and_confidence(
     size: tuple[int, int],
     *,
     scale: float | None = LOGIT_SCALE,
+    through: Sequence[Sequence[int]] = (),
     max_elements: int = UPSAMPLED_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
     """Labels of pixels from scores of patches.
@@ -30,24 +33,61 @@ def label_and_confidence(
         size: (H, W).
         scale: the winner's confidence is its softmax(scale * score). None, for scores that key
             smoothing made probabilities: its share of the sum of all positive scores.
+        through: (H, W) of resizings before that to `size`, see `upsampled_labels`.
         max_elements: number of upsampled scores held at a time, if one label has no more.
 
     Returns:
         Label ids (B, H, W), int64, and confidence (B, H, W) in [0, 1], float32.
     """
-    step = max(1, max_elements // (len(scores) * size[0] * size[1]))
     best = scores.new_full((len(scores), *size), -torch.inf)
     label = torch.zeros_like(best, dtype=torch.int64)
-    total = torch.full_like(best, -torch.inf) if scale is not None else torch.zeros_like(best)
-    for start in range(0, scores.shape[1], step):
-        part = F.interpolate(scores[:, start : start + step], size=size, mode="bilinear")
+    total = _no_total(best, scale)
+    for start, part in upsampled_parts(scores, *through, size, max_elements=max_elements):
         part_best, part_label = part.max(dim=1)
         label = torch.where(part_best > best, part_label + start, label)
         best = torch.maximum(best, part_best)
-        if scale is not None:
-            total = torch.logaddexp(total, (scale * part).logsumexp(dim=1))
-        else:
-            total += part.clamp(min=0).sum(dim=1)
-    if scale is not None:
-        return label, (scale * best - total).exp().clamp(max=1)
-    return label, (best.clamp(min=0) / total.clamp(min=torch.finfo(total.dtype).tiny)).clamp(max=1)
+        total = _add(total, part, scale)
+    return label, _share(best, total, scale)
+
+
+def probability(
+    scores: Tensor,
+    number: int,
+    size: Sequence[int],
+    *,
+    scale: float | None = LOGIT_SCALE,
+    through: Sequence[Sequence[int]] = (),
+    max_elements: int = UPSAMPLED_ELEMENTS,
+) -> Tensor:
+    """Probability of one label at every pixel, (B, H, W) float32; see `label_and_confidence`.
+
+    Args:
+        scores: (B, K, h, w).
+        number: of the label, from 0.
+        size: (H, W).
+        scale: as there; where the label wins, this is its confidence.
+        through: as there.
+        max_elements: as there.
+    """
+    [(_, own)] = upsampled_parts(scores[:, number : number + 1], *through, size)
+    total = _no_total(own[:, 0], scale)
+    for _, part in upsampled_parts(scores, *through, size, max_elements=max_elements):
+        total = _add(total, part, scale)
+    return _share(own[:, 0], total, scale)
+
+
+def _no_total(like: Tensor, scale: float | None) -> Tensor:
+    return torch.full_like(like, -torch.inf) if scale is not None else torch.zeros_like(like)
+
+
+def _add(total: Tensor, part: Tensor, scale: float | None) -> Tensor:
+    if scale is None:
+        return total + part.clamp(min=0).sum(dim=1)
+    return torch.logaddexp(total, (scale * part).logsumexp(dim=1))
+
+
+def _share(score: Tensor, total: Tensor, scale: float | None) -> Tensor:
+    """What a score is of the total, in [0, 1]."""
+    if scale is None:
+        return (score.clamp(min=0) / total.clamp(min=torch.finfo(total.dtype).tiny)).clamp(max=1)
+    return (scale * score - total).exp().clamp(max=1)

@@ -1,4 +1,4 @@
-"""Bilinear upsampling of maps, whole or in part: a strip that stays in the cache, a window.
+"""Bilinear upsampling of maps, whole or in part: a strip that stays in the cache, a window, a few.
 
 The values of a part are those that `upsample` gives for the whole map, on the CPU to the last bit.
 That matters: where proposals saturate, one bit decides whether a logarithm is floored, and with it
@@ -7,7 +7,7 @@ which query an instance is matched with. Letters: n source cells, m target cells
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,11 +15,57 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LONG_ROW = 1 << 13  # values for which a call of torch does not count
+UPSAMPLED_ELEMENTS = 1 << 26
 
 
 def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Maps (B, K, h, w) at another size (H, W)."""
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def upsampled_parts(
+    maps: Tensor, *sizes: Sequence[int], max_elements: int = UPSAMPLED_ELEMENTS
+) -> Iterator[tuple[int, Tensor]]:
+    """Maps of many labels, upsampled a few at a time, so that hundreds of them fit into memory.
+
+    Args:
+        maps: (B, K, h, w).
+        sizes: (H, W) of each resizing, one after the other.
+        max_elements: number of upsampled values held at a time, if one label has no more.
+
+    Yields:
+        The number of a part's first label, and its maps (B, k, H, W) at the last size.
+    """
+    pixels = max(height * width for height, width in sizes)
+    step = max(1, max_elements // (len(maps) * pixels))
+    for start in range(0, maps.shape[1], step):
+        part = maps[:, start : start + step]
+        for size in sizes:
+            part = upsample(part, size)
+        yield start, part
+
+
+def upsampled_labels(
+    scores: Tensor, *sizes: Sequence[int], max_elements: int = UPSAMPLED_ELEMENTS
+) -> Tensor:
+    """The label with the largest upsampled score at every pixel, of equals the first.
+
+    Args:
+        scores: (B, K, h, w).
+        sizes: (H, W) of each resizing: one, or as mmsegmentation does it two, to the size of the
+            network's input and from there to the image's.
+        max_elements: see `upsampled_parts`.
+
+    Returns:
+        Label ids (B, H, W), int64.
+    """
+    best = scores.new_full((len(scores), *sizes[-1]), -torch.inf)
+    labels = torch.zeros_like(best, dtype=torch.int64)
+    for start, part in upsampled_parts(scores, *sizes, max_elements=max_elements):
+        part_best, part_labels = part.max(dim=1)
+        labels = torch.where(part_best > best, part_labels + start, labels)
+        best = torch.maximum(best, part_best)
+    return labels
 
 
 class Taps(NamedTuple):

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import PipelineError, first_line
 from pipeline.formats.labels import label_map
 from pipeline.formats.predictions import Segmentation
 from pipeline.models.clip import label_embeddings, load_clip
-from pipeline.models.layers.interpolate import upsample
+from pipeline.models.layers.interpolate import upsampled_labels
 from pipeline.models.plus.network import PlusNetwork, build_plus
 from pipeline.models.plus.student import LABEL_0
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
@@ -25,6 +26,8 @@ from pipeline.vocabulary.prompts import TEMPLATE_SETS
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
     from pipeline.vocabulary.categories import Names
+
+IMPOSSIBLE = -1e4  # a logit; finite, so that it can be interpolated
 
 
 def load_plus(
@@ -96,6 +99,7 @@ class PlusPredictor:
     """
 
     patch_size = 1
+    logit_scale = 1.0  # features are as long as their logits need
 
     def __init__(
         self,
@@ -143,13 +147,25 @@ class PlusPredictor:
         with self._runtime.autocast():
             features = self._network(images.to(self._runtime.device))
         first = 0 if settings.background and self._label_0 != "none" else 1
-        logits = self._logits(features, first)
+        through = [images.shape[-2:]] if settings.upsampling == "published" else []
         return [
             Segmentation(
-                label_map(upsample(one[None], size).argmax(dim=1)[0].cpu().numpy(), first), []
+                label_map(upsampled_labels(one[None], *through, size)[0].cpu().numpy(), first), []
             )
-            for one, size in zip(logits, sizes, strict=True)
+            for one, size in zip(self._logits(features, first), sizes, strict=True)
         ]
+
+    @torch.no_grad()
+    def scores(self, images: Tensor) -> Tensor:
+        """Logits (B, 1 + K, h, w) float32 of images (B, 3, H', W') in [0, 1], by label id.
+
+        Where nothing answers for label id 0, it is next to impossible.
+        """
+        with self._runtime.autocast():
+            features = self._network(images.to(self._runtime.device))
+        if self._label_0 != "none":
+            return self._logits(features, 0)
+        return F.pad(self._logits(features, 1), (0, 0, 0, 0, 1, 0), value=IMPOSSIBLE)
 
     def _logits(self, features: Tensor, first: int) -> Tensor:
         """Logits (B, K', h, w) of the label ids that are asked for, from number `first` on."""

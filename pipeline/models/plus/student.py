@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from pipeline.errors import PipelineError, did_you_mean
+from pipeline.errors import PipelineError, did_you_mean, listing
 from pipeline.formats.labels import IGNORE_INDEX, UNLABELLED
 from pipeline.models.clip import ClipEncoder, label_embeddings
 from pipeline.models.layers.interpolate import upsample
@@ -26,6 +26,7 @@ from pipeline.models.plus.network import PlusNetwork, build_plus
 from pipeline.models.plus.schedule import poly_lr
 from pipeline.models.weights.weights import hash_tensors
 from pipeline.models.weights.zoo import resolve_weights
+from pipeline.vocabulary.categories import plain_name
 from pipeline.vocabulary.prompts import templates
 
 if TYPE_CHECKING:
@@ -226,10 +227,6 @@ def fresh_plus(
         PipelineError: a category of `unseen` that is none, a name that the encoder does not know,
             or weights of the backbone that are missing or do not fit.
     """
-    for name in params.unseen:
-        if name not in names.categories:
-            close = did_you_mean(name, list(names.categories))
-            raise PipelineError(f"train.unseen: {name!r} is not among the categories; {close}")
     encoder.visual.requires_grad_(False)
     text = label_embeddings(
         encoder,
@@ -239,7 +236,7 @@ def fresh_plus(
     )
     mean, std = backbone_statistics(params.backbone)
     num_rows = len(names.categories) + (params.background != "none")
-    architecture = {
+    architecture: dict[str, Any] = {
         "backbone": params.backbone,
         "output_stride": params.output_stride,
         "head": params.head,
@@ -271,12 +268,23 @@ def candidates(params: DenseClipPlusParams, categories: Sequence[str]) -> list[i
     """Label ids that a pseudo-label may have: of the unseen, of all where nothing is annotated.
 
     There are none where nothing is pseudo-labelled.
+
+    Raises:
+        PipelineError: an unseen name that is no category.
     """
     if params.setting == "annotation_free":
         return list(range(0 if params.background == "names" else 1, 1 + len(categories)))
-    if params.setting == "zero_shot":
-        return sorted(1 + categories.index(name) for name in params.unseen)
-    return []
+    if params.setting != "zero_shot":
+        return []
+    places = {plain_name(name): place for place, name in enumerate(categories, start=1)}
+    for name in params.unseen:
+        if plain_name(name) not in places:
+            hint = did_you_mean(name, categories)
+            raise PipelineError(
+                f"train.unseen: {name!r} is not among the categories; {hint}they are: "
+                f"{listing(list(categories))}"
+            )
+    return sorted({places[plain_name(name)] for name in params.unseen})
 
 
 def _rows(labels: Tensor, first: int) -> Tensor:

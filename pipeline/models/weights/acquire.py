@@ -22,6 +22,7 @@ from pipeline.models.clip.photo_clip import NAME as PHOTO_CLIP
 from pipeline.models.clip.photo_clip import image_trunk, package_file
 from pipeline.models.masks.dino import build_dino
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig
+from pipeline.models.plus.backbones import backbone_state, build_backbone
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from pipeline.models.weights.download import discard, download
 from pipeline.models.weights.weights import check_strict, read_weights, save_tensors
@@ -250,6 +251,13 @@ def _convert_photo_clip(state: State, architecture: Mapping[str, Any], source: s
     return image_trunk(state, source)
 
 
+def _convert_backbone(state: State, architecture: Mapping[str, Any], source: str) -> State:
+    """OpenMMLab's layout or timm's -> timm's, without the classifier."""
+    with torch.device("meta"):
+        backbone = build_backbone(architecture["model"])
+    return backbone_state(backbone, state, source)
+
+
 def _build_selfmask(architecture: Mapping[str, Any]) -> nn.Module:
     return SelfMask(SelfMaskConfig(**architecture))
 
@@ -270,4 +278,5 @@ CONVERTERS: dict[str, Callable[[State, Mapping[str, Any], str], State]] = {
     "zutis": _convert_plain(_build_zutis),
     "dino": _convert_plain(_build_dino),
     PHOTO_CLIP: _convert_photo_clip,
+    "backbone": _convert_backbone,
 }

@@ -51,6 +51,7 @@ class CheckpointConfig:
         background: names whose mean embedding is label id 0.
         templates: name of the prompt templates of its text embeddings.
         step: training steps made.
+        logit_scale: factor of the logits in the cross-entropy that it was trained with.
     """
 
     student: str
@@ -60,6 +61,7 @@ class CheckpointConfig:
     background: list[str]
     templates: str
     step: int
+    logit_scale: float = 1.0
 
 
 def read_checkpoint_config(checkpoint_dir: Path) -> CheckpointConfig:
@@ -86,6 +88,7 @@ def read_checkpoint_config(checkpoint_dir: Path) -> CheckpointConfig:
             background=_names(content["background"]),
             templates=str(content["templates"]),
             step=int(content["step"]),
+            logit_scale=float(content.get("logit_scale", 1.0)),
         )
     except KeyError as error:
         raise PipelineError(f"{path}: entry {error.args[0]!r} is missing; train again") from None

@@ -29,8 +29,8 @@ class PublishedWeights:
 
     Attributes:
         name: what users call it.
-        kind: clip (OpenAI's), open_clip, selfmask, zutis, dino or photo_clip: which network reads
-            it.
+        kind: clip (OpenAI's), open_clip, selfmask, zutis, dino, photo_clip or backbone: which
+            network reads it.
         url: where its authors put it; for photo_clip the page of the package that has the file.
         sha256: of that file; None where none is published: recorded at the first fetch.
         size: of that file in bytes; None where unknown.
@@ -56,9 +56,9 @@ class PublishedWeights:
 
     def describe_architecture(self) -> str:
         """The architecture in a few words."""
-        if self.kind in (*CLIP_KINDS, "dino", "photo_clip"):
+        if "model" in self.architecture:
             return str(self.architecture["model"])
-        if self.kind == "zutis":
+        if "encoder" in self.architecture:
             return f"ZUTIS on {self.architecture['encoder']['model']}"
         return f"SelfMask, {self.architecture['num_queries']} queries"
 

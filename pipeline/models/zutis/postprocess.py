@@ -66,7 +66,9 @@ def semantic_prediction(
 ) -> Tensor:
     """Label id of every pixel: the argmax of `semantic_logits`, of equals the smallest.
 
-    Categories are upsampled a few at a time, so memory does not grow with K.
+    As in the published evaluation logits go from the token grid to `size` at once, whatever the
+    size of the network's input. Categories are upsampled a few at a time, so memory does not grow
+    with K.
 
     Args:
         patch_tokens: (B, h, w, C) of unit norm.

@@ -21,6 +21,7 @@ from pipeline.models.zutis.network import Zutis
 from pipeline.models.zutis.postprocess import (
     instance_predictions,
     majority_of_regions,
+    semantic_logits,
     semantic_prediction,
 )
 from pipeline.params.base import PredictionSettings
@@ -58,7 +59,11 @@ def load_zutis(
         raise PipelineError(f"{folder / CONFIG_NAME}: architecture: {first_line(error)}") from None
     load_strict(network, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
     return ZutisPredictor(
-        network.to(runtime.device), text, architecture=config.architecture, runtime=runtime
+        network.to(runtime.device),
+        text,
+        architecture=config.architecture,
+        runtime=runtime,
+        logit_scale=config.logit_scale,
     )
 
 
@@ -70,6 +75,7 @@ class ZutisPredictor:
         text_embeddings: (1 + K, C) unit rows by label id, the background's first.
         architecture: what the network was built with.
         runtime: device and precision.
+        logit_scale: factor of the cosines in their softmax.
     """
 
     def __init__(
@@ -79,10 +85,12 @@ class ZutisPredictor:
         *,
         architecture: Mapping[str, Any],
         runtime: Runtime,
+        logit_scale: float = 1.0,
     ) -> None:
         self.patch_size: int = network.tower.patch_size
         self._network = network.eval()
         self._text = text_embeddings.to(runtime.device)
+        self.logit_scale = logit_scale
         self._architecture = architecture
         self._runtime = runtime
 
@@ -95,9 +103,12 @@ class ZutisPredictor:
 
     def select(self, label_ids: Sequence[int]) -> ZutisPredictor:
         """The same for some label ids, in this order, the background's first."""
-        text = self._text[list(label_ids)]
         return ZutisPredictor(
-            self._network, text, architecture=self._architecture, runtime=self._runtime
+            self._network,
+            self._text[list(label_ids)],
+            architecture=self._architecture,
+            runtime=self._runtime,
+            logit_scale=self.logit_scale,
         )
 
     @torch.no_grad()
@@ -116,6 +127,13 @@ class ZutisPredictor:
             )
             for probs, tokens, size in zip(mask_probs, patch_tokens, sizes, strict=True)
         ]
+
+    @torch.no_grad()
+    def scores(self, images: Tensor) -> Tensor:
+        """Cosines (B, 1 + K, h, w) of the tokens of images (B, 3, H', W') in [0, 1], float32."""
+        with self._runtime.autocast():
+            output = self._network(images.to(self._runtime.device))
+        return semantic_logits(output.patch_tokens.float(), self._text)
 
     def protocol(self, settings: PredictionSettings) -> dict[str, Any]:
         """The architecture, and how proposals become objects."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.models.layers.interpolate import bilinear_taps, interpolate
+from pipeline.models.layers.interpolate import bilinear_taps, interpolate, upsampled_labels
 
 SIZES = [
     ((48, 48), (384, 384)),
@@ -58,3 +58,20 @@ def test_a_map_that_shrinks_samples_its_cells() -> None:
     maps = torch.rand(2, 12, 10)
     expected = F.interpolate(maps[None], size=(5, 3), mode="bilinear")[0]
     torch.testing.assert_close(upsampled(maps, (5, 3)), expected)
+
+
+@pytest.mark.parametrize("max_elements", [1, 2 * 21 * 34 * 4, 1 << 26])
+@pytest.mark.parametrize("sizes", [[(17, 30)], [(21, 34), (17, 30)], [(5, 6), (17, 30)]])
+def test_labels_are_those_of_all_scores_at_once(
+    sizes: list[tuple[int, int]], max_elements: int
+) -> None:
+    scores = torch.randn(2, 11, 3, 4, generator=torch.Generator().manual_seed(0))
+    expected = scores
+    for size in sizes:
+        expected = F.interpolate(expected, size=size, mode="bilinear")
+    labels = upsampled_labels(scores, *sizes, max_elements=max_elements)
+    assert torch.equal(labels, expected.argmax(dim=1))
+
+
+def test_of_equal_labels_the_first_wins() -> None:
+    assert (upsampled_labels(torch.ones(1, 4, 1, 1), (2, 3), max_elements=1) == 0).all()

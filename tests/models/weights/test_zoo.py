@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 
 import open_clip
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,6 +30,7 @@ from pipeline.inference.segmenter import Segmenter
 from pipeline.methods.masks import SelfMaskParams, load_mask_source
 from pipeline.models.clip import OPENAI_SCALARS, build_clip, load_clip
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, load_selfmask
+from pipeline.models.plus.backbones import build_backbone, load_backbone
 from pipeline.models.weights import zoo
 from pipeline.models.weights.acquire import CONVERTERS, add, fetch, is_published_file
 from pipeline.models.weights.zoo import (
@@ -43,11 +45,14 @@ from pipeline.models.zutis.build import build_zutis
 from pipeline.params.base import EncoderParams
 from pipeline.vocabulary.categories import load_category_set
 from tests.models.clip.test_clip import scripted
+from tests.openmmlab import blank, openmmlab_shapes
 from tests.paths import REFERENCE as DATA
 from tests.tiny_encoders import TINY_CLIP, add_tiny_architectures
 
 CPU = torch.device("cpu")
 NAMES = list(manifest())
+# Copies that do not have the names of the file.
+RENAMED = ("photo_clip", "resnet50_v1c", "resnet101_v1c")
 LAYOUTS = {
     "selfmask_nq20": "selfmask_nq20",
     "selfmask_nq10": "selfmask_nq20",
@@ -83,11 +88,6 @@ def layout(name: str) -> dict[str, list[int]]:
     return tensors
 
 
-def blank(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Tensors of these names and shapes that take no memory."""
-    return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
-
-
 def open_clip_shapes(model: str) -> dict[str, list[int]]:
     """Names and shapes of open_clip's file of a model."""
     with torch.device("meta"):
@@ -106,6 +106,8 @@ def published_shapes(name: str) -> dict[str, list[int]]:
         return openai_shapes(entry.architecture["model"])
     if entry.kind == "open_clip":
         return open_clip_shapes(entry.architecture["model"])
+    if entry.kind == "backbone":
+        return openmmlab_shapes(name)
     if name == "dino_vits16":
         shapes = layout("dino_vits8")
         return shapes | {"pos_embed": [1, 197, 384], "patch_embed.proj.weight": [384, 3, 16, 16]}
@@ -158,7 +160,7 @@ class TestManifest:
 class TestRealSize:
     """Every published network at its real size, with the names and shapes of its file."""
 
-    @pytest.mark.parametrize("name", [name for name in NAMES if name != "photo_clip"])
+    @pytest.mark.parametrize("name", [name for name in NAMES if name not in RENAMED])
     def test_the_published_names_and_shapes_are_ours(self, name: str) -> None:
         entry = published(name)
         state = blank(published_shapes(name))
@@ -179,6 +181,8 @@ class TestRealSize:
             ("selfmask_nq10", "selfmask_nq20", r"query_embed is \[20, 384\], expected \[10, 384\]"),
             ("zutis_coco_vit_b_16", "zutis_imagenet_s919_vit_b_32", r"encoder\.conv1\.weight is"),
             ("dino_vits16", "dino_vits8", r"pos_embed is \[1, 785, 384\], expected \[1, 197, 384"),
+            ("resnet50_v1c", "resnet101_v1c", r"(?s)\(as resnet50_v1c: resnet50_v1c\).*layer3\.6"),
+            ("resnet101_v1c", "dino_vits8", r"(?s)missing \(636\): conv1\.0\.weight"),
         ],
     )
     def test_another_network_is_refused_with_a_list(
@@ -190,6 +194,25 @@ class TestRealSize:
             add(published(name), file, tmp_path / "cache")
         assert str(file) in str(caught.value)
         assert not (tmp_path / "cache").exists()
+
+    @pytest.mark.parametrize("name", ["resnet50_v1c", "resnet101_v1c"])
+    def test_a_backbone_loses_its_classifier_and_gets_timms_names(self, name: str) -> None:
+        entry = published(name)
+        converted = CONVERTERS["backbone"](
+            blank(published_shapes(name)), entry.architecture, "file.pth"
+        )
+        network = timm.create_model(f"{name.removesuffix('_v1c')}c", num_classes=0)
+        assert converted.keys() == network.state_dict().keys()
+
+    def test_a_backbone_is_used_by_its_copy(self, tmp_path: Path) -> None:
+        entry = published("resnet50_v1c")
+        state = {key: torch.full((), 3, dtype=torch.uint8).expand(shape)
+                 for key, shape in published_shapes(entry.name).items()}  # fmt: skip
+        torch.save({"state_dict": state}, tmp_path / "file.pth")
+        add(entry, tmp_path / "file.pth", tmp_path)
+        backbone = build_backbone("resnet50_v1c")
+        load_backbone(backbone, resolve_weights("resnet50_v1c", tmp_path))
+        assert all(bool((value == 3).all()) for value in backbone.state_dict().values())
 
     def test_counters_of_batch_norms_may_be_absent(self) -> None:
         shapes = published_shapes("clip_rn50")
@@ -543,6 +566,7 @@ def test_entries_are_described() -> None:
     texts = {name: entry.describe_architecture() for name, entry in manifest().items()}
     assert texts["clip_rn50"] == "RN50-quickgelu"
     assert texts["selfmask_nq10"] == "SelfMask, 10 queries"
+    assert texts["resnet101_v1c"] == "resnet101_v1c"
     assert texts["zutis_imagenet_s919_vit_b_32"] == "ZUTIS on ViT-B-32-quickgelu"
     sizes = {name: entry.describe_size() for name, entry in manifest().items()}
     assert sizes["clip_vit_b_32"] == "354.0 MB"

@@ -1,0 +1,215 @@
+"""DenseCLIP+ through the train stage: what it leaves, resumes, keeps at the switch, and skips."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.benchmarks.voc import VocWriter
+from pipeline.errors import PipelineError
+from pipeline.inference.segmenter import Segmenter
+from pipeline.methods.students import DenseClipPlusParams
+from pipeline.params.base import EncoderParams
+from pipeline.params.benches import VocBench
+from pipeline.params.sources import SourceParams
+from tests.conftest import encoded_image, noise_image
+from tests.stages.tiny_training import CATEGORIES, curve, outputs, run, write_labels
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_labels(tmp_path_factory.mktemp("labels") / "labels")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven photos in VOC's layout, one of them damaged."""
+    root = tmp_path_factory.mktemp("photos") / "voc"
+    writer = VocWriter(root)
+    for number in range(11):
+        labels = np.zeros((30, 40), dtype=np.uint8)
+        labels[:20, :20], labels[20:] = 1, 2
+        data = encoded_image(noise_image(number, 40, 30), "JPEG")
+        writer.add(f"im{number:02d}", data if number != 3 else data[:-200], labels, labels)
+    writer.write_split("train", [f"im{number:02d}" for number in range(11)])
+    return root
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def plus(encoder: EncoderParams, **changes: Any) -> DenseClipPlusParams:
+    settings: dict[str, Any] = {
+        "encoder": encoder,
+        "backbone": "timm:resnet10t",
+        "backbone_weights": None,
+        "head": "lraspp",
+        "iterations": 4,
+        "guided_iterations": 2,
+        "batch_size": 2,
+        "crop_size": 32,
+        "base_size": None,
+        "workers": 0,
+        "log_every": 1,
+        "checkpoint_every": 1,
+    }
+    return DenseClipPlusParams(**{**settings, **changes})
+
+
+def zero_shot(photos: Path, encoder: EncoderParams, **changes: Any) -> DenseClipPlusParams:
+    settings: dict[str, Any] = {
+        "data": VocBench(format="voc", root=photos, split="train", categories=CATEGORIES),
+        "labels": photos,
+        "setting": "zero_shot",
+        "unseen": ["dog"],
+        "background": "learned",
+        "self_training": "on",
+    }
+    return plus(encoder, **{**settings, **changes})
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return content
+
+
+def test_stored_labels_teach_a_network_that_takes_any_names(
+    shards: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    params = plus(encoder, teacher="stored", labels=shards, background="names")
+    root = run(shards, tmp_path / "a", params)
+    config = config_of(root / "zutis")
+    assert (config["student"], config["step"]) == ("denseclip_plus", 4)
+    assert config["architecture"]["label_0"] == "names"
+    assert not (root / "zutis/guided").exists()
+    # The labels that are stored here say background everywhere.
+    assert [value for _, value in curve(root, "share_background")] == [1.0] * 4
+    segmenter = Segmenter.load(root / "zutis", categories=["horse", "dog", "car"], device="cpu")
+    for size in ((40, 24), (1, 1), (7, 50)):
+        semantic = segmenter(Image.new("RGB", size)).semantic
+        assert semantic.shape == size[::-1]
+        assert set(np.unique(semantic)) <= {0, 1, 2, 3}
+    confidence = segmenter.confidence(Image.new("RGB", (9, 5)), "dog")
+    assert confidence.shape == (5, 9)
+    assert ((confidence >= 0) & (confidence <= 1)).all()
+
+
+def test_without_a_row_for_background_nothing_is_background(
+    shards: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    root = run(shards, tmp_path, plus(encoder, data="archives"))
+    segmenter = Segmenter.load(root / "zutis", device="cpu")
+    assert set(np.unique(segmenter(noise_image(1, 20, 30)).semantic)) <= {1, 2}
+
+
+def test_the_network_at_the_switch_is_kept(
+    photos: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    params = zero_shot(photos, encoder, unseen=CATEGORIES)
+    whole = run(photos, tmp_path / "whole", params)
+    assert config_of(whole / "zutis/guided")["step"] == 2
+    assert config_of(whole / "zutis")["step"] == 4
+    # Up to the switch, the same as with a teacher to the end.
+    guided = run(
+        photos,
+        tmp_path / "guided",
+        zero_shot(photos, encoder, unseen=CATEGORIES, self_training="off"),
+    )
+    assert curve(whole, "loss")[:2] == curve(guided, "loss")[:2]
+    assert curve(whole, "loss")[2:] != curve(guided, "loss")[2:]
+    stats = json.loads((whole / "stats.json").read_text())
+    assert stats["counts"] == {"images": 11}
+
+
+def test_an_image_that_cannot_be_read_is_skipped_and_listed(
+    photos: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    root = run(photos, tmp_path, zero_shot(photos, encoder, iterations=6))
+    stats = json.loads((root / "stats.json").read_text())
+    (skipped,) = stats["skipped_items"]
+    assert skipped["item"].endswith("im03.jpg")
+    assert stats["skipped"] == 1
+
+
+def test_cut_off_and_started_again_gives_the_same_bytes(
+    photos: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    params = zero_shot(photos, encoder)
+    undisturbed = outputs(run(photos, tmp_path / "undisturbed", params))
+    root = tmp_path / "cut"
+    with pytest.raises(FileExistsError):
+        run(photos, root, params, stats_path=root / "zutis/config.json/stats.json")
+    for name in ("zutis", "live"):
+        shutil.rmtree(root / name)
+    assert outputs(run(photos, root, params)).keys() >= {"zutis/model.safetensors"}
+    finished = outputs(root)
+    kept = {name for name in undisturbed if "guided" not in name}
+    assert {name: finished[name] for name in kept} == {name: undisturbed[name] for name in kept}
+
+
+def test_drift_ends_training_with_the_network_of_the_switch(
+    photos: Path, encoder: EncoderParams, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = SourceParams(root=photos / "JPEGImages")
+    params = plus(
+        encoder,
+        data=data,
+        labels=photos / "JPEGImages",
+        self_training="until_drift",
+        drift_tolerance=0.0,
+        iterations=20,
+    )
+    root = run(photos, tmp_path, params)
+    assert config_of(root / "zutis")["step"] == 2
+    weights = (root / "zutis/model.safetensors").read_bytes()
+    assert weights == (root / "zutis/guided/model.safetensors").read_bytes()
+    (warning,) = json.loads((root / "stats.json").read_text())["warnings"]
+    assert warning.startswith("self-training has drifted: shares of categories moved by ")
+    assert warning.endswith(": training ended, with the weights of step 2")
+    assert warning in capsys.readouterr().out
+    assert len(curve(root, "loss")) < 20
+
+
+def test_a_learned_classifier_knows_its_names_alone(
+    photos: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    params = zero_shot(
+        photos,
+        encoder,
+        setting="supervised",
+        unseen=[],
+        self_training="off",
+        classifier="learned",
+        background="learned",
+    )
+    root = run(photos, tmp_path, params)
+    segmenter = Segmenter.load(root / "zutis", categories=["dog"], device="cpu")
+    assert set(np.unique(segmenter(noise_image(1, 20, 30)).semantic)) <= {0, 1}
+    with pytest.raises(PipelineError, match=r"knows no 'horse'; it knows cat, dog"):
+        Segmenter.load(root / "zutis", categories=["horse"], device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"setting": "zero_shot", "unseen": ["dog"]}, "setting zero_shot reads true masks"),
+        ({"unseen": ["dog"]}, "setting annotation_free has no unseen categories"),
+        ({"background": "learned"}, "background learned needs true background"),
+        ({"data": {"format": "folder", "root": "a"}, "teacher": "stored"}, "are of archives"),
+        ({"data": {"format": "folder", "root": "a"}, "labels": "b"}, "are the same folder"),
+        ({"classifier": "learned"}, "classifier learned is for setting supervised"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(
+    encoder: EncoderParams, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plus(encoder, **changes)
