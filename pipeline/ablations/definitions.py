@@ -32,6 +32,7 @@ class Ablation(Section):
         description: one line.
         metrics: keys of a metrics file (dots reach into it) and their headings.
         tables: ids of the papers' tables in `reports/published.yaml`, if they have any.
+        student: the only one that has these params; none: any.
         variants: what the papers vary.
         demo_variants: what stands for it where params.yaml draws a world; none: the same variants,
             empty: the embedded default has nothing to vary.
@@ -41,6 +42,7 @@ class Ablation(Section):
     description: Annotated[str, Field(pattern=r"\S")]
     metrics: Annotated[dict[str, str], Field(min_length=1)]
     tables: list[str] = Field(default_factory=list)
+    student: str | None = None
     variants: Annotated[list[Variant], Field(min_length=2)]
     demo_variants: list[Variant] | None = None
     carries_over: str

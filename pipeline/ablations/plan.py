@@ -75,12 +75,18 @@ def plan(
         data: what the data are, for the names of experiments.
 
     Raises:
-        PipelineError: the benchmark is not in the params, the ablation has no variant for the
-            embedded default, or a setting names no param or has a value that the param refuses.
+        PipelineError: the benchmark is not in the params, the ablation is about another student or
+            has no variant for the embedded default, or a setting names no param or has a value that
+            the param refuses.
     """
     if bench not in params.benches:
         known = ", ".join(params.benches) or "none"
         raise PipelineError(f"--bench: {bench!r} is not under `benches:`; there are: {known}")
+    if ablation.student not in (None, params.train.student):
+        raise PipelineError(
+            f"ablation {name}: train.student: {params.train.student}: it is about "
+            f"{ablation.student}"
+        )
     variants = ablation.variants_for(demo=bool(params.worlds))
     if not variants:
         raise PipelineError(f"ablation {name}: {' '.join(ablation.carries_over.split())}")
@@ -135,7 +141,7 @@ def _step(
     before = params.model_dump(mode="json")
     after = params.model_dump(mode="json")
     for key, value in wanted.items():
-        _set_at(after, key, value)
+        set_at(after, key, value)
     place = f"ablation {name}, variant {variant.label!r}"
     after = parse_params(after, name=place).model_dump(mode="json")
     overrides = {
@@ -151,7 +157,8 @@ def _step(
     )
 
 
-def _set_at(tree: dict[str, Any], key: str, value: Any) -> None:
+def set_at(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value at a dotted key of nested params."""
     *sections, last = key.split(".")
     for section in sections:
         inner = tree.get(section)

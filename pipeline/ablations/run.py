@@ -100,6 +100,8 @@ def overview(root: Path = Path()) -> str:
 
 def _overview_line(name: str, params: Params) -> str:
     ablation = read_ablation(name)
+    if ablation.student not in (None, params.train.student):
+        return f"{ablation.description} (for train.student: {ablation.student})"
     if not ablation.variants_for(demo=bool(params.worlds)):
         return f"{ablation.description} (not for the embedded default)"
     steps = plan(name, ablation, params, bench=_first_bench(params))

@@ -18,6 +18,7 @@ from pipeline.cli.common import PARAMS, ExecutorName, Session
 from pipeline.cli.demo import demo_app
 from pipeline.cli.imports import import_app
 from pipeline.cli.plus import plus_app
+from pipeline.cli.reproduce import reproduce_app
 from pipeline.cli.stages import stages_app
 from pipeline.cli.weights import weights_app
 from pipeline.errors import PipelineError
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.add_typer(stages_app)
 app.add_typer(plus_app)
+app.add_typer(reproduce_app)
 app.add_typer(ablate_app)
 app.add_typer(weights_app, name="weights", no_args_is_help=True)
 app.add_typer(cache_app, name="cache", no_args_is_help=True)

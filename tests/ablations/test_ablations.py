@@ -329,8 +329,8 @@ def test_override_literals(value: object, literal: str) -> None:
 
 def test_the_papers_ablations_and_ours_are_defined() -> None:
     assert list_ablations() == [
-        *("copy_paste", "encoder", "k", "shortcuts", "stop_gradient"),
-        *("suppression", "target", "temperature", "templates"),
+        *("copy_paste", "encoder", "k", "plus_clip", "plus_steps", "plus_target", "shortcuts"),
+        *("stop_gradient", "suppression", "target", "temperature", "templates"),
     ]
 
 
@@ -338,7 +338,8 @@ def test_the_papers_ablations_and_ours_are_defined() -> None:
 @pytest.mark.parametrize("preset", ["demo", "zutis-voc"])
 def test_every_ablation_fits_the_presets(name: str, preset: str, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(preset_text(preset))
-    if preset == "demo" and read_ablation(name).demo_variants == []:
+    ablation = read_ablation(name)
+    if ablation.student or (preset == "demo" and ablation.demo_variants == []):
         with pytest.raises(PipelineError, match=name):
             describe(name, root=tmp_path)
         return
@@ -353,7 +354,10 @@ def test_overview_counts_training_runs(tmp_path: Path) -> None:
     lines = overview(tmp_path).splitlines()
     assert len(lines) == len(list_ablations())
     assert lines[list_ablations().index("suppression")].endswith("(4 variants, 0 training runs)")
-    assert lines[list_ablations().index("stop_gradient")].endswith("(2 variants, 1 training run)")
+    assert lines[list_ablations().index("stop_gradient")].endswith("(3 variants, 1 training run)")
+    assert lines[list_ablations().index("plus_clip")].endswith(
+        "(for train.student: denseclip_plus)"
+    )
     assert "not for the embedded default" in lines[list_ablations().index("encoder")]
 
 
