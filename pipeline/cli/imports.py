@@ -10,7 +10,7 @@ import typer
 from pipeline.cli.common import PATHS, EntryStatsPath, Session, StatsPath, names, try_outputs
 
 import_app = typer.Typer(
-    help="What others have published, in place of a stage: archives, embeddings, label maps, weights."
+    help="What others have published: archives, embeddings, label maps, a DenseCLIP+."
 )
 
 PrefixOption = Annotated[

@@ -60,8 +60,8 @@ def load_plus(
     )
     if text.shape[1] != architecture["channels"]:
         raise PipelineError(
-            f"{folder / CONFIG_NAME}: encoder: its text embeddings are {text.shape[1]} wide, but the "
-            f"network was trained with {architecture['channels']}"
+            f"{folder / CONFIG_NAME}: encoder: its text embeddings are {text.shape[1]} wide, "
+            f"but the network was trained with {architecture['channels']}"
         )
     rows = None
     if network.classifier is not None:

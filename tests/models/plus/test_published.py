@@ -183,7 +183,7 @@ def having(name: str, *shape: int) -> Callable[[State], State]:
     ],
 )
 def test_other_files_are_refused(change: Callable[[State], State], message: str) -> None:
-    with pytest.raises(PipelineError, match=f"(?s)^file.pth.*{message}"):
+    with pytest.raises(PipelineError, match=rf"(?s)^file.pth.*{message}"):
         convert_published(change(checkpoint()), "file.pth")
 
 
@@ -227,7 +227,7 @@ class TestImport:
         save_checkpoint(
             tmp_path / "out", build_plus(**settings), {**config, "architecture": narrow}
         )
-        with pytest.raises(PipelineError, match="embeddings are 16 wide, .* trained with 8"):
+        with pytest.raises(PipelineError, match=r"embeddings are 16 wide, .* trained with 8"):
             Segmenter.load(tmp_path / "out", device="cpu")
 
 
