@@ -9,18 +9,47 @@ from ruamel.yaml import YAML
 
 from pipeline.cli.benches import shipped_bench
 from pipeline.errors import PipelineError
+from pipeline.methods.students import DenseClipPlusParams
 from pipeline.params.reading import read_params
 from pipeline.presets import list_presets, preset_text, write_preset
 from pipeline.vocabulary.categories import load_category_set
 from tests.paths import ROOT
 
 NAMES = [name for name, _ in list_presets()]
+# Categories, unseen ones, head, row of background, updates, guided ones, crop, base size, first
+# rate, decay (DenseCLIP's published configurations).
+PLUS = {
+    "denseclip-plus-voc": (
+        *(20, 5, "deeplabv2", "none"),
+        *(20_000, 2000, 512, [2048, 512], 0.01, 5e-4),
+    ),
+    "denseclip-plus-stuff": (
+        *(171, 15, "deeplabv2", "none"),
+        *(80_000, 8000, 512, [2048, 512], 0.01, 5e-4),
+    ),
+    "denseclip-plus-context": (
+        *(59, 10, "deeplabv3plus", "learned"),
+        *(40_000, 4000, 480, [520, 520], 0.004, 1e-4),
+    ),
+    "denseclip-plus-free-voc": (
+        *(20, 0, "deeplabv2", "none"),
+        *(2000, 2000, 512, [2048, 512], 0.01, 5e-4),
+    ),
+    "denseclip-plus-free-context": (
+        *(59, 0, "deeplabv2", "none"),
+        *(4000, 4000, 480, [520, 520], 0.01, 5e-4),
+    ),
+    "denseclip-plus-free-stuff": (
+        *(171, 0, "deeplabv2", "none"),
+        *(8000, 8000, 512, [2048, 512], 0.01, 5e-4),
+    ),
+}
 
 
 def test_the_presets_of_the_documentation_exist() -> None:
     papers = {"zutis-coco", "zutis-voc", "zutis-coca", "zutis-imagenet-s"}
     papers |= {"zutis-coco-b32", "zutis-coco-seen65", "zutis-imagenet-s-b16"}
-    papers |= {"denseclip", "denseclip-rn50x16"}
+    papers |= {"denseclip", "denseclip-rn50x16", *PLUS}
     assert set(NAMES) == {"demo", "folder", "folder-offline"} | papers
 
 
@@ -48,6 +77,45 @@ def test_a_papers_preset_has_the_papers_settings(tmp_path: Path, name: str) -> N
     assert params.train.iterations == (80_000 if "imagenet" in name else 20_000)
     assert params.precision == "float32"
     assert params.benches == {bench: shipped_bench(bench) for bench in params.benches} != {}
+
+
+@pytest.mark.parametrize("name", PLUS)
+def test_a_preset_of_denseclip_plus_has_the_published_settings(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "params.yaml"
+    write_preset(name, path)
+    params = read_params(path)
+    student = params.train
+    assert isinstance(student, DenseClipPlusParams)
+    is_free = "-free-" in name
+    assert (
+        len(load_category_set(params.categories)),
+        len(student.unseen),
+        student.head,
+        student.background,
+        student.iterations,
+        student.guided_iterations,
+        student.crop_size,
+        student.base_size,
+        student.learning_rate,
+        student.weight_decay,
+    ) == PLUS[name]
+    assert student.setting == ("annotation_free" if is_free else "zero_shot")
+    assert student.self_training == ("off" if is_free else "on")
+    assert (student.teacher, student.loss_average, student.batch_size) == ("online", "all", 16)
+    assert (student.backbone, student.scale_range, student.max_share) == (
+        "resnet101_v1c",
+        [0.5, 2.0],
+        0.75,
+    )
+    assert student.encoder.model == "RN50-quickgelu"
+    assert student.data.split in ("trainaug", "train", "train2017")
+    ((bench, section),) = params.benches.items()
+    assert section == shipped_bench(bench)
+    assert student.unseen == section.unseen
+    assert section.background == (student.background == "learned")
+    (entry,) = params.plus.values()
+    assert (entry.train, entry.bench) == (student, section)
+    assert params.precision == "float32"
 
 
 IMAGENET1K = {"imagenet1k": {"format": "folder", "root": "data/raw/imagenet1k/train"}}
