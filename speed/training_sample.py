@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import torchvision.transforms.functional as TF
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
@@ -133,7 +134,8 @@ def _colours(image: Image.Image, composition: Composition, rng: random.Random) -
     if rng.random() < composition.greyscale:
         image = TF.rgb_to_grayscale(image, num_output_channels=3)
     if rng.random() < composition.blur:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
+        pixels = cv2.GaussianBlur(np.asarray(image), (39, 39), rng.uniform(0.1, 2.0))
+        image = Image.fromarray(pixels)
     return image
 
 

@@ -39,7 +39,7 @@ from pipeline.training.training_set import Batch, collate
 from pipeline.vocabulary.categories import Names
 
 # To be raised with every change after which the same settings give other weights.
-TRAIN_VERSION = 2
+TRAIN_VERSION = 3
 STATE_NAME = "last.safetensors"
 
 
@@ -260,7 +260,9 @@ def _state_path(
     """
     settings = {
         "version": TRAIN_VERSION,
-        "train": params.model_dump(mode="json", exclude={"encoder", "labels", "workers", "data"}),
+        "train": params.model_dump(
+            mode="json", exclude={"encoder", "labels", "workers", "data", "unlabelled"}
+        ),
         "categories": list(names.categories),
         "background": list(names.background),
         "seed": runtime.seed,
