@@ -22,7 +22,9 @@ def reproduce(
         list[str] | None,
         typer.Option(help="Number of a row in the list, or a part of its name; repeatable."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Only print the commands.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Only print the commands, also those that lack something.")
+    ] = False,
     data: Annotated[
         Path | None, typer.Option(help="Folder of the data sets, in place of data/raw.")
     ] = None,

@@ -167,8 +167,11 @@ class MetricsFile:
     def number(self, ours: OurRow, column: str) -> float | None:
         """The number of a row, if this file's protocol is that of the row."""
         value = value_at(self.metrics, ours.values[column])
-        is_right = is_number(value) and not any(_differences(self, ours, column))
-        return float(value) if is_right else None
+        return float(value) if is_number(value) and not self.reasons(ours, column) else None
+
+    def reasons(self, ours: OurRow, column: str) -> list[str]:
+        """Why its numbers are not those of a row, if they are not."""
+        return list(_differences(self, ours, column))
 
 
 def read_published(path: Path, metrics_dir: Path) -> dict[str, dict[str, Any]]:
@@ -241,7 +244,7 @@ def _cell(files: list[MetricsFile], ours: OurRow, column: str) -> str:
 def _reasons(files: list[MetricsFile], ours: OurRow, column: str) -> Iterator[str]:
     """Why files of the right name do not count."""
     for file in files:
-        if differences := list(_differences(file, ours, column)):
+        if differences := file.reasons(ours, column):
             yield f"{file.name}.json: {'; '.join(differences)}"
 
 

@@ -148,7 +148,7 @@ def reproduce(tables: Tables, name: str, *, rows: Sequence[str] = (), dry_run: b
         tables: all of them.
         name: of a table, or the first part of the names of several.
         rows: numbers of rows, or words that are part of their names; none: all.
-        dry_run: only print the commands.
+        dry_run: only print the commands, also those that lack something.
 
     Returns:
         `ALL_THERE` where every number is there (or, dry, could be made), `FAILED` where a command
@@ -167,9 +167,10 @@ def reproduce(tables: Tables, name: str, *, rows: Sequence[str] = (), dry_run: b
         before = [cell for row in found for cell in tables.cells(table, row)]
         _print_missing(before)
         for cell in before:
-            if cell.can_run and cell.recipe is not None:
+            if cell.recipe is not None and (cell.can_run or (dry_run and cell.value is None)):
                 runner.run(cell.recipe)
         after = before if dry_run else [c for row in found for c in tables.cells(table, row)]
+        _print_reasons(after)
         print(_compared(table, after))
         if table.picture and not dry_run:
             path = REPORTS / f"{table.id}.svg"
@@ -241,6 +242,18 @@ def _print_missing(cells: Sequence[Cell]) -> None:
         print(f"missing: {line}")
     if lines:
         print(HINT)
+
+
+def _print_reasons(cells: Sequence[Cell]) -> None:
+    """Why numbers that have been made do not count."""
+    lines: dict[str, None] = {}
+    for cell in cells:
+        path = cell.recipe.steps[-1].result if cell.recipe else None
+        if cell.value is None and path is not None:
+            reasons = MetricsFile.read(path).reasons(cell.row, cell.column) or ["has no number"]
+            lines[f"{path}: {'; '.join(reasons)}"] = None
+    for line in lines:
+        print(line)
 
 
 class _Runner:
