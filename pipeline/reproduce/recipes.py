@@ -259,7 +259,7 @@ def _measuring(dump: Mapping[str, Any]) -> Step:
 
 
 def _chosen(dump: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: dump[name] for name in (*names, "precision") if name in dump}
+    return {name: dump[name] for name in (*names, "precision")}
 
 
 def _output(steps: Sequence[Step], stage: str) -> Path:

@@ -226,8 +226,9 @@ def _state(cells: Sequence[Cell]) -> str:
         return "measured"
     states = [f"{len(cells) - len(open_cells)} of {len(cells)} measured"]
     states = [] if len(open_cells) == len(cells) else states
-    if any(cell.can_run for cell in open_cells):
-        states.append("can run now")
+    if num_ready := sum(cell.can_run for cell in open_cells):
+        share = f"{num_ready} of {len(cells)} " if num_ready < len(open_cells) else ""
+        states.append(f"{share}can run now")
     lacks = dict.fromkeys(line for cell in open_cells for line in cell.missing)
     if lacks:
         states.append(f"missing: {'; '.join(lacks)}")
