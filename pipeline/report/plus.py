@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
+from pipeline.params.benches import BenchSection
 from pipeline.report.charts import line_chart
 from pipeline.report.curves import read_points
 from pipeline.report.inputs import encoder_name, integer, read_object
@@ -105,8 +106,8 @@ def _words(params: PlusParams) -> str:
     data = "the archives"
     if not isinstance(train.data, str):
         data = Path(str(train.data.root)).name
-        if "split" in train.data.model_fields_set:
-            data += f", {train.data.split}"
+    if isinstance(train.data, BenchSection) and "split" in train.data.model_fields_set:
+        data += f", {train.data.split}"
     length = f"{integer(train.iterations)} iterations"
     if switch:
         length += f", from {integer(switch)} on self-trained"

@@ -87,7 +87,7 @@ def read_side_by_side(
     places = sorted({(slot + 1) * len(picked) // (count + 1) for slot in range(count)})
     return [
         [
-            _picture(folder, entries[picked[place]["image_id"]]) | {"title": title}
+            _picture(folder, entries[picked[place]["image_id"]], of=title) | {"title": title}
             for folder, entries, title in zip(folders, drawn, titles.values(), strict=True)
         ]
         for place in places
@@ -113,10 +113,10 @@ def _entries(folder: Path, kind: str) -> list[dict[str, Any]]:
     )
 
 
-def _picture(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _picture(folder: Path, entry: Mapping[str, Any], *, of: str = "Prediction") -> dict[str, Any]:
     try:
         image = fit_image(load_image(folder / entry["file"]), SIDE)
     except ImageError as error:
         raise PipelineError(f"{folder / entry['file']}: {error}; {ADVICE}") from None
-    shown = picture(image, alt=f"Prediction on image {entry['image_id']}", max_bytes=MAX_BYTES)
+    shown = picture(image, alt=f"{of} on image {entry['image_id']}", max_bytes=MAX_BYTES)
     return shown | {"image_id": entry["image_id"], "miou": score(entry["miou"])}
