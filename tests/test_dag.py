@@ -333,6 +333,36 @@ def test_dvc_reads_the_dag_with_every_preset(tmp_path: Path, preset: str) -> Non
 
 # -- the commands, on a small world ----------------------------------------------------------------
 
+VOC: dict[str, Any] = {
+    "root": "data/demo/voc",
+    "split": "val",
+    "categories": "demo",
+    "background": False,
+    "metrics": ["semantic"],
+    "unseen": ["dog"],
+}
+TINY_CLIP = {
+    "model": "models/demo/tiny_clip.json",
+    "pretrained": "models/demo/tiny_clip.safetensors",
+}
+PLUS: dict[str, Any] = {
+    "student": "denseclip_plus",
+    "labels": "data/demo/voc",
+    "data": {"format": "voc", "root": "data/demo/voc", "split": "val", "categories": "demo"},
+    "setting": "zero_shot",
+    "unseen": ["dog"],
+    "encoder": TINY_CLIP,
+    "backbone": "timm:resnet10t",
+    "backbone_weights": None,
+    "head": "lraspp",
+    "iterations": 2,
+    "guided_iterations": 1,
+    "self_training": "on",
+    "batch_size": 2,
+    "crop_size": 48,
+    "base_size": None,
+    "log_every": 1,
+}
 SMALL: dict[str, Any] = {
     "device": "cpu",
     "precision": "bfloat16",
@@ -346,6 +376,7 @@ SMALL: dict[str, Any] = {
     "train.batch_size": 2,
     "train.crop_size": 48,
     "evaluate.overlays": 1,
+    "plus": {"zero": {"train": PLUS, "bench": {"format": "voc", **VOC}}},
 }
 # What a params file must have, and one device for all runs.
 UNUSED: dict[str, Any] = {

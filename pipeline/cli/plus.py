@@ -24,6 +24,7 @@ def plus(
     masks: Annotated[Path, typer.Option(help="Folder of the mask shards.")] = PATHS["masks"],
     out: Annotated[Path | None, typer.Option(help="Folder of the checkpoint.")] = None,
     reports: Annotated[Path | None, typer.Option(help="Folder of curves and scores.")] = None,
+    stats: Annotated[Path | None, typer.Option(help="Folder of the counts (JSON).")] = None,
 ) -> None:
     """Train a DenseCLIP+ and score it, its state at the switch to self-training, and its teacher.
 
@@ -35,7 +36,8 @@ def plus(
     session: Session = ctx.obj
     entry: PlusParams = session.entry("plus", name)
     out, reports = out or PATHS["plus"] / name, reports or PATHS["plus_reports"] / name
-    try_outputs(folders=[out, reports])
+    stats = stats or PATHS["stats"] / f"plus-{name}"
+    try_outputs(folders=[out, reports, stats])
     params = entry.train
     stage.run(
         masks_dir=masks,
@@ -46,13 +48,13 @@ def plus(
         background=session.params.background,
         params=params,
         runtime=session.runtime,
-        stats_path=reports / "stats/train.json",
+        stats_path=stats / "train.json",
     )
     scored: dict[str, Path | None] = {TEACHER: None, GUIDED: out}
     if (out / GUIDED).is_dir():
         scored |= {GUIDED: out / GUIDED, SELF_TRAINED: out}
     scores = {
-        title: _score(session, entry, title, checkpoint, reports)
+        title: _score(session, entry, title, checkpoint, reports, stats)
         for title, checkpoint in scored.items()
     }
     flat = {
@@ -65,7 +67,12 @@ def plus(
 
 
 def _score(
-    session: Session, entry: PlusParams, title: str, checkpoint: Path | None, reports: Path
+    session: Session,
+    entry: PlusParams,
+    title: str,
+    checkpoint: Path | None,
+    reports: Path,
+    stats: Path,
 ) -> dict[str, Any]:
     """Metrics of a checkpoint on the entry's benchmark, or of the teacher alone."""
     from pipeline.stages import predict_bench, score
@@ -81,7 +88,7 @@ def _score(
         baseline=entry.train.labeller,
         background=params.background,
         runtime=session.runtime,
-        stats_path=reports / f"stats/predict_bench-{title}.json",
+        stats_path=stats / f"predict_bench-{title}.json",
         with_baseline=False,
         executor=session.executor(),
     )
@@ -93,7 +100,7 @@ def _score(
         background=params.background,
         overlays=params.evaluate.overlays,
         seed=params.seed,
-        stats_path=reports / f"stats/score-{title}.json",
+        stats_path=stats / f"score-{title}.json",
     )
     metrics: dict[str, Any] = read_json(reports / f"metrics/{title}.json")
     return {key: value for key, value in metrics.items() if isinstance(value, int | float)}

@@ -471,7 +471,7 @@ def metrics(
     known = None
     if session.params_path.is_file():
         params = session.params
-        known = {*params.benches, *(f"audit_{name}" for name in params.audits)}
+        known = {*params.benches, *(f"audit_{name}" for name in params.audits), "plus"}
     for path in sorted((reports / "metrics").glob("*.json")):
         is_foreign = known is not None and path.stem not in known
         print(f"{path} (of no bench or audit in {session.params_path})" if is_foreign else path)
@@ -484,7 +484,11 @@ def times(
     reports: ReportsPath = PATHS["reports"],
 ) -> None:
     """Print how long each stage took when it last ran, longest first."""
-    seconds = {path.stem: read_json(path)["seconds"] for path in (reports / "times").glob("*.json")}
+    folder = reports / "times"
+    seconds = {
+        path.relative_to(folder).with_suffix("").as_posix(): read_json(path)["seconds"]
+        for path in folder.rglob("*.json")
+    }
     for name, value in sorted(seconds.items(), key=lambda pair: -pair[1]):
         print(f"{name:28} {value:8.1f} s")
     print(f"{'all':28} {sum(seconds.values()):8.1f} s")

@@ -96,9 +96,14 @@ class Tally:
 
 
 def times_path(stats_path: Path) -> Path | None:
-    """Where the time of a run is kept: `times/NAME.json` beside `stats/NAME.json`, else nowhere."""
-    folder = stats_path.parent
-    return folder.with_name("times") / stats_path.name if folder.name == "stats" else None
+    """Where the time of a run is kept: `times/NAME.json` beside `stats/NAME.json`, else nowhere.
+
+    NAME may lie in a folder: a command of several stages has one.
+    """
+    for folder in stats_path.parents[:2]:
+        if folder.name == "stats":
+            return folder.with_name("times") / stats_path.relative_to(folder)
+    return None
 
 
 class StageRun(Tally):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, field_validator
 
 from pipeline.methods.dense import DenseClipParams, PseudoLabelParams
 from pipeline.methods.masks import MaskParams, SelfMaskParams
@@ -124,3 +124,11 @@ class Params(Section):
     evaluate: EvaluateParams = EvaluateParams()
     benches: dict[EntryName, BenchParams] = {}
     audits: dict[EntryName, AuditParams] = {}
+
+    @field_validator("benches")
+    @classmethod
+    def _check_names(cls, benches: dict[str, BenchParams]) -> dict[str, BenchParams]:
+        """Refuse the name of the metrics file of DenseCLIP+."""
+        if "plus" in benches:
+            raise ValueError("plus.json has the scores of DenseCLIP+; give `plus` another name")
+        return benches

@@ -12,15 +12,18 @@ MAX_POINTS = 300
 SMOOTHING = 1 / 20
 
 
-def line_chart(name: str, points: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Describe a line chart of (step, value) points.
+def line_chart(
+    name: str, points: Sequence[tuple[float, float]], *, mark: float | None = None
+) -> dict[str, Any]:
+    """Describe a line chart of (step, value) points, with an upright line at the step `mark`.
 
     Points that are not finite are left out, long curves are averaged down to `MAX_POINTS`, and a
     running mean over a twentieth of the curve goes with it.
 
     Returns:
         Name, sizes, ticks, the SVG point lists `raw` and `smooth`, and a sentence for readers who
-        do not see the drawing. `raw` is empty where no point is finite.
+        do not see the drawing. `raw` is empty where no point is finite, `mark` where there is none
+        or it is off the axis.
     """
     finite = sorted((x, y) for x, y in points if math.isfinite(x) and math.isfinite(y))
     curve = _bucket_means(finite, MAX_POINTS)
@@ -56,6 +59,9 @@ def line_chart(name: str, points: Sequence[tuple[float, float]]) -> dict[str, An
         "y_ticks": [{"at": f"{at_y(tick):.1f}", "label": tick_label(tick)} for tick in y_ticks],
         "raw": line(curve),
         "smooth": line(smooth) if len(smooth) > 2 else "",
+        "mark": f"{at_x(mark):.1f}"
+        if mark is not None and x_range[0] <= mark <= x_range[1]
+        else "",
         "summary": _summary(finite),
     }
 

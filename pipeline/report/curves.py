@@ -21,10 +21,19 @@ def read_curves(live_dir: Path) -> list[dict[str, Any]]:
     root = live_dir / "plots" / "metrics"
     charts = []
     for path in sorted(root.rglob("*.tsv"), key=lambda path: ("loss" not in path.stem, path)):
-        rows = read_rows(path, delimiter="\t")
-        columns = [name for name in rows[0] if name not in ("step", "timestamp")] if rows else []
-        if len(columns) != 1 or "step" not in rows[0]:
-            raise PipelineError(f"{path}: expected the columns step and one value; train again")
-        points = [(to_float(row["step"]), to_float(row[columns[0]])) for row in rows]
-        charts.append(line_chart(path.relative_to(root).with_suffix("").as_posix(), points))
+        name = path.relative_to(root).with_suffix("").as_posix()
+        charts.append(line_chart(name, read_points(path)))
     return charts
+
+
+def read_points(path: Path) -> list[tuple[float, float]]:
+    """Steps and values of one curve; NaN where a cell is empty or not a number.
+
+    Raises:
+        PipelineError: the file has other columns.
+    """
+    rows = read_rows(path, delimiter="\t")
+    columns = [name for name in rows[0] if name not in ("step", "timestamp")] if rows else []
+    if len(columns) != 1 or "step" not in rows[0]:
+        raise PipelineError(f"{path}: expected the columns step and one value; train again")
+    return [(to_float(row["step"]), to_float(row[columns[0]])) for row in rows]

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
+from pipeline.params.base import EncoderParams
 
 NO_VALUE = "\u2013"
 
@@ -58,3 +59,8 @@ def score(percentage: Any) -> str:
 def integer(value: Any) -> str:
     """A whole number, its thousands apart; a dash where there is none."""
     return f"{int(value):,}" if is_number(value) else NO_VALUE
+
+
+def encoder_name(encoder: EncoderParams) -> str:
+    """`ViT-B-16-quickgelu / openai`; of local files the names without folders."""
+    return " / ".join(Path(part).name for part in encoder.published_as())

@@ -59,6 +59,42 @@ def read_typical(overlays_dir: Path, names: Collection[str] | None = None) -> di
     return {}
 
 
+def read_side_by_side(
+    overlays_dir: Path, titles: Mapping[str, str], *, count: int
+) -> list[list[dict[str, Any]]]:
+    """The same images as several networks see them, neither the best nor the worst.
+
+    Of the images that were picked evenly and drawn for all, those that part the order by mIoU of
+    the last network into equal shares.
+
+    Args:
+        overlays_dir: a folder a network.
+        titles: captions by the name of the folder.
+        count: number of images.
+
+    Returns:
+        An image each: its pictures with `title`, in the order of `titles`.
+
+    Raises:
+        PipelineError: an index of pictures, or a picture, is damaged.
+    """
+    folders = [overlays_dir / name for name in titles]
+    if not folders or not all((folder / INDEX).is_file() for folder in folders):
+        return []
+    drawn = [{it["image_id"]: it for it in _entries(folder, "spread")} for folder in folders]
+    shared = [it for key, it in drawn[-1].items() if all(key in other for other in drawn)]
+    picked = sorted((it for it in shared if is_number(it["miou"])), key=lambda it: -it["miou"])
+    places = sorted({(slot + 1) * len(picked) // (count + 1) for slot in range(count)})
+    return [
+        [
+            _picture(folder, entries[picked[place]["image_id"]], of=title) | {"title": title}
+            for folder, entries, title in zip(folders, drawn, titles.values(), strict=True)
+        ]
+        for place in places
+        if picked
+    ]
+
+
 def _folders(overlays_dir: Path, names: Collection[str] | None) -> list[Path]:
     folders = sorted(path.parent for path in overlays_dir.glob(f"*/{INDEX}"))
     return [folder for folder in folders if is_wanted(folder.name, names)]
@@ -77,10 +113,10 @@ def _entries(folder: Path, kind: str) -> list[dict[str, Any]]:
     )
 
 
-def _picture(folder: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _picture(folder: Path, entry: Mapping[str, Any], *, of: str = "Prediction") -> dict[str, Any]:
     try:
         image = fit_image(load_image(folder / entry["file"]), SIDE)
     except ImageError as error:
         raise PipelineError(f"{folder / entry['file']}: {error}; {ADVICE}") from None
-    shown = picture(image, alt=f"Prediction on image {entry['image_id']}", max_bytes=MAX_BYTES)
+    shown = picture(image, alt=f"{of} on image {entry['image_id']}", max_bytes=MAX_BYTES)
     return shown | {"image_id": entry["image_id"], "miou": score(entry["miou"])}

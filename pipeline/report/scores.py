@@ -35,7 +35,7 @@ def read_benches(
 ) -> list[dict[str, Any]]:
     """Headline, table rows, protocol, class bars and confusion matrix of every benchmark.
 
-    Or of those in `names`.
+    Or of those in `names`. A file without a number of images is of no benchmark.
 
     Raises:
         PipelineError: a metrics file, or a table or picture of the classes, is damaged.
@@ -45,13 +45,15 @@ def read_benches(
         if path.stem.startswith(AUDIT_PREFIX) or not is_wanted(path.stem, names):
             continue
         metrics = read_object(path)
+        if "n_images" not in metrics:
+            continue
         groups = metrics.get("groups") or {}
         benches.append(
             {
                 "name": path.stem,
                 "headline": _headline(metrics),
-                "rows": [_scores(path.stem, metrics)]
-                + [_scores(name, group, is_group=True) for name, group in groups.items()],
+                "rows": [score_row(path.stem, metrics)]
+                + [score_row(name, group, is_group=True) for name, group in groups.items()],
                 "protocol": dict(line.split(": ", 1) for line in metrics.get("protocol", [])),
                 "per_class": _per_class(plots_dir / f"{path.stem}_per_class.csv"),
                 "confusion": _confusion(plots_dir / f"{path.stem}_confusion.png"),
@@ -94,7 +96,8 @@ def _headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _scores(name: str, metrics: Mapping[str, Any], *, is_group: bool = False) -> dict[str, Any]:
+def score_row(name: str, metrics: Mapping[str, Any], *, is_group: bool = False) -> dict[str, Any]:
+    """A row of a table of scores, as `bench_columns` heads it."""
     return {
         "name": name,
         "is_group": is_group,

@@ -44,6 +44,11 @@ BENCH_COLUMNS = {
     "ap50_agnostic": "Agnostic AP50",
     "ap75_agnostic": "Agnostic AP75",
 }
+PLUS_ROWS = {
+    "teacher": "Teacher, DenseCLIP alone",
+    "guided": "Guided",
+    "self_trained": "Self-trained",
+}
 AUDIT_MEASURES = {
     "archive_precision": (
         "Archive precision",

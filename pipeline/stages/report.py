@@ -21,13 +21,13 @@ from pipeline.engine.progress import StageRun
 from pipeline.errors import PipelineError
 from pipeline.files import write_bytes
 from pipeline.formats.tables import ArchiveRow, read_archives
-from pipeline.params.base import EncoderParams
 from pipeline.params.reading import read_params
 from pipeline.params.sections import Params
 from pipeline.pictures.report import category_colour
 from pipeline.report.ablations import read_ablations
 from pipeline.report.curves import read_curves
-from pipeline.report.inputs import NO_VALUE, integer
+from pipeline.report.inputs import NO_VALUE, encoder_name, integer
+from pipeline.report.plus import read_plus
 from pipeline.report.predictions import read_best_and_worst, read_typical
 from pipeline.report.published import read_published
 from pipeline.report.runs import has_run, index_size, read_stages
@@ -55,8 +55,8 @@ def run(
 ) -> None:
     """Write the report page.
 
-    Of worlds, sources, benchmarks and audits it shows those that the params file names, and all of
-    them where there is no params file.
+    Of worlds, sources, benchmarks, audits and DenseCLIP+ it shows those that the params file names,
+    and all of them where there is no params file.
 
     Args:
         archives_path: Parquet table of the archives.
@@ -66,7 +66,7 @@ def run(
         params_path: params file of the run.
         stats_path: where this stage's own counts go.
         reports_dir: folder with `stats/`, `metrics/`, `plots/`, `overlays/` and, if they are to be
-            shown, `published.yaml` and `ablations/`.
+            shown, `plus/`, `published.yaml` and `ablations/`.
         out_path: the HTML file.
 
     Raises:
@@ -85,6 +85,7 @@ def run(
             "audits": read_audits(metrics_dir, names.get("audit")),
             "archives": read_samples(masks_dir, labels_dir, archives, _target_maker(params)),
             "curves": read_curves(live_dir),
+            "plus": read_plus(reports_dir / "plus", params.plus if params else None),
         }
         if not (archives or has_run(stages) or any(results.values())):
             raise PipelineError(
@@ -124,7 +125,8 @@ def _render(
         columns=columns,
         measures=AUDIT_MEASURES,
         settings=_settings(params),
-        glossary=_glossary(columns),
+        plus_not_run=_plus_not_run(results["plus"], params),
+        glossary=_glossary(bench_columns([*results["benches"], *results["plus"]])),
         versions=_versions(),
         max_chips=MAX_CHIPS,
         no_value=NO_VALUE,
@@ -187,11 +189,11 @@ def _settings(params: Params | None) -> dict[str, str]:
     train = params.train
     return {
         "images per archive (k)": integer(params.k),
-        "index encoder": _encoder(params.embed.encoder),
+        "index encoder": encoder_name(params.embed.encoder),
         "overlap of archives": params.retrieve.overlap,
         "pseudo-masks": params.mask.source,
-        "dense encoder": _encoder(params.pseudo_label.encoder),
-        "trained encoder": _encoder(train.encoder),
+        "dense encoder": encoder_name(params.pseudo_label.encoder),
+        "trained encoder": encoder_name(train.encoder),
         "iterations": integer(train.iterations),
         "batch size": integer(train.batch_size),
         "training target": train.targets.target,
@@ -199,9 +201,11 @@ def _settings(params: Params | None) -> dict[str, str]:
     }
 
 
-def _encoder(encoder: EncoderParams) -> str:
-    """`ViT-B-16-quickgelu / openai`; of local files the names without folders."""
-    return " / ".join(Path(part).name for part in encoder.published_as())
+def _plus_not_run(shown: Sequence[Mapping[str, Any]], params: Params | None) -> list[str]:
+    """Entries of `plus` that have left nothing yet."""
+    return (
+        [name for name in params.plus if all(name != it["name"] for it in shown)] if params else []
+    )
 
 
 def _glossary(columns: Collection[str]) -> dict[str, str]:

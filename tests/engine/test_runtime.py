@@ -63,6 +63,13 @@ def test_times_are_kept_beside_the_stats_which_have_none(tmp_path: Path) -> None
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_times_of_a_run_with_a_folder_of_its_own_are_kept_in_such_a_folder(tmp_path: Path) -> None:
+    with StageRun("train", stats_path=tmp_path / "stats/plus-a/train.json") as run:
+        run.count_in_run("cached")
+    assert read_json(tmp_path / "times/plus-a/train.json")["counts"] == {"cached": 1}
+    assert read_json(tmp_path / "stats/plus-a/train.json")["counts"] == {}
+
+
 def test_a_run_without_items_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with StageRun("mask", stats_path=tmp_path / "mask.json", total=0):
         pass

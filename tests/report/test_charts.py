@@ -20,6 +20,13 @@ def test_line_chart_maps_ends_to_corners() -> None:
     assert [tick["label"] for tick in chart["y_ticks"]] == ["0", "2", "4", "6", "8"]
 
 
+@pytest.mark.parametrize(
+    ("mark", "place"), [(None, ""), (0, "66.0"), (50, "208.0"), (100, "350.0"), (101, ""), (-1, "")]
+)
+def test_a_mark_stands_at_its_step(mark: float | None, place: str) -> None:
+    assert line_chart("loss", [(0, 1.0), (100, 8.0)], mark=mark)["mark"] == place
+
+
 @pytest.mark.parametrize("points", [[], [(1, float("nan"))], [(5, 2.0)], [(1, 3.0), (2, 3.0)]])
 def test_line_chart_of_few_or_equal_points(
     points: list[tuple[float, float]],

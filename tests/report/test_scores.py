@@ -85,3 +85,11 @@ def test_accuracies_of_seen_and_unseen_have_columns(tree: Tree) -> None:
     assert re.findall(r'<th scope="col">(.*?)</th>', table) == [
         *("Benchmark", "Unseen pixel acc.", "Mean acc.", "Seen mean acc.", "Images")
     ]
+
+
+def test_metrics_of_no_benchmark_are_not_shown_as_one(tree: Tree) -> None:
+    tree.params_path.unlink()
+    page = tree.report()
+    write_json(tree.reports_dir / "metrics/plus.json", {"free": {"teacher": {"miou": 9.0}}})
+    write_json(tree.reports_dir / "metrics/network.json", {"images_per_second": 9.0})
+    assert tree.report() == page
