@@ -198,7 +198,9 @@ def prefixed(prefix: str) -> Callable[[State], State]:
 class TestLoad:
     @pytest.mark.parametrize("name", SMALL)
     @pytest.mark.parametrize(
-        "form", [dict, prefixed("visual.trunk."), prefixed("backbone.")], ids=str
+        "form",
+        [dict, prefixed("visual.trunk."), prefixed("backbone.")],
+        ids=["bare", "visual.trunk.", "backbone."],
     )
     def test_timms_names_bare_and_below_a_prefix(
         self, name: str, form: Callable[[State], State], tmp_path: Path
