@@ -309,11 +309,14 @@ def test_dvc_joins_the_demos_stages_by_their_files(tmp_path: Path) -> None:
         "train": {"mask"},
         "predict_bench@voc": {"train", "world@demo"},
         "score@voc": {"predict_bench@voc", "world@demo"},
-        "compare": set(),
+        "plus@annotation_free": {"world@demo"},
+        "plus@zero_shot": {"world@demo"},
+        "compare": {"plus@annotation_free", "plus@zero_shot"},
         "audit@demo": {"retrieve", "mask", "pseudo_label", "world@demo"},
         "report": {
             *("world@demo", "embed@demo", "retrieve", "mask", "pseudo_label"),
             *("train", "predict_bench@voc", "score@voc", "audit@demo", "compare"),
+            *("plus@annotation_free", "plus@zero_shot"),
         },
     }
 
