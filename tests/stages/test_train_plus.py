@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,15 @@ from pipeline.params.base import EncoderParams
 from pipeline.params.benches import VocBench
 from pipeline.params.sources import SourceParams
 from tests.conftest import encoded_image, noise_image
-from tests.stages.tiny_training import CATEGORIES, curve, outputs, run, write_labels
+from tests.stages.tiny_training import (
+    CATEGORIES,
+    curve,
+    outputs,
+    run,
+    start_training,
+    states,
+    write_labels,
+)
 
 
 @pytest.fixture(scope="module")
@@ -155,20 +162,32 @@ def test_images_without_annotation_are_unlabelled_beside_those_with_truth(
     assert curve(root, "pseudo") != curve(alone, "pseudo")
 
 
-def test_cut_off_and_started_again_gives_the_same_bytes(
+def test_killed_and_started_again_gives_the_same_bytes(
     photos: Path, encoder: EncoderParams, tmp_path: Path
 ) -> None:
-    params = zero_shot(photos, encoder)
+    """Before the switch and after it; the network of the switch is the same as well."""
+    params = zero_shot(photos, encoder, unseen=CATEGORIES, iterations=24, guided_iterations=12)
     undisturbed = outputs(run(photos, tmp_path / "undisturbed", params))
-    root = tmp_path / "cut"
-    with pytest.raises(FileExistsError):
-        run(photos, root, params, stats_path=root / "zutis/config.json/stats.json")
-    for name in ("zutis", "live"):
-        shutil.rmtree(root / name)
-    assert outputs(run(photos, root, params)).keys() >= {"zutis/model.safetensors"}
+    assert "zutis/guided/model.safetensors" in undisturbed
+    root = tmp_path / "killed"
+    for reached in (2, 14):
+        process = start_training(photos, root, params)
+        process.wait_until(lambda reached=reached: step_of(root) >= reached)
+        process.kill()
+        assert states(root)
+    process = start_training(photos, root, params)
+    code, output = process.wait(), process.output()
+    assert code == 0, output
+    assert "train: resumed at step " in output
     finished = outputs(root)
-    kept = {name for name in undisturbed if "guided" not in name}
-    assert {name: finished[name] for name in kept} == {name: undisturbed[name] for name in kept}
+    assert {name: finished[name] for name in undisturbed} == undisturbed
+
+
+def step_of(root: Path) -> int:
+    try:
+        return int(config_of(root / "zutis")["step"])
+    except (OSError, ValueError):
+        return 0
 
 
 def test_drift_ends_training_with_the_network_of_the_switch(

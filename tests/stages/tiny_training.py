@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.engine.runtime import Runtime
 from pipeline.formats.images import encode_jpeg, encode_label, encode_png
-from pipeline.methods.students import TrainParams, ZutisParams
+from pipeline.methods.students import StudentParams, TrainParams, ZutisParams
 from pipeline.params.base import EncoderParams
 from pipeline.params.reading import read_params
 from pipeline.stages import train
@@ -71,7 +71,7 @@ def small_params(encoder: EncoderParams, **changes: Any) -> TrainParams:
     return ZutisParams(**{**settings, **changes})
 
 
-def run(shards_dir: Path, root: Path, params: TrainParams, **changes: Any) -> Path:
+def run(shards_dir: Path, root: Path, params: StudentParams, **changes: Any) -> Path:
     settings: dict[str, Any] = {
         "masks_dir": shards_dir,
         "labels_dir": shards_dir,
@@ -98,7 +98,7 @@ def outputs(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(files)}
 
 
-def train_words(labels_dir: Path, root: Path, params: TrainParams) -> list[str]:
+def train_words(labels_dir: Path, root: Path, params: StudentParams) -> list[str]:
     """Words of the command that trains into `root`, for which it writes a params file."""
     settings = {
         "seed": SEED,
@@ -123,7 +123,7 @@ def train_words(labels_dir: Path, root: Path, params: TrainParams) -> list[str]:
     return ["--params", str(params_path), "train", *words]
 
 
-def start_training(labels_dir: Path, root: Path, params: TrainParams) -> Fork:
+def start_training(labels_dir: Path, root: Path, params: StudentParams) -> Fork:
     """`pipeline train` into `root`, as a process of its own."""
     words = train_words(labels_dir, root, params)
     return fork_pipeline(*words, cwd=root, PIPELINE_CACHE=root / "cache")
