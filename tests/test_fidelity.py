@@ -7,6 +7,7 @@ import re
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.methods.students import DenseClipPlusParams
 from pipeline.params.base import Section
 from pipeline.params.reading import parse_params
 from pipeline.params.sections import Params
@@ -19,6 +20,7 @@ SECTIONS = {
     for name, field in Params.model_fields.items()
     if isinstance(field.default, Section)
 }
+OF_PLUS = re.compile(r"\| `(\w+): ([\w.]+)`")
 OFFERED = [match.groups() for match in PARAM.finditer(PAGE.read_text(encoding="utf-8"))]
 
 
@@ -39,3 +41,15 @@ def test_what_the_page_offers_is_no_default(
         )
         assert getattr(getattr(params, section), key) == setting
         assert setting != default
+
+
+def test_what_the_page_offers_of_denseclip_plus_is_no_default() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    part = page[page.index("## DenseCLIP+") : page.index("## Differences without a param")]
+    offered = OF_PLUS.findall(part)
+    assert len(offered) >= 3
+    for key, text in offered:
+        setting = YAML(typ="safe", pure=True).load(text)
+        params = DenseClipPlusParams.model_validate({key: setting})
+        assert getattr(params, key) == setting
+        assert DenseClipPlusParams.model_fields[key].default != setting
