@@ -120,7 +120,8 @@ class PlusNetwork(nn.Module):
         merged, linear = self.head.merge(low, last), self.head.features
         with torch.autocast(images.device.type, enabled=False):
             rows, bias = self._rows(text)
-            offset = rows @ linear.bias if bias is None else rows @ linear.bias + bias
+            offset = rows @ linear.bias  # type: ignore[operator]  # this convolution has one
+            offset = offset if bias is None else offset + bias
             return _linear(merged.float(), rows @ linear.weight.flatten(1), offset)
 
     def logits(self, features: Tensor, text: Tensor | None = None) -> Tensor:

@@ -137,6 +137,7 @@ class PlusStudent:
         images = batch.images / 255
         with self._runtime.autocast():
             logits = self.network.classify(images, self._text)
+        logits = logits.contiguous()  # label after label, as their softmax wants them upsampled
         unlabelled = self._is_unlabelled(batch.semantic_masks)
         labels, facts = batch.semantic_masks.long(), logits.new_full((self._num_facts,), torch.nan)
         if self._candidates:

@@ -56,7 +56,9 @@ def semantic_loss(
 
     def cross_entropy(similarity: Tensor, targets: Tensor) -> Tensor:
         logits = upsample(similarity, targets.shape[-2:])
-        return F.cross_entropy(logits, targets.long(), ignore_index=ignore_index, reduction="sum")[None]
+        return F.cross_entropy(logits, targets.long(), ignore_index=ignore_index, reduction="sum")[
+            None
+        ]
 
     with torch.autocast(patch_tokens.device.type, enabled=False):
         similarity = patch_tokens.float() @ text_embeddings.float().T * logit_scale
