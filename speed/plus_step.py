@@ -78,8 +78,8 @@ def plain_sample(
     if label_path is None:
         labels = np.full((image.height, image.width), UNLABELLED, dtype=np.int16)
     else:
-        stored = np.asarray(Image.open(label_path))
-        labels = np.where(stored == 255, IGNORE_INDEX, stored).astype(np.int16)
+        labels = np.asarray(Image.open(label_path)).astype(np.int16)
+        labels[labels == 255] = IGNORE_INDEX
     pixels, labels = _resize(image, labels, settings, rng)
     top, left = _draw_crop(labels, settings, rng)
     window = np.s_[top : top + settings.crop_size, left : left + settings.crop_size]
