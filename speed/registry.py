@@ -12,6 +12,7 @@ from speed import (
     forward,
     instances,
     losses,
+    plus_step,
     retrieval,
     stages,
     train_step,
@@ -28,6 +29,7 @@ MODULES = (
     bilateral,
     forward,
     train_step,
+    plus_step,
     evaluation,
     stages,
 )

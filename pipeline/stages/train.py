@@ -39,7 +39,7 @@ from pipeline.training.training_set import Batch, collate
 from pipeline.vocabulary.categories import Names
 
 # To be raised with every change after which the same settings give other weights.
-TRAIN_VERSION = 3
+TRAIN_VERSION = 4
 STATE_NAME = "last.safetensors"
 
 

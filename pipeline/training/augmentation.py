@@ -24,6 +24,8 @@ PADDING = np.array([124, 116, 104], dtype=np.uint8)
 LEVELS = np.arange(256, dtype=np.float64)
 HUE_UNITS = 180  # of the colour circle, as OpenCV counts them
 SIXTH = HUE_UNITS / 6
+# Of the hue x in sixths, the share of red, green or blue is sign |x - centre| + end, cut to [0, 1].
+SHARES = np.array([[1, 3, -1], [-1, 2, 2], [-1, 4, 2]], dtype=np.float32)
 
 
 def augment(
@@ -107,19 +109,24 @@ def change_hsv(pixels: np.ndarray, *, saturation: float, turn: int) -> np.ndarra
     """
     if saturation == 1.0 and turn == 0:
         return pixels
-    red, green, blue = np.moveaxis(pixels.astype(np.float32), -1, 0)
-    value = np.maximum(np.maximum(red, green), blue)
-    chroma = value - np.minimum(np.minimum(red, green), blue)
-    divisor = np.maximum(chroma, 1.0)
+    # Whole levels, plane by plane, for as long as nothing is divided: several times faster.
+    red, green, blue = planes = np.moveaxis(pixels, -1, 0).astype(np.int16, order="C")
+    largest = planes.max(axis=0)
+    is_red, is_green = largest == red, largest == green
+    ahead = np.where(is_red, green - blue, np.where(is_green, blue - red, red - green))
+    value, chroma = largest.astype(np.float32), (largest - planes.min(axis=0)).astype(np.float32)
     # The hue in sixths of the circle, from red.
-    hue = np.where(value == green, 2.0 + (blue - red) / divisor, 4.0 + (red - green) / divisor)
-    hue = np.where(value == red, (green - blue) / divisor, hue)
-    hue = np.mod(hue + np.float32(turn / SIXTH), np.float32(6.0))
+    hue = np.where(is_red, np.float32(0), np.where(is_green, np.float32(2), np.float32(4)))
+    hue += ahead / np.maximum(chroma, np.float32(1))
+    hue += np.float32(turn / SIXTH)
+    hue += np.float32(6) * (hue < 0)
+    hue -= np.float32(6) * (hue >= 6)
     chroma = np.minimum(np.float32(saturation) * chroma, value)
-    shares = (np.abs(hue - 3.0) - 1.0, 2.0 - np.abs(hue - 2.0), 2.0 - np.abs(hue - 4.0))
     changed = np.empty(pixels.shape, dtype=np.uint8)
-    for channel, share in enumerate(shares):
-        changed[..., channel] = np.rint(value - chroma * (1.0 - np.clip(share, 0.0, 1.0)))
+    for channel, (sign, centre, end) in enumerate(SHARES):
+        share = sign * np.abs(hue - centre) + end
+        share = np.minimum(np.maximum(share, np.float32(0)), np.float32(1))
+        changed[..., channel] = np.rint(value - chroma * (np.float32(1) - share))
     return changed
 
 
@@ -169,4 +176,4 @@ def _cut(levels: np.ndarray) -> np.ndarray:
 
 def _look_up(pixels: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """The new level of every value of an image, uint8."""
-    return levels.astype(np.uint8)[pixels]
+    return levels.astype(np.uint8).take(pixels)

@@ -220,6 +220,30 @@ def test_hue_and_saturation_are_those_of_hsv(saturation: float, turn: int) -> No
     assert np.abs(difference).max() <= 1
 
 
+def hsv_of_float32(pixels: np.ndarray, saturation: float, turn: int) -> np.ndarray:
+    """The formula with every value in float32, and its modulo."""
+    red, green, blue = np.moveaxis(pixels.astype(np.float32), -1, 0)
+    value = pixels.max(axis=-1).astype(np.float32)
+    chroma = value - pixels.min(axis=-1)
+    divisor = np.maximum(chroma, 1.0)
+    hue = np.where(value == green, 2.0 + (blue - red) / divisor, 4.0 + (red - green) / divisor)
+    hue = np.where(value == red, (green - blue) / divisor, hue)
+    hue = np.mod(hue + np.float32(turn / 30), np.float32(6.0))
+    chroma = np.minimum(np.float32(saturation) * chroma, value)
+    shares = (np.abs(hue - 3.0) - 1.0, 2.0 - np.abs(hue - 2.0), 2.0 - np.abs(hue - 4.0))
+    changed = [np.rint(value - chroma * (1.0 - np.clip(share, 0.0, 1.0))) for share in shares]
+    return np.stack(changed, axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("saturation", [0.0, 0.73, 1.0, 1.37])
+@pytest.mark.parametrize("turn", [-90, -18, 0, 1, 17, 90])
+def test_hue_and_saturation_keep_their_bytes(saturation: float, turn: int) -> None:
+    few = np.array([*product(range(0, 256, 15), repeat=3)], np.uint8).reshape(18, -1, 3)
+    for pixels in (few, few[:, ::-1], noise(40, 30), noise(1, 1), noise(0, 3)):
+        changed = change_hsv(pixels, saturation=saturation, turn=turn)
+        assert (changed == hsv_of_float32(pixels, saturation, turn)).all()
+
+
 def test_brightness_and_contrast_are_cut_to_whole_levels_as_published() -> None:
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)  # greys have no hue
     changed = settings(photometric=1.0, saturation=[1.0, 1.0], hue=0)

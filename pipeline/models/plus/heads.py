@@ -140,9 +140,13 @@ class LrAspp(nn.Module):
 
     def forward(self, low: Tensor, last: Tensor) -> Tensor:
         """Maps (B, E, H, W) and (B, D, h, w) -> (B, C, H, W)."""
+        return self.features(self.merge(low, last))
+
+    def merge(self, low: Tensor, last: Tensor) -> Tensor:
+        """What the features are a linear map of: (B, 128 + E, H, W)."""
         gate = self.gate(F.adaptive_avg_pool2d(last, 1)).sigmoid()
         gated = upsample(self.project(last) * gate, low.shape[-2:])
-        return self.features(torch.cat([gated, low], dim=1))
+        return torch.cat([gated, low], dim=1)
 
 
 class HeadKind(NamedTuple):

@@ -1,6 +1,6 @@
 """Labels of a training step of DenseCLIP+ (DenseCLIP paper, section 3.4).
 
-Letters: B images, H W pixels, R rows of the classifier.
+Letters: B images, H W pixels, h w cells of the logits, R rows of the classifier.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.formats.labels import IGNORE_INDEX, UNLABELLED
+from pipeline.models.layers.interpolate import upsampled_labels
 
 
 def fill_unlabelled(truth: Tensor, pseudo_labels: Tensor) -> Tensor:
@@ -26,18 +27,19 @@ def fill_unlabelled(truth: Tensor, pseudo_labels: Tensor) -> Tensor:
     return torch.where(truth == UNLABELLED, pseudo_labels.long(), truth.long())
 
 
-def own_labels(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    """The row of the highest logit among some, at every pixel.
+def own_labels(logits: Tensor, rows: Sequence[int], size: Sequence[int]) -> Tensor:
+    """The row of the highest upsampled logit among some, at every pixel.
 
     Args:
-        logits: (B, R, H, W); no gradient flows back.
+        logits: (B, R, h, w); no gradient flows back.
         rows: those that may win.
+        size: (H, W).
 
     Returns:
         (B, H, W) int64 rows.
     """
     candidates = torch.tensor(rows, device=logits.device)
-    return candidates[logits.detach()[:, candidates].argmax(dim=1)]
+    return candidates[upsampled_labels(logits.detach()[:, candidates], size)]
 
 
 def doubtful_void(labels: Tensor, confidence: Tensor, threshold: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.errors import PipelineError, did_you_mean
 from pipeline.models.layers.interpolate import upsample
 from pipeline.models.plus.backbones import Backbone, build_backbone
-from pipeline.models.plus.heads import HEADS
+from pipeline.models.plus.heads import HEADS, LrAspp
 
 CLASSIFIER_STD = 0.01  # of its first weights, as in the published code
 
@@ -83,6 +83,11 @@ class PlusNetwork(nn.Module):
         Raises:
             PipelineError: fewer images than a training step of the head needs.
         """
+        features: Tensor = self.head(*self._maps(images))
+        return features
+
+    def _maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The backbone's maps of images, see `forward`."""
         needed = HEADS[self.head_name].min_batch
         if self.training and len(images) < needed:
             raise PipelineError(
@@ -94,7 +99,30 @@ class PlusNetwork(nn.Module):
         if sides != list(images.shape[-2:]):
             images = upsample(images, sides)
         low, last = self.backbone(images)
-        return self.head(low, last)
+        return low, last
+
+    def classify(self, images: Tensor, text: Tensor | None = None) -> Tensor:
+        """`logits` of the features of images, to rounding.
+
+        Features that are a linear map of something narrower are not made: the map is that of the
+        rows, which are few where features are wide.
+
+        Args:
+            images: as for `forward`.
+            text: as for `logits`, and what it raises.
+
+        Returns:
+            What `logits` gives, float32 under autocast too.
+        """
+        low, last = self._maps(images)
+        if not isinstance(self.head, LrAspp):
+            return self.logits(self.head(low, last), text)
+        merged, linear = self.head.merge(low, last), self.head.features
+        with torch.autocast(images.device.type, enabled=False):
+            rows, bias = self._rows(text)
+            offset = rows @ linear.bias  # type: ignore[operator]  # this convolution has one
+            offset = offset if bias is None else offset + bias
+            return _linear(merged.float(), rows @ linear.weight.flatten(1), offset)
 
     def logits(self, features: Tensor, text: Tensor | None = None) -> Tensor:
         """What is more likely of every cell, float32 under autocast too.
@@ -114,15 +142,18 @@ class PlusNetwork(nn.Module):
             PipelineError: there is no text and no learned classifier either.
         """
         with torch.autocast(features.device.type, enabled=False):
-            features = features.float()
-            if self.classifier is not None:
-                return self.classifier(features)
-            if text is None:
-                raise PipelineError("text: a network without a learned classifier needs its rows")
-            rows = text.detach().to(features)
-            if self.background is not None:
-                rows = torch.cat([F.normalize(self.background.float(), dim=-1), rows])
-            return F.conv2d(features, rows[:, :, None, None])
+            return _linear(features.float(), *self._rows(text))
+
+    def _rows(self, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Rows (R, C) and bias (R,) of the classifier, float32."""
+        if self.classifier is not None:
+            return self.classifier.weight.flatten(1), self.classifier.bias
+        if text is None:
+            raise PipelineError("text: a network without a learned classifier needs its rows")
+        rows = text.detach().to(self.mean)
+        if self.background is not None:
+            rows = torch.cat([F.normalize(self.background.float(), dim=-1), rows])
+        return rows, None
 
     def extra_repr(self) -> str:
         """The architecture in one line, for messages."""
@@ -154,6 +185,11 @@ def build_plus(
         mean=mean,
         std=std,
     )
+
+
+def _linear(maps: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """Maps (B, C, h, w) -> (B, R, h, w)."""
+    return F.conv2d(maps, rows[:, :, None, None], bias)
 
 
 def _check(

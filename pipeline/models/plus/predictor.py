@@ -149,15 +149,13 @@ class PlusPredictor:
         self, images: Tensor, sizes: Sequence[tuple[int, int]], settings: PredictionSettings
     ) -> list[Segmentation]:
         """Label maps at `sizes` (H, W) of images (B, 3, H', W') in [0, 1]; no objects."""
-        with self._runtime.autocast():
-            features = self._network(images.to(self._runtime.device))
         first = 0 if settings.background and self._label_0 != "none" else 1
         through = [images.shape[-2:]] if settings.upsampling == "published" else []
         return [
             Segmentation(
                 label_map(upsampled_labels(one[None], *through, size)[0].cpu().numpy(), first), []
             )
-            for one, size in zip(self._logits(features, first), sizes, strict=True)
+            for one, size in zip(self._logits(images, first), sizes, strict=True)
         ]
 
     @torch.no_grad()
@@ -166,21 +164,22 @@ class PlusPredictor:
 
         Where nothing answers for label id 0, it is next to impossible.
         """
-        with self._runtime.autocast():
-            features = self._network(images.to(self._runtime.device))
         if self._label_0 != "none":
-            return self._logits(features, 0)
-        return F.pad(self._logits(features, 1), (0, 0, 0, 0, 1, 0), value=IMPOSSIBLE)
+            return self._logits(images, 0)
+        return F.pad(self._logits(images, 1), (0, 0, 0, 0, 1, 0), value=IMPOSSIBLE)
 
-    def _logits(self, features: Tensor, first: int) -> Tensor:
+    def _logits(self, images: Tensor, first: int) -> Tensor:
         """Logits (B, K', h, w) of the label ids that are asked for, from number `first` on."""
         asked = self._label_ids[first:]
         if self._rows is not None:
-            return self._network.logits(features, self._text)[:, [self._rows[i] for i in asked]]
+            return self._classified(images, self._text)[:, [self._rows[i] for i in asked]]
         if self._label_0 != "learned":
-            return self._network.logits(features, self._text[asked])
-        logits = self._network.logits(features, self._text[self._label_ids[1:]])
-        return logits[:, first:]
+            return self._classified(images, self._text[asked])
+        return self._classified(images, self._text[self._label_ids[1:]])[:, first:]
+
+    def _classified(self, images: Tensor, text: Tensor) -> Tensor:
+        with self._runtime.autocast():
+            return self._network.classify(images.to(self._runtime.device), text)
 
     def protocol(self, settings: PredictionSettings) -> dict[str, Any]:
         """The architecture."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from torch.optim import SGD, Optimizer
 from pipeline.errors import PipelineError, did_you_mean, listing
 from pipeline.formats.labels import IGNORE_INDEX, UNLABELLED
 from pipeline.models.clip import ClipEncoder, label_embeddings
-from pipeline.models.layers.interpolate import upsample
+from pipeline.models.layers.interpolate import upsample, upsampled_labels
+from pipeline.models.layers.parts import sum_by_parts
 from pipeline.models.plus.backbones import backbone_statistics, load_backbone
 from pipeline.models.plus.labels import doubtful_void, fill_unlabelled, own_labels
 from pipeline.models.plus.network import PlusNetwork, build_plus
@@ -134,29 +136,31 @@ class PlusStudent:
         """The loss and its parts, see `losses`: (1 + len(losses),)."""
         images = batch.images / 255
         with self._runtime.autocast():
-            features = self.network(images)
-        logits = upsample(self.network.logits(features, self._text), images.shape[-2:])
+            logits = self.network.classify(images, self._text)
+        logits = logits.contiguous()  # label after label, as their softmax wants them upsampled
         unlabelled = self._is_unlabelled(batch.semantic_masks)
         labels, facts = batch.semantic_masks.long(), logits.new_full((self._num_facts,), torch.nan)
         if self._candidates:
             labels, facts = self._complete(batch, images, logits.detach(), unlabelled)
-        losses = F.cross_entropy(
-            logits, _rows(labels, self._first), ignore_index=IGNORE_INDEX, reduction="none"
-        )
-        total, pseudo = losses.sum(), losses.masked_fill(~unlabelled, 0).sum()
-        parts = torch.stack((total, total - pseudo, pseudo)) / divisors[0]
+        loss = partial(_losses, divisor=divisors[0])
+        parts = sum_by_parts(loss, logits, _rows(labels, self._first), unlabelled)
         return torch.cat((parts, facts / divisors[1]))
 
     def _complete(
         self, batch: MicroBatch, images: Tensor, logits: Tensor, unlabelled: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Labels (B, H, W) of this step, and sums of what is watched, NaN where it is not now."""
+        """Labels (B, H, W) of this step, and sums of what is watched, NaN where it is not now.
+
+        `logits` (B, R, h, w) are not upsampled.
+        """
+        size = images.shape[-2:]
         step = batch.numbers[0] // self._params.batch_size
         is_guided = not self._trains_itself or step < self._params.guided_iterations
         is_watched = (step + 1) % self._params.log_every == 0
         own, taught = unlabelled, unlabelled  # not asked for
         if is_watched or not is_guided:
-            own = own_labels(logits, [i - self._first for i in self._candidates]) + self._first
+            rows = [label_id - self._first for label_id in self._candidates]
+            own = own_labels(logits, rows, size) + self._first
         if is_watched or is_guided:
             taught = self._taught(batch, images)
         pseudo = taught if is_guided else own
@@ -164,8 +168,8 @@ class PlusStudent:
         if not is_watched:
             return labels, logits.new_full((self._num_facts,), torch.nan)
         agreement = ((own == taught) & unlabelled).sum()
-        log_probs = logits.log_softmax(dim=1)
-        entropy = -(log_probs.exp() * log_probs).sum(dim=1).masked_fill(~unlabelled, 0).sum()
+        entropies = torch.cat([_entropy(upsample(image, size)) for image in logits.split(1)])
+        entropy = entropies.masked_fill(~unlabelled, 0).sum()
         found = pseudo.masked_fill(~unlabelled, IGNORE_INDEX).flatten() - IGNORE_INDEX
         counts = found.bincount(minlength=self._candidates[-1] + 2)
         shares = counts[torch.tensor(self._candidates, device=counts.device) - IGNORE_INDEX]
@@ -200,10 +204,13 @@ class PlusStudent:
         if self._teacher is None:
             labels = batch.semantic_masks.long()
             return labels if self._first == 0 else labels.masked_fill(labels == 0, IGNORE_INDEX)
+        label_ids = torch.tensor(self._candidates, device=images.device)
+        threshold = self._params.confidence_threshold
         with torch.no_grad(), self._runtime.autocast():
+            if not threshold:
+                return label_ids[upsampled_labels(self._teacher.scores(images), images.shape[-2:])]
             numbers, confidence = self._teacher.label(images)
-        labels = torch.tensor(self._candidates, device=numbers.device)[numbers]
-        return doubtful_void(labels, confidence, self._params.confidence_threshold)
+        return doubtful_void(label_ids[numbers], confidence, threshold)
 
 
 def fresh_plus(
@@ -285,6 +292,27 @@ def candidates(params: DenseClipPlusParams, categories: Sequence[str]) -> list[i
                 f"{listing(list(categories))}"
             )
     return sorted({places[plain_name(name)] for name in params.unseen})
+
+
+def _losses(logits: Tensor, labels: Tensor, unlabelled: Tensor, *, divisor: Tensor) -> Tensor:
+    """Cross-entropy, its part on truth and that on pseudo-labels: (3,), sums divided.
+
+    Args:
+        logits: (B, R, h, w); they are upsampled.
+        labels: (B, H, W) rows or void.
+        unlabelled: (B, H, W) pixels that are pseudo-labelled.
+        divisor: scalar.
+    """
+    upsampled = upsample(logits, labels.shape[-2:])
+    losses = F.cross_entropy(upsampled, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    total, pseudo = losses.sum(), losses.masked_fill(~unlabelled, 0).sum()
+    return torch.stack((total, total - pseudo, pseudo)) / divisor
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """Entropy (B, H, W) of the probabilities of logits (B, R, H, W)."""
+    log_probs = logits.log_softmax(dim=1)
+    return -(log_probs.exp() * log_probs).sum(dim=1)
 
 
 def _rows(labels: Tensor, first: int) -> Tensor:

@@ -9,15 +9,16 @@ Q queries, N instances, M matched pairs, K categories, C text space, H W pixels,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models.layers.interpolate import upsample
+from pipeline.models.layers.parts import sum_by_parts
 from pipeline.models.zutis.matching import MatchingSamples, mask_costs, match
 
 MaskReduction = Literal["sum", "mean"]
@@ -55,12 +56,14 @@ def semantic_loss(
 
     def cross_entropy(similarity: Tensor, targets: Tensor) -> Tensor:
         logits = upsample(similarity, targets.shape[-2:])
-        return F.cross_entropy(logits, targets.long(), ignore_index=ignore_index, reduction="sum")
+        return F.cross_entropy(logits, targets.long(), ignore_index=ignore_index, reduction="sum")[
+            None
+        ]
 
     with torch.autocast(patch_tokens.device.type, enabled=False):
         similarity = patch_tokens.float() @ text_embeddings.float().T * logit_scale
         maps = similarity.permute(0, 3, 1, 2).contiguous()
-        total = _sum_by_parts(cross_entropy, maps, semantic_masks, size=1)
+        total = sum_by_parts(cross_entropy, maps, semantic_masks)[0]
         if divisor is None:
             divisor = num_counted(semantic_masks, ignore_index=ignore_index).clamp(min=1)
         return total / divisor
@@ -134,7 +137,8 @@ def mask_loss(
         matched = mask_probs[i][layers.flatten(), queries.flatten()]
         targets = instance_masks[i][instances.flatten()].to(matched.device)
         with torch.autocast(matched.device.type, enabled=False):
-            total = total + _sum_by_parts(pair_losses, matched.float(), targets, size=MAPS_AT_ONCE)
+            (part,) = sum_by_parts(pair_losses, matched.float(), targets, size=MAPS_AT_ONCE)
+            total = total + part
         matched_pairs += len(targets)
     if divisor is not None:
         return total / divisor
@@ -162,46 +166,11 @@ def _occupied(instance_masks: Sequence[Tensor]) -> Tensor:
 def _pair_losses(
     mask_probs: Tensor, targets: Tensor, *, dice_weight: float, bce_weight: float
 ) -> Tensor:
-    """Sum of the losses of pairs: `mask_probs` (M, h, w) against boolean `targets` (M, H, W)."""
+    """Sum (1,) of the losses of pairs: `mask_probs` (M, h, w), boolean `targets` (M, H, W)."""
     # Rounding must not leave [0, 1], where the logarithms end.
     probs = upsample(mask_probs[:, None], targets.shape[-2:]).clamp(0, 1).flatten(1)
     masks = targets.flatten(1).float()
     overlap = 2 * (probs * masks).sum(1) + 1
     dice = 1 - overlap / (probs.sum(1) + masks.sum(1) + 1)
     bce = F.binary_cross_entropy(probs, masks, reduction="none").mean(1)
-    return (dice_weight * dice + bce_weight * bce).sum()
-
-
-def _sum_by_parts(
-    loss: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor, *, size: int
-) -> Tensor:
-    """`loss(inputs, targets)`, a sum over their first axis, in the memory of `size` entries."""
-    return _SumByParts.apply(inputs, targets, loss, size)
-
-
-class _SumByParts(torch.autograd.Function):
-    """Takes the gradient of each part at once, so that no map of full size outlives its part."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        inputs: Tensor,
-        targets: Tensor,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        size: int,
-    ) -> Tensor:
-        total = inputs.new_zeros(())
-        gradient = torch.empty_like(inputs)
-        parts = (tensor.split(size) for tensor in (inputs.detach(), targets, gradient))
-        for leaf, part_targets, part_gradient in zip(*parts, strict=True):
-            with torch.enable_grad():
-                value = loss(leaf.requires_grad_(), part_targets)
-            part_gradient.copy_(torch.autograd.grad(value, leaf)[0])
-            total += value.detach()
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None, None
+    return (dice_weight * dice + bce_weight * bce).sum(0, keepdim=True)

@@ -21,9 +21,11 @@ def test_truth_and_void_stay_and_the_rest_is_filled() -> None:
 def test_only_candidates_win_and_no_gradient_flows() -> None:
     logits = torch.tensor([[9.0, 1.0, 2.0, 8.0], [9.0, 3.0, 2.0, 8.0]]).T[None, :, None]
     logits.requires_grad_()
-    labels = own_labels(logits, [1, 2])
+    labels = own_labels(logits, [1, 2], (1, 2))
     assert labels.tolist() == [[[2, 1]]]
     assert not labels.requires_grad
+    # At a quarter of the way row 1 has 1.5, at three quarters 2.5.
+    assert own_labels(logits, [1, 2], (2, 4)).tolist() == [[[2, 2, 1, 1]] * 2]
 
 
 def test_doubt_is_void_below_the_threshold_alone() -> None:

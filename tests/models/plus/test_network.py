@@ -90,6 +90,66 @@ class TestFeatures:
         assert all(int(norm.num_batches_tracked) == 1 for norm in norms)  # type: ignore[arg-type]
 
 
+def classified(network: PlusNetwork, images: Tensor, text: Tensor | None) -> Tensor:
+    """A second reading: the features first."""
+    return network.logits(network(images), text)
+
+
+class TestClassify:
+    images = torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(2))
+
+    @pytest.mark.parametrize("head", list(HEADS))
+    @pytest.mark.parametrize("background", [False, True])
+    def test_it_is_the_logits_of_the_features(self, head: str, background: bool) -> None:
+        network = build(head=head, background=background).eval()
+        for text in (unit_rows(1), unit_rows(4), unit_rows(3 * C)):
+            expected = classified(network, self.images, text)
+            assert torch.allclose(network.classify(self.images, text), expected, atol=1e-5)
+            one = torch.rand(1, 3, 1, 1)
+            assert torch.allclose(
+                network.classify(one, text), classified(network, one, text), atol=1e-5
+            )
+
+    @pytest.mark.parametrize("head", list(HEADS))
+    def test_a_learned_classifier_takes_the_place_of_text(self, head: str) -> None:
+        network = build(head=head, num_classes=6).eval()
+        assert network.classifier is not None
+        assert network.classifier.bias is not None
+        with torch.no_grad():
+            network.classifier.bias.uniform_()
+            network.classifier.weight.mul_(100)
+        expected = classified(network, self.images, None)
+        assert torch.allclose(network.classify(self.images), expected, atol=1e-4)
+
+    @pytest.mark.parametrize("head", list(HEADS))
+    def test_its_gradients_are_those_of_the_logits_of_the_features(self, head: str) -> None:
+        text = unit_rows(3)
+        both = [build(head=head, background=True).train() for _ in range(2)]
+        for network, logits in zip(both, (PlusNetwork.classify, classified), strict=True):
+            logits(network, self.images, text).logsumexp(1).square().mean().backward()
+        for ours, expected in zip(*(network.parameters() for network in both), strict=True):
+            assert ours.grad is not None
+            assert expected.grad is not None
+            scale = float(expected.grad.abs().max()) + 1e-3
+            assert float((ours.grad - expected.grad).abs().max()) < 1e-3 * scale
+
+    @pytest.mark.parametrize("head", list(HEADS))
+    def test_it_is_float32_under_autocast(self, head: str) -> None:
+        network = build(head=head).eval()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert network.classify(self.images, unit_rows(2)).dtype == torch.float32
+
+    @pytest.mark.parametrize("head", list(HEADS))
+    def test_text_is_asked_for(self, head: str) -> None:
+        with pytest.raises(PipelineError, match="text: a network without a learned classifier"):
+            build(head=head).eval().classify(self.images)
+
+    @pytest.mark.parametrize("head", ["deeplabv3plus", "pspnet"])
+    def test_one_image_is_too_few_for_a_step(self, head: str) -> None:
+        with pytest.raises(PipelineError, match="batch_size: 1 image"):
+            build(head=head).train().classify(self.images[:1], unit_rows(2))
+
+
 class TestLogits:
     features = torch.randn(2, C, 3, 4, generator=torch.Generator().manual_seed(1)) * 5
 

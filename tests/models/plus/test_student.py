@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,26 @@ def test_loss_average_says_what_the_loss_is_divided_by(
     assert parts(student(encoder, runtime, loss_average="counted"), nothing)["loss"] == 0
 
 
+def test_no_map_as_large_as_the_crop_is_kept_for_the_gradient(
+    encoder: EncoderParams, runtime: Runtime
+) -> None:
+    """Of R names it would have R H W values an image: what limits a batch where names are many."""
+    made = student(encoder, runtime, setting="annotation_free")
+    saved: list[weakref.ref[Tensor]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(weakref.ref(tensor))
+        return tensor
+
+    given = batch(quarters(*[UNLABELLED] * 4))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = made.loss(given, made.count(given))
+    assert losses.requires_grad
+    kept = [tuple(tensor.shape) for ref in saved if (tensor := ref()) is not None]
+    assert kept
+    assert [shape for shape in kept if shape[-3:] == (len(NAMES.categories), SIDE, SIDE)] == []
+
+
 def test_gradients_reach_network_and_background_alone(
     encoder: EncoderParams, runtime: Runtime
 ) -> None:
@@ -209,6 +230,16 @@ def test_a_learned_classifier_has_no_text(encoder: EncoderParams, runtime: Runti
     made = student(encoder, runtime, setting="supervised", unseen=[], classifier="learned")
     assert made.network.classifier is not None
     assert parts(made, batch(quarters(1, 2, 3, 4)))["loss"] > 0
+
+
+def test_without_a_threshold_the_labels_are_the_same(
+    encoder: EncoderParams, runtime: Runtime
+) -> None:
+    given = batch(quarters(*[UNLABELLED] * 4))
+    all_sure = student(encoder, runtime, setting="annotation_free", confidence_threshold=1e-9)
+    assert parts(all_sure, given) == parts(
+        student(encoder, runtime, setting="annotation_free"), given
+    )
 
 
 def test_doubtful_labels_of_the_teacher_are_void(encoder: EncoderParams, runtime: Runtime) -> None:
