@@ -6,7 +6,7 @@ All layers are trained, batch norms too. Letters: B batch, H W pixels.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -149,7 +149,12 @@ def _probe(backbone: Backbone) -> None:
         raise PipelineError(f"backbone: {backbone.name}: its maps are not (B, C, h, w)")
 
 
-def load_backbone(backbone: Backbone, path: Path) -> None:
+def load_backbone(
+    backbone: Backbone,
+    path: Path,
+    *,
+    read: Callable[[Path], Mapping[str, Tensor]] = read_weights,
+) -> None:
     """Load published weights into a backbone; those of the classifier are left out.
 
     Args:
@@ -157,13 +162,14 @@ def load_backbone(backbone: Backbone, path: Path) -> None:
         path: a state dict in the names of timm, torchvision (plain ResNets) or OpenMMLab
             (ResNetV1c), all of them bare or all below one prefix, as `backbone.` or
             `visual.trunk.`; then what is beside the prefix is left out, too.
+        read: what makes that state dict of the file.
 
     Raises:
         PipelineError: it cannot be read, or does not have what the backbone needs, and that alone;
             the message lists the tensors.
     """
     source = f"{path} (as {backbone.name})"
-    load_strict(_trunk(backbone), _own_state(backbone, read_weights(Path(path))), source)
+    load_strict(_trunk(backbone), _own_state(backbone, read(Path(path))), source)
 
 
 def backbone_state(
