@@ -123,7 +123,7 @@ def baseline(params: Params, labeller: str | None, encoder: str | None = None) -
             f"--encoder: {encoder}: a checkpoint brings its own encoder; name a dense labeller as "
             "well, such as --model denseclip, or leave it out"
         )
-    return found.model_copy(update={"encoder": _parse_encoder(encoder)})
+    return found.model_copy(update={"encoder": parse_encoder(encoder)})
 
 
 def result_name(
@@ -208,7 +208,7 @@ def _encoder_name(encoder: EncoderParams) -> str:
     return "-".join(Path(part).name for part in encoder.published_as() if part)
 
 
-def _parse_encoder(text: str) -> EncoderParams:
+def parse_encoder(text: str) -> EncoderParams:
     """MODEL/TAG, either of which may be a file, such as a.json/b.safetensors; or photo_clip."""
     from pipeline.params.base import CLIP_RETRIEVAL_PREFIX, EncoderParams
 

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.common import PATHS, EntryStatsPath, Session, StatsPath, try_outputs
+from pipeline.cli.common import PATHS, EntryStatsPath, Session, StatsPath, names, try_outputs
 
 import_app = typer.Typer(
-    help="Published intermediates in place of a stage, archives and image embeddings; label maps."
+    help="What others have published: archives, embeddings, label maps, a DenseCLIP+."
 )
 
 PrefixOption = Annotated[
@@ -123,6 +123,34 @@ def sbd(
 
     try_outputs(stats)
     importer.run(sbd_dir=given_path(folder), voc_dir=given_path(voc), stats_path=stats)
+
+
+@import_app.command(name="denseclip-plus")
+def denseclip_plus(
+    path: Annotated[Path, typer.Option("--from", help="Checkpoint of MaskCLIP+ (.pth).")],
+    categories: Annotated[
+        str, typer.Option(help="Its names in their order, or a category set's name.")
+    ],
+    encoder: Annotated[
+        str, typer.Option(help="MODEL/TAG of the CLIP that guided it.")
+    ] = "RN50-quickgelu/openai",
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = PATHS["plus"]
+    / "published",
+) -> None:
+    """A published DenseCLIP+ as a checkpoint for `predict` and `evaluate`."""
+    from pipeline.cli.benches import parse_encoder
+    from pipeline.files import given_path
+    from pipeline.importers import plus as importer
+
+    try_outputs(folders=[out])
+    importer.run(
+        path=given_path(path),
+        out_dir=out,
+        encoder=parse_encoder(encoder),
+        categories=names(categories) or [],
+        background=["background"],
+    )
+    print(f"{out}: a checkpoint of DenseCLIP+")
 
 
 def _import_embeddings(

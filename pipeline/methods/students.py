@@ -275,6 +275,8 @@ class DenseClipPlusParams(Augmentation, StudentParams):
     `learned`, from true background alone, since DenseCLIP never says it; the text of the `names` of
     the background, which DenseCLIP may say then; or `none`.
 
+    `unlabelled` are more images, of a source as under `index:`, beside those with truth.
+
     DenseCLIP labels, as `guide` says, the image that the student sees (`teacher` `online`, as
     published), or label shards are read (`stored`). After `guided_iterations` the student labels
     for itself where `self_training` is `on`; `until_drift` ends that when the shares of the
@@ -290,6 +292,7 @@ class DenseClipPlusParams(Augmentation, StudentParams):
     head: Literal["deeplabv2", "deeplabv3plus", "pspnet", "lraspp"] = "deeplabv2"
     output_stride: Literal[8, 16, 32] = 8
     data: TrainingDataParams = "archives"
+    unlabelled: SourceParams | None = None
     setting: Literal["annotation_free", "zero_shot", "adapted", "supervised"] = "annotation_free"
     unseen: list[Text] = []
     classifier: Literal["text", "learned"] = "text"
@@ -319,6 +322,10 @@ class DenseClipPlusParams(Augmentation, StudentParams):
             raise ValueError(f"setting {self.setting} needs the names of unseen categories")
         if self.background == "learned" and self.setting == "annotation_free":
             raise ValueError("background learned needs true background: setting has none")
+        if self.unlabelled and (self.setting in ("adapted", "supervised") or not has_truth):
+            raise ValueError(
+                f"unlabelled stands beside truth, and setting {self.setting} learns it"
+            )
         if self.teacher == "stored" and self.data != "archives":
             raise ValueError("teacher stored reads label shards, which are of archives")
         if self.classifier == "learned" and self.setting != "supervised":
@@ -379,7 +386,14 @@ def pasted_samples(params: TrainParams, inputs: TrainingInputs) -> TrainingData:
 
 def _whole_images(params: DenseClipPlusParams, inputs: TrainingInputs) -> TrainingData:
     from pipeline.benchmarks.opening import open_truth
-    from pipeline.training.images import AnnotatedPool, ArchivePool, PlusSet, Pool, SourcePool
+    from pipeline.training.images import (
+        AnnotatedPool,
+        ArchivePool,
+        JointPool,
+        PlusSet,
+        Pool,
+        SourcePool,
+    )
 
     data, names = params.data, inputs.names
     pool: Pool
@@ -401,6 +415,9 @@ def _whole_images(params: DenseClipPlusParams, inputs: TrainingInputs) -> Traini
             background=params.background != "none",
             truth=params.setting,
         )
+    if params.unlabelled is not None:
+        field = "train.unlabelled"
+        pool = JointPool([pool, SourcePool(field, params.unlabelled, field=field)])
     return PlusSet(pool, params, seed=inputs.runtime.seed, length=inputs.length)
 
 

@@ -260,7 +260,9 @@ def _state_path(
     """
     settings = {
         "version": TRAIN_VERSION,
-        "train": params.model_dump(mode="json", exclude={"encoder", "labels", "workers", "data"}),
+        "train": params.model_dump(
+            mode="json", exclude={"encoder", "labels", "workers", "data", "unlabelled"}
+        ),
         "categories": list(names.categories),
         "background": list(names.background),
         "seed": runtime.seed,

@@ -259,6 +259,32 @@ def _truth_table(
     return table
 
 
+class JointPool:
+    """Several pools as one, in their order."""
+
+    def __init__(self, pools: Sequence[Pool]) -> None:
+        self._pools = list(pools)
+        self._ends = np.cumsum([len(pool) for pool in pools], dtype=np.int64)
+        self.fingerprint = [pool.fingerprint for pool in pools]
+        self.warnings = [text for pool in pools for text in pool.warnings]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._ends.size else 0
+
+    def __getitem__(self, index: int) -> Labelled:
+        pool, rest = self._place(index)
+        return pool[rest]
+
+    def name(self, index: int) -> str:
+        pool, rest = self._place(index)
+        return pool.name(rest)
+
+    def _place(self, index: int) -> tuple[Pool, int]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        pool = self._pools[number]
+        return pool, index - int(self._ends[number]) + len(pool)
+
+
 class PlusSet(Dataset[Composed]):
     """Augmented training images of a pool; number i is a pure function of the seed and i.
 

@@ -156,6 +156,22 @@ def test_an_image_that_cannot_be_read_is_skipped_and_listed(
     assert stats["skipped"] == 1
 
 
+def test_images_without_annotation_are_unlabelled_beside_those_with_truth(
+    photos: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    (tmp_path / "more").mkdir()
+    for number in range(4):
+        data = encoded_image(noise_image(20 + number, 40, 30), "JPEG")
+        (tmp_path / f"more/{number}.jpg").write_bytes(data)
+    more = SourceParams(root=tmp_path / "more")
+    params = zero_shot(photos, encoder, unlabelled=more, iterations=8)
+    root = run(photos, tmp_path / "run", params)
+    stats = json.loads((root / "stats.json").read_text())
+    assert stats["counts"] == {"images": 15}
+    alone = run(photos, tmp_path / "alone", zero_shot(photos, encoder, iterations=8))
+    assert curve(root, "pseudo") != curve(alone, "pseudo")
+
+
 def test_cut_off_and_started_again_gives_the_same_bytes(
     photos: Path, encoder: EncoderParams, tmp_path: Path
 ) -> None:
@@ -222,6 +238,7 @@ def test_a_learned_classifier_knows_its_names_alone(
         ({"background": "learned"}, "background learned needs true background"),
         ({"data": {"format": "folder", "root": "a"}, "teacher": "stored"}, "are of archives"),
         ({"data": {"format": "folder", "root": "a"}, "labels": "b"}, "are the same folder"),
+        ({"unlabelled": {"format": "folder", "root": "a"}}, "unlabelled stands beside truth"),
         ({"classifier": "learned"}, "classifier learned is for setting supervised"),
     ],
 )

@@ -281,6 +281,9 @@ class TestAnnotatedPool:
 class Coloured:
     """A pool of images that are their number; those of `broken` cannot be read."""
 
+    warnings = ()
+    fingerprint = "coloured"
+
     def __init__(self, count: int, broken: tuple[int, ...] = ()) -> None:
         self._count, self._broken = count, broken
 

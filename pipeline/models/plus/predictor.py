@@ -58,6 +58,11 @@ def load_plus(
         categories=names.categories,
         templates=TEMPLATE_SETS[config.templates],
     )
+    if text.shape[1] != architecture["channels"]:
+        raise PipelineError(
+            f"{folder / CONFIG_NAME}: encoder: its text embeddings are {text.shape[1]} wide, "
+            f"but the network was trained with {architecture['channels']}"
+        )
     rows = None
     if network.classifier is not None:
         rows = _learned_rows(folder, config, names, has_background=label_0 != "none")

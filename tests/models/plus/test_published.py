@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import Result
+from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.errors import PipelineError
+from pipeline.inference.segmenter import Segmenter
 from pipeline.models.plus.network import build_plus
 from pipeline.models.plus.published import convert_published, read_published
+from pipeline.models.weights.checkpoint import save_checkpoint
 from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.params.base import EncoderParams
 from tests.openmmlab import norm_shapes, openmmlab_shapes
 
-C, K = 12, 4
+C, K = 16, 4
 
 Shapes = dict[str, list[int]]
 State = dict[str, Tensor]
@@ -160,10 +169,10 @@ def having(name: str, *shape: int) -> Callable[[State], State]:
         (having("decode_head.projector.weight", 2), "unknown tensors decode_head.projector"),
         (having("decode_head.classifier.weight", 2), "unknown tensors decode_head.classifier"),
         (having("text_embeddings", K, C), "expected one decode_head.text_embeddings"),
-        (having("decode_head.text_embeddings", C), r"\(K, C\), found \[\[12\]\]"),
+        (having("decode_head.text_embeddings", C), r"\(K, C\), found \[\[16\]\]"),
         (without("decode_head.text_embeddings"), r"\(K, C\), found \[\]"),
-        (having("decode_head.text_embeddings", K, C + 1), r"wrong shape.*is \[12, 2048, 3, 3\]"),
-        (having("decode_head.bg_embeddings", 2, C), r"background is \[2, 12\], expected \[1, 12"),
+        (having("decode_head.text_embeddings", K, C + 1), r"wrong shape.*is \[16, 2048, 3, 3\]"),
+        (having("decode_head.bg_embeddings", 2, C), r"background is \[2, 16\], expected \[1, 16"),
         (
             without("decode_head.decode_module.aspp_modules.2.bn.bias"),
             r"missing \(1\): head\.aspp_modules\.2\.bn\.bias",
@@ -174,7 +183,7 @@ def having(name: str, *shape: int) -> Callable[[State], State]:
     ],
 )
 def test_other_files_are_refused(change: Callable[[State], State], message: str) -> None:
-    with pytest.raises(PipelineError, match=f"(?s)^file.pth.*{message}"):
+    with pytest.raises(PipelineError, match=rf"(?s)^file.pth.*{message}"):
         convert_published(change(checkpoint()), "file.pth")
 
 
@@ -183,3 +192,47 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
         torch.save(content, tmp_path / "other.pth")
         with pytest.raises(PipelineError, match=r"other\.pth: not a checkpoint of MaskCLIP\+"):
             read_published(tmp_path / "other.pth")
+
+
+class TestImport:
+    @pytest.mark.parametrize("background", [True, False])
+    def test_predicts_with_its_names_and_others(
+        self, tmp_path: Path, encoder: EncoderParams, background: bool
+    ) -> None:
+        torch.save({"state_dict": checkpoint(background=background)}, tmp_path / "latest.pth")
+        done = import_plus(tmp_path, encoder, "cat,dog,bird,car")
+        assert done.exit_code == 0, done.output
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        assert config["categories"] == ["cat", "dog", "bird", "car"]
+        assert config["architecture"]["label_0"] == ("learned" if background else "none")
+        for names in (None, ["horse"]):
+            segmenter = Segmenter.load(tmp_path / "out", categories=names, device="cpu")
+            semantic = segmenter(Image.new("RGB", (20, 9))).semantic
+            lowest = 0 if background else 1
+            assert set(np.unique(semantic)) <= {*range(lowest, 1 + len(names or "four"))}
+
+    def test_another_number_of_names_is_refused(
+        self, tmp_path: Path, encoder: EncoderParams
+    ) -> None:
+        torch.save(checkpoint(), tmp_path / "latest.pth")
+        done = import_plus(tmp_path, encoder, "cat,dog")
+        assert "trained with 4 names, but --categories has 2" in str(done.exception)
+
+    def test_text_of_another_width_is_refused(self, tmp_path: Path, encoder: EncoderParams) -> None:
+        torch.save(checkpoint(), tmp_path / "latest.pth")
+        import_plus(tmp_path, encoder, "cat,dog,bird,car")
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        narrow = {**config["architecture"], "channels": 8}
+        settings = {name: value for name, value in narrow.items() if name != "label_0"}
+        save_checkpoint(
+            tmp_path / "out", build_plus(**settings), {**config, "architecture": narrow}
+        )
+        with pytest.raises(PipelineError, match=r"embeddings are 16 wide, .* trained with 8"):
+            Segmenter.load(tmp_path / "out", device="cpu")
+
+
+def import_plus(folder: Path, encoder: EncoderParams, names: str) -> Result:
+    words = ["--from", folder / "latest.pth", "--out", folder / "out", "--categories", names]
+    tag = f"{encoder.model}/{encoder.pretrained}"
+    options = [*map(str, words), "--encoder", tag]
+    return CliRunner().invoke(app, ["import", "denseclip-plus", *options])
