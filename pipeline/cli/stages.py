@@ -29,7 +29,14 @@ from pipeline.cli.common import (
     try_outputs,
 )
 from pipeline.files import read_json
-from pipeline.presets import bench_text, list_benches, list_presets, preset_text, write_preset
+from pipeline.presets import (
+    OWN_IMAGES,
+    bench_text,
+    list_benches,
+    list_presets,
+    preset_text,
+    write_preset,
+)
 
 NAMES_HELP = """Category names between commas, quoted as in CSV: '"hammer, claw",saw'"""
 Resume = Literal["auto", "never"]
@@ -64,6 +71,8 @@ Corruption = Annotated[
     str | None, typer.Option(help="Disturb the images: NAME:LEVEL, level 1 to 5.")
 ]
 
+OWN_PRESETS = ", ".join(f"`{name}`" for name in OWN_IMAGES)
+
 stages_app = typer.Typer()
 
 
@@ -73,17 +82,17 @@ def init(
     preset: Annotated[str, typer.Option(help="Name of a preset; `--preset list` lists them.")],
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder of unlabelled images (presets `folder`, `folder-offline`)."),
+        typer.Option(help=f"Folder of unlabelled images (presets {OWN_PRESETS})."),
     ] = None,
     categories: Annotated[
-        str | None, typer.Option(help=f"{NAMES_HELP} (presets `folder`, `folder-offline`).")
+        str | None, typer.Option(help=f"{NAMES_HELP} (presets {OWN_PRESETS}).")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Params file to write; default: that of `--params`.")
     ] = None,
     force: Annotated[bool, typer.Option(help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write params.yaml from a preset: `demo`, `folder`, `folder-offline` or one of the papers'."""
+    """Write params.yaml from a preset: `demo`, one for own photos or one of the papers'."""
     if preset == "list":
         for name, summary in list_presets():
             print(f"{name:18} {summary}")

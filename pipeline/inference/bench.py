@@ -36,6 +36,7 @@ from pipeline.inference.protocol import (
 )
 from pipeline.inference.segmenter import Segmenter
 from pipeline.methods.dense import PseudoLabelParams
+from pipeline.models.layers.regions import regions_protocol
 from pipeline.params.base import PredictionSettings
 from pipeline.params.benches import BenchParams
 
@@ -154,7 +155,7 @@ class LabellerPredictor:
         settings = self.labeller.settings
         objects = {"temperature": settings.temperature, "objects": settings.labeller_objects}
         found = objects if self.labeller.finds_objects else {}
-        return {**labeller_protocol(self.labeller), **found}
+        return {**labeller_protocol(self.labeller), **found, **regions_protocol(settings)}
 
     @property
     def fingerprints(self) -> list[str]:

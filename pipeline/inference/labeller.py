@@ -12,7 +12,6 @@ from PIL import Image
 
 from pipeline.engine.runtime import Runtime
 from pipeline.files import digest
-from pipeline.formats.labels import label_map
 from pipeline.formats.predictions import Segmentation
 from pipeline.inference.confidence import confidence_map, find_name
 from pipeline.inference.inputs import to_tensor
@@ -26,6 +25,7 @@ from pipeline.methods.dense import (
 from pipeline.models.dense.labels import label_and_confidence
 from pipeline.models.dense.objects import objects_of_labels
 from pipeline.models.layers.interpolate import upsampled_labels
+from pipeline.models.layers.regions import labels_of_regions
 from pipeline.params.base import PredictionSettings
 from pipeline.vocabulary.categories import Names, unasked_names
 
@@ -130,14 +130,14 @@ class Labeller:
             with self._runtime.autocast():
                 scores = self._model.scores(batch).float()
             rows = upsampled_labels(scores, *through, size)
-            return Segmentation(label_map(rows[0].cpu().numpy(), self._first), [])
+            return Segmentation(labels_of_regions(rows[0], self._first, self.settings), [])
         model = cast("ObjectLabeller", self._model)
         with self._runtime.autocast():
             scores, features = model.scores_and_features(batch)
         rows, confidence = label_and_confidence(
             scores.float(), size, scale=model.logit_scale, through=through
         )
-        labels = label_map(rows[0].cpu().numpy(), self._first)
+        labels = labels_of_regions(rows[0], self._first, self.settings)
         objects = objects_of_labels(
             labels,
             confidence[0].cpu().numpy(),

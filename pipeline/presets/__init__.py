@@ -26,7 +26,7 @@ _OF_SCORES = (
     *("background", "metrics", "unseen", "groups"),
     *("resize_to", "max_side", "rounding", "corruption_channels"),
 )
-_OWN_IMAGES = ("folder", "folder-offline")
+OWN_IMAGES = ("folder", "folder-plus", "folder-offline")
 
 
 def list_presets() -> list[tuple[str, str]]:
@@ -85,8 +85,8 @@ def write_preset(
             `images` or `categories` given with another preset.
     """
     text = preset_text(name)
-    if (images or categories) and name not in _OWN_IMAGES:
-        own = " and ".join(_OWN_IMAGES)
+    if (images or categories) and name not in OWN_IMAGES:
+        own = ", ".join(OWN_IMAGES)
         raise PipelineError(f"--images and --categories belong to the presets {own}, not {name}")
     if images is not None:
         images = given_path(images)

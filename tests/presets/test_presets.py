@@ -10,6 +10,8 @@ from ruamel.yaml import YAML
 from pipeline.cli.benches import shipped_bench
 from pipeline.errors import PipelineError
 from pipeline.methods.students import DenseClipPlusParams
+from pipeline.models.plus.backbones import build_backbone
+from pipeline.params.base import EncoderParams
 from pipeline.params.reading import read_params
 from pipeline.presets import list_presets, preset_text, write_preset
 from pipeline.vocabulary.categories import load_category_set
@@ -50,7 +52,7 @@ def test_the_presets_of_the_documentation_exist() -> None:
     papers = {"zutis-coco", "zutis-voc", "zutis-coca", "zutis-imagenet-s"}
     papers |= {"zutis-coco-b32", "zutis-coco-seen65", "zutis-imagenet-s-b16"}
     papers |= {"denseclip", "denseclip-rn50x16", *PLUS}
-    assert set(NAMES) == {"demo", "folder", "folder-offline"} | papers
+    assert set(NAMES) == {"demo", "folder", "folder-offline", "folder-plus"} | papers
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -199,7 +201,7 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
     assert all(name in str(caught.value) for name in NAMES)
 
 
-@pytest.mark.parametrize("preset", ["folder", "folder-offline"])
+@pytest.mark.parametrize("preset", ["folder", "folder-offline", "folder-plus"])
 def test_images_and_categories_fill_in_a_preset_of_own_photos(tmp_path: Path, preset: str) -> None:
     photos, path = tmp_path / "my photos", tmp_path / "params.yaml"
     photos.mkdir()
@@ -220,6 +222,26 @@ def test_images_and_categories_fill_in_a_preset_of_own_photos(tmp_path: Path, pr
     assert len(changed) == 2
 
 
+def test_a_small_network_of_own_photos_is_taught_by_the_labels_of_one_clip(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    write_preset("folder-plus", path)
+    params = read_params(path)
+    train = params.train
+    assert isinstance(train, DenseClipPlusParams)
+    assert (train.teacher, str(train.labels), train.background) == (
+        "stored",
+        "data/labels",
+        "names",
+    )
+    assert train.iterations == train.guided_iterations
+    assert 300 <= train.iterations <= 2000
+    assert (train.crop_size, train.learning_rate, train.weight_decay) == (512, 0.01, 5e-4)
+    encoders = {part.encoder for part in (params.embed, params.mask, params.pseudo_label, train)}
+    assert encoders == {EncoderParams(model="RN50-quickgelu", pretrained="openai")}
+    backbone = build_backbone(train.backbone, output_stride=train.output_stride)
+    assert sum(value.numel() for value in backbone.parameters()) < 5e6
+
+
 def test_images_alone_leave_the_categories(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     write_preset("folder", path, images=tmp_path)
@@ -238,7 +260,7 @@ def test_other_presets_take_no_images_or_categories(
     tmp_path: Path, options: dict[str, object]
 ) -> None:
     path = tmp_path / "params.yaml"
-    with pytest.raises(PipelineError, match=r"belong to .* folder-offline, not demo"):
+    with pytest.raises(PipelineError, match=r"belong to .* folder-plus, folder-offline, not demo"):
         write_preset("demo", path, **options)
     assert not path.exists()
 

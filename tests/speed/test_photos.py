@@ -12,12 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from pipeline.inference.segmenter import Segmenter
 from pipeline.models.clip import load_clip, text_embeddings
-from pipeline.params.base import EncoderParams
+from pipeline.params.base import EncoderParams, PredictionSettings
 from pipeline.params.reading import parse_params
 from pipeline.vocabulary.prompts import templates
 from speed import photo_encoder, photos
 from speed.commands import Folder
+from speed.photo_rates import rates
+from tests.stages.tiny_checkpoint import write_checkpoint
 
 TAGS = {
     "a.jpg": ["cat"],
@@ -109,6 +112,25 @@ def test_the_params_of_every_plan_are_valid(tmp_path: Path, monkeypatch: Any) ->
         assert parse_params(run.params()).train.iterations == 10
         for section in photos.mask_sections(encoder, 224).values():
             parse_params(run.params(mask=section))
+        if plan.small:
+            small = parse_params(run.params(train={"encoder": encoder, **plan.small})).train
+            assert (small.student, small.encoder.model) == ("denseclip_plus", "model")
+            assert small.iterations == small.guided_iterations
+
+
+def test_networks_are_timed_in_turns(tmp_path: Path, tiny_clip: tuple[Path, Path]) -> None:
+    paths = [tmp_path / f"images/{number}.png" for number in range(3)]
+    write_images(tmp_path, len(paths))
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny_clip)
+    networks = {
+        name: Segmenter.load(
+            checkpoint, device="cpu", settings=PredictionSettings(resize_to=side, instances=False)
+        )
+        for name, side in (("large", 128), ("small", 16))
+    }
+    found = rates(networks, paths)
+    assert set(found) == {"large", "small", "small_ratio"}
+    assert min(found.values()) > 0
 
 
 def write_images(folder: Path, count: int) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from pipeline.formats.rle import coco_annotation, decode_mask, encode_mask
 from pipeline.inference.inputs import to_tensor
 from pipeline.inference.segmenter import Prediction, Segmenter
 from pipeline.methods.dense import DenseClipParams, PseudoLabelParams, load_dense_labeller
+from pipeline.models.layers.regions import majority_of_regions
 from pipeline.params.base import EncoderParams, PredictionSettings
 from pipeline.params.benches import CocoBench, CubBench, VocBench
 from pipeline.params.sections import EvaluateParams
@@ -635,6 +636,36 @@ def test_the_objects_of_denseclip_are_its_classes_or_their_parts(
     assert sum(map(len, found.values())) > 2 * sum(
         len(results) for (regions, _), results in found.items() if regions == "classes"
     )
+
+
+def test_regions_of_every_predictor_take_what_most_of_them_has(
+    bench: Bench, tmp_path: Path
+) -> None:
+    bench.write(from_predictions(bench))
+    maps, protocols = {}, {}
+    for is_on in (False, True):
+        out, params = tmp_path / str(is_on), EvaluateParams(overlays=1, region_majority=is_on)
+        alone = bench.evaluate(out / "alone", denseclip=True, params=params)
+        beside = bench.evaluate(out / "beside", params=params)
+        assert alone["miou"] == beside["baseline_miou"]
+        protocols[is_on] = [
+            line for line in alone["protocol"] + beside["protocol"] if "region_majority" in line
+        ]
+        for name in ("alone", "beside"):
+            for sample in read_shards(predictions_of(out / name)):
+                key = name, json.loads(sample["json"])["image_id"]
+                maps[is_on, *key] = decode_label(sample["label.png"])
+                objects = json.loads(sample["instances.json"])
+                if name == "alone":
+                    for found in objects:
+                        inside = decode_mask(found["segmentation"])
+                        assert (maps[is_on, *key][inside] == found["category_id"]).all()
+    lines = ["region_majority: True", "baseline_region_majority: True"]
+    assert protocols == {False: [], True: [lines[0], *sorted(lines, reverse=True)]}
+    for key in [key for is_on, *key in maps if is_on]:
+        voted = majority_of_regions(maps[False, *key])
+        np.testing.assert_array_equal(maps[True, *key], voted)
+    assert any((maps[False, *key] != maps[True, *key]).any() for _, *key in maps)
 
 
 def test_an_image_without_foreground_has_no_objects(bench: Bench, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from pipeline.benchmarks.voc import VocWriter
 from pipeline.errors import PipelineError
 from pipeline.inference.segmenter import Segmenter
 from pipeline.methods.students import DenseClipPlusParams
-from pipeline.params.base import EncoderParams
+from pipeline.models.layers.regions import majority_of_regions
+from pipeline.params.base import EncoderParams, PredictionSettings
 from pipeline.params.benches import VocBench
 from pipeline.params.sources import SourceParams
 from tests.conftest import encoded_image, noise_image
@@ -107,6 +108,22 @@ def test_stored_labels_teach_a_network_that_takes_any_names(
     confidence = segmenter.confidence(Image.new("RGB", (9, 5)), "dog")
     assert confidence.shape == (5, 9)
     assert ((confidence >= 0) & (confidence <= 1)).all()
+
+
+def test_a_region_takes_what_most_of_it_has_where_that_is_asked_for(
+    shards: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    root = run(shards, tmp_path, plus(encoder, data="archives"))
+    maps = []
+    for is_on in (False, True):
+        settings = PredictionSettings(region_majority=is_on)
+        segmenter = Segmenter.load(root / "zutis", settings=settings, device="cpu")
+        maps.append(segmenter(noise_image(1, 200, 300)).semantic)
+        protocol = segmenter.student.protocol(settings)
+        assert protocol.get("region_majority") == (is_on or None)
+    assert len(np.unique(maps[0])) == 2  # all is foreground, and so one region
+    np.testing.assert_array_equal(maps[1], majority_of_regions(maps[0]))
+    assert len(np.unique(maps[1])) == 1
 
 
 def test_without_a_row_for_background_nothing_is_background(

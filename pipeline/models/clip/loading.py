@@ -25,16 +25,13 @@ from pipeline.models.clip.features import square_side
 from pipeline.models.clip.hub import tried_once
 from pipeline.models.clip.photo_clip import CONFIG_PATH as PHOTO_CLIP_CONFIG
 from pipeline.models.clip.photo_clip import NAME as PHOTO_CLIP
-from pipeline.models.clip.photo_clip import package_file, read_fetched, read_package
+from pipeline.models.clip.photo_clip import find_weights as find_photo_clip
 from pipeline.models.clip.tokenizer import load_tokenizer
 from pipeline.models.weights.weights import load_strict, read_weights
 from pipeline.models.weights.zoo import (
     CLIP_KINDS,
     cached_clip,
-    cached_path,
     copied_entry,
-    is_cached,
-    published,
     published_clip,
     resolve_weights,
 )
@@ -241,7 +238,8 @@ def _find_weights(
         path = cached or _download(model, pretrained, tag)
         return _Weights(path=path, quick_gelu=tag.get("quick_gelu", False), preprocess=tag)
     if pretrained == PHOTO_CLIP:
-        return _photo_clip_weights(cache_dir)
+        path, read = find_photo_clip(cache_dir)
+        return _Weights(path=path, read=read)
     path = Path(pretrained) if cache_dir is None else resolve_weights(pretrained, cache_dir)
     if path.is_file():
         tag = {} if cache_dir is None else _tag_of_copy(path, cache_dir)
@@ -274,14 +272,6 @@ def _tag_of_copy(path: Path, cache_dir: Path) -> dict[str, Any]:
         return {}
     architecture = entry.architecture
     return dict(open_clip.get_pretrained_cfg(architecture["model"], architecture["tag"]))
-
-
-def _photo_clip_weights(cache_dir: Path | None) -> _Weights:
-    """The fetched copy, or else the package's file."""
-    entry = published(PHOTO_CLIP)
-    if cache_dir is not None and is_cached(entry, cache_dir):
-        return _Weights(path=cached_path(entry, cache_dir), read=read_fetched)
-    return _Weights(path=package_file(), read=read_package)
 
 
 def _unknown_tag(model: str, tag: str) -> PipelineError:

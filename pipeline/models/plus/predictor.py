@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import PipelineError, first_line
-from pipeline.formats.labels import label_map
 from pipeline.formats.predictions import Segmentation
 from pipeline.models.clip import label_embeddings, load_clip
 from pipeline.models.layers.interpolate import upsampled_labels
+from pipeline.models.layers.regions import labels_of_regions, regions_protocol
 from pipeline.models.plus.network import PlusNetwork, build_plus
 from pipeline.models.plus.student import LABEL_0
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
@@ -153,7 +153,8 @@ class PlusPredictor:
         through = [images.shape[-2:]] if settings.upsampling == "published" else []
         return [
             Segmentation(
-                label_map(upsampled_labels(one[None], *through, size)[0].cpu().numpy(), first), []
+                labels_of_regions(upsampled_labels(one[None], *through, size)[0], first, settings),
+                [],
             )
             for one, size in zip(self._logits(images, first), sizes, strict=True)
         ]
@@ -182,7 +183,10 @@ class PlusPredictor:
             return self._network.classify(images.to(self._runtime.device), text)
 
     def protocol(self, settings: PredictionSettings) -> dict[str, Any]:
-        """The architecture."""
-        del settings
+        """The architecture, and what regions take."""
         architecture = {f"network_{name}": value for name, value in self._architecture.items()}
-        return {**architecture, "network_label_0": self._label_0}
+        return {
+            **architecture,
+            "network_label_0": self._label_0,
+            **regions_protocol(settings),
+        }

@@ -20,9 +20,11 @@ from torch.optim import SGD, Optimizer
 from pipeline.errors import PipelineError, did_you_mean, listing
 from pipeline.formats.labels import IGNORE_INDEX, UNLABELLED
 from pipeline.models.clip import ClipEncoder, label_embeddings
+from pipeline.models.clip.photo_clip import NAME as PHOTO_CLIP
+from pipeline.models.clip.photo_clip import find_weights as find_photo_clip
 from pipeline.models.layers.interpolate import upsample, upsampled_labels
 from pipeline.models.layers.parts import sum_by_parts
-from pipeline.models.plus.backbones import backbone_statistics, load_backbone
+from pipeline.models.plus.backbones import Backbone, backbone_statistics, load_backbone
 from pipeline.models.plus.labels import doubtful_void, fill_unlabelled, own_labels
 from pipeline.models.plus.network import PlusNetwork, build_plus
 from pipeline.models.plus.schedule import poly_lr
@@ -32,6 +34,8 @@ from pipeline.vocabulary.categories import plain_name
 from pipeline.vocabulary.prompts import templates
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pipeline.engine.runtime import Runtime
     from pipeline.methods.dense import DenseLabeller
     from pipeline.methods.students import DenseClipPlusParams, MicroBatch
@@ -255,8 +259,7 @@ def fresh_plus(
     }
     network = build_plus(**architecture)
     if params.backbone_weights is not None:
-        path = resolve_weights(params.backbone_weights, runtime.cache_dir)
-        load_backbone(network.backbone, path)
+        _load_weights(network.backbone, params.backbone_weights, runtime.cache_dir)
     hasher = hashlib.sha256()
     hash_tensors(hasher, {**network.state_dict(), "text": text})
     return PlusStudent(
@@ -269,6 +272,15 @@ def fresh_plus(
         fingerprint=f"{hasher.hexdigest()} {encoder.fingerprint()}",
         runtime=runtime,
     )
+
+
+def _load_weights(backbone: Backbone, weights: str, cache_dir: Path) -> None:
+    """Weights of a file, of a published name, or of the package that `photo_clip` comes from."""
+    if weights == PHOTO_CLIP:
+        path, read = find_photo_clip(cache_dir)
+        load_backbone(backbone, path, read=read)
+    else:
+        load_backbone(backbone, resolve_weights(weights, cache_dir))
 
 
 def candidates(params: DenseClipPlusParams, categories: Sequence[str]) -> list[int]:

@@ -14,10 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor
 
-from pipeline.formats.labels import LabelMap
 from pipeline.formats.predictions import Instance
 from pipeline.models.layers.interpolate import Taps, bilinear_taps, interpolate, upsample
 
@@ -90,28 +88,6 @@ def semantic_prediction(
     if labels is None:
         raise ValueError("text_embeddings has no row")
     return labels
-
-
-def majority_of_regions(labels: LabelMap) -> LabelMap:
-    """Give each connected region of foreground the category that most of it has.
-
-    A region in which no category has more than half of the pixels stays as it is: it may be several
-    objects that touch.
-
-    Args:
-        labels: (H, W) label ids, 0 is background; pixels are connected by their sides.
-
-    Returns:
-        (H, W) label ids of the same type.
-    """
-    regions, num_regions = ndimage.label(labels > 0)
-    num_labels = int(labels.max(initial=0)) + 1
-    pairs = regions.ravel() * num_labels + labels.ravel()
-    counts = np.bincount(pairs, minlength=(num_regions + 1) * num_labels).reshape(-1, num_labels)
-    has_majority = 2 * counts.max(axis=1) > counts.sum(axis=1)
-    has_majority[0] = False  # the background
-    winners = counts.argmax(axis=1).astype(labels.dtype)
-    return np.where(has_majority[regions], winners[regions], labels)
 
 
 @torch.no_grad()

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError, first_line
-from pipeline.formats.labels import LabelMap, label_map
+from pipeline.formats.labels import LabelMap
 from pipeline.formats.predictions import Instance, Segmentation
 from pipeline.models.clip import label_embeddings, load_clip
+from pipeline.models.layers.regions import labels_of_regions, regions_protocol
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
 from pipeline.models.weights.weights import hash_tensors, load_state, load_strict
 from pipeline.models.zutis.build import build_zutis
 from pipeline.models.zutis.network import Zutis
 from pipeline.models.zutis.postprocess import (
     instance_predictions,
-    majority_of_regions,
     semantic_logits,
     semantic_prediction,
 )
@@ -143,8 +143,7 @@ class ZutisPredictor:
             "temperature": settings.temperature,
             "suppression": settings.suppression,
             "score_resolution": settings.score_resolution,
-            # Named where it is on, so that what is known of other predictions reads as before.
-            **({"region_majority": True} if settings.region_majority else {}),
+            **regions_protocol(settings),
         }
 
     def _label_map(
@@ -152,8 +151,7 @@ class ZutisPredictor:
     ) -> LabelMap:
         first = 0 if settings.background else 1
         semantic = semantic_prediction(patch_tokens[None], self._text[first:], size)[0]
-        labels = label_map(semantic.cpu().numpy(), first)
-        return majority_of_regions(labels) if settings.region_majority else labels
+        return labels_of_regions(semantic, first, settings)
 
     def _instances(
         self,

@@ -278,3 +278,17 @@ class TestLoad:
     def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(PipelineError, match=r"none\.pth: no such weights file"):
             load_backbone(build_backbone("timm:test_resnet"), tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("name", ["timm:test_efficientnet", "timm:mobilenetv3_small_050"])
+def test_depthwise_convolutions_are_laid_out_channels_last(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    plain = shaken(build_backbone(name)).to(memory_format=torch.contiguous_format)
+    save_file(plain.trunk.state_dict(), tmp_path / "weights.safetensors")
+    backbone = build_backbone(name).eval()
+    load_backbone(backbone, tmp_path / "weights.safetensors")
+    weights = [value for value in backbone.state_dict().values() if value.ndim == 4]
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in weights)
+    images = torch.rand(2, 3, 40, 56)
+    for found, expected in zip(backbone(images), plain(images), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

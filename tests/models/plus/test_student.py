@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from pipeline.errors import PipelineError
 from pipeline.formats.labels import IGNORE_INDEX, UNLABELLED
 from pipeline.methods.dense import load_dense_labeller
 from pipeline.methods.students import DenseClipPlusParams, MicroBatch, fresh_student
+from pipeline.models.clip.photo_clip import package_file
+from pipeline.models.clip.photo_clip.assemble import PACKAGE
 from pipeline.models.plus.student import PlusStudent
+from pipeline.models.weights.acquire import fetch
+from pipeline.models.weights.zoo import published
 from pipeline.params.base import EncoderParams
 from pipeline.params.benches import VocBench
 from pipeline.vocabulary.categories import Names
@@ -284,3 +289,20 @@ def test_what_cannot_be_trained_is_named(
 ) -> None:
     with pytest.raises(PipelineError, match=message):
         student(encoder, runtime, **changes)
+
+
+@pytest.mark.skipif(find_spec(PACKAGE) is None, reason=f"{PACKAGE} is not installed")
+def test_a_backbone_starts_from_the_weights_of_photo_clip_fetched_or_not(
+    encoder: EncoderParams, runtime: Runtime
+) -> None:
+    changes = {"backbone": "timm:tf_efficientnet_lite0", "backbone_weights": "photo_clip"}
+    package = torch.load(package_file(), weights_only=True)
+    for is_fetched in (False, True):
+        if is_fetched:
+            fetch(published("photo_clip"), runtime.cache_dir)
+        state = student(encoder, runtime, **changes).network.backbone.trunk.state_dict()
+        assert torch.equal(state["conv_stem.weight"], package["_conv_stem.weight"])
+        assert torch.equal(state["bn1.running_mean"], package["_bn0.running_mean"])
+        assert not [name for name in state if name.startswith("classifier")]
+    with pytest.raises(PipelineError, match=r"as timm:resnet10t\): not the weights"):
+        student(encoder, runtime, backbone_weights="photo_clip")

