@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline.benchmarks import Benchmark, Example
 from pipeline.files import replace_dir, write_json
+from pipeline.formats.labels import BACKGROUND, IGNORE_INDEX
 from pipeline.formats.predictions import PredictionStore, StoredPrediction
 from pipeline.formats.rle import RleObject, decode_mask, mask_box_xywh
 from pipeline.pictures.overlays import (
@@ -56,6 +57,7 @@ def write_pictures(
     image_miou: Mapping[str, float],
     load: Callable[[Example], Image.Image],
     count: int,
+    background: bool = True,
 ) -> None:
     """Pictures of `count` images spread over the benchmark, and of the best and worst ones.
 
@@ -69,6 +71,7 @@ def write_pictures(
         image_miou: image id -> mIoU in [0, 1], of the images that can be ranked.
         load: reads the image that was predicted on.
         count: 0 for no picture at all.
+        background: whether label id 0 is scored; else it is void in the picture of errors.
     """
     chosen = _choose([example.image_id for example in benchmark], image_miou, count=count)
     wanted = {image_id for image_ids in chosen.values() for image_id in image_ids}
@@ -78,7 +81,10 @@ def write_pictures(
             image_id = example.image_id
             if image_id in wanted and (prediction := store.get(number, image_id)) is not None:
                 names = example.vocabulary or benchmark.categories
-                picture = _draw(load(example), example.semantic(), prediction, names)
+                target = example.semantic()
+                if not background:
+                    target = np.where(target == BACKGROUND, IGNORE_INDEX, target)
+                picture = _draw(load(example), target, prediction, names)
                 picture.save(folder / f"{image_id}.png")
                 drawn.add(image_id)
         index = [

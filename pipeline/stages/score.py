@@ -91,6 +91,7 @@ def run(
                 seed=seed,
             ),
             count=overlays,
+            background=bench.background,
         )
         _write_per_class(out_dir / "plots" / f"{name}_per_class.csv", task, board)
         _write_confusion(out_dir / "plots" / f"{name}_confusion", task, board.confusion())

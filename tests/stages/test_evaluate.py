@@ -713,6 +713,12 @@ def test_without_background_the_best_category_has_every_pixel(bench: Bench, tmp_
     baseline = next(read_shards(predictions_of(tmp_path / "out")))["baseline.png"]
     with Image.open(io.BytesIO(baseline)) as image:
         assert np.array(image).min() >= 1
+    # What is not scored is void in the picture of errors; `false` is a square of the legend alone.
+    with Image.open(tmp_path / "out/overlays/tiny/im0.png") as picture:
+        pixels = np.asarray(picture, dtype=int)
+    errors = pixels[len(pixels) // 2 :, : pixels.shape[1] // 2]
+    reddish = errors[..., 0] - errors[..., 2] > 100
+    assert reddish.sum() < 400
 
 
 def test_unseen_categories_may_be_new_to_the_checkpoint(bench: Bench, tmp_path: Path) -> None:
