@@ -64,7 +64,7 @@ TRAINING = {
     "workers": 0,
     "checkpoint_every": 100,
 }
-# The small student of DenseCLIP; iterations, rate, stride and crop were chosen on the first half.
+# The small student of DenseCLIP: iterations, rate, stride and scales chosen on the first half.
 SMALL = {
     "student": "denseclip_plus",
     "templates": "prompts85",
@@ -77,9 +77,9 @@ SMALL = {
     "iterations": 300,
     "guided_iterations": 300,
     "batch_size": 8,
-    "crop_size": 256,
+    "crop_size": 320,
     "base_size": None,
-    "scale_range": [0.5, 1.5],
+    "scale_range": [0.8, 1.6],
     "learning_rate": 0.02,
     "workers": 0,
     "checkpoint_every": 100,
