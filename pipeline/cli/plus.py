@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline.cli.common import PATHS, Session, try_outputs
+from pipeline.errors import PipelineError
 from pipeline.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -22,14 +25,23 @@ def plus(
     ctx: typer.Context,
     name: Annotated[str, typer.Option(help="Name of an entry under `plus:` in the params.")],
     masks: Annotated[Path, typer.Option(help="Folder of the mask shards.")] = PATHS["masks"],
-    out: Annotated[Path | None, typer.Option(help="Folder of the checkpoint.")] = None,
-    reports: Annotated[Path | None, typer.Option(help="Folder of curves and scores.")] = None,
-    stats: Annotated[Path | None, typer.Option(help="Folder of the counts (JSON).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the checkpoint; default: models/plus/NAME.")
+    ] = None,
+    reports: Annotated[
+        Path | None, typer.Option(help="Folder of curves and scores; default: reports/plus/NAME.")
+    ] = None,
+    stats: Annotated[
+        Path | None, typer.Option(help="Folder of the counts; default: reports/stats/plus-NAME.")
+    ] = None,
 ) -> None:
     """Train a DenseCLIP+ and score it, its state at the switch to self-training, and its teacher.
 
-    Scores are in `scores.json` of the folder of reports; `compare` gathers them.
+    An entry has `train` (setting, data, backbone, head, teacher: docs/denseclip_plus.md) and
+    `bench`, as under `benches:`. A run that was cut off is continued. Scores are in `scores.json`
+    of the folder of reports; `compare` gathers them.
     """
+    from pipeline.benchmarks.opening import open_benchmark
     from pipeline.stages import train as stage
     from pipeline.stages.compare import SCORES_NAME
 
@@ -38,25 +50,27 @@ def plus(
     out, reports = out or PATHS["plus"] / name, reports or PATHS["plus_reports"] / name
     stats = stats or PATHS["stats"] / f"plus-{name}"
     try_outputs(folders=[out, reports, stats])
-    params = entry.train
-    stage.run(
-        masks_dir=masks,
-        labels_dir=params.labels if params.needs_labels else None,
-        out_dir=out,
-        live_dir=reports / "live",
-        categories=session.categories,
-        background=session.params.background,
-        params=params,
-        runtime=session.runtime,
-        stats_path=stats / "train.json",
-    )
+    params, background = entry.train, session.params.background
     scored: dict[str, Path | None] = {TEACHER: None, GUIDED: out}
-    if (out / GUIDED).is_dir():
+    if params.self_training != "off":
         scored |= {GUIDED: out / GUIDED, SELF_TRAINED: out}
-    scores = {
-        title: _score(session, entry, title, checkpoint, reports, stats)
-        for title, checkpoint in scored.items()
-    }
+    with _named(f"{session.params_path}: plus.{name}"):
+        open_benchmark(name, entry.bench, background, field="bench")  # before hours of training
+        stage.run(
+            masks_dir=masks,
+            labels_dir=params.labels if params.needs_labels else None,
+            out_dir=out,
+            live_dir=reports / "live",
+            categories=session.categories,
+            background=background,
+            params=params,
+            runtime=session.runtime,
+            stats_path=stats / "train.json",
+        )
+        scores = {
+            title: _score(session, entry, title, checkpoint, reports, stats)
+            for title, checkpoint in scored.items()
+        }
     flat = {
         f"{title}_{key}": value
         for title in (TEACHER, GUIDED)
@@ -64,6 +78,15 @@ def plus(
         if key in ("miou", "miou_unseen")
     }
     write_json(reports / SCORES_NAME, {**flat, **scores})
+
+
+@contextmanager
+def _named(entry: str) -> Iterator[None]:
+    """Errors that begin with the entry that they are of."""
+    try:
+        yield
+    except PipelineError as error:
+        raise PipelineError(f"{entry}: {error}") from None
 
 
 def _score(

@@ -95,7 +95,7 @@ def init(
     """Write params.yaml from a preset: `demo`, one for own photos or one of the papers'."""
     if preset == "list":
         for name, summary in list_presets():
-            print(f"{name:18} {summary}")
+            print(f"{name:28} {summary}")
         return
     from pipeline.params.reading import parse_params
 

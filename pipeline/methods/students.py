@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, Self
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from pipeline.errors import PipelineError
 from pipeline.formats.predictions import Segmentation
@@ -260,6 +260,11 @@ class ZutisParams(TrainParams):
     feedforward_dim: Count = 2048
 
 
+def _on_or_off(value: Any) -> Any:
+    """YAML 1.1, which some tools write, reads `on` and `off` as booleans."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class DenseClipPlusParams(Augmentation, StudentParams):
     """DenseCLIP+: any segmentation network, taught by DenseCLIP (DenseCLIP paper, 3.4).
 
@@ -282,7 +287,8 @@ class DenseClipPlusParams(Augmentation, StudentParams):
     for itself where `self_training` is `on`; `until_drift` ends that when the shares of the
     categories among its labels are further than `drift_tolerance` (half the sum of differences)
     from those at the switch: the paper has no rule. `loss_average` `all` divides the loss by all
-    pixels, as the published code does, `counted` by those that are not void.
+    pixels, as the published code does, `counted` by those that are not void. Training fails if more
+    than `max_error_rate` of the images, and more than one, cannot be read.
     """
 
     student: Literal["denseclip_plus"] = "denseclip_plus"
@@ -301,9 +307,12 @@ class DenseClipPlusParams(Augmentation, StudentParams):
     teacher: Literal["online", "stored"] = "online"
     confidence_threshold: Probability = 0.0
     guided_iterations: Count = 2000
-    self_training: Literal["on", "off", "until_drift"] = "off"
+    self_training: Annotated[Literal["on", "off", "until_drift"], BeforeValidator(_on_or_off)] = (
+        "off"
+    )
     drift_tolerance: Probability = 0.3
     loss_average: Literal["all", "counted"] = "all"
+    max_error_rate: Probability = 0.01
     batch_size: Count = 16
     learning_rate: Positive = 0.01
     final_learning_rate: NonNegative = 1e-4
@@ -315,7 +324,10 @@ class DenseClipPlusParams(Augmentation, StudentParams):
         has_truth = not isinstance(self.data, str | SourceParams)
         needs_truth = self.setting != "annotation_free"
         if needs_truth and not has_truth:
-            raise ValueError(f"setting {self.setting} reads true masks: data has none")
+            raise ValueError(
+                f"setting {self.setting} reads true masks: give data as under `benches:`, such as "
+                "{format: voc, root: ...}, or take setting annotation_free"
+            )
         if self.unseen and self.setting not in ("zero_shot", "adapted"):
             raise ValueError(f"setting {self.setting} has no unseen categories")
         if self.setting in ("zero_shot", "adapted") and not self.unseen:
@@ -327,11 +339,26 @@ class DenseClipPlusParams(Augmentation, StudentParams):
                 f"unlabelled stands beside truth, and setting {self.setting} learns it"
             )
         if self.teacher == "stored" and self.data != "archives":
-            raise ValueError("teacher stored reads label shards, which are of archives")
+            raise ValueError(
+                "teacher stored reads label shards, which are of archives: set data: archives, or "
+                "teacher: online"
+            )
         if self.classifier == "learned" and self.setting != "supervised":
             raise ValueError("classifier learned is for setting supervised")
         if not isinstance(self.data, str) and Path(str(self.labels)) != Path(str(self.data.root)):
-            raise ValueError("labels, which DVC watches, and data.root are the same folder")
+            raise ValueError(
+                f"labels: {self.labels} must be data.root: {self.data.root}, for DVC watches labels"
+            )
+        if self.crop_size < self.output_stride:
+            raise ValueError(
+                f"crop_size: {self.crop_size} is less than a cell of the last map, output_stride: "
+                f"{self.output_stride}"
+            )
+        if self.self_training != "off" and self.guided_iterations >= self.iterations:
+            raise ValueError(
+                f"self_training: {self.self_training} begins after guided_iterations: "
+                f"{self.guided_iterations}, of iterations: {self.iterations}"
+            )
         if self.self_training != "off" and self.setting not in ("annotation_free", "zero_shot"):
             raise ValueError(f"setting {self.setting} leaves nothing to label for oneself")
         return self
@@ -418,7 +445,13 @@ def _whole_images(params: DenseClipPlusParams, inputs: TrainingInputs) -> Traini
     if params.unlabelled is not None:
         field = "train.unlabelled"
         pool = JointPool([pool, SourcePool(field, params.unlabelled, field=field)])
-    return PlusSet(pool, params, seed=inputs.runtime.seed, length=inputs.length)
+    return PlusSet(
+        pool,
+        params,
+        seed=inputs.runtime.seed,
+        length=inputs.length,
+        max_error_rate=params.max_error_rate,
+    )
 
 
 def _train_zutis(params: ZutisParams, names: Names, runtime: Runtime) -> Student:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from dvclive import Live
@@ -361,20 +361,46 @@ def _steps(
 ) -> Iterator[list[MicroBatch]]:
     """This process's micro-batches of every iteration after the first `start`."""
     shares = _shares(start, params, group)
-    loader: DataLoader[Batch] = DataLoader(
-        cast(Dataset[Any], data),
+    loader: DataLoader[Any] = DataLoader(
+        _Spoken(data),
         batch_sampler=shares,
         num_workers=params.workers,
-        collate_fn=collate,
+        collate_fn=_collate,
         pin_memory=runtime.device.type == "cuda",
         generator=torch.Generator().manual_seed(runtime.seed),
     )
     batches = (
-        _to_device(numbers, batch, runtime.device)
+        _to_device(numbers, _checked(batch), runtime.device)
         for numbers, batch in zip(shares, loader, strict=True)
     )
     while micro_batches := list(islice(batches, params.accumulate)):
         yield micro_batches
+
+
+class _Spoken(Dataset[Any]):
+    """Training images, or what is wrong: torch wraps an error of a worker in its traceback."""
+
+    def __init__(self, data: TrainingData) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self._data[number]
+        except PipelineError as error:
+            return error
+
+
+def _collate(images: Sequence[Any]) -> Batch | PipelineError:
+    return next((it for it in images if isinstance(it, PipelineError)), None) or collate(images)
+
+
+def _checked(batch: Batch | PipelineError) -> Batch:
+    if isinstance(batch, PipelineError):
+        raise batch
+    return batch
 
 
 def _shares(start: int, params: StudentParams, group: Group) -> list[list[int]]:

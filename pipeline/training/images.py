@@ -209,7 +209,10 @@ class AnnotatedPool:
             )
         self.warnings = list(benchmark.warnings)
         if lacking:
-            self.warnings.append(f"the labelled set has no truth of {listing(lacking)}")
+            self.warnings.append(
+                f"the labelled set has no truth of {listing(lacking)}: is its list of categories "
+                "that of its label ids?"
+            )
         images = [example.image_path for example in self._examples]
         self.fingerprint = digest([[path.name, path.stat().st_size] for path in images])
 
@@ -296,14 +299,25 @@ class PlusSet(Dataset[Composed]):
         augmentation: how they are changed.
         seed: seed of all draws.
         length: number of training images.
+        max_error_rate: of the pool's images; with more that cannot be read, and more than one, the
+            next one is an error.
 
     Raises:
         PipelineError: the pool has no image.
     """
 
-    def __init__(self, pool: Pool, augmentation: Augmentation, *, seed: int, length: int) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        augmentation: Augmentation,
+        *,
+        seed: int,
+        length: int,
+        max_error_rate: float = 1.0,
+    ) -> None:
         if len(pool) == 0:
             raise PipelineError("no images to train on")
+        self._most_unreadable = max(1.0, max_error_rate * len(pool))
         self._pool = pool
         self._augmentation = augmentation
         self._seed = seed
@@ -350,6 +364,11 @@ class PlusSet(Dataset[Composed]):
             except ImageError as error:
                 self._is_unreadable[index] = True
                 last = f"{self._pool.name(index)}: {error}"
+                if (count := int(self._is_unreadable.sum())) > self._most_unreadable:
+                    raise PipelineError(
+                        f"{count} of {len(order)} images cannot be read, the last one is {last}; "
+                        "mend them, take them out, or raise max_error_rate"
+                    ) from None
         raise PipelineError(
             f"{tries} images in a row cannot be read, the last one is {last}; mend them or take "
             "them out"
@@ -388,6 +407,6 @@ def _check_unseen(unseen: Collection[str], categories: Sequence[str]) -> None:
     for name in unseen:
         if plain_name(name) not in known:
             raise PipelineError(
-                f"unseen: {name!r} is not among the categories; "
+                f"train.unseen: {name!r} is not among the categories; "
                 f"{did_you_mean(name, categories)}they are: {listing(list(categories))}"
             )

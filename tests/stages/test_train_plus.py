@@ -179,6 +179,35 @@ def test_images_without_annotation_are_unlabelled_beside_those_with_truth(
     assert curve(root, "pseudo") != curve(alone, "pseudo")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_wrong_with_an_image_is_said_in_one_line(
+    photos: Path, encoder: EncoderParams, tmp_path: Path, workers: int
+) -> None:
+    """Whoever finds it: too many images that cannot be read, a label that is no category's."""
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(
+            b"" if number else encoded_image(noise_image(1), "JPEG")
+        )
+    data = SourceParams(root=folder)
+    with pytest.raises(
+        PipelineError, match=r"^2 of 3 images cannot be read, the last .*\.jpg: "
+    ) as bad:
+        run(photos, tmp_path / "a", plus(encoder, data=data, labels=folder, workers=workers))
+    assert "\n" not in str(bad.value)
+    fewer = VocBench(format="voc", root=photos, split="train", categories=["dog"])
+    params = zero_shot(photos, encoder, data=fewer, workers=workers)
+    with pytest.raises(PipelineError, match=r"SegmentationClass/im\d+\.png: ") as wrong:
+        run(photos, tmp_path / "b", params)
+    assert "Traceback" not in str(wrong.value)
+
+
+def test_on_and_off_may_be_booleans(encoder: EncoderParams) -> None:
+    assert plus(encoder, self_training=True).self_training == "on"
+    assert plus(encoder, self_training=False).self_training == "off"
+
+
 def test_killed_and_started_again_gives_the_same_bytes(
     photos: Path, encoder: EncoderParams, tmp_path: Path
 ) -> None:
@@ -255,9 +284,14 @@ def test_a_learned_classifier_knows_its_names_alone(
         ({"setting": "zero_shot", "unseen": ["dog"]}, "setting zero_shot reads true masks"),
         ({"unseen": ["dog"]}, "setting annotation_free has no unseen categories"),
         ({"background": "learned"}, "background learned needs true background"),
-        ({"data": {"format": "folder", "root": "a"}, "teacher": "stored"}, "are of archives"),
-        ({"data": {"format": "folder", "root": "a"}, "labels": "b"}, "are the same folder"),
+        ({"data": {"format": "folder", "root": "a"}, "teacher": "stored"}, "set data: archives"),
+        (
+            {"data": {"format": "folder", "root": "a"}, "labels": "b"},
+            "labels: b must be data.root: a",
+        ),
         ({"unlabelled": {"format": "folder", "root": "a"}}, "unlabelled stands beside truth"),
+        ({"crop_size": 7}, "crop_size: 7 is less than a cell of the last map, output_stride: 8"),
+        ({"self_training": "on", "guided_iterations": 4}, "of iterations: 4"),
         ({"classifier": "learned"}, "classifier learned is for setting supervised"),
     ],
 )

@@ -245,21 +245,7 @@ def fresh_plus(
         categories=names.categories,
         templates=templates(params.templates),
     )
-    mean, std = backbone_statistics(params.backbone)
-    num_rows = len(names.categories) + (params.background != "none")
-    architecture: dict[str, Any] = {
-        "backbone": params.backbone,
-        "output_stride": params.output_stride,
-        "head": params.head,
-        "channels": text.shape[1],
-        "background": params.background == "learned" and params.classifier == "text",
-        "num_classes": num_rows if params.classifier == "learned" else None,
-        "mean": list(mean),
-        "std": list(std),
-    }
-    network = build_plus(**architecture)
-    if params.backbone_weights is not None:
-        _load_weights(network.backbone, params.backbone_weights, runtime.cache_dir)
+    network, architecture = _fresh_network(params, names, text.shape[1], runtime.cache_dir)
     hasher = hashlib.sha256()
     hash_tensors(hasher, {**network.state_dict(), "text": text})
     return PlusStudent(
@@ -272,6 +258,34 @@ def fresh_plus(
         fingerprint=f"{hasher.hexdigest()} {encoder.fingerprint()}",
         runtime=runtime,
     )
+
+
+def _fresh_network(
+    params: DenseClipPlusParams, names: Names, channels: int, cache_dir: Path
+) -> tuple[PlusNetwork, dict[str, Any]]:
+    """The network, and the arguments of `build_plus` that it was built with."""
+    num_rows = len(names.categories) + (params.background != "none")
+    try:
+        mean, std = backbone_statistics(params.backbone)
+        architecture: dict[str, Any] = {
+            "backbone": params.backbone,
+            "output_stride": params.output_stride,
+            "head": params.head,
+            "channels": channels,
+            "background": params.background == "learned" and params.classifier == "text",
+            "num_classes": num_rows if params.classifier == "learned" else None,
+            "mean": list(mean),
+            "std": list(std),
+        }
+        network = build_plus(**architecture)
+    except PipelineError as error:
+        raise PipelineError(f"train.{error}") from None
+    if params.backbone_weights is not None:
+        try:
+            _load_weights(network.backbone, params.backbone_weights, cache_dir)
+        except PipelineError as error:
+            raise PipelineError(f"train.backbone_weights: {error}") from None
+    return network, architecture
 
 
 def _load_weights(backbone: Backbone, weights: str, cache_dir: Path) -> None:
