@@ -535,11 +535,12 @@ def predict(
     confidence: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Draw the probability of this name at each pixel; repeatable."
+            metavar="NAME",
+            help="Draw the probability of this name at each pixel: black 0, white 1. Repeatable.",
         ),
     ] = None,
 ) -> None:
-    """Segment images: one overlay each, and one COCO JSON."""
+    """Segment images: one overlay and one label map each, and one COCO JSON."""
     from pipeline.models.weights.checkpoint import read_checkpoint_config
     from pipeline.models.weights.zoo import resolve_weights
     from pipeline.stages import predict as stage

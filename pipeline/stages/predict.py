@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.benchmarks.voc import VOID, encode_index_png
 from pipeline.engine.batching import batches
 from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
@@ -31,7 +32,7 @@ from pipeline.files import (
     replace_dir,
     utf8_text,
 )
-from pipeline.formats.images import EXTENSIONS, ImageError, load_image
+from pipeline.formats.images import EXTENSIONS, ImageError, encode_label, load_image
 from pipeline.formats.rle import coco_annotation, encode_crop
 from pipeline.formats.sources import image_files
 from pipeline.inference.confidence import find_name
@@ -47,6 +48,7 @@ from pipeline.pictures.overlays import colour_map, grid, overlay_instances, over
 from pipeline.vocabulary.categories import load_category_set, plain_name
 
 OVERLAYS = "overlays"
+LABELS = "labels"
 CONFIDENCE = "confidence"
 PREDICTIONS = "predictions.json"
 STATS = "stats.json"
@@ -67,14 +69,17 @@ def run(
     context: Sequence[str] = (),
     confidence: Sequence[str] = (),
 ) -> None:
-    """Write `overlays/NAME.png`, `predictions.json` and `stats.json` below `out_dir`.
+    """Write `overlays/NAME.png`, `labels/NAME.png`, `predictions.json` and `stats.json`.
+
+    `labels/NAME.png` is the label map at the image's size: label ids from 1 in the order asked for,
+    0 is background; a palette of up to 254 categories, 16-bit grey beyond.
 
     `predictions.json` is a COCO file: images (an id from 1, width, height, file_name, and
-    `overlay`, the picture's name), annotations (ids from 1, RLE with text counts, box x y width
-    height, area, score), categories (ids from 1, in the order asked for), and `skipped`, the images
-    that could not be read. Pictures of confidence are `confidence/NAME_CATEGORY.png`, grey, at the
-    image's size, 255 where the model is sure of the category; an image's `confidence` names them by
-    category. `stats.json` counts other files by kind, as `left_out`. The outputs of
+    `overlay` and `labels`, the pictures' names), annotations (ids from 1, RLE with text counts, box
+    x y width height, area, score), categories (ids from 1, in the order asked for), and `skipped`,
+    the images that could not be read. Pictures of confidence are `confidence/CATEGORY/NAME.png`,
+    grey, at the image's size, 255 where the model is sure of the category; an image's `confidence`
+    names them by category. `stats.json` counts other files by kind, as `left_out`. The outputs of
     an earlier run are replaced when everything is done.
 
     Args:
@@ -115,6 +120,7 @@ def run(
         # Left in reverse order: the pictures first, then the file that makes the run complete.
         atomic_path(out_dir / PREDICTIONS) as json_path,
         replace_dir(out_dir / OVERLAYS) as overlay_dir,
+        replace_dir(out_dir / LABELS) as labels_dir,
         _confidence_dir(out_dir / CONFIDENCE, drawn.values()) as confidence_dir,
         json_path.open("w", encoding="utf-8") as file,
     ):
@@ -126,11 +132,13 @@ def run(
             for (path, image), prediction in zip(batch, predictions, strict=True):
                 name = f"{names.take(path.stem)}.png"
                 _draw(image, prediction, context_ids).save(overlay_dir / native_path(name))
+                data = _encode(prediction)
+                (labels_dir / native_path(name)).write_bytes(data)
                 for category, folder in drawn.items():
                     picture = _draw_confidence(segmenter.confidence(image, category))
                     picture.save(confidence_dir / native_path(f"{folder}/{name}"))
                 maps = {category: f"{CONFIDENCE}/{drawn[category]}/{name}" for category in drawn}
-                output.add(path, image, prediction, overlay=f"{OVERLAYS}/{name}", confidence=maps)
+                output.add(path, image, prediction, name=name, confidence=maps)
                 stage.advance()
         if not stage.items:
             raise PipelineError(
@@ -254,7 +262,7 @@ def _check_out(out_dir: Path) -> None:
         raise PipelineError(f"--out {out_dir}: is a file; expected a folder")
     check_writable(out_dir / PREDICTIONS)
     ours = _written_by_predict(out_dir)
-    pictures = _entries(out_dir / OVERLAYS)
+    pictures = _entries(out_dir / OVERLAYS) + _entries(out_dir / LABELS)
     for folder in _entries(out_dir / CONFIDENCE):
         pictures += _entries(folder)
     for path in (out_dir / PREDICTIONS, out_dir / STATS, *pictures):
@@ -277,6 +285,7 @@ def _written_by_predict(out_dir: Path) -> set[Path]:
     try:
         images = read_json(out_dir / PREDICTIONS)["images"]
         pictures = [image["overlay"] for image in images]
+        pictures += [image["labels"] for image in images if "labels" in image]
         pictures += chain.from_iterable(image.get("confidence", {}).values() for image in images)
         return {out_dir / native_path(name) for name in (PREDICTIONS, STATS, *pictures)}
     except (PipelineError, KeyError, TypeError, AttributeError):  # none, or that of something else
@@ -285,7 +294,7 @@ def _written_by_predict(out_dir: Path) -> set[Path]:
 
 def _pictures_of_predict(folder: Path) -> set[Path]:
     """Those pictures in a folder that an earlier run has written."""
-    if folder.name == OVERLAYS:
+    if folder.name in (OVERLAYS, LABELS):
         return _written_by_predict(folder.parent)
     if folder.parent.name == CONFIDENCE:
         return _written_by_predict(folder.parent.parent)
@@ -311,6 +320,14 @@ def _draw(image: Image.Image, prediction: Prediction, context: Collection[int]) 
         ],
         columns=2,
     )
+
+
+def _encode(prediction: Prediction) -> bytes:
+    """PNG file of a label map."""
+    count = len(prediction.categories)
+    if count < VOID:
+        return encode_index_png(prediction.semantic)
+    return encode_label(prediction.semantic, count)
 
 
 def _draw_confidence(probability: NDArray[np.float32]) -> Image.Image:
@@ -347,10 +364,10 @@ class _CocoWriter:
         image: Image.Image,
         prediction: Prediction,
         *,
-        overlay: str,
+        name: str,
         confidence: Mapping[str, str],
     ) -> None:
-        """Write the objects of one image."""
+        """Write the objects of one image, whose pictures have this name."""
         image_id = len(self._images) + 1
         self._images.append(
             {
@@ -358,7 +375,8 @@ class _CocoWriter:
                 "file_name": path.as_posix(),
                 "width": image.width,
                 "height": image.height,
-                "overlay": overlay,
+                "overlay": f"{OVERLAYS}/{name}",
+                "labels": f"{LABELS}/{name}",
                 **({"confidence": dict(confidence)} if confidence else {}),
             }
         )

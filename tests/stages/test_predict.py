@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
-from pipeline.formats.images import ImageError, load_image
+from pipeline.formats.images import ImageError, decode_label, load_image
 from pipeline.formats.sources import list_images
 from pipeline.inference.inputs import input_size
 from pipeline.inference.labeller import Labeller
@@ -144,6 +144,18 @@ def test_writes_an_overlay_for_each_image_and_lists_the_rest(
     assert (stats["items"], stats["skipped"]) == (4, 2)
 
 
+def test_label_maps_are_stored_by_the_ids_of_the_categories(
+    photos: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    content = predict_into(tmp_path / "out", [photos], checkpoint_dir, runtime)
+    segmenter = Segmenter.load(checkpoint_dir, runtime=runtime)
+    assert [item["name"] for item in content["categories"]] == segmenter.categories
+    for item in content["images"]:
+        labels = decode_label((tmp_path / "out" / item["labels"]).read_bytes())
+        semantic = segmenter(Path(item["file_name"])).semantic
+        np.testing.assert_array_equal(labels, semantic)
+
+
 def test_a_second_run_gives_the_same_and_leaves_nothing_of_the_first(
     photos: Path, checkpoint_dir: Path, runtime: Runtime
 ) -> None:
@@ -157,7 +169,9 @@ def test_a_second_run_gives_the_same_and_leaves_nothing_of_the_first(
     content = predict_into(out_dir, [photos / "a.jpg"], checkpoint_dir, runtime)
     assert len(content["images"]) == 1
     assert [path.name for path in (out_dir / "overlays").iterdir()] == ["a.png"]
+    assert [path.name for path in (out_dir / "labels").iterdir()] == ["a.png"]
     assert sorted(path.name for path in out_dir.iterdir()) == [
+        "labels",
         "overlays",
         "predictions.json",
         "stats.json",
@@ -209,7 +223,11 @@ def test_a_folder_of_someone_else_is_not_replaced(
 
 
 @pytest.mark.parametrize(
-    "name", ["predictions.json", "stats.json", "overlays", "overlays/mine.png"]
+    "name",
+    [
+        *("predictions.json", "stats.json"),
+        *("overlays", "overlays/mine.png", "labels", "labels/mine.png"),
+    ],
 )
 def test_nothing_is_replaced_that_no_earlier_run_wrote(
     photos: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime, name: str
