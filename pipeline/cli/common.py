@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -156,8 +157,14 @@ def names(text: str | None, option: str = "--categories") -> list[str] | None:
         return None
     from pipeline.vocabulary.categories import category_set_names, load_category_set
 
-    if text.strip() in category_set_names():
+    sets = category_set_names()
+    if text.strip() in sets:
         return load_category_set(text.strip())
+    if "_" in text and (close := get_close_matches(text.strip(), sets, n=1, cutoff=0.8)):
+        raise PipelineError(
+            f"{option}: {text!r} is no category set; did you mean {close[0]}? There are: "
+            f"{', '.join(sets)}"
+        )
     try:
         rows = list(csv.reader([text], skipinitialspace=True, strict=True))
     except csv.Error as error:

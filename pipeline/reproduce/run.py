@@ -85,7 +85,8 @@ class Tables:
         if not found:
             known = [table.id for table in self.all]
             raise PipelineError(
-                f"{name!r} is no table; {did_you_mean(name, known)}there are: {', '.join(known)}"
+                f"{name!r} is no table; {did_you_mean(name, known)}there are: {', '.join(known)}; "
+                "`pipeline reproduce list` says which can run"
             )
         return found
 

@@ -195,3 +195,5 @@ def test_categories_may_be_a_set(run: Run, model: list[str]) -> None:
     predicted("voc")
     run(*args, "voc, cat")
     predicted("voc", "cat")
+    with pytest.raises(PipelineError, match="no category set; did you mean concepts_sports"):
+        run(*args, "concepts_sport")
