@@ -101,7 +101,7 @@ class Labeller:
         pixels = to_tensor(image, self.settings, patch_size=self._model.patch_size)
         with self._runtime.autocast():
             scores = self._model.scores(pixels[None].to(self._runtime.device))
-        through = [pixels.shape[1:]] if self.settings.upsampling == "published" else []
+        through = self.settings.through(pixels.shape[1:])
         return confidence_map(scores, number, image, scale=self._model.logit_scale, through=through)
 
     def select(self, categories: Sequence[str]) -> Labeller:
@@ -124,7 +124,7 @@ class Labeller:
         """Label map, and objects if any are looked for, of an RGB image."""
         pixels = to_tensor(image, self.settings, patch_size=self._model.patch_size)
         size = image.height, image.width
-        through = [pixels.shape[1:]] if self.settings.upsampling == "published" else []
+        through = self.settings.through(pixels.shape[1:])
         batch = pixels[None].to(self._runtime.device)
         if not self.finds_objects:
             with self._runtime.autocast():

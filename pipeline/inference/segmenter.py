@@ -148,7 +148,7 @@ class Segmenter:
         picture = to_rgb(image)
         pixels = to_tensor(picture, self.settings, patch_size=self.student.patch_size)
         scores = self.student.scores(pixels[None])[:, first:]
-        through = [pixels.shape[1:]] if self.settings.upsampling == "published" else []
+        through = self.settings.through(pixels.shape[1:])
         return confidence_map(
             scores, number, picture, scale=self.student.logit_scale, through=through
         )

@@ -63,10 +63,6 @@ class ObjectLabeller(DenseLabeller, Protocol):
 
     text: Tensor
 
-    @property
-    def logit_scale(self) -> float | None:
-        """Factor of the scores inside their softmax; None where they are probabilities already."""
-
     def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What `scores` gives, and features (B, C, h, w) float32, of any length, beside `text`."""
 

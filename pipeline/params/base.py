@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -104,6 +105,14 @@ class PredictionSettings(PredictionParams):
 
     background: bool = True
     instances: bool = True
+
+    def through(self, size: Sequence[int]) -> list[Sequence[int]]:
+        """Sizes (H, W) that scores are resized to on their way to the image's, see `upsampling`.
+
+        `size` is that of the network's input.
+        """
+        return [size] if self.upsampling == "published" else []
+
     rounding: Rounding = "down"
 
     @classmethod

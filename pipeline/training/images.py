@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from pipeline.benchmarks.example import Benchmark, Example
-from pipeline.errors import PipelineError, did_you_mean, listing
+from pipeline.errors import PipelineError, listing
 from pipeline.files import digest
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import ImageError, load_image
@@ -28,7 +28,7 @@ from pipeline.formats.sources import SourceSpec, image_name, list_images, read_i
 from pipeline.training.augmentation import augment
 from pipeline.training.settings import Augmentation, Truth
 from pipeline.training.training_set import Composed
-from pipeline.vocabulary.categories import plain_name
+from pipeline.vocabulary.categories import plain_name, unseen_label_ids
 
 # So many unreadable images in a row are no accident.
 MAX_IN_A_ROW = 100
@@ -195,8 +195,7 @@ class AnnotatedPool:
         self._examples: list[Example] = list(benchmark)
         self._names = tuple(benchmark.categories)
         self._label_ids = {plain_name(name): i for i, name in enumerate(categories, start=1)}
-        _check_unseen(unseen, categories)
-        self._unseen = frozenset(self._label_ids[plain_name(name)] for name in unseen)
+        self._unseen = frozenset(unseen_label_ids(unseen, categories))
         self._background = background
         self._truth = truth
         asked_in = [example.vocabulary for example in self._examples if example.vocabulary]
@@ -400,13 +399,3 @@ def _fitting(labels: LabelMap, image: Image.Image, name: str) -> LabelMap:
             f"{labels.shape[1]}x{labels.shape[0]}"
         )
     return labels
-
-
-def _check_unseen(unseen: Collection[str], categories: Sequence[str]) -> None:
-    known = {plain_name(name) for name in categories}
-    for name in unseen:
-        if plain_name(name) not in known:
-            raise PipelineError(
-                f"train.unseen: {name!r} is not among the categories; "
-                f"{did_you_mean(name, categories)}they are: {listing(list(categories))}"
-            )

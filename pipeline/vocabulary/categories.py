@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import html
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ftfy import fix_text
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, did_you_mean, listing
 from pipeline.formats.labels import MAX_CATEGORIES
 
 CATEGORY_SETS_DIR = Path(__file__).parent / "category_sets"
@@ -80,6 +80,22 @@ def plain_name(name: str) -> str:
     finds those of several forms that are.
     """
     return " ".join(html.unescape(html.unescape(fix_text(name))).split()).lower()
+
+
+def unseen_label_ids(unseen: Collection[str], categories: Sequence[str]) -> list[int]:
+    """Label ids of the categories that training is not to see the truth of, ascending.
+
+    Raises:
+        PipelineError: a name that is no category; the ones there are are listed.
+    """
+    label_ids = {plain_name(name): label_id for label_id, name in enumerate(categories, start=1)}
+    for name in unseen:
+        if plain_name(name) not in label_ids:
+            raise PipelineError(
+                f"train.unseen: {name!r} is not among the categories; "
+                f"{did_you_mean(name, categories)}they are: {listing(list(categories))}"
+            )
+    return sorted({label_ids[plain_name(name)] for name in unseen})
 
 
 def _read_shipped(name: str, field: str) -> list[str]:

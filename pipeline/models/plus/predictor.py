@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import PipelineError, first_line
 from pipeline.formats.predictions import Segmentation
-from pipeline.models.clip import label_embeddings, load_clip
+from pipeline.models.clip.checkpoint import checkpoint_clip
 from pipeline.models.layers.interpolate import upsampled_labels
 from pipeline.models.layers.regions import labels_of_regions, regions_protocol
 from pipeline.models.plus.network import PlusNetwork, build_plus
@@ -21,7 +21,6 @@ from pipeline.models.plus.student import LABEL_0
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
 from pipeline.models.weights.weights import hash_tensors, load_state, load_strict
 from pipeline.params.base import PredictionSettings
-from pipeline.vocabulary.prompts import TEMPLATE_SETS
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
@@ -46,18 +45,7 @@ def load_plus(
     except (TypeError, PipelineError) as error:
         raise PipelineError(f"{folder / CONFIG_NAME}: architecture: {first_line(error)}") from None
     load_strict(network, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
-    clip = load_clip(
-        config.encoder,
-        runtime.device,
-        cache_dir=runtime.cache_dir,
-        field=f"{folder / CONFIG_NAME}: encoder",
-    )
-    text = label_embeddings(
-        clip,
-        background=names.background,
-        categories=names.categories,
-        templates=TEMPLATE_SETS[config.templates],
-    )
+    _, text = checkpoint_clip(folder, config, names, runtime)
     if text.shape[1] != architecture["channels"]:
         raise PipelineError(
             f"{folder / CONFIG_NAME}: encoder: its text embeddings are {text.shape[1]} wide, "
@@ -150,7 +138,7 @@ class PlusPredictor:
     ) -> list[Segmentation]:
         """Label maps at `sizes` (H, W) of images (B, 3, H', W') in [0, 1]; no objects."""
         first = 0 if settings.background and self._label_0 != "none" else 1
-        through = [images.shape[-2:]] if settings.upsampling == "published" else []
+        through = settings.through(images.shape[-2:])
         return [
             Segmentation(
                 labels_of_regions(upsampled_labels(one[None], *through, size)[0], first, settings),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from pipeline.errors import PipelineError, did_you_mean, listing
+from pipeline.errors import PipelineError
 from pipeline.formats.labels import IGNORE_INDEX, UNLABELLED
 from pipeline.models.clip import ClipEncoder, label_embeddings
 from pipeline.models.clip.photo_clip import NAME as PHOTO_CLIP
@@ -30,7 +30,7 @@ from pipeline.models.plus.network import PlusNetwork, build_plus
 from pipeline.models.plus.schedule import poly_lr
 from pipeline.models.weights.weights import hash_tensors
 from pipeline.models.weights.zoo import resolve_weights
-from pipeline.vocabulary.categories import plain_name
+from pipeline.vocabulary.categories import unseen_label_ids
 from pipeline.vocabulary.prompts import templates
 
 if TYPE_CHECKING:
@@ -309,15 +309,7 @@ def candidates(params: DenseClipPlusParams, categories: Sequence[str]) -> list[i
         return list(range(0 if params.background == "names" else 1, 1 + len(categories)))
     if params.setting != "zero_shot":
         return []
-    places = {plain_name(name): place for place, name in enumerate(categories, start=1)}
-    for name in params.unseen:
-        if plain_name(name) not in places:
-            hint = did_you_mean(name, categories)
-            raise PipelineError(
-                f"train.unseen: {name!r} is not among the categories; {hint}they are: "
-                f"{listing(list(categories))}"
-            )
-    return sorted({places[plain_name(name)] for name in params.unseen})
+    return unseen_label_ids(params.unseen, categories)
 
 
 def _losses(logits: Tensor, labels: Tensor, unlabelled: Tensor, *, divisor: Tensor) -> Tensor:

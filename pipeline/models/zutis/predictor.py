@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.errors import PipelineError, first_line
 from pipeline.formats.labels import LabelMap
 from pipeline.formats.predictions import Instance, Segmentation
-from pipeline.models.clip import label_embeddings, load_clip
+from pipeline.models.clip.checkpoint import checkpoint_clip
 from pipeline.models.layers.regions import labels_of_regions, regions_protocol
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
 from pipeline.models.weights.weights import hash_tensors, load_state, load_strict
@@ -25,7 +25,6 @@ from pipeline.models.zutis.postprocess import (
     semantic_prediction,
 )
 from pipeline.params.base import PredictionSettings
-from pipeline.vocabulary.prompts import TEMPLATE_SETS
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
@@ -41,18 +40,7 @@ def load_zutis(
         PipelineError: weights or settings of another architecture, an encoder that cannot be
             loaded, or a name that it does not know.
     """
-    clip = load_clip(
-        config.encoder,
-        runtime.device,
-        cache_dir=runtime.cache_dir,
-        field=f"{folder / CONFIG_NAME}: encoder",
-    )
-    text = label_embeddings(
-        clip,
-        background=names.background,
-        categories=names.categories,
-        templates=TEMPLATE_SETS[config.templates],
-    )
+    clip, text = checkpoint_clip(folder, config, names, runtime)
     try:
         network = build_zutis(clip.visual, **config.architecture)
     except (TypeError, PipelineError) as error:
