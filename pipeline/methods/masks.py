@@ -1,4 +1,4 @@
-"""Mask sources: what makes one pseudo-mask an image.
+"""Mask sources: what makes the pseudo-mask of an image, or one for each of a few objects.
 
 A new one is a file in `pipeline/models/masks/` with its network, and here its params and an entry
 in `MASK_SOURCES`.
@@ -41,6 +41,9 @@ InputSize = Annotated[list[Count], Field(min_length=2, max_length=2), BeforeVali
 class MaskSource(Protocol):
     """What makes masks; it has loaded what it needs.
 
+    One that tells objects apart also has `predict_objects`: images -> mask probabilities
+    (B, N, H, W), the main object first, empty where there are fewer.
+
     Attributes:
         settings: all that its masks depend on besides the image; representable in JSON.
         max_pixels: larger images are shrunk for it, and the masks enlarged again.
@@ -75,7 +78,21 @@ class MaskParams(Section):
     max_error_rate: Probability = 0.01
 
 
-class SelfMaskParams(MaskParams):
+class ObjectsParams(MaskParams):
+    """A source that may give an image several masks, one for each of up to `objects` things.
+
+    What the masks before leave is cut again by a normalised cut of patch features, of which two are
+    alike where their cosine exceeds `tau`. It ends where a cut's value exceeds `max_cut`; parts
+    below the share `min_area` of the image are left out.
+    """
+
+    objects: Annotated[int, Field(ge=1, le=3)] = 1
+    tau: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.2
+    max_cut: Positive = 0.9
+    min_area: Probability = 0.01
+
+
+class SelfMaskParams(ObjectsParams):
     """The network of `weights`, a file or a name of `pipeline weights list`."""
 
     source: Literal["selfmask"] = "selfmask"
@@ -83,21 +100,36 @@ class SelfMaskParams(MaskParams):
     threshold: Probability = 0.5
 
 
-class SpectralParams(MaskParams):
-    """Clusters of `encoder`'s features (attention keys or tokens of its last block) that vote.
+class FeatureParams(ObjectsParams):
+    """A source of masks by `encoder`'s features (attention keys or tokens of its last block).
 
-    They are clustered at every k of `clusters`. The encoder may be any of open_clip's with a map
-    (see docs/encoders.md), or `dino_vits8` or `dino_vits16` with `pretrained` empty for the
-    published weights. A network without attention gives the output of its last stage for either
-    facet. `precision` `bfloat16` computes features so on a CPU, too, which is
-    faster and less exact; `device` leaves it to the device.
+    The encoder may be any of open_clip's with a map (see docs/encoders.md), or `dino_vits8` or
+    `dino_vits16` with `pretrained` empty for the published weights. A network without attention
+    gives the output of its last stage for either facet. `precision` `bfloat16` computes features so
+    on a CPU, too, which is faster and less exact; `device` leaves it to the device.
+    """
+
+    encoder: EncoderParams = EncoderParams()
+    facet: Literal["key", "token"] = "key"
+    precision: Literal["device", "bfloat16"] = "device"
+
+
+class SpectralParams(FeatureParams):
+    """Clusters of features that vote.
+
+    Features are clustered at every k of `clusters`. Those of `more_encoders` are clustered, too,
+    and all vote together.
     """
 
     source: Literal["spectral"] = "spectral"
-    encoder: EncoderParams = EncoderParams()
-    facet: Literal["key", "token"] = "key"
     clusters: Annotated[list[Count], Field(min_length=1)] = [2, 3, 4]
-    precision: Literal["device", "bfloat16"] = "device"
+    more_encoders: list[EncoderParams] = []
+
+
+class CutParams(FeatureParams):
+    """Normalised cuts of features, see `ObjectsParams`, from the first object on."""
+
+    source: Literal["cut"] = "cut"
 
 
 class OnnxParams(MaskParams):
@@ -142,6 +174,12 @@ def _spectral(params: SpectralParams, runtime: Runtime) -> MaskSource:
     return SpectralSource(params, runtime)
 
 
+def _cut(params: CutParams, runtime: Runtime) -> MaskSource:
+    from pipeline.models.masks.cut import CutSource
+
+    return CutSource(params, runtime)
+
+
 def _onnx(params: OnnxParams, runtime: Runtime) -> MaskSource:
     from pipeline.models.masks.onnx_saliency import OnnxSource
 
@@ -151,6 +189,7 @@ def _onnx(params: OnnxParams, runtime: Runtime) -> MaskSource:
 MASK_SOURCES = {
     "selfmask": MaskMethod(SelfMaskParams, _selfmask),
     "spectral": MaskMethod(SpectralParams, _spectral),
+    "cut": MaskMethod(CutParams, _cut),
     "onnx": MaskMethod(OnnxParams, _onnx),
 }
 

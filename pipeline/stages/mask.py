@@ -1,7 +1,7 @@
 """Stage 3: archives -> shards of images with pseudo-masks.
 
-Every image is masked once, by the source of section `mask`, and optionally snapped to its edges
-by the bilateral solver. Masks are cached by the image's hash, so a larger k masks new images only.
+Every image is masked once, by the source of section `mask`, and its masks are optionally snapped to
+its edges by the bilateral solver. Masks are cached by the image's hash, so a larger k masks new images only.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ from pipeline.formats.images import (
     load_image,
     shrink_short_side,
 )
+from pipeline.formats.objects import encode_objects
 from pipeline.formats.shards import write_tar
 from pipeline.formats.sources import image_name, read_image
 from pipeline.formats.tables import ArchiveRow, read_archives
 from pipeline.methods.masks import MaskParams, load_mask_source
-from pipeline.models.masks.making import coarse_masks, refine_mask
+from pipeline.models.masks.making import coarse_objects, refine_mask
 from pipeline.models.masks.threads import single_threaded
 
 # Raise it when masks change though their settings do not: it keeps old ones out of the cache.
@@ -64,7 +65,7 @@ class Photo:
 
 
 class MaskFile(NamedTuple):
-    """A mask as a PNG file, and whether it is empty."""
+    """The masks of an image as a PNG file, and whether all are empty."""
 
     png: bytes
     is_empty: bool
@@ -79,7 +80,9 @@ def run(
     stats_path: Path,
     executor: Executor | None = None,
 ) -> dict[str, Any]:
-    """Write one sample for each archive image: `jpg`, `mask.png` (0 and 255) and `json`.
+    """Write one sample for each archive image: `jpg`, `mask.png` and `json`.
+
+    The mask is 0 and 255, or has the numbers of several objects (`pipeline.formats.objects`).
 
     Images that cannot be read, or have changed since they were embedded, are skipped and listed.
     Images of archive 0, the negatives, get an empty mask. The stats count `masked` (computed now),
@@ -183,9 +186,9 @@ class MaskMaker:
         for batch in equal_size_batches(
             unknown, self._params.batch_size, size_of=lambda key: unknown[key].size
         ):
-            coarse = coarse_masks([unknown[key] for key in batch], source=self._source)
-            for key, mask in zip(batch, coarse, strict=True):
-                files[key] = self._workers.submit(self._file, (unknown[key], mask))
+            coarse = coarse_objects([unknown[key] for key in batch], source=self._source)
+            for key, masks in zip(batch, coarse, strict=True):
+                files[key] = self._workers.submit(self._file, (unknown[key], masks))
         new = {key: file.result() for key, file in files.items()}
         for key, file in new.items():
             self._cache.put(key, file.png)
@@ -193,15 +196,16 @@ class MaskMaker:
         return known | new
 
     def _file(self, pair: tuple[Image.Image, NDArray[np.bool_]]) -> MaskFile:
-        image, mask = pair
+        image, masks = pair
         if self._params.refine:
-            mask = refine_mask(
+            refine = partial(
+                refine_mask,
                 image,
-                mask,
                 solver_iterations=self._params.solver_iterations,
                 solver_scale=self._params.solver_scale,
             )
-        return MaskFile(encode_png(mask), not mask.any())
+            masks = np.stack([refine(mask) for mask in masks])
+        return MaskFile(encode_objects(masks), not masks.any())
 
 
 def _read_photo(row: ArchiveRow, params: MaskParams) -> Photo | ImageError:

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 def coarse_masks(images: Sequence[Image.Image], *, source: MaskSource) -> NDArray[np.bool_]:
     """Masks (B, H, W) of B RGB images of one size (W, H), as the network has them."""
+    return coarse_objects(images, source=source)[:, 0]
+
+
+def coarse_objects(images: Sequence[Image.Image], *, source: MaskSource) -> NDArray[np.bool_]:
+    """Masks (B, N, H, W) of N objects of each image, empty where there are fewer; see above."""
     pixels = np.stack([np.asarray(image) for image in images])
     height, width = pixels.shape[1:3]
     tensors = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
@@ -27,9 +32,12 @@ def coarse_masks(images: Sequence[Image.Image], *, source: MaskSource) -> NDArra
     if shrink < 1:
         smaller = (max(1, int(height * shrink)), max(1, int(width * shrink)))
         tensors = F.interpolate(tensors, smaller, mode="bilinear", antialias=True)
-    probs = source.predict(tensors)
+    if hasattr(source, "predict_objects"):
+        probs = source.predict_objects(tensors)
+    else:
+        probs = source.predict(tensors)[:, None]
     if shrink < 1:
-        probs = F.interpolate(probs[:, None], (height, width), mode="bilinear")[:, 0]
+        probs = F.interpolate(probs, (height, width), mode="bilinear")
     return (probs > source.threshold).numpy()
 
 
