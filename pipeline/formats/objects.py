@@ -1,7 +1,7 @@
 """`mask.png`: the pseudo-mask of an image, or those of several objects of it.
 
-One object is stored as 255, several as their numbers from 1; 0 is what is none. Where only the union
-counts, it is what exceeds 0.
+One object is stored as 255, several as their numbers from 1; 0 is what is none. Where only the
+union counts, it is what exceeds 0.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stage 3: archives -> shards of images with pseudo-masks.
 
-Every image is masked once, by the source of section `mask`, and its masks are optionally snapped to
-its edges by the bilateral solver. Masks are cached by the image's hash, so a larger k masks new images only.
+Every image is masked once, by the source of section `mask`, and optionally snapped to its edges
+by the bilateral solver. Masks are cached by the image's hash, so a larger k masks new images only.
 """
 
 from __future__ import annotations

@@ -93,11 +93,10 @@ class PackedMask(NamedTuple):
 
     def unpack(self) -> np.ndarray:
         """The numbers (H, W), uint8."""
-        bits = np.frombuffer(zlib.decompress(self.bits), dtype=np.uint8)
-        masks = np.unpackbits(bits, count=self.num_objects * self.box.area)
-        masks = masks.reshape(self.num_objects, *self.box.shape)
+        packed = np.frombuffer(zlib.decompress(self.bits), dtype=np.uint8)
+        bits = np.unpackbits(packed, count=self.num_objects * self.box.area)
         objects = np.zeros(self.shape, dtype=np.uint8)
-        for number, mask in enumerate(masks, 1):
+        for number, mask in enumerate(bits.reshape(self.num_objects, *self.box.shape), 1):
             objects[self.box.slices] += number * mask
         return objects
 
@@ -106,8 +105,8 @@ class Archives:
     """Decoded access to the archive images of a folder of mask shards.
 
     A sample's semantic mask is what `training_target` makes of it; its instances are the objects of
-    its pseudo-mask, one or several, or with `split_components` every connected component of these
-    that covers at least 1 % of the image. Samples of archive 0, the negatives, are background all over,
+    its pseudo-mask or, with `split_components`, every connected component of these that covers at
+    least 1 % of the image. Samples of archive 0, the negatives, are background all over,
     by definition. As many decoded samples as fit into `sample_bytes` are kept in memory, and the
     pseudo-masks of some 500,000 more.
 

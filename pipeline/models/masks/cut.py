@@ -40,7 +40,7 @@ class CutSource:
         return self._cut(images, count=1)[:, 0]
 
     def predict_objects(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> masks (B, N, H, W) in [0, 1], empty if there are fewer."""
+        """Images (B, 3, H, W) in [0, 1] -> masks (B, N, H, W), empty if there are fewer."""
         return self._cut(images, count=self._params.objects)
 
     def _cut(self, images: Tensor, count: int) -> Tensor:

@@ -66,9 +66,9 @@ def with_further_objects(
     if params.objects == 1:
         return first[:, None]
     height, width = first.shape[-2:]
-    padding = (0, -width % patch, 0, -height % patch)
-    covered = F.pad((first > threshold).float(), padding)[:, None]
-    taken = F.adaptive_avg_pool2d(covered, features.shape[-2:])[:, 0] > 0.5
+    grid = (features.shape[-2], features.shape[-1])
+    covered = F.pad((first > threshold).float(), (0, -width % patch, 0, -height % patch))
+    taken = F.adaptive_avg_pool2d(covered[:, None], grid)[:, 0] > 0.5
     others = cut_batch(
         features,
         taken,
