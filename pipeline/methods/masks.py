@@ -6,7 +6,7 @@ in `MASK_SOURCES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
@@ -24,6 +24,7 @@ from pipeline.params.base import (
 )
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from pipeline.engine.runtime import Runtime
@@ -56,6 +57,21 @@ class MaskSource(Protocol):
 
     def predict(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> mask probabilities (B, H, W), on the CPU."""
+
+
+class MaskLearner(Protocol):
+    """What learns from archive images how to make masks.
+
+    Attributes:
+        settings: all that it learns depends on besides the images; representable in JSON.
+        num_images: how many it wants, at most.
+    """
+
+    settings: dict[str, Any]
+    num_images: int
+
+    def learn(self, images: Iterable[Image.Image]) -> bytes:
+        """What a source is loaded with, from RGB images."""
 
 
 class MaskParams(Section):
@@ -132,6 +148,24 @@ class CutParams(FeatureParams):
     source: Literal["cut"] = "cut"
 
 
+class FoundParams(FeatureParams):
+    """A 1 x 1 convolution of features that learns from the votes of `learn_images` archive images.
+
+    The votes are those of `spectral` with the same settings. It is learned by the stage itself, and
+    again whenever these images, or what they vote for, may have changed.
+    """
+
+    source: Literal["found"] = "found"
+    clusters: Annotated[list[Count], Field(min_length=1)] = [2, 3, 4]
+    learn_images: Count = 200
+    threshold: Probability = 0.5
+
+    def votes(self) -> SpectralParams:
+        """Settings of the votes."""
+        shared = self.model_dump(include={"encoder", "facet", "precision", "clusters"})
+        return SpectralParams(**shared)
+
+
 class OnnxParams(MaskParams):
     """Any saliency network in ONNX's format, the file `weights`; needs the extra `photos`.
 
@@ -156,10 +190,17 @@ class OnnxParams(MaskParams):
 
 @dataclass(frozen=True)
 class MaskMethod:
-    """An entry of `MASK_SOURCES`: the class of its params, and what loads it by these."""
+    """An entry of `MASK_SOURCES`.
+
+    Attributes:
+        params: the class of its params.
+        load: what loads it by these, and by what was learned if it learns.
+        learner: what learns from archive images first; None if nothing does.
+    """
 
     params: type[MaskParams]
-    load: Callable[[Any, Runtime], MaskSource]
+    load: Callable[..., MaskSource]
+    learner: Callable[[Any, Runtime], MaskLearner] | None = None
 
 
 def _selfmask(params: SelfMaskParams, runtime: Runtime) -> MaskSource:
@@ -180,6 +221,18 @@ def _cut(params: CutParams, runtime: Runtime) -> MaskSource:
     return CutSource(params, runtime)
 
 
+def _found(params: FoundParams, runtime: Runtime, learned: bytes) -> MaskSource:
+    from pipeline.models.masks.found import FoundSource
+
+    return FoundSource(params, runtime, learned)
+
+
+def _found_learner(params: FoundParams, runtime: Runtime) -> MaskLearner:
+    from pipeline.models.masks.found import FoundLearner
+
+    return FoundLearner(params, runtime)
+
+
 def _onnx(params: OnnxParams, runtime: Runtime) -> MaskSource:
     from pipeline.models.masks.onnx_saliency import OnnxSource
 
@@ -190,14 +243,28 @@ MASK_SOURCES = {
     "selfmask": MaskMethod(SelfMaskParams, _selfmask),
     "spectral": MaskMethod(SpectralParams, _spectral),
     "cut": MaskMethod(CutParams, _cut),
+    "found": MaskMethod(FoundParams, _found, _found_learner),
     "onnx": MaskMethod(OnnxParams, _onnx),
 }
 
 
-def load_mask_source(params: MaskParams, runtime: Runtime) -> MaskSource:
-    """The mask source that the params are of.
+def load_mask_learner(params: MaskParams, runtime: Runtime) -> MaskLearner | None:
+    """What learns from archive images before the source of the params is loaded, if anything does.
+
+    Raises:
+        PipelineError: its encoder cannot be loaded.
+    """
+    learner = MASK_SOURCES[params.source].learner
+    return learner(params, runtime) if learner else None
+
+
+def load_mask_source(
+    params: MaskParams, runtime: Runtime, learned: bytes | None = None
+) -> MaskSource:
+    """The mask source that the params are of, with what its learner has learned, if it has one.
 
     Raises:
         PipelineError: its weights or encoder cannot be loaded.
     """
-    return MASK_SOURCES[params.source].load(params, runtime)
+    load = MASK_SOURCES[params.source].load
+    return load(params, runtime) if learned is None else load(params, runtime, learned)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 
 from pipeline.engine.batching import equal_size_batches
 from pipeline.engine.cache import BlobCache
@@ -26,6 +27,7 @@ from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, Job, run_job
 from pipeline.errors import PipelineError
+from pipeline.files import digest
 from pipeline.formats.images import (
     ImageError,
     decode_png,
@@ -39,7 +41,7 @@ from pipeline.formats.objects import encode_objects
 from pipeline.formats.shards import write_tar
 from pipeline.formats.sources import image_name, read_image
 from pipeline.formats.tables import ArchiveRow, read_archives
-from pipeline.methods.masks import MaskParams, load_mask_source
+from pipeline.methods.masks import MaskParams, load_mask_learner, load_mask_source
 from pipeline.models.masks.making import coarse_objects, refine_mask
 from pipeline.models.masks.threads import single_threaded
 
@@ -109,7 +111,7 @@ def run(
         "mask",
         rows,
         shard_size=params.shard_size,
-        load=partial(MaskMaker, params),
+        load=partial(MaskMaker, params, learned=_learned(rows, params, runtime)),
         files=[row.path for row in rows],
         remedy="If the images have moved or changed, run `pipeline embed` again",
         max_error_rate=params.max_error_rate,
@@ -123,14 +125,17 @@ class MaskMaker:
     Args:
         params: section `mask`.
         runtime: device, seed and cache folder.
+        learned: see `load_mask_source`.
 
     Attributes:
         settings: all that a mask depends on besides its image; representable in JSON.
     """
 
-    def __init__(self, params: MaskParams, runtime: Runtime) -> None:
+    def __init__(
+        self, params: MaskParams, runtime: Runtime, *, learned: bytes | None = None
+    ) -> None:
         self._params = params
-        self._source = load_mask_source(params, runtime)
+        self._source = load_mask_source(params, runtime, learned)
         self.settings = {
             "version": MASK_VERSION,
             **self._source.settings,
@@ -206,6 +211,24 @@ class MaskMaker:
             )
             masks = np.stack([refine(mask) for mask in masks])
         return MaskFile(encode_objects(masks), not masks.any())
+
+
+def _learned(rows: Sequence[ArchiveRow], params: MaskParams, runtime: Runtime) -> bytes | None:
+    """What the source learns from the archives first, from the cache or new; None: nothing."""
+    learner = load_mask_learner(params, runtime)
+    if learner is None:
+        return None
+    images = {row.sha256: row for row in rows if row.label_id != NEGATIVE_LABEL_ID}
+    # By hash, which is no order at all: the same images whatever their ranks.
+    chosen = [images[key] for key in sorted(images)[: learner.num_images]]
+    with BlobCache(runtime.cache_dir / "mask_learner", learner.settings) as cache:
+        key = digest([row.sha256 for row in chosen])
+        learned = cache.get(key)
+        if learned is None:
+            photos = (_read_photo(row, params) for row in tqdm(chosen, desc="mask, learning"))
+            learned = learner.learn(photo.image for photo in photos if isinstance(photo, Photo))
+            cache.put(key, learned)
+    return learned
 
 
 def _read_photo(row: ArchiveRow, params: MaskParams) -> Photo | ImageError:

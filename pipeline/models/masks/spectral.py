@@ -39,19 +39,23 @@ MAX_POSITIONS, POSITIONS_PER_PATCH = 6_144, 4
 
 
 class SpectralSource:
-    """Voting clusters as a mask source, see `pipeline.methods.masks.MaskSource`."""
+    """Voting clusters as a mask source, see `pipeline.methods.masks.MaskSource`.
+
+    Attributes:
+        encoders: those whose features are clustered.
+    """
 
     def __init__(self, params: SpectralParams, runtime: Runtime) -> None:
-        self._encoders = [
+        self.encoders = [
             FeatureEncoder(params.model_copy(update={"encoder": encoder}), runtime)
             for encoder in (params.encoder, *params.more_encoders)
         ]
         self._params = params
         self._seed = runtime.seed
         self.threshold = 0.5
-        smallest = min(encoder.patch_size for encoder in self._encoders)
+        smallest = min(encoder.patch_size for encoder in self.encoders)
         self.max_pixels = MAX_POSITIONS // POSITIONS_PER_PATCH * smallest**2
-        first, *others = [encoder.settings for encoder in self._encoders]
+        first, *others = [encoder.settings for encoder in self.encoders]
         self.settings = {
             "source": params.source,
             **first,
@@ -63,15 +67,15 @@ class SpectralSource:
 
     def predict(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> masks (B, H, W) of 0 and 1."""
-        return self._vote(images, [encoder(images) for encoder in self._encoders])
+        return self._vote(images, [encoder(images) for encoder in self.encoders])
 
     def predict_objects(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> masks (B, N, H, W), the first of which won the vote."""
-        maps = [encoder(images) for encoder in self._encoders]
+        maps = [encoder(images) for encoder in self.encoders]
         return with_further_objects(
             self._vote(images, maps),
             maps[0],
-            patch=self._encoders[0].patch_size,
+            patch=self.encoders[0].patch_size,
             params=self._params,
             seed=self._seed,
         )
@@ -79,7 +83,7 @@ class SpectralSource:
     def _vote(self, images: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """Masks (B, H, W) of 0 and 1 by the features (B, C, h, w) of every encoder."""
         height, width = images.shape[-2:]
-        patches = [encoder.patch_size for encoder in self._encoders]
+        patches = [encoder.patch_size for encoder in self.encoders]
         make = partial(
             spectral_mask,
             size=(height, width),
