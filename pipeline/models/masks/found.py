@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 MAX_POSITIONS = 16_384  # bound on what one image may cost
 POSITIONS_PER_IMAGE = 512  # drawn to learn from
 LEARNING_STEPS = 1_000
+LOSS_WEIGHT = 10.0  # against the weights' square; at 1 few images teach little
 LEARNER_VERSION = 1
 
 
@@ -74,7 +75,8 @@ class FoundLearner:
                 f"patches of {len(parts)} images are voted for; use more images or another encoder"
             )
         with single_threaded():
-            fitted = LogisticRegression(max_iter=LEARNING_STEPS).fit(features, salient)
+            fitted = LogisticRegression(C=LOSS_WEIGHT, max_iter=LEARNING_STEPS)
+            fitted.fit(features, salient)
         weight = torch.from_numpy(fitted.coef_).float()[..., None, None].contiguous()
         return save({"weight": weight, "bias": torch.from_numpy(fitted.intercept_).float()})
 
