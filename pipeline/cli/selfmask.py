@@ -44,6 +44,7 @@ def train(
     params = read_section(config, SelfMaskTraining) if config else SelfMaskTraining()
     try_outputs(out, out.with_suffix(".json"), folders=[work])
     runtime = make_runtime(device=device, precision=precision, seed=seed)
+    model = selfmask.new_network(params, runtime)  # its mistakes are told before the votes
     selfmask.list_pool(images, work / "images.parquet", workers=params.votes.workers)
     mask.run(
         archives_path=work / "images.parquet",
@@ -51,8 +52,14 @@ def train(
         params=params.votes,
         runtime=runtime,
         stats_path=work / "masks.json",
+        section="votes",
     )
     selfmask.run(
-        masks_dir=work / "masks", out_path=out, work_dir=work, params=params, runtime=runtime
+        model=model,
+        masks_dir=work / "masks",
+        out_path=out,
+        work_dir=work,
+        params=params,
+        runtime=runtime,
     )
     print(f"{out} written; use it by `mask.source: selfmask`, `mask.weights: {out}`")

@@ -81,6 +81,7 @@ def run(
     runtime: Runtime,
     stats_path: Path,
     executor: Executor | None = None,
+    section: str | None = None,
 ) -> dict[str, Any]:
     """Write one sample for each archive image: `jpg`, `mask.png` and `json`.
 
@@ -97,6 +98,7 @@ def run(
         runtime: device, seed and cache folder.
         stats_path: JSON of counts.
         executor: where shards are made; here by default.
+        section: what messages call the params, if not `mask`.
 
     Returns:
         The manifest of the shards.
@@ -115,6 +117,7 @@ def run(
         files=[row.path for row in rows],
         remedy="If the images have moved or changed, run `pipeline embed` again",
         max_error_rate=params.max_error_rate,
+        section=section,
     )
     return run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
 

@@ -58,8 +58,27 @@ def list_pool(images_dir: Path, archives_path: Path, *, workers: int) -> None:
     write_archives(archives_path, rows)
 
 
+def new_network(params: SelfMaskTraining, runtime: Runtime) -> SelfMask:
+    """SelfMask with random weights, of which those of its encoder may be given.
+
+    Raises:
+        PipelineError: settings that are no network, or weights that are missing or do not fit.
+    """
+    try:
+        config = SelfMaskConfig(**params.network.model_dump())
+    except ValueError as error:
+        raise PipelineError(f"network: {error}") from None
+    torch.manual_seed(runtime.seed)
+    model = SelfMask(config)
+    if params.initial:
+        path = resolve_weights(params.initial, runtime.cache_dir)
+        load_strict(model.encoder, read_weights(path), path)
+    return model.to(runtime.device)
+
+
 def run(
     *,
+    model: SelfMask,
     masks_dir: Path,
     out_path: Path,
     work_dir: Path,
@@ -71,6 +90,7 @@ def run(
     A run of the same settings and shards that was cut off continues.
 
     Args:
+        model: `new_network` of the params.
         masks_dir: mask shards; images whose mask is empty are left out.
         out_path: weights file (.safetensors).
         work_dir: folder of the resumable state.
@@ -78,10 +98,9 @@ def run(
         runtime: device, precision, seed and cache folder.
 
     Raises:
-        PipelineError: damaged shards, no mask but empty ones, or settings that are no network.
+        PipelineError: damaged shards, or no mask but empty ones.
     """
     store = open_samples(masks_dir, members=MASK_MEMBERS)
-    model = _new_network(params, runtime)
     with Workers(params.votes.workers) as threads:
         shown = threads.map(
             partial(_shows_object, store, masks_dir), range(len(store)), ahead=params.batch_size
@@ -122,20 +141,6 @@ def _archive_row(numbered: tuple[int, ImageRef]) -> ArchiveRow:
         height=0,
         sha256=sha256,
     )
-
-
-def _new_network(params: SelfMaskTraining, runtime: Runtime) -> SelfMask:
-    """SelfMask with random weights; those of its encoder may be given."""
-    try:
-        config = SelfMaskConfig(**params.network.model_dump())
-    except ValueError as error:
-        raise PipelineError(f"network: {error}") from None
-    torch.manual_seed(runtime.seed)
-    model = SelfMask(config)
-    if params.initial:
-        path = resolve_weights(params.initial, runtime.cache_dir)
-        load_strict(model.encoder, read_weights(path), path)
-    return model.to(runtime.device)
 
 
 def _shows_object(store: SampleStore, masks_dir: Path, index: int) -> bool:
