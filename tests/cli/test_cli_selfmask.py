@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
-from pipeline.methods.masks import SelfMaskParams, SelfMaskTraining, load_mask_source
+from pipeline.methods.masks import SelfMaskParams, load_mask_source
+from pipeline.methods.selfmask import SelfMaskTraining
 from pipeline.models.masks.selfmask import SelfMaskConfig, ViTEncoder, load_selfmask
 from pipeline.models.weights.weights import load_state
 
