@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pipeline.methods.masks import SpectralParams
 from pipeline.params.base import Count, EncoderParams, Positive, Probability, Section
 from pipeline.training.settings import Range
@@ -20,13 +22,16 @@ class SelfMaskNetwork(Section):
     grid: Count = 14
 
 
-# In the paper: DINO, MoCo v2 and SwAV.
-THREE_SOURCES = SpectralParams(
-    encoder=EncoderParams(model="dino_vits16", pretrained=""),
-    more_encoders=[EncoderParams(model="dino_vits8", pretrained=""), EncoderParams()],
-    facet="token",
-    short_side=256,
-)
+class SelfMaskVotes(SpectralParams):
+    """Three sources of features; in the paper they are DINO, MoCo v2 and SwAV."""
+
+    encoder: EncoderParams = EncoderParams(model="dino_vits16", pretrained="")
+    more_encoders: list[EncoderParams] = [
+        EncoderParams(model="dino_vits8", pretrained=""),
+        EncoderParams(),
+    ]
+    facet: Literal["key", "token"] = "token"
+    short_side: Count = 256
 
 
 class SelfMaskTraining(Section):
@@ -38,7 +43,7 @@ class SelfMaskTraining(Section):
     `greyscale` and `blur` are probabilities.
     """
 
-    votes: SpectralParams = THREE_SOURCES
+    votes: SelfMaskVotes = SelfMaskVotes()
     network: SelfMaskNetwork = SelfMaskNetwork()
     initial: str = ""
     iterations: Count = 20_000

@@ -207,3 +207,16 @@ def test_batches_do_not_show(
     for image, masks in zip(batch, together, strict=True):
         alone = source.predict_objects(image[None])  # type: ignore[attr-defined]
         torch.testing.assert_close(alone[0], masks)
+
+
+@pytest.mark.parametrize(("size", "alone"), [(104, 20), (19, 0), (1100, 200)])
+def test_positions_that_are_like_no_other_do_not_stop_the_solver(size: int, alone: int) -> None:
+    """All eigenvalues but one are equal, of which LAPACK's drivers of subsets may find none."""
+    affinity = np.full((size, size), 1e-5)
+    affinity[np.arange(alone, size), np.arange(alone, size)] = 1.0
+    degrees = np.diag(affinity.sum(axis=1))
+    values, vectors = smallest_eigenvectors(affinity.copy(), 2)
+    assert vectors.shape == (size, 2)
+    np.testing.assert_allclose(
+        (degrees - affinity) @ vectors, degrees @ vectors * values, atol=1e-12
+    )
