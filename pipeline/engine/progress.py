@@ -243,7 +243,7 @@ class StageRun(Tally):
         self._warnings.append(text)
 
     def note(self, what: str, value: float | Sequence[str]) -> None:
-        """Say a number, or list names, in the stats and on a line of its own; no names: nothing."""
+        """Put a number into the stats, or names, which are printed as well; no names: nothing."""
         if isinstance(value, float):
             self._notes[what] = round(value, MEASURED_DIGITS)
         elif value:
@@ -289,6 +289,10 @@ class StageRun(Tally):
                 **({"categories": self._means()} if self.measures else {}),
             },
         )
+        for what, value in self._notes.items():
+            if isinstance(value, list):
+                names = listing(value, LISTED_NOTES)
+                print(f"{self.stage}: {what.replace('_', ' ')}: {names}", flush=True)
         skipped, whole = len(self.skipped), self.items + len(self.skipped)
         share = f" ({100 * skipped / whole:.1f} % of {whole})" if skipped else ""
         extra = "".join(f", {name} {count}" for name, count in all_counts.items())
@@ -300,9 +304,6 @@ class StageRun(Tally):
             f"{seconds:.1f} s, {rate:.1f} {self._unit}s/s{extra}",
             flush=True,
         )
-        for what, value in self._notes.items():
-            said = listing(value, LISTED_NOTES) if isinstance(value, list) else f"{value:g}"
-            print(f"{self.stage}: {what.replace('_', ' ')}: {said}", flush=True)
 
     def _means(self) -> dict[str, dict[str, Any]]:
         """By category, the mean of each measure, and of how many images."""

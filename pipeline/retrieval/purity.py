@@ -6,10 +6,12 @@ Letters: N images, M names, C embedding length.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -93,56 +95,56 @@ class NearestNames:
 
 
 def embeddings_at(shards: Sequence[Path], positions: Rows) -> Iterator[tuple[Rows, Halves]]:
-    """Yield positions (n,) and embeddings (n, C) of the images at sorted positions.
+    """Yield positions (n,) and embeddings (n, C) of the images at sorted positions that have one.
 
     Shards without any of them are not read.
 
     Args:
         shards: in the order of their positions.
-        positions: (N,) among the rows of all shards, of images with an embedding.
+        positions: (N,) among the rows of all shards.
 
     Raises:
         PipelineError: a shard is damaged.
     """
-    start = 0
-    for shard in shards:
-        end = start + pq.read_metadata(shard).num_rows
+    for shard, (start, end) in zip(shards, pairwise(_bounds(shards)), strict=True):
         wanted = positions[slice(*np.searchsorted(positions, [start, end]))]
-        if len(wanted):
-            columns = ["status", "embedding"]
-            for rows in iter_embedding_rows([shard], columns=columns, block_rows=BLOCK_ROWS):
-                first, last = np.searchsorted(wanted, [start, start + len(rows)])
-                chosen = rows.take(pa.array(wanted[first:last] - start))
-                start += len(rows)
-                if last > first:
-                    yield wanted[first:last], embedding_matrix(chosen["embedding"])
-        start = end
+        if not len(wanted):
+            continue
+        columns = ["status", "embedding"]
+        for rows in iter_embedding_rows([shard], columns=columns, block_rows=BLOCK_ROWS):
+            part = wanted[slice(*np.searchsorted(wanted, [start, start + len(rows)]))]
+            is_ok = pc.equal(rows["status"], STATUS_OK).to_numpy(zero_copy_only=False)
+            part = part[is_ok[part - start]]
+            chosen = rows["embedding"].take(pa.array(part - start))
+            start += len(rows)
+            if len(part):
+                yield part, embedding_matrix(chosen)
 
 
 def random_embeddings(shards: Sequence[Path]) -> Halves:
-    """Embeddings (N, C) of some thousand random images with direction: a few of each of 16 shards.
+    """Embeddings (N, C) of up to a thousand random images, of at most 16 shards.
 
-    The same ones every time.
+    The same ones every time; those without direction are left out.
 
     Raises:
         PipelineError: a shard is damaged.
     """
     generator = np.random.default_rng(SAMPLE_SEED)
-    numbers = np.linspace(0, len(shards) - 1, min(SAMPLED_SHARDS, len(shards))).astype(int)
-    parts = []
-    for number in numbers:
-        table = pa.Table.from_batches(
-            iter_embedding_rows(
-                [shards[number]], columns=["status", "embedding"], block_rows=BLOCK_ROWS
-            )
-        )
-        usable = np.flatnonzero(np.asarray(table["status"]) == STATUS_OK)
-        size = min(len(usable), SAMPLED_IMAGES // len(numbers))
-        chosen = np.sort(generator.choice(usable, size, replace=False))
-        parts.append(embedding_matrix(table["embedding"].take(pa.array(chosen))))
-    found = np.concatenate(parts)
-    has_direction = np.isfinite(found).all(axis=1) & found.any(axis=1)
-    return found[has_direction]
+    bounds = _bounds(shards)
+    chosen = np.linspace(0, len(shards) - 1, min(SAMPLED_SHARDS, len(shards))).astype(int)
+    most = SAMPLED_IMAGES // len(chosen)
+    positions = [
+        start + np.sort(generator.permutation(end - start)[:most])
+        for start, end in (bounds[number : number + 2] for number in chosen)
+    ]
+    parts = [found for _, found in embeddings_at(shards, np.concatenate(positions))]
+    found = np.concatenate(parts) if parts else np.empty((0, 1), np.float16)
+    return found[np.isfinite(found).all(axis=1) & found.any(axis=1)]
+
+
+def _bounds(shards: Sequence[Path]) -> list[int]:
+    """Position of the first row of each shard, and the number of all rows."""
+    return [0, *accumulate(pq.read_metadata(shard).num_rows for shard in shards)]
 
 
 def thinned(

@@ -164,9 +164,9 @@ def run(
         _warn_of_large_k(stage_run, k, len(categories))
         stage_run.count("negatives", len(negatives))
         _measure(stage_run, categories, archives, nearest)
-        _warn_of_unknown(
-            stage_run, categories, rankings, k, nearest.chance_level(random_embeddings(shards))
-        )
+        random = random_embeddings(shards)
+        if len(random):
+            _warn_of_unknown(stage_run, categories, rankings, k, nearest.chance_level(random))
         names = [NEGATIVES, *categories]
         write_archive_table(out_path, images.archives(names, [negatives, *archives]))
 
