@@ -72,19 +72,19 @@ class Tally:
 
     def measure(self, category: str, name: str, value: float) -> None:
         """Add to what is known of a category; its mean goes to the stats."""
-        self._measured(category, name, 1, round(value * MILLION))
+        self._add_measured(category, name, 1, round(value * MILLION))
 
-    def _measured(self, category: str, name: str, times: int, total: int) -> None:
+    def _add_measured(self, category: str, name: str, times: int, total: int) -> None:
         known = self.measures.setdefault(category, {}).setdefault(name, [0, 0])
         known[0] += times
         known[1] += total
         if self._whole is not None:
-            self._whole._measured(category, name, times, total)
+            self._whole._add_measured(category, name, times, total)
 
-    def mean(self, category: str, name: str) -> float | None:
-        """Mean of what was measured of a category; None for nothing."""
+    def measured(self, category: str, name: str) -> tuple[int, float]:
+        """How often something was measured of a category, and the sum."""
         times, total = self.measures.get(category, {}).get(name, (0, 0))
-        return total / MILLION / times if times else None
+        return times, total / MILLION
 
     def add(self, other: Tally) -> None:
         """Take in the items of another tally."""
@@ -97,7 +97,7 @@ class Tally:
             self.count_in_run(name, count)
         for category, measures in other.measures.items():
             for name, (times, total) in measures.items():
-                self._measured(category, name, times, total)
+                self._add_measured(category, name, times, total)
 
     def as_dict(self) -> dict[str, Any]:
         """`items`, `skipped`, `counts`, `run_counts` and `measures`, as JSON has them."""
@@ -311,8 +311,8 @@ class StageRun(Tally):
             category: {
                 "images": max(times for times, _ in measures.values()),
                 **{
-                    name: round(self.mean(category, name) or 0.0, MEASURED_DIGITS)
-                    for name in sorted(measures)
+                    name: round(total / MILLION / times, MEASURED_DIGITS)
+                    for name, (times, total) in sorted(measures.items())
                 },
             }
             for category, measures in sorted(self.measures.items())

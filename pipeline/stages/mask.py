@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 
 from pipeline.engine.batching import equal_size_batches
 from pipeline.engine.cache import BlobCache
 from pipeline.engine.parallel import Workers
-from pipeline.engine.progress import Tally
+from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, Job, run_job
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listing
 from pipeline.formats.images import (
     ImageError,
     decode_png,
@@ -46,6 +47,7 @@ from pipeline.models.masks.threads import single_threaded
 MASK_VERSION = 1
 NEGATIVE_LABEL_ID = 0
 BATCHES_IN_MEMORY = 4
+KEPT = "kept"
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,15 @@ class Photo:
 
 
 class MaskFile(NamedTuple):
-    """A mask as a PNG file, and whether it is empty."""
+    """A mask as a PNG file, and the number of its connected components, 0 if it is empty."""
 
     png: bytes
-    is_empty: bool
+    num_components: int
+
+    @classmethod
+    def of(cls, png: bytes) -> MaskFile:
+        """Count the components of a file's mask; pixels are connected to their four neighbours."""
+        return cls(png, ndimage.label(decode_png(png) > 0)[1])
 
 
 def run(
@@ -83,7 +90,9 @@ def run(
 
     Images that cannot be read, or have changed since they were embedded, are skipped and listed.
     Images of archive 0, the negatives, get an empty mask. The stats count `masked` (computed now),
-    `cached` (known from an earlier run or archive), `negatives`, and `empty_masks`.
+    `cached` (known from an earlier run or archive), `negatives`, `empty_masks` and, with
+    `max_components`, those left out as `many_components`; for each category they have the mean
+    number of components and the share that is `kept`.
 
     Args:
         archives_path: table of stage 2.
@@ -97,7 +106,8 @@ def run(
         The manifest of the shards.
 
     Raises:
-        PipelineError: no archives or weights, or none or too few of the images can be read.
+        PipelineError: no archives or weights, none or too few of the images can be read, or
+            `max_components` leaves none.
     """
     rows = read_archives(archives_path)
     if not rows:
@@ -110,8 +120,25 @@ def run(
         files=[row.path for row in rows],
         remedy="If the images have moved or changed, run `pipeline embed` again",
         max_error_rate=params.max_error_rate,
+        review=partial(_review, params.max_components),
     )
     return run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
+
+
+def _review(most: int | None, stage: StageRun) -> None:
+    """Say what `max_components` takes from the archives; refuse to go on if that is everything."""
+    if most is None:
+        return
+    field = f"mask.max_components: {most}"
+    numbers = {name: stage.measured(name, KEPT) for name in sorted(stage.measures)}
+    if numbers and not any(left for _, left in numbers.values()):
+        total = sum(count for count, _ in numbers.values())
+        raise PipelineError(f"params.yaml: {field} leaves none of {total} images; raise it")
+    short = [
+        f"{name} {left:.0f} of {count}" for name, (count, left) in numbers.items() if left < count
+    ]
+    if short:
+        stage.warn(f"{field} leaves fewer images: {listing(short)}; raise it to keep more")
 
 
 class MaskMaker:
@@ -122,7 +149,7 @@ class MaskMaker:
         runtime: device, seed and cache folder.
 
     Attributes:
-        settings: all that a mask depends on besides its image; representable in JSON.
+        settings: all that the samples depend on besides their images; representable in JSON.
     """
 
     def __init__(self, params: MaskParams, runtime: Runtime) -> None:
@@ -137,6 +164,8 @@ class MaskMaker:
             "short_side": params.short_side,
         }
         self._cache = BlobCache(runtime.cache_dir / "masks", self.settings)
+        if params.max_components is not None:
+            self.settings = {**self.settings, "max_components": params.max_components}
         self._workers = Workers(params.workers)
 
     def make(self, items: Sequence[ArchiveRow], path: Path, tally: Tally) -> int:
@@ -162,16 +191,29 @@ class MaskMaker:
                     mask_png = encode_png(np.zeros(photo.image.size[::-1], dtype=bool))
                     tally.count("negatives")
                 else:
-                    mask_png, is_empty = masks[photo.row.sha256]
-                    tally.count("empty_masks", int(is_empty))
+                    mask_png, num_components = masks[photo.row.sha256]
+                    if not self._is_kept(photo.row.category, num_components, tally):
+                        continue
+                    tally.count("empty_masks", int(not num_components))
                 yield _sample(photo, mask_png)
                 tally.advance()
+
+    def _is_kept(self, category: str, num_components: int, tally: Tally) -> bool:
+        """Whether a mask is in few enough parts; measures them, and counts it if not."""
+        tally.measure(category, "components", num_components)
+        most = self._params.max_components
+        if most is None:
+            return True
+        is_kept = num_components <= most
+        tally.measure(category, KEPT, int(is_kept))
+        tally.count("many_components", int(not is_kept))
+        return is_kept
 
     def _masks(self, photos: Sequence[Photo], tally: Tally) -> dict[str, MaskFile]:
         """The masks of some images, by hash."""
         images = {photo.row.sha256: photo.image for photo in photos}
         known = {
-            key: MaskFile(mask_png, not decode_png(mask_png).any())
+            key: MaskFile.of(mask_png)
             for key in images
             if (mask_png := self._cache.get(key)) is not None
         }
@@ -201,7 +243,7 @@ class MaskMaker:
                 solver_iterations=self._params.solver_iterations,
                 solver_scale=self._params.solver_scale,
             )
-        return MaskFile(encode_png(mask), not mask.any())
+        return MaskFile.of(encode_png(mask))
 
 
 def _read_photo(row: ArchiveRow, params: MaskParams) -> Photo | ImageError:
