@@ -29,6 +29,18 @@ def label_map(rows: npt.NDArray[np.integer], first: int) -> LabelMap:
     return rows.astype(LABEL_TYPE) + LABEL_TYPE(first)
 
 
+def agreement(mask: npt.NDArray[np.bool_], labels: LabelMap, label_id: int) -> float | None:
+    """Share of a mask (H, W) that labels (H, W) give a label id; None for an empty mask.
+
+    Raises:
+        ValueError: the two differ in shape.
+    """
+    if mask.shape != labels.shape:
+        raise ValueError(f"mask {mask.shape} and labels {labels.shape} differ")
+    area = np.count_nonzero(mask)
+    return np.count_nonzero(labels[mask] == label_id) / area if area else None
+
+
 def encode_confidence(confidence: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
     """Confidence (H, W) in [0, 1] -> uint8 (H, W), round(255 p)."""
     return np.rint(np.clip(confidence, 0.0, 1.0) * 255.0).astype(np.uint8)
