@@ -62,7 +62,7 @@ class MaskParams(Section):
     `refine` snaps masks to edges by the bilateral solver, which the published code stops after 25
     `solver_iterations`, unconverged; below 1, `solver_scale` solves at that fraction of height and
     width, which is faster and less exact. `max_error_rate` is as in `embed`. Images whose mask has
-    more than `max_components` connected parts are left out (null: none is).
+    more than `max_components` connected parts, specks aside, are left out (null: none is).
     """
 
     source: str

@@ -48,6 +48,7 @@ MASK_VERSION = 1
 NEGATIVE_LABEL_ID = 0
 BATCHES_IN_MEMORY = 4
 KEPT = "kept"
+SPECK = 0.01
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,15 @@ class Photo:
 
 
 class MaskFile(NamedTuple):
-    """A mask as a PNG file, and the number of its connected components, 0 if it is empty."""
+    """A mask as a PNG file, and how many components it has, 0 if it is empty."""
 
     png: bytes
     num_components: int
 
     @classmethod
     def of(cls, png: bytes) -> MaskFile:
-        """Count the components of a file's mask; pixels are connected to their four neighbours."""
-        return cls(png, ndimage.label(decode_png(png) > 0)[1])
+        """Count the components of a file's mask."""
+        return cls(png, num_components(decode_png(png) > 0))
 
 
 def run(
@@ -244,6 +245,16 @@ class MaskMaker:
                 solver_scale=self._params.solver_scale,
             )
         return MaskFile.of(encode_png(mask))
+
+
+def num_components(mask: NDArray[np.bool_]) -> int:
+    """Connected components of a mask (H, W), pixels connected to their four neighbours.
+
+    Specks below 1 % of the mask do not count, unless it is made of nothing else.
+    """
+    components, count = ndimage.label(mask)
+    areas = np.bincount(components.ravel())[1:]
+    return int(np.count_nonzero(areas >= SPECK * areas.sum())) or int(count)
 
 
 def _read_photo(row: ArchiveRow, params: MaskParams) -> Photo | ImageError:
