@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -12,13 +12,14 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from pipeline.errors import PipelineError, counted
+from pipeline.errors import PipelineError, counted, listing
 from pipeline.files import check_writable, claim, write_json
 
 LISTED_SKIPS = 1000
 # So many errors never fail a stage by their rate: one of a few images is more than any small share.
 FORGIVEN_ERRORS = 1
 SHOWN_OFFENDERS, SHOWN_REASONS = 3, 8
+MILLION, MEASURED_DIGITS, LISTED_NOTES = 1_000_000, 4, 50
 
 
 class Tally:
@@ -33,6 +34,8 @@ class Tally:
         counts: further counts by name.
         run_counts: counts that say how a run went, not what came out of it: what lay in the cache
             decides them.
+        measures: by category and name, how often something was measured, and the sum in millionths:
+            integers, so that it is the same in whatever order items are done.
     """
 
     def __init__(self, whole: Tally | None = None) -> None:
@@ -40,6 +43,7 @@ class Tally:
         self.skipped: list[dict[str, str]] = []
         self.counts: Counter[str] = Counter()
         self.run_counts: Counter[str] = Counter()
+        self.measures: dict[str, dict[str, list[int]]] = {}
         self._whole = whole
 
     def advance(self, count: int = 1) -> None:
@@ -66,6 +70,22 @@ class Tally:
         if self._whole is not None:
             self._whole.count_in_run(name, count)
 
+    def measure(self, category: str, name: str, value: float) -> None:
+        """Add to what is known of a category; its mean goes to the stats."""
+        self._add_measured(category, name, 1, round(value * MILLION))
+
+    def _add_measured(self, category: str, name: str, times: int, total: int) -> None:
+        known = self.measures.setdefault(category, {}).setdefault(name, [0, 0])
+        known[0] += times
+        known[1] += total
+        if self._whole is not None:
+            self._whole._add_measured(category, name, times, total)
+
+    def measured(self, category: str, name: str) -> tuple[int, float]:
+        """How often something was measured of a category, and the sum."""
+        times, total = self.measures.get(category, {}).get(name, (0, 0))
+        return times, total / MILLION
+
     def add(self, other: Tally) -> None:
         """Take in the items of another tally."""
         self.advance(other.items)
@@ -75,14 +95,18 @@ class Tally:
             self.count(name, count)
         for name, count in other.run_counts.items():
             self.count_in_run(name, count)
+        for category, measures in other.measures.items():
+            for name, (times, total) in measures.items():
+                self._add_measured(category, name, times, total)
 
     def as_dict(self) -> dict[str, Any]:
-        """`items`, `skipped`, `counts` and `run_counts`, as JSON has them."""
+        """`items`, `skipped`, `counts`, `run_counts` and `measures`, as JSON has them."""
         return {
             "items": self.items,
             "skipped": self.skipped,
             "counts": dict(self.counts),
             "run_counts": dict(self.run_counts),
+            "measures": self.measures,
         }
 
     @classmethod
@@ -92,6 +116,7 @@ class Tally:
         tally.items, tally.skipped = content["items"], content["skipped"]
         tally.counts.update(content["counts"])
         tally.run_counts.update(content.get("run_counts", {}))
+        tally.measures.update(content.get("measures", {}))
         return tally
 
 
@@ -110,10 +135,11 @@ class StageRun(Tally):
     """Progress bar, counts and the closing line of one run of a stage.
 
     On a clean exit it writes `stats_path` (JSON: stage, items, skipped, counts, skipped_items, and
-    left_out and warnings if there are any) and prints one summary line; on an exception it writes
-    nothing. The time and what lay in the cache go to a file of their own, see `times_path`, so that
-    equal inputs give equal stats. Until then no other process can start a run with the same
-    `stats_path`, which is to say the same stage in the same workspace.
+    left_out, warnings, notes and the means by category if there are any) and prints one summary
+    line; on an exception it writes nothing. The time and what lay in the cache go to a file of
+    their own, see `times_path`, so that equal inputs give equal stats. Until then no other process
+    can start a run with the same `stats_path`, which is to say the same stage in the same
+    workspace.
 
     Args:
         stage: its name.
@@ -158,6 +184,7 @@ class StageRun(Tally):
         self._max_error_rate = max_error_rate
         self._silent = silent
         self._warnings: list[str] = []
+        self._notes: dict[str, float | list[str]] = {}
         self._bar = tqdm(
             total=total,
             desc=stage,
@@ -215,6 +242,13 @@ class StageRun(Tally):
         """Say in the summary line, and in the report, what is wrong with the result."""
         self._warnings.append(text)
 
+    def note(self, what: str, value: float | Sequence[str]) -> None:
+        """Put a number into the stats, or names, which are printed as well; no names: nothing."""
+        if isinstance(value, float):
+            self._notes[what] = round(value, MEASURED_DIGITS)
+        elif value:
+            self._notes[what] = list(value)
+
     def postfix(self, text: str) -> None:
         """Show a short text behind the bar."""
         self._bar.set_postfix_str(text, refresh=False)
@@ -251,8 +285,14 @@ class StageRun(Tally):
                 "skipped_items": self.skipped[:LISTED_SKIPS],
                 **({"left_out": dict(sorted(self.left_out.items()))} if self.left_out else {}),
                 **({"warnings": self._warnings} if self._warnings else {}),
+                **self._notes,
+                **({"categories": self._means()} if self.measures else {}),
             },
         )
+        for what, value in self._notes.items():
+            if isinstance(value, list):
+                names = listing(value, LISTED_NOTES)
+                print(f"{self.stage}: {what.replace('_', ' ')}: {names}", flush=True)
         skipped, whole = len(self.skipped), self.items + len(self.skipped)
         share = f" ({100 * skipped / whole:.1f} % of {whole})" if skipped else ""
         extra = "".join(f", {name} {count}" for name, count in all_counts.items())
@@ -264,3 +304,16 @@ class StageRun(Tally):
             f"{seconds:.1f} s, {rate:.1f} {self._unit}s/s{extra}",
             flush=True,
         )
+
+    def _means(self) -> dict[str, dict[str, Any]]:
+        """By category, the mean of each measure, and of how many images."""
+        return {
+            category: {
+                "images": max(times for times, _ in measures.values()),
+                **{
+                    name: round(total / MILLION / times, MEASURED_DIGITS)
+                    for name, (times, total) in sorted(measures.items())
+                },
+            }
+            for category, measures in sorted(self.measures.items())
+        }

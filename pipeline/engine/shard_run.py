@@ -70,6 +70,7 @@ class Job:
         section: of params.yaml, which says so; that of the stage's name without it.
         left_out: number of files by kind that are no items.
         warnings: what is wrong with the result, see `StageRun.warn`.
+        review: is shown what became of all items before the shards are put in place.
     """
 
     stage: str
@@ -84,6 +85,7 @@ class Job:
     section: str | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    review: Callable[[StageRun], None] | None = None
 
     def plan(self) -> list[Sequence[Any]]:
         """The items of each shard."""
@@ -196,6 +198,8 @@ def run_job(
         for text in job.warnings:
             stage.warn(text)
         rows = _make(job, folder, maker, executor or LocalExecutor(), stage)
+        if job.review:
+            job.review(stage)
         if stage.items == 0:
             _keep_only(folder, [])
             raise _nothing_usable(stage, job.remedy)

@@ -7,6 +7,7 @@ of labels hold no `UNLABELLED`: it is made when truth is read for training.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -27,6 +28,39 @@ Conflict = Literal["category", "ignore"]
 def label_map(rows: npt.NDArray[np.integer], first: int) -> LabelMap:
     """Label ids (H, W) from the numbers (H, W) of what scored best, of which 0 is label `first`."""
     return rows.astype(LABEL_TYPE) + LABEL_TYPE(first)
+
+
+def agreement(mask: npt.NDArray[np.bool_], labels: LabelMap, label_id: int) -> float | None:
+    """Share of a mask (H, W) that labels (H, W) give a label id; None for an empty mask.
+
+    Raises:
+        ValueError: the two differ in shape.
+    """
+    if mask.shape != labels.shape:
+        raise ValueError(f"mask {mask.shape} and labels {labels.shape} differ")
+    area = np.count_nonzero(mask)
+    return np.count_nonzero(labels[mask] == label_id) / area if area else None
+
+
+class Predicted:
+    """Which categories any of some label maps shows.
+
+    Args:
+        categories: names by label id from 1.
+    """
+
+    def __init__(self, categories: Sequence[str]) -> None:
+        self._categories = categories
+        self._found: set[int] = set()
+
+    def add(self, labels: npt.NDArray[np.integer]) -> None:
+        """Look at the label ids (H, W) of one image."""
+        self._found.update(np.unique(labels).tolist())
+
+    def never(self) -> list[str]:
+        """Names of the categories without a pixel."""
+        named = enumerate(self._categories, start=1)
+        return [name for label_id, name in named if label_id not in self._found]
 
 
 def encode_confidence(confidence: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:

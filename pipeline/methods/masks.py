@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 from pydantic import BeforeValidator, Field
 
 from pipeline.params.base import (
+    IF_SET,
     Count,
     EncoderParams,
     NumWorkers,
@@ -79,7 +80,8 @@ class MaskParams(Section):
 
     `refine` snaps masks to edges by the bilateral solver, which the published code stops after 25
     `solver_iterations`, unconverged; below 1, `solver_scale` solves at that fraction of height and
-    width, which is faster and less exact. `max_error_rate` is as in `embed`.
+    width, which is faster and less exact. `max_error_rate` is as in `embed`. Images whose mask has
+    more than `max_components` connected parts, specks aside, are left out (null: none is).
     """
 
     source: str
@@ -92,6 +94,7 @@ class MaskParams(Section):
     shard_size: Count = 500
     max_pixels: Count = 100_000_000
     max_error_rate: Probability = 0.01
+    max_components: Count | None = IF_SET
 
 
 class ObjectsParams(MaskParams):

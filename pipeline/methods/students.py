@@ -219,7 +219,7 @@ class TrainParams(Composition, TargetSettings, StudentParams):
     """A student of archive samples that are pasted together, as ZUTIS's.
 
     `labels` is that of the masks for the target `saliency`, that of the dense labels for the
-    others.
+    others and with `min_agreement`.
     """
 
     @property

@@ -19,12 +19,14 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 NumWorkers = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# Of options that null switches off: unset, they are no part of a recipe, nor of a checkpoint.
+IF_SET: Any = Field(default=None, exclude_if=lambda value: value is None)
 # Names of entries become file names and words of commands (dvc.yaml).
 EntryName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Text = Annotated[str, Field(pattern=r"\S")]
 Rounding = Literal["down", "half_up"]  # of the sides of a resized image
 CLIP_RETRIEVAL_PREFIX = "open_clip:"  # of clip-retrieval's open_clip:ARCHITECTURE/TAG
-Templates = Literal["prompts85", "name"]
+Templates = Literal["prompts85", "name", "pure"]
 
 
 class Section(BaseModel):

@@ -14,6 +14,7 @@ from pipeline.methods.dense import DenseClipParams, PseudoLabelParams
 from pipeline.methods.masks import MaskParams, SelfMaskParams
 from pipeline.methods.students import DenseClipPlusParams, StudentParams, ZutisParams
 from pipeline.params.base import (
+    IF_SET,
     Count,
     EncoderParams,
     EntryName,
@@ -53,6 +54,11 @@ class RetrieveParams(Section):
     form an archive 0 that training may use as background (0: none, as published). `search` `exact`
     runs over all embeddings, `block_rows` at a time; `ivf` builds an approximate index of them once
     and looks at `probes` of its lists: for pools of millions that are searched again and again.
+
+    Two filters, off by null, make lists purer (docs/archives.md); the next best images take the
+    places of those left out. `min_margin` is how much more similar to its category than to any
+    other name, the background's included, an image is at least. `min_distance` is the cosine
+    distance of an image's embedding from those of all better ones of its list, at least.
     """
 
     templates: Templates = "prompts85"
@@ -61,6 +67,8 @@ class RetrieveParams(Section):
     search: Literal["exact", "ivf"] = "exact"
     probes: Count = 64
     block_rows: Count = 16_384
+    min_margin: Annotated[float, Field(ge=-2.0, le=2.0)] | None = IF_SET
+    min_distance: Annotated[float, Field(ge=0.0, le=2.0)] | None = IF_SET
 
 
 class EvaluateParams(PredictionParams):

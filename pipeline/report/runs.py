@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import counted
+from pipeline.errors import counted, listing
 from pipeline.report.inputs import integer, is_wanted, read_object
 from pipeline.report.wording import ITEM_NAMES, STAGES
 
@@ -76,6 +76,8 @@ def _run(path: Path, name: str) -> dict[str, Any]:
     }
     if stats.get("left_out"):
         counts["left out"] = counted(stats["left_out"])
+    if stats.get("never_predicted"):
+        counts["never predicted"] = listing(stats["never_predicted"])
     return {
         "name": name,
         "num_items": stats.get("items") or 0,

@@ -18,15 +18,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 from tqdm import tqdm
 
 from pipeline.engine.batching import equal_size_batches
 from pipeline.engine.cache import BlobCache
 from pipeline.engine.parallel import Workers
-from pipeline.engine.progress import Tally
+from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, Job, run_job
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listing
 from pipeline.files import digest
 from pipeline.formats.images import (
     ImageError,
@@ -49,6 +50,8 @@ from pipeline.models.masks.threads import single_threaded
 MASK_VERSION = 1
 NEGATIVE_LABEL_ID = 0
 BATCHES_IN_MEMORY = 4
+KEPT = "kept"
+SPECK = 0.01
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,15 @@ class Photo:
 
 
 class MaskFile(NamedTuple):
-    """The masks of an image as a PNG file, and whether all are empty."""
+    """The masks of an image as a PNG file, and how many components they have, 0 if all are empty."""
 
     png: bytes
-    is_empty: bool
+    num_components: int
+
+    @classmethod
+    def of(cls, png: bytes) -> MaskFile:
+        """Count the components of a file's mask."""
+        return cls(png, num_components(decode_png(png) > 0))
 
 
 def run(
@@ -89,7 +97,9 @@ def run(
 
     Images that cannot be read, or have changed since they were embedded, are skipped and listed.
     Images of archive 0, the negatives, get an empty mask. The stats count `masked` (computed now),
-    `cached` (known from an earlier run or archive), `negatives`, and `empty_masks`.
+    `cached` (known from an earlier run or archive), `negatives`, `empty_masks` and, with
+    `max_components`, those left out as `many_components`; for each category they have the mean
+    number of components and the share that is `kept`.
 
     Args:
         archives_path: table of stage 2.
@@ -104,7 +114,8 @@ def run(
         The manifest of the shards.
 
     Raises:
-        PipelineError: no archives or weights, or none or too few of the images can be read.
+        PipelineError: no archives or weights, none or too few of the images can be read, or
+            `max_components` leaves none.
     """
     rows = read_archives(archives_path)
     if not rows:
@@ -118,8 +129,25 @@ def run(
         remedy="If the images have moved or changed, run `pipeline embed` again",
         max_error_rate=params.max_error_rate,
         section=section,
+        review=partial(_review, params.max_components),
     )
     return run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
+
+
+def _review(most: int | None, stage: StageRun) -> None:
+    """Say what `max_components` takes from the archives; refuse to go on if that is everything."""
+    if most is None:
+        return
+    field = f"mask.max_components: {most}"
+    numbers = {name: stage.measured(name, KEPT) for name in sorted(stage.measures)}
+    if numbers and not any(left for _, left in numbers.values()):
+        total = sum(count for count, _ in numbers.values())
+        raise PipelineError(f"params.yaml: {field} leaves none of {total} images; raise it")
+    short = [
+        f"{name} {left:.0f} of {count}" for name, (count, left) in numbers.items() if left < count
+    ]
+    if short:
+        stage.warn(f"{field} leaves fewer images: {listing(short)}; raise it to keep more")
 
 
 class MaskMaker:
@@ -131,7 +159,7 @@ class MaskMaker:
         learned: see `load_mask_source`.
 
     Attributes:
-        settings: all that a mask depends on besides its image; representable in JSON.
+        settings: all that the samples depend on besides their images; representable in JSON.
     """
 
     def __init__(
@@ -148,6 +176,8 @@ class MaskMaker:
             "short_side": params.short_side,
         }
         self._cache = BlobCache(runtime.cache_dir / "masks", self.settings)
+        if params.max_components is not None:
+            self.settings = {**self.settings, "max_components": params.max_components}
         self._workers = Workers(params.workers)
 
     def make(self, items: Sequence[ArchiveRow], path: Path, tally: Tally) -> int:
@@ -173,16 +203,29 @@ class MaskMaker:
                     mask_png = encode_png(np.zeros(photo.image.size[::-1], dtype=bool))
                     tally.count("negatives")
                 else:
-                    mask_png, is_empty = masks[photo.row.sha256]
-                    tally.count("empty_masks", int(is_empty))
+                    mask_png, num_components = masks[photo.row.sha256]
+                    if not self._is_kept(photo.row.category, num_components, tally):
+                        continue
+                    tally.count("empty_masks", int(not num_components))
                 yield _sample(photo, mask_png)
                 tally.advance()
+
+    def _is_kept(self, category: str, num_components: int, tally: Tally) -> bool:
+        """Whether a mask is in few enough parts; measures them, and counts it if not."""
+        tally.measure(category, "components", num_components)
+        most = self._params.max_components
+        if most is None:
+            return True
+        is_kept = num_components <= most
+        tally.measure(category, KEPT, int(is_kept))
+        tally.count("many_components", int(not is_kept))
+        return is_kept
 
     def _masks(self, photos: Sequence[Photo], tally: Tally) -> dict[str, MaskFile]:
         """The masks of some images, by hash."""
         images = {photo.row.sha256: photo.image for photo in photos}
         known = {
-            key: MaskFile(mask_png, not decode_png(mask_png).any())
+            key: MaskFile.of(mask_png)
             for key in images
             if (mask_png := self._cache.get(key)) is not None
         }
@@ -213,7 +256,7 @@ class MaskMaker:
                 solver_scale=self._params.solver_scale,
             )
             masks = np.stack([refine(mask) for mask in masks])
-        return MaskFile(encode_objects(masks), not masks.any())
+        return MaskFile.of(encode_objects(masks))
 
 
 def _learned(rows: Sequence[ArchiveRow], params: MaskParams, runtime: Runtime) -> bytes | None:
@@ -232,6 +275,16 @@ def _learned(rows: Sequence[ArchiveRow], params: MaskParams, runtime: Runtime) -
             learned = learner.learn(photo.image for photo in photos if isinstance(photo, Photo))
             cache.put(key, learned)
     return learned
+
+
+def num_components(mask: NDArray[np.bool_]) -> int:
+    """Connected components of a mask (H, W), pixels connected to their four neighbours.
+
+    Specks below 1 % of the mask do not count, unless it is made of nothing else.
+    """
+    components, count = ndimage.label(mask)
+    areas = np.bincount(components.ravel())[1:]
+    return int(np.count_nonzero(areas >= SPECK * areas.sum())) or int(count)
 
 
 def _read_photo(row: ArchiveRow, params: MaskParams) -> Photo | ImageError:

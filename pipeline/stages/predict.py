@@ -33,6 +33,7 @@ from pipeline.files import (
     utf8_text,
 )
 from pipeline.formats.images import EXTENSIONS, ImageError, encode_label, load_image
+from pipeline.formats.labels import Predicted
 from pipeline.formats.rle import coco_annotation, encode_crop
 from pipeline.formats.sources import image_files
 from pipeline.inference.confidence import find_name
@@ -79,7 +80,8 @@ def run(
     x y width height, area, score), categories (ids from 1, in the order asked for), and `skipped`,
     the images that could not be read. Pictures of confidence are `confidence/CATEGORY/NAME.png`,
     grey, at the image's size, 255 where the model is sure of the category; an image's `confidence`
-    names them by category. `stats.json` counts other files by kind, as `left_out`. The outputs of
+    names them by category. `stats.json` counts other files by kind, as `left_out`, and names as
+    `never_predicted` the categories without a pixel in any label map. The outputs of
     an earlier run are replaced when everything is done.
 
     Args:
@@ -127,11 +129,13 @@ def run(
         stage.left_out.update(left_out)
         output = _CocoWriter(file)
         names = _UniqueNames()
+        predicted = Predicted(segmenter.categories)
         for batch in batches(_load_images(paths, stage), params.batch_size):
             predictions = segmenter.predict([image for _, image in batch])
             for (path, image), prediction in zip(batch, predictions, strict=True):
                 name = f"{names.take(path.stem)}.png"
                 _draw(image, prediction, context_ids).save(overlay_dir / native_path(name))
+                predicted.add(prediction.semantic)
                 data = _encode(prediction)
                 (labels_dir / native_path(name)).write_bytes(data)
                 for category, folder in drawn.items():
@@ -145,6 +149,7 @@ def run(
                 f"{inputs[0]}: none of {len(paths)} images can be read; the first one, "
                 f"{stage.skipped[0]['item']}: {stage.skipped[0]['reason']}"
             )
+        stage.note("never_predicted", predicted.never())
         output.finish(segmenter.categories, stage.skipped)
 
 

@@ -21,8 +21,8 @@ from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, Job, run_job
 from pipeline.errors import PipelineError
 from pipeline.formats.dense_labels import CONFIDENCE, LABEL
-from pipeline.formats.images import encode_label, encode_png, load_image
-from pipeline.formats.labels import BACKGROUND, encode_confidence
+from pipeline.formats.images import decode_label, decode_png, encode_label, encode_png, load_image
+from pipeline.formats.labels import BACKGROUND, agreement, encode_confidence
 from pipeline.formats.shards import SampleStore, open_samples, write_tar
 from pipeline.methods.dense import PseudoLabelParams, load_dense_labeller
 from pipeline.vocabulary.categories import Names
@@ -45,7 +45,8 @@ def run(
 ) -> None:
     """Write label shards: `label.png` and `confidence.png` under the keys of the mask shards.
 
-    Labels depend on the image alone, not on its archive, and are cached by the image's SHA-256.
+    Labels depend on the image alone, not on its archive, and are cached by the image's SHA-256. The
+    stats have the mean `agreement` of each category: the share of a mask that is labelled as it.
 
     Args:
         mask_dir: mask shards.
@@ -121,14 +122,35 @@ class LabelMaker:
     def _samples(self, numbers: Sequence[int], tally: Tally) -> Iterator[dict[str, Any]]:
         for part in slices(numbers, BATCHES_AHEAD * self._batch_size):
             blobs = self._blobs([self._store.member(number, "jpg") for number in part], tally)
-            for number, blob in zip(part, blobs, strict=True):
+            shares = self._workers.map(
+                self._agreement, zip(part, blobs, strict=True), ahead=len(part)
+            )
+            for number, blob, (category, share) in zip(part, blobs, shares, strict=True):
                 label, confidence = _unpack(blob)
+                if share is not None:
+                    tally.measure(category, "agreement", share)
                 yield {
                     "__key__": self._store.keys[number],
                     LABEL: label,
                     CONFIDENCE: confidence,
                 }
                 tally.advance()
+
+    def _agreement(self, pair: tuple[int, bytes]) -> tuple[str, float | None]:
+        """Category of a sample, and its share of the mask; none for negatives and empty masks."""
+        number, blob = pair
+        fields = self._store.json(number)
+        if fields["label_id"] == BACKGROUND:
+            return fields["category"], None
+        try:
+            mask = decode_png(self._store.member(number, "mask.png")) > 0
+            share = agreement(mask, decode_label(_unpack(blob)[0]), fields["label_id"])
+        except ValueError as error:
+            raise PipelineError(
+                f"sample {self._store.keys[number]}: its mask cannot be used: {error}; run "
+                "`pipeline mask` again"
+            ) from None
+        return fields["category"], share
 
     def _blobs(self, jpegs: Sequence[bytes], tally: Tally) -> list[bytes]:
         """Label and confidence of each image, packed."""

@@ -30,6 +30,7 @@ from pipeline.report.inputs import NO_VALUE, encoder_name, integer
 from pipeline.report.plus import read_plus
 from pipeline.report.predictions import read_best_and_worst, read_typical
 from pipeline.report.published import read_published
+from pipeline.report.purity import PURITY_COLUMNS, read_purity
 from pipeline.report.runs import has_run, index_size, read_stages
 from pipeline.report.samples import TargetMaker, read_samples
 from pipeline.report.scores import bench_columns, read_audits, read_benches
@@ -95,6 +96,7 @@ def run(
         results["published"] = list(published.values())
         results["ablations"] = read_ablations(reports_dir / "ablations", published, benches)
         categories = _category_names(archives, params)
+        results["purity"] = read_purity(reports_dir / "stats", categories)
         write_bytes(out_path, _render(stages, results, categories, params).encode())
         stage.advance(1 + len(results))
 
@@ -124,6 +126,7 @@ def _render(
         target=params.train.targets.target if params else "",
         columns=columns,
         measures=AUDIT_MEASURES,
+        purity_columns=PURITY_COLUMNS,
         settings=_settings(params),
         plus_not_run=_plus_not_run(results["plus"], params),
         glossary=_glossary(bench_columns([*results["benches"], *results["plus"]])),

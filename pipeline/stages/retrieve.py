@@ -5,6 +5,7 @@ ZUTIS section 3.1. Letters: N images of a block, K categories, C embedding lengt
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.engine.progress import StageRun
+from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, LocalExecutor
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listing
 from pipeline.formats.tables import (
     STATUS_OK,
     encoder_name,
@@ -38,6 +39,7 @@ from pipeline.retrieval.exact import (
     search,
 )
 from pipeline.retrieval.ivf import EmbeddingIndex, Skip, cached_index
+from pipeline.retrieval.purity import NearestNames, embeddings_at, random_embeddings, thinned
 from pipeline.retrieval.ranking import (
     Ranking,
     _negatives,
@@ -52,6 +54,8 @@ READ_ROWS = 8192
 SPARE_CANDIDATES = 64
 RECALL_SAMPLE = 3
 NEGATIVES = "background"
+# With a filter, so many times k images of each category are looked at, and this many at least.
+LOOKED_AT, LEAST_LOOKED_AT = 4, 1024
 IMAGE_COLUMNS = ["key", "source", "path", "member", "offset", "width", "height", "sha256"]
 
 
@@ -86,16 +90,20 @@ def run(
         params: prompt templates, policy on overlaps, negatives, search, rows held at a time.
         encoder: the CLIP that made the embeddings.
         runtime: device of the text encoder; its cache folder keeps the index of `search: ivf`.
-        stats_path: JSON file of the counts. `overlaps`: images that several categories wanted;
+        stats_path: JSON file of the counts, of the mean similarity of each archive, of its mean
+            margin to the best other name, and of `random_similarity`, how similar a random image is
+            to a name that it does not show. `overlaps`: images that several categories wanted;
             `dropped`: list entries that the policy took out; `empty_archives`. With `search: ivf`
             also `ivf_lists` of the index, of which `ivf_probes` were searched, `ivf_built`: 1 if it
             was not in the cache; and, for at most three categories, `recall_found` of the
-            `recall_wanted` images of the exact lists.
+            `recall_wanted` images of the exact lists. With a filter also `passed_over`, the images
+            that it left out of the lists.
         executor: where shards are searched, if not through an index; here by default.
 
     Raises:
         PipelineError: fewer than k images are embedded, or by another encoder than `encoder`; a
-            shard is damaged; negatives are wanted of an approximate search.
+            shard is damaged; negatives are wanted of an approximate search; a filter leaves
+            nothing.
     """
     if params.search == "ivf" and params.num_negatives:
         raise PipelineError(
@@ -113,15 +121,23 @@ def run(
         encoder=encoder,
         runtime=runtime,
     )
+    size = _list_size(k, num_images, params)
+    nearest = NearestNames(
+        np.concatenate([texts, background_texts]), keep_embeddings=params.min_distance is not None
+    )
     with StageRun("retrieve", stats_path=stats_path, total=num_images) as stage_run:
         if params.search == "ivf":
             index = _index(shards, num_images, runtime.cache_dir / "retrieve", stage_run)
-            candidates = _search(index, texts, k, params.probes, stage_run)
+            candidates = _search(
+                index, texts, k, size=size, probes=params.probes, nearest=nearest, tally=stage_run
+            )
             near_background = Candidates(0)
         else:
             found = search(
                 shards,
-                SearchTarget(texts, background_texts, k, params.num_negatives, params.block_rows),
+                SearchTarget(
+                    texts, background_texts, size, params.num_negatives, params.block_rows
+                ),
                 executor=executor or LocalExecutor(),
                 runtime=runtime,
                 tally=stage_run,
@@ -129,7 +145,12 @@ def run(
             candidates, near_background = found.candidates, found.near_background
         _check_k(k, stage_run.items, source_dirs)
         images = _Images(shards, [*candidates, near_background])
-        lists = [images.ranked(found) for found in candidates]
+        rankings = [images.ranked(found) for found in candidates]
+        if params.search == "exact":
+            for positions, embeddings in embeddings_at(shards, np.unique(_positions(rankings))):
+                nearest.add(positions, embeddings)
+        lists = _filtered(rankings, nearest, k, params, stage_run)
+        _check_filtered(stage_run, categories, rankings, lists, nearest, k=k, params=params)
         negatives = _negatives(
             images.ranked(near_background),
             lists,
@@ -142,6 +163,10 @@ def run(
         count_losses(stage_run, categories, lists, archives)
         _warn_of_large_k(stage_run, k, len(categories))
         stage_run.count("negatives", len(negatives))
+        _measure(stage_run, categories, archives, nearest)
+        random = random_embeddings(shards)
+        if len(random):
+            _warn_of_unknown(stage_run, categories, rankings, k, nearest.chance_level(random))
         names = [NEGATIVES, *categories]
         write_archive_table(out_path, images.archives(names, [negatives, *archives]))
 
@@ -164,19 +189,28 @@ def _index(
 
 
 def _search(
-    index: EmbeddingIndex, texts: Floats, k: int, probes: int, stage_run: StageRun
+    index: EmbeddingIndex,
+    texts: Floats,
+    k: int,
+    *,
+    size: int,
+    probes: int,
+    nearest: NearestNames,
+    tally: Tally,
 ) -> list[Candidates]:
-    """Candidates of each category, and the recall of a few categories in the stats.
+    """Lists of `size` for each category, and the recall of the top-k of a few in the stats.
 
-    They are ranked by the embeddings that the index holds, which are those of the shards.
+    They are ranked by the embeddings that the index holds, which are those of the shards; `nearest`
+    is shown them.
     """
-    size = min(k + SPARE_CANDIDATES, index.num_images)
+    wanted = min(size + SPARE_CANDIDATES, index.num_images)
 
     def scored(some: Floats, num_lists: int) -> Iterator[Candidates]:
-        found = index.nearest(some, size, probes=num_lists)
+        found = index.nearest(some, wanted, probes=num_lists)
         for text, (positions, embeddings) in zip(some, found, strict=True):
-            candidates = Candidates(k)
+            candidates = Candidates(size)
             candidates.add(positions, inner_products(embeddings, text))
+            nearest.add(positions, embeddings)
             yield candidates
 
     candidates = list(scored(texts, probes))
@@ -184,11 +218,112 @@ def _search(
     for number, exact in zip(sample, scored(texts[sample], index.num_lists), strict=True):
         last = np.sort(exact.scores)[-k:][0]
         recalled = np.count_nonzero(candidates[number].scores >= last)
-        stage_run.count("recall_found", min(int(recalled), k))
-        stage_run.count("recall_wanted", k)
-    stage_run.count("ivf_lists", index.num_lists)
-    stage_run.count("ivf_probes", min(probes, index.num_lists))
+        tally.count("recall_found", min(int(recalled), k))
+        tally.count("recall_wanted", k)
+    tally.count("ivf_lists", index.num_lists)
+    tally.count("ivf_probes", min(probes, index.num_lists))
     return candidates
+
+
+def _list_size(k: int, num_images: int, params: RetrieveParams) -> int:
+    """How many images of each category are looked at, so that others can take places."""
+    if params.min_margin is None and params.min_distance is None:
+        return k
+    return min(num_images, max(LOOKED_AT * k, LEAST_LOOKED_AT))
+
+
+def _filtered(
+    rankings: Sequence[Ranking],
+    nearest: NearestNames,
+    k: int,
+    params: RetrieveParams,
+    tally: Tally,
+) -> list[Ranking]:
+    """The k best images of each ranking that pass the filters; counts those passed over."""
+    lists = []
+    for name, ranking in enumerate(rankings):
+        kept = ranking
+        if params.min_margin is not None:
+            kept = kept.only(nearest.margins(kept, name) >= params.min_margin)
+        if params.min_distance is not None:
+            embeddings = nearest.embeddings(kept)
+            kept = kept.only(thinned(embeddings, count=k, min_distance=params.min_distance))
+        kept = kept.only(np.arange(len(kept)) < k)
+        if len(ranking) > k:
+            last = kept.ranks[-1] if len(kept) == k else len(ranking)
+            tally.count("passed_over", int(last) - len(kept))
+        lists.append(kept)
+    return lists
+
+
+def _check_filtered(
+    stage_run: StageRun,
+    categories: Sequence[str],
+    rankings: Sequence[Ranking],
+    lists: Sequence[Ranking],
+    nearest: NearestNames,
+    *,
+    k: int,
+    params: RetrieveParams,
+) -> None:
+    """Warn of lists that the filters leave short; refuse to go on without any image."""
+    if not any(map(len, lists)):
+        greatest = max(
+            float(nearest.margins(ranking, name).max()) for name, ranking in enumerate(rankings)
+        )
+        raise PipelineError(
+            f"params.yaml: retrieve.min_margin: {params.min_margin:g} leaves no image of any "
+            f"category; the greatest margin is {greatest:.4f}: lower it"
+        )
+    short = [
+        f"{name} {len(part)}" for name, part in zip(categories, lists, strict=True) if len(part) < k
+    ]
+    if short:
+        filters = [
+            f"retrieve.{field}: {value:g}"
+            for field in ("min_margin", "min_distance")
+            if (value := getattr(params, field)) is not None
+        ]
+        stage_run.warn(
+            f"{' and '.join(filters)} leave less than k: {k} images for {listing(short)}; lower "
+            "them, or add images"
+        )
+
+
+def _measure(
+    tally: Tally, categories: Sequence[str], archives: Sequence[Ranking], nearest: NearestNames
+) -> None:
+    """Similarity and margin of the images of each archive."""
+    for name, (category, archive) in enumerate(zip(categories, archives, strict=True)):
+        for similarity, margin in zip(
+            archive.similarities, nearest.margins(archive, name), strict=True
+        ):
+            tally.measure(category, "similarity", float(similarity))
+            tally.measure(category, "margin", float(margin))
+
+
+def _warn_of_unknown(
+    stage_run: StageRun,
+    categories: Sequence[str],
+    rankings: Sequence[Ranking],
+    k: int,
+    level: float,
+) -> None:
+    """Names whose best images are no more similar to them than random images are to any name."""
+    stage_run.note("random_similarity", level)
+    unknown = [
+        f"{name} {mean:.4f}"
+        for name, ranking in zip(categories, rankings, strict=True)
+        if (mean := float(ranking.similarities[:k].mean(dtype=np.float64))) <= level
+    ]
+    if unknown:
+        text = (
+            f"the encoder hardly knows {listing(unknown)}: the mean similarity of the {k} best "
+            f"images is not above the {level:.4f} of random images and names that they do not "
+            "show; use another word, another embed.encoder, or add images"
+        )
+        stage_run.warn(text)
+        print(f"retrieve: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _count_images(shards: list[Path]) -> int:

@@ -20,6 +20,7 @@ from pipeline.engine.progress import StageRun
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, write_bytes, write_json
 from pipeline.formats.images import encode_png
+from pipeline.formats.labels import Predicted
 from pipeline.formats.predictions import PredictionStore
 from pipeline.formats.shards import MANIFEST
 from pipeline.params.benches import BenchParams
@@ -58,7 +59,8 @@ def run(
         background: names of label id 0, which no category may have.
         overlays: number of pictures.
         seed: of corruptions.
-        stats_path: counts of this run, JSON.
+        stats_path: counts of this run, JSON; `never_predicted` names the categories without a pixel
+            in any label map.
         result_name: NAME in the paths above; None for `bench_name`.
 
     Raises:
@@ -71,6 +73,7 @@ def run(
     task = ScoringTask(benchmark.categories, background=bench.background, unseen=unseen)
     board = ScoreBoard(task, metrics=described["metrics"], groups=benchmark.groups)
     name = result_name or bench_name
+    predicted = Predicted(benchmark.categories)
     warnings = [*benchmark.warnings, *check_headers(benchmark)]
     with StageRun("score", stats_path=stats_path, total=len(store)) as stage:
         for text in warnings:
@@ -78,7 +81,9 @@ def run(
                 stage.warn(text)
         for example, prediction in store.pair(benchmark):
             board.add(example, prediction)
+            predicted.add(prediction.labels)
             stage.advance()
+        stage.note("never_predicted", predicted.never())
         write_pictures(
             out_dir / "overlays" / name,
             benchmark,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from pipeline.params.base import Count, NonNegative, Positive, Probability, Section
+from pipeline.params.base import IF_SET, Count, NonNegative, Positive, Probability, Section
 
 
 def _ascending(values: list[float]) -> list[float]:
@@ -28,18 +28,20 @@ class TargetSettings(Section):
 
     `target` is `saliency`, `denseclip` or `fused`, where dense labels overrule at
     `confidence_threshold` and `conflict` says by what. `split_components` pastes every connected
-    component of a pseudo-mask's objects as an object of its own.
+    component of a pseudo-mask's objects as an object of its own. Images of which dense labels give
+    the category less than the share `min_agreement` of the pseudo-mask are left out (null: none).
     """
 
     target: Literal["saliency", "denseclip", "fused"] = "saliency"
     confidence_threshold: Probability = 0.5
     conflict: Literal["category", "ignore"] = "ignore"
     split_components: bool = False
+    min_agreement: Probability | None = IF_SET
 
     @property
     def needs_labels(self) -> bool:
-        """Whether the target is made of dense labels."""
-        return self.target != "saliency"
+        """Whether dense labels make the target, or choose the images."""
+        return self.target != "saliency" or self.min_agreement is not None
 
 
 class Composition(Section):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.utils.data import Dataset
 from pipeline.errors import PipelineError, listing
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import ImageError, load_image
-from pipeline.formats.labels import BACKGROUND
+from pipeline.formats.labels import BACKGROUND, agreement
 from pipeline.formats.objects import decode_objects
 from pipeline.formats.shards import open_samples, read_manifest
 from pipeline.training.copy_paste import Canvas, Cutout, copy_paste, cut_out, make_canvas
@@ -123,12 +124,14 @@ class Archives:
         objects: label id -> indices of its samples that show an object; no archive is empty.
         negatives: indices of the samples of archive 0.
         num_empty: samples left out, for want of an object in their pseudo-mask.
+        disagreeing: label id -> number of samples left out by `min_agreement`.
+        short: the categories of these, each with the number of samples that are left.
         unseen: categories without an object.
         fingerprint: of the shards.
 
     Raises:
         PipelineError: shards are missing or damaged, belong to other categories or images, or no
-            sample shows an object.
+            sample that is used shows an object.
     """
 
     def __init__(
@@ -149,14 +152,25 @@ class Archives:
         self.objects: dict[int, list[int]] = {}
         self.negatives: list[int] = []
         self.num_empty = 0
+        self.disagreeing: Counter[int] = Counter()
         self._memory: dict[int, Sample] = {}
         self._masks: dict[int, PackedMask] = {}
         self._sort(sample_bytes, mask_bytes)
         self.unseen = [name for i, name in enumerate(categories, 1) if i not in self.objects]
+        self.short = [
+            f"{categories[label_id - 1]} {kept} of {kept + count}"
+            for label_id, count in sorted(self.disagreeing.items())
+            for kept in [len(self.objects.get(label_id, []))]
+        ]
         folders = [masks_dir, *([labels_dir] if labels_dir and settings.needs_labels else [])]
         self.fingerprint = [
             shard["sha256"] for folder in folders for shard in read_manifest(folder)["shards"]
         ]
+        if not self.objects and self.disagreeing:
+            raise PipelineError(
+                f"train.min_agreement: {settings.min_agreement:g} leaves none of "
+                f"{self.disagreeing.total()} images; lower it, or look at the dense labels"
+            )
         if not self.objects:
             raise PipelineError(
                 f"{masks_dir}: none of {len(self._store)} samples has an object in its "
@@ -169,13 +183,18 @@ class Archives:
 
     def _open_labels(self, labels_dir: Path | None, categories: Sequence[str]) -> LabelStore:
         """The labels, which must be of these categories and of every one of the masks."""
+        target = self._settings.target
+        reader = "min_agreement" if target == "saliency" else f"target {target}"
         if labels_dir is None:
-            raise PipelineError("train.labels: the target needs dense labels; name their folder")
+            raise PipelineError(
+                "train.labels: the target needs dense labels, or min_agreement does; name their "
+                "folder"
+            )
         try:
             labels = LabelStore(labels_dir)
         except PipelineError as error:
             raise PipelineError(
-                f"{error} (train.labels, which target {self._settings.target} reads, is the folder "
+                f"{error} (train.labels, which {reader} reads, is the folder "
                 "that `pipeline pseudo_label` writes)"
             ) from None
         labels.check(categories, self._store.keys)
@@ -191,6 +210,9 @@ class Archives:
                 if not self._instances(objects).any():
                     self.num_empty += 1
                     continue
+                if not self._agrees(index, objects > 0):
+                    self.disagreeing[label_id] += 1
+                    continue
                 self.objects.setdefault(label_id, []).append(index)
                 if free_for_masks > 0:
                     self._masks[index] = PackedMask.of(objects)
@@ -200,6 +222,18 @@ class Archives:
                 free_for_samples -= _num_bytes(sample)
                 if free_for_samples >= 0:
                     self._memory[index] = _without_metadata(sample)
+
+    def _agrees(self, index: int, mask: np.ndarray) -> bool:
+        """Whether enough of a mask that is not empty is labelled as its category."""
+        least = self._settings.min_agreement
+        if least is None or self._labels is None:
+            return True
+        try:
+            labels, _ = self._labels.get(self._store.keys[index])
+            share = agreement(mask, labels, self._label_ids[index])
+        except ValueError as error:
+            raise self._error(index, str(error)) from None
+        return share is not None and share >= least
 
     def _decode(self, index: int) -> Sample:
         label_id = self._label_ids[index]
@@ -230,7 +264,7 @@ class Archives:
 
     def _semantic(self, index: int, mask: np.ndarray) -> np.ndarray:
         """What training sees of a sample; only `saliency` does without its dense labels."""
-        if self._labels is None:
+        if self._labels is None or self._settings.target == "saliency":
             return saliency_target(mask, self._label_ids[index])
         dense_labels, confidence = self._labels.get(self._store.keys[index])
         return training_target(
@@ -317,6 +351,12 @@ class TrainingSet(Dataset[Composed]):
             "empty_masks": archives.num_empty,
         }
         self.warnings = []
+        if archives.disagreeing:
+            self.counts["disagreeing"] = archives.disagreeing.total()
+            self.warnings.append(
+                f"train.min_agreement leaves fewer images: {listing(archives.short)}; lower it to "
+                "keep more"
+            )
         if archives.unseen:
             shown = listing(archives.unseen)
             self.warnings.append(f"no image shows {shown}: training cannot learn them")

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from typing import Literal
 
-TemplateSet = Literal["prompts85", "name"]
+TemplateSet = Literal["prompts85", "name", "pure"]
 
 NAME_ONLY = ("{}",)
+
+# For images of one thing and nothing else.
+PURE = (
+    "a photo of a single {}.",
+    "a photo of one {}.",
+    "a photo of only one {}.",
+    "a close-up photo of a single {}.",
+    "a photo of a single {} and nothing else.",
+    "a photo of one {} on a plain background.",
+    "a photo of a single large {}.",
+    "a cropped photo of a single {}.",
+)
 
 # The 80 templates distributed with CLIP for ImageNet, in their usual order.
 _IMAGENET_80 = (
@@ -103,7 +115,11 @@ _SCENE_5 = (
 
 PROMPTS_85 = _IMAGENET_80 + _SCENE_5
 
-TEMPLATE_SETS: dict[str, tuple[str, ...]] = {"prompts85": PROMPTS_85, "name": NAME_ONLY}
+TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
+    "prompts85": PROMPTS_85,
+    "name": NAME_ONLY,
+    "pure": PURE,
+}
 
 
 def templates(name: TemplateSet) -> tuple[str, ...]:
