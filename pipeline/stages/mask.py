@@ -70,7 +70,7 @@ class Photo:
 
 
 class MaskFile(NamedTuple):
-    """The masks of an image as a PNG file, and how many components they have, 0 if all are empty."""
+    """The masks of an image as a PNG file, and how many components they have; 0: all are empty."""
 
     png: bytes
     num_components: int
