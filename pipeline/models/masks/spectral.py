@@ -25,13 +25,14 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from pipeline.models.clip import load_clip
-from pipeline.models.masks.dino import DINO_MODELS, load_dino
+from pipeline.models.clip import ClipEncoder, load_clip
+from pipeline.models.masks.dino import DINO_MODELS, DinoEncoder, load_dino
 from pipeline.models.masks.threads import single_threaded
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
     from pipeline.methods.masks import SpectralParams
+    from pipeline.params.base import EncoderParams
 
 IOU_EPS = 1e-7
 KMEANS_RESTARTS = 10
@@ -46,9 +47,7 @@ class SpectralSource:
     """Voting clusters as a mask source, see `pipeline.methods.masks.MaskSource`."""
 
     def __init__(self, params: SpectralParams, runtime: Runtime) -> None:
-        load_clip_encoder = partial(load_clip, field="mask.encoder")
-        load = load_dino if params.encoder.model in DINO_MODELS else load_clip_encoder
-        self._encoder = load(params.encoder, runtime.device, cache_dir=runtime.cache_dir)
+        self._encoder = load_patch_encoder(params.encoder, runtime, field="mask.encoder")
         self._params = params
         if params.precision == "bfloat16":
             runtime = replace(runtime, amp_dtype=torch.bfloat16)
@@ -84,6 +83,18 @@ class SpectralSource:
         with single_threaded(), ThreadPoolExecutor(torch.get_num_threads()) as threads:
             masks = list(threads.map(make, maps))
         return torch.from_numpy(np.stack(masks)).float()
+
+
+def load_patch_encoder(
+    encoder: EncoderParams, runtime: Runtime, *, field: str
+) -> ClipEncoder | DinoEncoder:
+    """What gives features of patches: DINO by the names of its models, else a CLIP.
+
+    Raises:
+        PipelineError: it cannot be loaded; the message names the field.
+    """
+    load = load_dino if encoder.model in DINO_MODELS else partial(load_clip, field=field)
+    return load(encoder, runtime.device, cache_dir=runtime.cache_dir)
 
 
 def spectral_mask(
