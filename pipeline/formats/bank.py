@@ -71,10 +71,8 @@ class StoredBank:
 def pack_rows(rows: RegionRows) -> bytes:
     """The regions of one image as bytes."""
     header = HEADER.pack(len(rows.shares), rows.keys.shape[1], rows.values.shape[1])
-    return header + b"".join(
-        array.astype(dtype).tobytes()
-        for array, dtype in zip(rows, (SHARES, FLOAT16, FLOAT16), strict=True)
-    )
+    vectors = [array.astype(FLOAT16).tobytes() for array in (rows.keys, rows.values)]
+    return b"".join([header, rows.shares.astype(SHARES).tobytes(), *vectors])
 
 
 def unpack_rows(blob: bytes) -> RegionRows:
@@ -118,17 +116,18 @@ def read_bank(bank_dir: Path) -> StoredBank:
     """All regions of a bank.
 
     Raises:
-        PipelineError: no bank is there, a shard is missing, changed or damaged, or shards differ in
-            the length of their vectors.
+        PipelineError: no bank is there, or an empty one, a shard is missing, changed or damaged,
+            or shards differ in the length of their vectors.
     """
     manifest = read_manifest(bank_dir)
     entries = manifest["shards"]
     if not isinstance(manifest.get("bank"), dict):
-        raise PipelineError(f"{bank_dir / MANIFEST}: the bank is empty; {AGAIN}")
+        raise PipelineError(f"{bank_dir / MANIFEST}: the bank was made with `bank: null`; {AGAIN}")
+    if not entries:
+        raise PipelineError(
+            f"{bank_dir}: not one region is in the bank; lower bank.min_share and {AGAIN}"
+        )
     tables = [_read(bank_dir / entry["name"], entry) for entry in entries]
-    if not tables:
-        none = np.zeros((0, 0), np.float32)
-        return StoredBank([], none, none, manifest["bank"], {})
     return StoredBank(
         [image for table in tables for image in table["image"].to_pylist()],
         _stacked(bank_dir, tables, "key"),

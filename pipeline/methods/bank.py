@@ -50,9 +50,7 @@ def load_region_encoder(
             f"take one of {able}, or set `bank: null`"
         )
     return RegionEncoder(
-        cast(
-            ObjectLabeller, labeller or load_dense_labeller(labeller_params, names, runtime)
-        ),
+        cast(ObjectLabeller, labeller or load_dense_labeller(labeller_params, names, runtime)),
         load_patch_encoder(
             params.encoder or labeller_params.encoder, runtime, field="bank.encoder"
         ),

@@ -69,8 +69,8 @@ class BankParams(Section):
     Its regions are the parts of every pseudo-mask and of what the mask leaves, from the archives
     and from `sample` more images of the index. They are compared by the features of `encoder`
     (null: that of `pseudo_label`), see `SpectralParams` for it and `facet`. A region of less than
-    `min_share` of its image is none; an image without a mask is cut into spectral `clusters`. Labels
-    are (1 - `weight`) own and `weight` those of the `nearest` regions of other images.
+    `min_share` of its image is none; an image without a mask is cut into spectral `clusters`.
+    Labels are (1 - `weight`) own and `weight` those of the `nearest` regions of other images.
     """
 
     encoder: EncoderParams | None = None
