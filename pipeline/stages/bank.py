@@ -8,7 +8,7 @@ mean of the vision encoder's features inside, its value that of CLIP's dense fea
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
@@ -110,9 +110,7 @@ def run(
     """
     store = open_samples(masks_dir, members=MASK_MEMBERS)
     archived = _archived(store)
-    sample = (
-        _sample_rows(embeddings_dir, sources, params.sample, set(archived)) if params.sample else []
-    )
+    sample = _sample_rows(embeddings_dir, sources, params.sample, archived)
     names = {digest: store.keys[number] for digest, number in archived.items()}
     names |= {row.sha256: image_name(row) for row in sample}
     _check_disjoint(names, benches, background)
@@ -288,9 +286,11 @@ def _archived(store: SampleStore) -> dict[str, int]:
 
 
 def _sample_rows(
-    embeddings_dir: Path, sources: Sequence[str], size: int, archived: set[str]
+    embeddings_dir: Path, sources: Sequence[str], size: int, archived: Container[str]
 ) -> list[ArchiveRow]:
     """The images of the index with the smallest SHA-256, each once, without those of archives."""
+    if size == 0:
+        return []
     shards = list_embedding_shards([embeddings_dir / name for name in sources])
     rows = (
         row

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +28,11 @@ from pipeline.formats.labels import BACKGROUND, encode_confidence
 from pipeline.formats.shards import SampleStore, open_samples, write_tar
 from pipeline.methods.bank import load_region_encoder
 from pipeline.methods.dense import DenseLabeller, PseudoLabelParams, load_dense_labeller
-from pipeline.models.bank.labelling import BankLabeller, RegionBank
-from pipeline.models.dense.labels import LOGIT_SCALE
 from pipeline.params.sections import BankParams
 from pipeline.vocabulary.categories import Names
+
+if TYPE_CHECKING:
+    from pipeline.models.bank.labelling import BankLabeller
 
 MASK_MEMBERS = ("jpg", "mask.png", "json")
 BATCHES_AHEAD = 8
@@ -53,8 +54,8 @@ def run(
 ) -> None:
     """Write label shards: `label.png` and `confidence.png` under the keys of the mask shards.
 
-    Labels depend on the image alone, not on its archive, and are cached by the image's SHA-256; with
-    a region bank they depend on its pseudo-mask, too.
+    Labels depend on the image alone, not on its archive, and are cached by the image's SHA-256;
+    with a region bank they depend on its pseudo-mask, too.
 
     Args:
         mask_dir: mask shards.
@@ -141,7 +142,7 @@ class LabelMaker:
             **self._labeller.settings,
             "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
         }
-        self._banked = None
+        self._banked: BankLabeller | None = None
         if bank is not None:
             self._banked, self.settings["bank"] = _load_bank(
                 bank, params, names, self._labeller, runtime
@@ -237,6 +238,9 @@ def _load_bank(
     Raises:
         PipelineError: there is no bank, or it was made with other settings.
     """
+    from pipeline.models.bank.labelling import BankLabeller, RegionBank
+    from pipeline.models.dense.labels import LOGIT_SCALE
+
     encoder = load_region_encoder(bank.params, params, names, runtime, labeller=labeller)
     stored = read_bank(bank.bank_dir)
     if stored.settings.get("regions") != encoder.settings:
@@ -244,14 +248,19 @@ def _load_bank(
             f"{bank.bank_dir}: made with other settings of `bank`, `pseudo_label` or `precision`; "
             "run `pipeline bank` again"
         )
-    use = {"weight": bank.params.weight, "nearest": bank.params.nearest}
     labels = BankLabeller(
         encoder,
         RegionBank(stored.images, stored.keys, stored.values),
-        **use,
+        weight=bank.params.weight,
+        nearest=bank.params.nearest,
         logit_scale=params.recipe().get("logit_scale", LOGIT_SCALE),
     )
-    return labels, {**use, "regions": encoder.settings, "shards": dict(stored.sha256)}
+    return labels, {
+        "weight": bank.params.weight,
+        "nearest": bank.params.nearest,
+        "regions": encoder.settings,
+        "shards": dict(stored.sha256),
+    }
 
 
 def _check_category(store: SampleStore, index: int, categories: Sequence[str]) -> None:

@@ -132,7 +132,7 @@ class BankLabeller:
         scores = values @ labeller.text.float().cpu().T
         if labeller.logit_scale is None:
             scores = (self._logit_scale * scores).softmax(dim=1)
-        scores[~means.any(axis=1)] = torch.nan
+        scores[torch.from_numpy(~means.any(axis=1))] = torch.nan
         table = torch.cat([scores.new_full((1, scores.shape[1]), torch.nan), scores])
         return torch.from_numpy(regions.numbers).long().to(device), table.to(device)
 

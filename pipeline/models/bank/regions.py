@@ -155,7 +155,7 @@ def numbered_components(
     return numbers
 
 
-def feature_clusters(features: Tensor, clusters: int) -> NDArray[np.intp]:
+def feature_clusters(features: Tensor, clusters: int) -> NDArray[np.int32]:
     """Spectral clusters (h, w) of features (D, h, w), of a coarser map where that is large."""
     height, width = features.shape[1:]
     shrink = (MAX_DENSE_POSITIONS / (height * width)) ** 0.5
@@ -163,7 +163,7 @@ def feature_clusters(features: Tensor, clusters: int) -> NDArray[np.intp]:
         grid = (max(1, int(height * shrink)), max(1, int(width * shrink)))
         features = F.adaptive_avg_pool2d(features[None], grid)[0]
     [labels] = spectral_clusters(features, [clusters])
-    return labels
+    return labels.astype(np.int32)
 
 
 def region_means(features: Tensor, numbers: NDArray[np.int32]) -> Tensor:
