@@ -225,10 +225,10 @@ class RegionMaker:
         self, samples: Sequence[tuple[SampleStore, int]], tally: Tally
     ) -> Iterator[ImageRegions]:
         for part in slices(samples, BATCHES_AHEAD * self._batch_size):
-            images = {_cache_key(image): image for image in map(_masked_image, part)}
-            blobs = self._blobs(images, tally)
-            for key, image in images.items():
-                rows = unpack_rows(blobs[key])
+            images = [_masked_image(*sample) for sample in part]
+            blobs = self._blobs({_cache_key(image): image for image in images}, tally)
+            for image in images:
+                rows = unpack_rows(blobs[_cache_key(image)])
                 tally.advance()
                 tally.count("regions", len(rows.shares))
                 yield ImageRegions(sha256(image.jpeg).hexdigest(), image.source_sha256, rows)
@@ -261,8 +261,7 @@ class RegionMaker:
         return blobs
 
 
-def _masked_image(sample: tuple[SampleStore, int]) -> MaskedImage:
-    store, number = sample
+def _masked_image(store: SampleStore, number: int) -> MaskedImage:
     jpeg = store.member(number, "jpg")
     return MaskedImage(_source_sha256(store, number, jpeg), jpeg, store.member(number, "mask.png"))
 
