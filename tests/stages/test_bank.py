@@ -146,7 +146,7 @@ def test_an_image_of_a_benchmark_is_refused_by_name(workspace: Workspace, tmp_pa
 
 
 def test_a_broken_image_of_the_sample_is_skipped_with_its_reason(
-    workspace: Workspace, tmp_path: Path, tiny_clip: tuple[Path, Path]
+    tmp_path: Path, tiny_clip: tuple[Path, Path]
 ) -> None:
     own = write_workspace(tmp_path / "world", tiny_clip, index=6, bench=1)
     (own.images / "003.png").write_bytes(b"no image any more")
