@@ -305,7 +305,8 @@ def test_dvc_joins_the_demos_stages_by_their_files(tmp_path: Path) -> None:
         "embed@demo": {"world@demo"},
         "retrieve": {"embed@demo"},
         "mask": {"retrieve"},
-        "pseudo_label": {"mask"},
+        "bank": {"embed@demo", "mask"},
+        "pseudo_label": {"mask", "bank"},
         "train": {"mask"},
         "predict_bench@voc": {"train", "world@demo"},
         "score@voc": {"predict_bench@voc", "world@demo"},
@@ -314,7 +315,7 @@ def test_dvc_joins_the_demos_stages_by_their_files(tmp_path: Path) -> None:
         "compare": {"plus@annotation_free", "plus@zero_shot"},
         "audit@demo": {"retrieve", "mask", "pseudo_label", "world@demo"},
         "report": {
-            *("world@demo", "embed@demo", "retrieve", "mask", "pseudo_label"),
+            *("world@demo", "embed@demo", "retrieve", "mask", "bank", "pseudo_label"),
             *("train", "predict_bench@voc", "score@voc", "audit@demo", "compare"),
             *("plus@annotation_free", "plus@zero_shot"),
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -194,10 +195,54 @@ def mask(
         )
 
 
+@stages_app.command()
+def bank(
+    ctx: typer.Context,
+    embeddings: Annotated[Any, location("Folder of the embeddings.")] = PATHS["embeddings"],
+    masks: Annotated[Any, location("Folder of the mask shards.")] = PATHS["masks"],
+    out: Annotated[Any, location("Folder of the region bank, replaced whole.")] = PATHS["bank"],
+    stats: StatsPath = PATHS["stats"] / "bank.json",
+) -> None:
+    """Keep what regions of one's own images look like and mean, for pseudo_label (section `bank`).
+
+    With `bank: null` the bank is empty, and no image is looked at.
+    """
+    from pipeline.engine.remote import fetch, publishing
+    from pipeline.stages import bank as stage
+    from pipeline.stages.mask import MaskMaker
+
+    session: Session = ctx.obj
+    try_outputs(stats, folders=[out])
+    params, runtime = session.params, session.runtime
+    with publishing(out, runtime.cache_dir) as out_dir:
+        if params.bank is None:
+            stage.write_empty(out_dir=out_dir, stats_path=stats)
+            return
+        stage.run(
+            masks_dir=fetch(masks, runtime.cache_dir),
+            embeddings_dir=fetch(embeddings, runtime.cache_dir),
+            sources=list(params.index),
+            out_dir=out_dir,
+            categories=session.categories,
+            background=params.background,
+            benches={
+                **{f"benches.{name}": bench for name, bench in params.benches.items()},
+                **{f"plus.{name}.bench": entry.bench for name, entry in params.plus.items()},
+            },
+            load_masks=partial(MaskMaker, params.mask),
+            params=params.bank,
+            labeller=params.pseudo_label,
+            runtime=runtime,
+            stats_path=stats,
+            executor=session.executor(),
+        )
+
+
 @stages_app.command(name="pseudo_label")
 def pseudo_label(
     ctx: typer.Context,
     masks: Annotated[Any, location("Folder of the mask shards.")] = PATHS["masks"],
+    bank: Annotated[Any, location("Folder of the region bank, where it is on.")] = PATHS["bank"],
     out: Annotated[Any, location("Folder of the label shards, replaced whole.")] = PATHS["labels"],
     stats: StatsPath = PATHS["stats"] / "pseudo_label.json",
 ) -> None:
@@ -215,6 +260,8 @@ def pseudo_label(
             categories=session.categories,
             background=params.background,
             params=params.pseudo_label,
+            bank_dir=fetch(bank, runtime.cache_dir) if params.bank else None,
+            bank=params.bank,
             runtime=runtime,
             stats_path=stats,
             executor=session.executor(),

@@ -71,6 +71,28 @@ class RetrieveParams(Section):
     min_distance: Annotated[float, Field(ge=0.0, le=2.0)] | None = IF_SET
 
 
+class BankParams(Section):
+    """A bank of regions of one's own images, and its use in `pseudo_label`.
+
+    Its regions are the parts of every pseudo-mask and of what the mask leaves, from the archives
+    and from `sample` more images of the index. They are compared by the features of `encoder`
+    (null: that of `pseudo_label`), see `SpectralParams` for it and `facet`. A region of less than
+    `min_share` of its image is none; an image without a mask is cut into spectral `clusters`.
+    Labels are (1 - `weight`) own and `weight` those of the `nearest` regions of other images.
+    """
+
+    encoder: EncoderParams | None = None
+    facet: Literal["key", "token"] = "key"
+    sample: Annotated[int, Field(ge=0)] = 1000
+    clusters: Count = 4
+    min_share: Probability = 0.001
+    nearest: Count = 20
+    weight: Probability = 0.5
+    batch_size: Count = 16
+    workers: NumWorkers = 2
+    shard_size: Count = 500
+
+
 class EvaluateParams(PredictionParams):
     """Stage 6: prediction and scores on the benchmarks, with `overlays` pictures of each."""
 
@@ -126,6 +148,7 @@ class Params(Section):
     embed: EmbedParams = EmbedParams()
     retrieve: RetrieveParams = RetrieveParams()
     mask: SerializeAsAny[MaskParams] = SelfMaskParams()
+    bank: BankParams | None = None
     pseudo_label: SerializeAsAny[PseudoLabelParams] = DenseClipParams()
     train: SerializeAsAny[StudentParams] = ZutisParams()
     plus: dict[EntryName, PlusParams] = {}

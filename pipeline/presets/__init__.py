@@ -14,6 +14,7 @@ from textwrap import indent
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from pipeline.errors import PipelineError
 from pipeline.files import given_path, utf8_text, write_bytes
@@ -151,11 +152,21 @@ def _bench_entry(name: str) -> str:
     return f"  {name}:\n{indent(bench_text(name), '    ')}"
 
 
+class _Representer(RoundTripRepresenter):
+    """Writes null as `null`, not as nothing."""
+
+
+_Representer.add_representer(
+    type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null")
+)
+
+
 def _filled_in(text: str, images: Path | None, categories: list[str] | None) -> str:
     """Set the index folder and the category list, keeping comments and order."""
     if images is None and categories is None:
         return text
     yaml = YAML()
+    yaml.Representer = _Representer
     yaml.width = 100
     content = yaml.load(text)
     if images is not None:

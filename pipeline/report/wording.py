@@ -7,6 +7,7 @@ STAGES = {
     "embed": "A vector per image of the index",
     "retrieve": "The top-k images of each category",
     "mask": "A pseudo-mask per archive image",
+    "bank": "Regions of the images: what they look like, and mean",
     "pseudo_label": "A label per pixel, training-free",
     "train": "The segmenter, on pseudo-labels alone",
     "predict_bench": "Predictions on labelled images",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +21,18 @@ from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, Job, run_job
 from pipeline.errors import PipelineError
+from pipeline.formats.bank import read_bank
 from pipeline.formats.dense_labels import CONFIDENCE, LABEL
 from pipeline.formats.images import decode_label, decode_png, encode_label, encode_png, load_image
 from pipeline.formats.labels import BACKGROUND, agreement, encode_confidence
 from pipeline.formats.shards import SampleStore, open_samples, write_tar
-from pipeline.methods.dense import PseudoLabelParams, load_dense_labeller
+from pipeline.methods.bank import load_region_encoder
+from pipeline.methods.dense import DenseLabeller, PseudoLabelParams, load_dense_labeller
+from pipeline.params.sections import BankParams
 from pipeline.vocabulary.categories import Names
+
+if TYPE_CHECKING:
+    from pipeline.models.bank.labelling import BankLabeller
 
 MASK_MEMBERS = ("jpg", "mask.png", "json")
 BATCHES_AHEAD = 8
@@ -41,12 +48,15 @@ def run(
     params: PseudoLabelParams,
     runtime: Runtime,
     stats_path: Path,
+    bank_dir: Path | None = None,
+    bank: BankParams | None = None,
     executor: Executor | None = None,
 ) -> None:
     """Write label shards: `label.png` and `confidence.png` under the keys of the mask shards.
 
-    Labels depend on the image alone, not on its archive, and are cached by the image's SHA-256. The
-    stats have the mean `agreement` of each category: the share of a mask that is labelled as it.
+    Labels depend on the image alone, not on its archive, and are cached by the image's SHA-256;
+    with a region bank they depend on its pseudo-mask, too. The stats have the mean `agreement` of
+    each category: the share of a mask that is labelled as it.
 
     Args:
         mask_dir: mask shards.
@@ -56,11 +66,13 @@ def run(
         params: section `pseudo_label` of params.yaml.
         runtime: device, precision and cache.
         stats_path: counts of this run, JSON.
+        bank_dir: the region bank, with `bank`.
+        bank: section `bank`; without it labels are the labeller's own.
         executor: where shards are made; here by default.
 
     Raises:
         PipelineError: no samples; a damaged shard; masks made for another category list; an
-            encoder that cannot be loaded.
+            encoder that cannot be loaded; a bank of other settings.
     """
     store = open_samples(mask_dir, members=MASK_MEMBERS)
     if len(store) == 0:
@@ -71,11 +83,32 @@ def run(
         "pseudo_label",
         range(len(store)),
         shard_size=params.shard_size,
-        load=partial(LabelMaker, store, Names(categories, background), params),
+        load=partial(
+            LabelMaker,
+            store,
+            Names(categories, background),
+            params,
+            bank=None if bank is None or bank_dir is None else BankUse(bank_dir, bank),
+        ),
         inputs=store.manifest,
         remedy="Run the mask stage again",
     )
     run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
+
+
+class Photo(NamedTuple):
+    """An image and, where labels depend on it, its pseudo-mask, as files."""
+
+    jpeg: bytes
+    mask_png: bytes
+
+
+@dataclass(frozen=True)
+class BankUse:
+    """A region bank and the section `bank` that it was made by."""
+
+    bank_dir: Path
+    params: BankParams
 
 
 class LabelMaker:
@@ -86,13 +119,20 @@ class LabelMaker:
         names: what is told apart.
         params: section `pseudo_label`.
         runtime: device, precision and cache.
+        bank: the region bank that has a part in the labels, if any.
 
     Attributes:
         settings: all that labels depend on besides their image; representable in JSON.
     """
 
     def __init__(
-        self, store: SampleStore, names: Names, params: PseudoLabelParams, runtime: Runtime
+        self,
+        store: SampleStore,
+        names: Names,
+        params: PseudoLabelParams,
+        runtime: Runtime,
+        *,
+        bank: BankUse | None = None,
     ) -> None:
         self._labeller = load_dense_labeller(params, names, runtime)
         self.settings = {
@@ -103,6 +143,11 @@ class LabelMaker:
             **self._labeller.settings,
             "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
         }
+        self._banked: BankLabeller | None = None
+        if bank is not None:
+            self._banked, self.settings["bank"] = _load_bank(
+                bank, params, names, self._labeller, runtime
+            )
         self._store = store
         self._num_categories = len(names.categories)
         self._batch_size = params.batch_size
@@ -121,7 +166,7 @@ class LabelMaker:
 
     def _samples(self, numbers: Sequence[int], tally: Tally) -> Iterator[dict[str, Any]]:
         for part in slices(numbers, BATCHES_AHEAD * self._batch_size):
-            blobs = self._blobs([self._store.member(number, "jpg") for number in part], tally)
+            blobs = self._blobs([self._photo(number) for number in part], tally)
             shares = self._workers.map(
                 self._agreement, zip(part, blobs, strict=True), ahead=len(part)
             )
@@ -152,13 +197,17 @@ class LabelMaker:
             ) from None
         return fields["category"], share
 
-    def _blobs(self, jpegs: Sequence[bytes], tally: Tally) -> list[bytes]:
+    def _photo(self, number: int) -> Photo:
+        jpeg = self._store.member(number, "jpg")
+        return Photo(jpeg, self._store.member(number, "mask.png") if self._banked else b"")
+
+    def _blobs(self, photos: Sequence[Photo], tally: Tally) -> list[bytes]:
         """Label and confidence of each image, packed."""
-        keys = [sha256(jpeg).hexdigest() for jpeg in jpegs]
+        keys = [sha256(photo.jpeg + photo.mask_png).hexdigest() for photo in photos]
         known = {key: blob for key in keys if (blob := self._cache.get(key)) is not None}
         tally.count_in_run("cached", sum(key in known for key in keys))
         new = self._compute(
-            {key: jpeg for key, jpeg in zip(keys, jpegs, strict=True) if key not in known}
+            {key: photo for key, photo in zip(keys, photos, strict=True) if key not in known}
         )
         for key, blob in new.items():
             self._cache.put(key, blob)
@@ -166,27 +215,74 @@ class LabelMaker:
         blobs = known | new
         return [blobs[key] for key in keys]
 
-    def _compute(self, jpegs: dict[str, bytes]) -> dict[str, bytes]:
-        decoded = self._workers.map(load_image, jpegs.values(), ahead=len(jpegs))
-        images = dict(zip(jpegs, decoded, strict=True))
+    def _compute(self, photos: dict[str, Photo]) -> dict[str, bytes]:
+        jpegs = [photo.jpeg for photo in photos.values()]
+        decoded = self._workers.map(load_image, jpegs, ahead=len(jpegs))
+        images = dict(zip(photos, decoded, strict=True))
         # While the network sees a batch, the workers encode the labels of the one before.
         blobs = {}
         for batch in equal_size_batches(
             images, self._batch_size, size_of=lambda key: images[key].size
         ):
             pixels = torch.stack([_to_tensor(images[key]) for key in batch])
-            with self._runtime.autocast():
-                labels, confidence = self._labeller.label(pixels.to(self._runtime.device))
+            labels, confidence = self._label(pixels, [photos[key] for key in batch])
             maps = zip(labels.cpu().numpy(), confidence.cpu().numpy(), strict=True)
             for key, pair in zip(batch, maps, strict=True):
                 blobs[key] = self._workers.submit(self._encode, pair)
         return {key: blob.result() for key, blob in blobs.items()}
+
+    def _label(self, pixels: Tensor, photos: Sequence[Photo]) -> tuple[Tensor, Tensor]:
+        """Label ids and confidence of images (B, 3, H, W)."""
+        if self._banked is None:
+            with self._runtime.autocast():
+                return self._labeller.label(pixels.to(self._runtime.device))
+        masks = [decode_png(photo.mask_png) > 0 for photo in photos]
+        return self._banked.label(
+            pixels, masks, [sha256(photo.jpeg).hexdigest() for photo in photos]
+        )
 
     def _encode(self, maps: tuple[np.ndarray, np.ndarray]) -> bytes:
         label, confidence = maps
         return _pack(
             encode_label(label, self._num_categories), encode_png(encode_confidence(confidence))
         )
+
+
+def _load_bank(
+    bank: BankUse,
+    params: PseudoLabelParams,
+    names: Names,
+    labeller: DenseLabeller,
+    runtime: Runtime,
+) -> tuple[BankLabeller, dict[str, Any]]:
+    """The labeller with its bank, and the settings that this adds.
+
+    Raises:
+        PipelineError: there is no bank, or it was made with other settings.
+    """
+    from pipeline.models.bank.labelling import BankLabeller, RegionBank
+    from pipeline.models.dense.labels import LOGIT_SCALE
+
+    encoder = load_region_encoder(bank.params, params, names, runtime, labeller=labeller)
+    stored = read_bank(bank.bank_dir)
+    if stored.settings.get("regions") != encoder.settings:
+        raise PipelineError(
+            f"{bank.bank_dir}: made with other settings of `bank`, `pseudo_label` or `precision`; "
+            "run `pipeline bank` again"
+        )
+    labels = BankLabeller(
+        encoder,
+        RegionBank(stored.images, stored.keys, stored.values),
+        weight=bank.params.weight,
+        nearest=bank.params.nearest,
+        logit_scale=params.recipe().get("logit_scale", LOGIT_SCALE),
+    )
+    return labels, {
+        "weight": bank.params.weight,
+        "nearest": bank.params.nearest,
+        "regions": encoder.settings,
+        "shards": dict(stored.sha256),
+    }
 
 
 def _check_category(store: SampleStore, index: int, categories: Sequence[str]) -> None:

@@ -146,6 +146,7 @@ def _names_by_prefix(params: Params | None) -> dict[str, frozenset[str]]:
         "predict_bench": frozenset(params.benches),
         "score": frozenset(params.benches),
         "audit": frozenset(params.audits),
+        **({} if params.bank else {"bank": frozenset()}),  # the run of no name is no more shown
     }
 
 
@@ -189,13 +190,14 @@ def _settings(params: Params | None) -> dict[str, str]:
     """The params that a reader needs to judge the numbers."""
     if params is None:
         return {}
-    train = params.train
+    train, bank = params.train, params.bank
     return {
         "images per archive (k)": integer(params.k),
         "index encoder": encoder_name(params.embed.encoder),
         "overlap of archives": params.retrieve.overlap,
         "pseudo-masks": params.mask.source,
         "dense encoder": encoder_name(params.pseudo_label.encoder),
+        **({"region bank, weight in labels": f"{bank.weight:g}"} if bank else {}),
         "trained encoder": encoder_name(train.encoder),
         "iterations": integer(train.iterations),
         "batch size": integer(train.batch_size),

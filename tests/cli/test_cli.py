@@ -25,7 +25,7 @@ from pipeline.params.reading import read_params
 from pipeline.presets import list_presets
 from tests.paths import ROOT
 
-STAGES = ["embed", "retrieve", "mask", "pseudo_label", "train", "evaluate", "report"]
+STAGES = ["embed", "retrieve", "mask", "bank", "pseudo_label", "train", "evaluate", "report"]
 PATIENCE_S = 120
 FULL_DEVICE = Path("/dev/full")
 
@@ -256,6 +256,7 @@ COMMANDS_WITH_OUTPUTS = [
     ["embed", "--source", "demo", "--stats"],
     ["retrieve", "--out"],
     ["mask", "--out"],
+    ["bank", "--out"],
     ["pseudo_label", "--out"],
     ["pseudo_label", "--stats"],
     ["train", "--out"],

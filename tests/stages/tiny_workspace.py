@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +21,14 @@ from pipeline.methods.dense import DenseClipParams
 from pipeline.methods.masks import SelfMaskParams
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, save_selfmask
 from pipeline.params.base import EncoderParams
-from pipeline.params.benches import VocBench
-from pipeline.params.sections import EmbedParams, EvaluateParams, RetrieveParams
+from pipeline.params.benches import BenchParams, VocBench
+from pipeline.params.sections import BankParams, EmbedParams, EvaluateParams, RetrieveParams
 from pipeline.params.sources import SourceParams
-from pipeline.stages import embed, mask, predict_bench, pseudo_label, retrieve
+from pipeline.stages import bank, embed, mask, predict_bench, pseudo_label, retrieve
 from tests.conftest import encoded_image, noise_image
 from tests.stages.tiny_checkpoint import CATEGORIES, write_checkpoint
 
-SHARDED = ("embed", "mask", "pseudo_label", "predict_bench")
+SHARDED = ("embed", "mask", "bank", "pseudo_label", "predict_bench")
 STAGES = (*SHARDED, "retrieve")
 SELFMASK = SelfMaskConfig(
     dim=16, depth=1, num_heads=2, num_queries=3, decoder_layers=1, mlp_ratio=2, grid=4
@@ -50,13 +52,15 @@ class Workspace:
     def images(self) -> Path:
         return self.root / "images"
 
-    def run(self, stage: str, out: Path, *, executor: Executor | None = None) -> Path:
+    def run(
+        self, stage: str, out: Path, *, executor: Executor | None = None, **options: Any
+    ) -> Path:
         """Run a stage below a folder `out`, which has its cache, too; returns its output."""
         runtime = Runtime(
             device=torch.device("cpu"), amp_dtype=None, seed=0, cache_dir=out / "cache"
         )
         step: Callable[..., None] = getattr(self, f"_{stage}")
-        step(out / "made", runtime, out / "stats.json", executor)
+        step(out / "made", runtime, out / "stats.json", executor, **options)
         return out / "made"
 
     def _embed(self, out: Path, runtime: Runtime, stats: Path, executor: Executor | None) -> None:
@@ -89,17 +93,62 @@ class Workspace:
             executor=executor,
         )
 
-    def _mask(self, out: Path, runtime: Runtime, stats: Path, executor: Executor | None) -> None:
+    @property
+    def mask_params(self) -> SelfMaskParams:
+        return SelfMaskParams(
+            weights=self.root / "selfmask.safetensors",
+            batch_size=2,
+            shard_size=10,
+            workers=1,
+            max_error_rate=0.2,
+        )
+
+    def _mask(
+        self,
+        out: Path,
+        runtime: Runtime,
+        stats: Path,
+        executor: Executor | None,
+        *,
+        archives: str = "archives",
+    ) -> None:
         mask.run(
-            archives_path=self.root / "archives.parquet",
+            archives_path=self.root / f"{archives}.parquet",
             out_dir=out,
-            params=SelfMaskParams(
-                weights=self.root / "selfmask.safetensors",
-                batch_size=2,
-                shard_size=10,
-                workers=1,
-                max_error_rate=0.2,
-            ),
+            params=self.mask_params,
+            runtime=runtime,
+            stats_path=stats,
+            executor=executor,
+        )
+
+    def _some_masks(
+        self, out: Path, runtime: Runtime, stats: Path, executor: Executor | None
+    ) -> None:
+        self._mask(out, runtime, stats, executor, archives="some_archives")
+
+    def _bank(
+        self,
+        out: Path,
+        runtime: Runtime,
+        stats: Path,
+        executor: Executor | None,
+        *,
+        benches: Mapping[str, BenchParams] | None = None,
+        **params: Any,
+    ) -> None:
+        """Of the archives of half of the images, and of others."""
+        settings = {"sample": 20, "batch_size": 2, "shard_size": 10, "workers": 1, **params}
+        bank.run(
+            masks_dir=self.root / "some_masks/made",
+            embeddings_dir=self.root / "embeddings",
+            sources=["made"],
+            out_dir=out,
+            categories=CATEGORIES,
+            background=["background"],
+            benches=benches or {},
+            load_masks=partial(mask.MaskMaker, self.mask_params),
+            params=BankParams(**settings),
+            labeller=DenseClipParams(encoder=self.encoder, templates="name"),
             runtime=runtime,
             stats_path=stats,
             executor=executor,
@@ -151,6 +200,7 @@ def write_workspace(
         image = noise_image(source, 24 + 8 * (source % 3), 24)
         (workspace.images / f"{number:03d}.png").write_bytes(encoded_image(image))
     write_archives(root / "archives.parquet", _archives(workspace))
+    write_archives(root / "some_archives.parquet", _archives(workspace)[::2])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_selfmask(SelfMask(SELFMASK), root / "selfmask.safetensors")
@@ -163,6 +213,7 @@ def write_workspace(
         writer.add(f"im{number:03d}", data, semantic, (semantic > 0).astype(np.uint8))
     writer.write_split("val", [f"im{number:03d}" for number in range(bench)])
     workspace.run("mask", root / "masks")
+    workspace.run("some_masks", root / "some_masks")
     workspace.run("embed", root / "embeddings")
     return workspace
 

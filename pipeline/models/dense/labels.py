@@ -5,7 +5,7 @@ Letters: B images, H W pixels, K label ids, h w grid of patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ def label_and_confidence(
     scale: float | None = LOGIT_SCALE,
     through: Sequence[Sequence[int]] = (),
     max_elements: int = UPSAMPLED_ELEMENTS,
+    change: Callable[[int, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Labels of pixels from scores of patches.
 
@@ -35,6 +36,7 @@ def label_and_confidence(
             smoothing made probabilities: its share of the sum of all positive scores.
         through: (H, W) of resizings before that to `size`, see `upsampled_labels`.
         max_elements: number of upsampled scores held at a time, if one label has no more.
+        change: what becomes of the upsampled scores (B, k, H, W) of the labels from a number on.
 
     Returns:
         Label ids (B, H, W), int64, and confidence (B, H, W) in [0, 1], float32.
@@ -43,6 +45,7 @@ def label_and_confidence(
     label = torch.zeros_like(best, dtype=torch.int64)
     total = _no_total(best, scale)
     for start, part in upsampled_parts(scores, *through, size, max_elements=max_elements):
+        part = part if change is None else change(start, part)
         part_best, part_label = part.max(dim=1)
         label = torch.where(part_best > best, part_label + start, label)
         best = torch.maximum(best, part_best)

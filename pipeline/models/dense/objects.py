@@ -5,7 +5,7 @@ Letters: N regions, K label ids, C text space, H W pixels, h w grid of patches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,8 @@ from pipeline.formats.predictions import Instance
 
 Regions = Literal["classes", "components"]
 
-Place = tuple[int, tuple[slice, slice], NDArray[np.bool_]]
+Box = tuple[slice, slice]
+Place = tuple[int, Box, NDArray[np.bool_]]
 
 
 def objects_of_labels(
@@ -52,8 +53,9 @@ def objects_of_labels(
     places = list(_regions(labels, split=regions == "components"))
     if not places:
         return []
-    coverage = _coverage(places, labels.shape, features.shape[-2:])
-    means = coverage.flatten(1) @ F.normalize(features, dim=0).cpu().flatten(1).T
+    crops = [(box, crop) for _, box, crop in places]
+    weights = coverage(crops, labels.shape, features.shape[-2:])
+    means = weights.flatten(1) @ F.normalize(features, dim=0).cpu().flatten(1).T
     texts = text.cpu()[[label_id for label_id, _, _ in places]]
     cosines = F.cosine_similarity(means, texts)
     categories = (temperature * cosines).sigmoid().double().tolist()
@@ -90,10 +92,17 @@ def _shifted(inner: slice, outer: slice) -> slice:
     return slice(outer.start + inner.start, outer.start + inner.stop)
 
 
-def _coverage(places: list[Place], size: tuple[int, ...], grid: torch.Size) -> Tensor:
+def coverage(
+    crops: Sequence[tuple[Box, NDArray[np.bool_]]], size: Sequence[int], grid: Sequence[int]
+) -> Tensor:
     """Weights (N, h, w) of the patches in the mean of what is upsampled bilinearly inside.
 
     The transpose of upsampling, which spares a map (C, H, W).
+
+    Args:
+        crops: rows and columns of each region's box, and its mask within.
+        size: (H, W).
+        grid: (h, w).
     """
     rows, columns = (
         F.interpolate(torch.eye(cells)[None], size=pixels, mode="linear")[0]
@@ -102,6 +111,6 @@ def _coverage(places: list[Place], size: tuple[int, ...], grid: torch.Size) -> T
     return torch.stack(
         [
             rows[:, box[0]] @ torch.from_numpy(crop).float() @ columns[:, box[1]].T / crop.sum()
-            for _, box, crop in places
+            for box, crop in crops
         ]
     )

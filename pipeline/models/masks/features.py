@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pipeline.models.clip import load_clip
-from pipeline.models.masks.dino import DINO_MODELS, load_dino
+from pipeline.models.clip import ClipEncoder, load_clip
+from pipeline.models.masks.dino import DINO_MODELS, DinoEncoder, load_dino
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
     from pipeline.methods.masks import FeatureParams
+    from pipeline.params.base import EncoderParams
 
 
 class FeatureEncoder:
@@ -26,9 +27,7 @@ class FeatureEncoder:
     """
 
     def __init__(self, params: FeatureParams, runtime: Runtime) -> None:
-        load_clip_encoder = partial(load_clip, field="mask.encoder")
-        load = load_dino if params.encoder.model in DINO_MODELS else load_clip_encoder
-        self._encoder = load(params.encoder, runtime.device, cache_dir=runtime.cache_dir)
+        self._encoder = load_patch_encoder(params.encoder, runtime, field="mask.encoder")
         self._facet = params.facet
         if params.precision == "bfloat16":
             runtime = replace(runtime, amp_dtype=torch.bfloat16)
@@ -50,3 +49,15 @@ class FeatureEncoder:
                 images.to(self._runtime.device), facet=self._facet
             )
         return features.float().cpu()
+
+
+def load_patch_encoder(
+    encoder: EncoderParams, runtime: Runtime, *, field: str
+) -> ClipEncoder | DinoEncoder:
+    """What gives features of patches: DINO by the names of its models, else a CLIP.
+
+    Raises:
+        PipelineError: it cannot be loaded; the message names the field.
+    """
+    load = load_dino if encoder.model in DINO_MODELS else partial(load_clip, field=field)
+    return load(encoder, runtime.device, cache_dir=runtime.cache_dir)
