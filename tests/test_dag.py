@@ -58,6 +58,7 @@ PACKAGE_DATA = {
 MAIN_MODULES = {
     "world": ["pipeline/demo/world.py"],
     "plus": [f"pipeline/stages/{stage}.py" for stage in ("train", "predict_bench", "score")],
+    "retrain": [f"pipeline/stages/{stage}.py" for stage in ("train", "retrain")],
 }
 CATEGORIES = Path("pipeline/vocabulary/categories.py")
 

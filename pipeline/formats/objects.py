@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.formats.images import decode_png, encode_png
 
-MAX_OBJECTS = 3
+MAX_OBJECTS = 254
 
 
 def encode_objects(masks: NDArray[np.bool_]) -> bytes:
@@ -36,12 +36,13 @@ def encode_objects(masks: NDArray[np.bool_]) -> bytes:
 def decode_objects(data: bytes) -> NDArray[np.uint8]:
     """Numbers (H, W) of the objects of a `mask.png`, from 1; 0 is none.
 
-    A file with larger values than `MAX_OBJECTS` has one object: whatever exceeds 0.
+    A file whose values are not 1, 2, ... N has one object: whatever exceeds 0.
 
     Raises:
         ImageError: `data` is not a whole PNG file.
     """
     stored = decode_png(data)
-    if stored.max(initial=0) > MAX_OBJECTS:
+    present = np.bincount(stored.ravel(), minlength=1)[1:] > 0
+    if not present.all() or len(present) > MAX_OBJECTS:
         stored = stored > 0
     return stored.astype(np.uint8)
