@@ -24,7 +24,9 @@ def encode_objects(masks: NDArray[np.bool_]) -> bytes:
     """
     if len(masks) > MAX_OBJECTS:
         raise ValueError(f"{len(masks)} objects, at most {MAX_OBJECTS}")
-    first = np.where(masks.any(axis=0), masks.argmax(axis=0) + 1, 0)
+    first = np.zeros(masks.shape[1:], dtype=np.uint8)
+    for number in range(len(masks), 0, -1):
+        first[masks[number - 1]] = number
     numbers, ids = np.unique(first[first > 0], return_inverse=True)
     if len(numbers) <= 1:
         return encode_png(first > 0)

@@ -18,6 +18,7 @@ def test_one_object_or_none_is_the_file_of_its_mask() -> None:
     one, none = masks(slice(2, 5)), masks(slice(0, 0))
     assert encode_objects(one) == encode_png(one[0])
     assert encode_objects(none) == encode_png(none[0])
+    assert encode_objects(none[:0]) == encode_png(none[0])
     # Nothing is left of the others.
     hidden = masks(slice(2, 5), slice(3, 4), slice(0, 0))
     assert encode_objects(hidden) == encode_png(one[0])
