@@ -32,7 +32,7 @@ from tests.stages import tiny_training
 from tests.stages.tiny_training import CATEGORIES, SEED, small_params
 
 COLOURS = {0: (120, 120, 120), 1: (250, 30, 30), 2: (30, 30, 250)}
-EVALUATE = EvaluateParams(temperature=20.0, suppression="none")
+EVALUATE = EvaluateParams(temperature=20.0, threshold=0.3)
 
 
 def samples(count: int = 24) -> Iterator[dict[str, Any]]:
@@ -120,6 +120,7 @@ def test_a_student_labels_the_archives_and_another_is_trained_on_that(
             taken |= it.mask
             assert {*np.unique(semantic[own]).tolist()} <= {-1, it.label_id}
             num_objects += bool(own.any())
+            assert len({*objects[own].tolist()} - {0}) == bool(own.any())
     assert num_objects
     counts = json.loads((tmp_path / "relabel.json").read_text())["counts"]
     assert counts["student_objects"] == num_objects
@@ -152,7 +153,7 @@ def test_the_same_bytes_again_and_one_image_is_held_out_of_all_archives(
     ]
     masks = tmp_path / "masks"
     write_shards(twice, masks, shard_size=7)
-    targets = small_params(encoder)
+    targets = small_params(encoder, negative_canvas=0.0)
     former = trained(masks, tmp_path / "before", targets)
     out = relabelled(masks, tmp_path, targets, runtime, after=former)
     first = {path.name: path.read_bytes() for path in out.iterdir()}
