@@ -35,7 +35,7 @@ def train(
     then uses the network.
     """
     from pipeline.engine.runtime import make_runtime
-    from pipeline.methods.masks import SelfMaskTraining
+    from pipeline.methods.selfmask import SelfMaskTraining
     from pipeline.params.reading import read_section
     from pipeline.stages import mask, selfmask
 

@@ -24,7 +24,7 @@ from pipeline.formats.objects import decode_objects
 from pipeline.formats.shards import SampleStore, open_samples
 from pipeline.formats.sources import ImageRef, list_images, read_image
 from pipeline.formats.tables import ArchiveRow, write_archives
-from pipeline.methods.masks import SelfMaskTraining
+from pipeline.methods.selfmask import SelfMaskTraining
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, save_selfmask
 from pipeline.models.masks.selfmask_training import fit_selfmask
 from pipeline.models.weights.weights import load_strict, read_weights

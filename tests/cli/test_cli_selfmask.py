@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
-from pipeline.methods.masks import SelfMaskParams, SelfMaskTraining, load_mask_source
+from pipeline.methods.masks import SelfMaskParams, load_mask_source
+from pipeline.methods.selfmask import SelfMaskTraining
 from pipeline.models.masks.selfmask import SelfMaskConfig, ViTEncoder, load_selfmask
 from pipeline.models.weights.weights import load_state
+from pipeline.params.reading import parse_section
 
 NETWORK = {
     **{"dim": 16, "depth": 1, "num_heads": 2, "patch_size": 8},
@@ -105,9 +107,10 @@ def test_too_many_images_that_cannot_be_read_name_the_params_of_the_votes(train:
         train(votes={"max_error_rate": 0.1})
 
 
-def test_the_default_is_the_recipe() -> None:
-    """Three sources of features, votes at k = 2, 3 and 4."""
-    params = SelfMaskTraining()
+@pytest.mark.parametrize("changes", [{}, {"votes": {"max_error_rate": 0.5}}])
+def test_the_default_is_the_recipe(changes: dict[str, Any]) -> None:
+    """Three sources of features, votes at k = 2, 3 and 4; also if something else is set."""
+    params = parse_section(changes, SelfMaskTraining, name="config")
     assert 1 + len(params.votes.more_encoders) == 3
     assert params.votes.clusters == [2, 3, 4]
     assert params.initial == ""

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from pipeline.models.masks.features import FeatureEncoder
-from pipeline.models.masks.normalised_cut import cut_batch, cut_settings
+from pipeline.models.masks.normalised_cut import MAX_POSITIONS, cut_batch, cut_settings
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
     from pipeline.methods.masks import CutParams
-
-MAX_POSITIONS = 4_096  # bound on what one image may cost: the affinity is quadratic in its area
 
 
 class CutSource:

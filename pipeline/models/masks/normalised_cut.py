@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.methods.masks import ObjectsParams
 
 WEAK = 1e-5  # weight of positions that are not alike; 0 would part the graph
+MAX_POSITIONS = 4_096  # bound on what one image may cost: the affinity is quadratic in its area
 MAX_SPECKS = 8  # cut off and left out, before an image counts as without an object
 TIE = 1e-6
 
@@ -53,7 +54,8 @@ def with_further_objects(
 
     Args:
         first: (B, H, W) mask probabilities.
-        features: (B, C, h, w) of the images, padded at the right and bottom to whole patches.
+        features: (B, C, h, w) of the images, padded at the right and bottom to whole patches; they
+            are averaged on a smaller grid if there are more than `MAX_POSITIONS`.
         patch: side of a patch in pixels.
         params: number of objects, and when to stop.
         seed: see `cut_objects`.
@@ -66,7 +68,10 @@ def with_further_objects(
     if params.objects == 1:
         return first[:, None]
     height, width = first.shape[-2:]
-    grid = (features.shape[-2], features.shape[-1])
+    scale = min(1.0, math.sqrt(MAX_POSITIONS / features[0, 0].numel()))
+    rows, columns = features.shape[-2:]
+    grid = (max(1, int(rows * scale)), max(1, int(columns * scale)))
+    features = F.adaptive_avg_pool2d(features, grid)
     covered = F.pad((first > threshold).float(), (0, -width % patch, 0, -height % patch))
     taken = F.adaptive_avg_pool2d(covered[:, None], grid)[:, 0] > 0.5
     others = cut_batch(
@@ -150,9 +155,9 @@ def cut_objects(
     objects = np.zeros((count, *left.shape), bool)
     found = 0
     for _ in range(count + MAX_SPECKS):
-        part = None
-        if found < count:
-            part = _foreground(features, left, tau=tau, max_cut=max_cut, seed=seed)
+        if found == count:
+            break
+        part = _foreground(features, left, tau=tau, max_cut=max_cut, seed=seed)
         if part is None:
             break
         left &= ~part

@@ -56,11 +56,13 @@ class SpectralSource:
         smallest = min(encoder.patch_size for encoder in self.encoders)
         self.max_pixels = MAX_POSITIONS // POSITIONS_PER_PATCH * smallest**2
         first, *others = [encoder.settings for encoder in self.encoders]
+        precision = first.pop("precision")
         self.settings = {
             "source": params.source,
             **first,
             "clusters": list(params.clusters),
             "seed": runtime.seed,
+            "precision": precision,
             **({"more_encoders": [other["encoder"] for other in others]} if others else {}),
             **further_settings(params, runtime.seed),
         }

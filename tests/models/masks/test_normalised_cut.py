@@ -178,6 +178,18 @@ def test_what_the_first_object_covers_is_not_cut_again() -> None:
     torch.testing.assert_close(alone, first[:, None])
 
 
+def test_large_maps_are_cut_on_a_smaller_grid() -> None:
+    features = blocks(70, 64, (10, 10, 30, 30), (40, 20, 66, 60), seed=4)[None]
+    first = torch.zeros(1, 280, 256)
+    first[:, 40:120, 40:120] = 1
+    params = ObjectsParams(source="any", objects=2)
+    masks = with_further_objects(first, features, patch=4, params=params, seed=0)
+    truth = torch.zeros(280, 256, dtype=torch.bool)
+    truth[160:264, 80:240] = True
+    found = masks[0, 1] > 0.5
+    assert (found & truth).sum() / (found | truth).sum() > 0.9
+
+
 def images(count: int, height: int, width: int) -> torch.Tensor:
     pixels = torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(5)) * 0.1
     for number in range(count):
@@ -207,3 +219,16 @@ def test_batches_do_not_show(
     for image, masks in zip(batch, together, strict=True):
         alone = source.predict_objects(image[None])  # type: ignore[attr-defined]
         torch.testing.assert_close(alone[0], masks)
+
+
+@pytest.mark.parametrize(("size", "alone"), [(104, 20), (19, 0), (1100, 200)])
+def test_positions_that_are_like_no_other_do_not_stop_the_solver(size: int, alone: int) -> None:
+    """All eigenvalues but one are equal, of which LAPACK's drivers of subsets may find none."""
+    affinity = np.full((size, size), 1e-5)
+    affinity[np.arange(alone, size), np.arange(alone, size)] = 1.0
+    degrees = np.diag(affinity.sum(axis=1))
+    values, vectors = smallest_eigenvectors(affinity.copy(), 2)
+    assert vectors.shape == (size, 2)
+    np.testing.assert_allclose(
+        (degrees - affinity) @ vectors, degrees @ vectors * values, atol=1e-12
+    )
