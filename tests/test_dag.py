@@ -58,6 +58,7 @@ PACKAGE_DATA = {
 MAIN_MODULES = {
     "world": ["pipeline/demo/world.py"],
     "plus": [f"pipeline/stages/{stage}.py" for stage in ("train", "predict_bench", "score")],
+    "retrain": [f"pipeline/stages/{stage}.py" for stage in ("train", "retrain")],
 }
 CATEGORIES = Path("pipeline/vocabulary/categories.py")
 
@@ -322,6 +323,17 @@ def test_dvc_joins_the_demos_stages_by_their_files(tmp_path: Path) -> None:
     }
 
 
+def test_dvc_joins_rounds_to_the_checkpoint_before_them(tmp_path: Path) -> None:
+    params = read_yaml(preset_text("demo"))
+    put(params, "rounds", {name: dict(entry) for name, entry in SMALL["rounds"].items()})
+    stages = resolve(tmp_path, json.dumps(params))
+    assert stages["relabel@first"].after == {"train", "mask"}
+    assert stages["retrain@first"].after == {"relabel@first", "train", "mask"}
+    assert stages["relabel@second"].after == {"retrain@first", "mask"}
+    assert stages["retrain@second"].after == {"relabel@second", "retrain@first", "mask"}
+    assert {"retrain@first", "retrain@second"} < stages["predict_bench@voc"].after
+
+
 def test_scoring_runs_no_network() -> None:
     assert not any("models" in dep or "methods" in dep for dep in code_deps("score"))
     assert not any("scoring" in dep for dep in code_deps("predict_bench"))
@@ -380,6 +392,10 @@ SMALL: dict[str, Any] = {
     "train.batch_size": 2,
     "train.crop_size": 48,
     "evaluate.overlays": 1,
+    "rounds": {
+        "first": {"after": "models/zutis", "held_out": 0.3, "score_threshold": 0.0},
+        "second": {"after": "models/rounds/first", "held_out": 0.3, "drift_tolerance": 0.0},
+    },
     "plus": {"zero": {"train": PLUS, "bench": {"format": "voc", **VOC}}},
 }
 # What a params file must have, and one device for all runs.

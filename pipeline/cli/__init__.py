@@ -19,6 +19,7 @@ from pipeline.cli.demo import demo_app
 from pipeline.cli.imports import import_app
 from pipeline.cli.plus import plus_app
 from pipeline.cli.reproduce import reproduce_app
+from pipeline.cli.rounds import rounds_app
 from pipeline.cli.selfmask import selfmask_app
 from pipeline.cli.stages import stages_app
 from pipeline.cli.weights import weights_app
@@ -36,6 +37,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(stages_app)
+app.add_typer(rounds_app)
 app.add_typer(plus_app)
 app.add_typer(reproduce_app)
 app.add_typer(ablate_app)

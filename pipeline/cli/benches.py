@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ruamel.yaml import YAML
 
-from pipeline.cli.common import PATHS, PHOTO_CLIP, Session
+from pipeline.cli.common import PHOTO_CLIP, Session
 from pipeline.errors import PipelineError
 from pipeline.presets import bench_text, list_benches
 
@@ -171,7 +171,7 @@ def differences(
         usual = baseline(session.params, labeller).encoder
         asked = baseline(session.params, labeller, encoder).encoder
         return [] if asked == usual else [_encoder_name(asked)]
-    is_own = checkpoint.resolve() == PATHS["checkpoint"].resolve()
+    is_own = checkpoint.resolve() == session.checkpoint.resolve()
     if is_own and not open_vocabulary:
         return []
     from pipeline.models.weights.checkpoint import read_checkpoint_config

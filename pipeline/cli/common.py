@@ -56,6 +56,12 @@ class Session:
 
         return read_params(self.params_path)
 
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the checkpoint in force: that of the last round, of `train` without rounds."""
+        rounds = list(self.params.rounds)
+        return PATHS["rounds"] / rounds[-1] if rounds else PATHS["checkpoint"]
+
     @cached_property
     def categories(self) -> list[str]:
         """The category set of the params.

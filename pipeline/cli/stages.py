@@ -45,7 +45,11 @@ ArchivesPath = Annotated[Path, typer.Option(help="Parquet file of the archives."
 MasksPath = Annotated[Path, typer.Option(help="Folder of the mask shards.")]
 LabelsPath = Annotated[Path, typer.Option(help="Folder of the label shards.")]
 CheckpointPath = Annotated[
-    Path, typer.Option(help="Folder of the checkpoint, or name of published weights.")
+    Path | None,
+    typer.Option(
+        help="Folder of the checkpoint, or name of published weights; default: that of the last "
+        "of `rounds:`, or models/zutis."
+    ),
 ]
 ReportsPath = Annotated[Path, typer.Option(help="Folder of metrics, plots and overlays.")]
 PredictionsPath = Annotated[Path | None, typer.Option(help="Folder of the prediction shards.")]
@@ -315,7 +319,7 @@ def train(
 def predict_bench(
     ctx: typer.Context,
     bench: BenchName,
-    checkpoint: CheckpointPath = PATHS["checkpoint"],
+    checkpoint: CheckpointPath = None,
     out: PredictionsPath = None,
     root: BenchRoot = None,
     model: Model = None,
@@ -328,6 +332,7 @@ def predict_bench(
     from pipeline.stages import predict_bench as stage
 
     session: Session = ctx.obj
+    checkpoint = checkpoint or session.checkpoint
     others = differences(
         session, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
     )
@@ -357,7 +362,7 @@ def predict_bench(
 def score(
     ctx: typer.Context,
     bench: BenchName,
-    checkpoint: CheckpointPath = PATHS["checkpoint"],
+    checkpoint: CheckpointPath = None,
     predictions: PredictionsPath = None,
     out: ReportsPath = PATHS["reports"],
     root: BenchRoot = None,
@@ -374,6 +379,7 @@ def score(
     from pipeline.stages import score as stage
 
     session: Session = ctx.obj
+    checkpoint = checkpoint or session.checkpoint
     others = differences(
         session, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
     )
@@ -400,7 +406,7 @@ def score(
 def evaluate(
     ctx: typer.Context,
     bench: BenchName,
-    checkpoint: CheckpointPath = PATHS["checkpoint"],
+    checkpoint: CheckpointPath = None,
     out: ReportsPath = PATHS["reports"],
     predictions: PredictionsPath = None,
     root: BenchRoot = None,
@@ -414,6 +420,7 @@ def evaluate(
     It is `predict_bench`, then `score`. What the run itself has trained is scored as BENCH.json;
     what differs from it is in the name of a result (docs/results.md).
     """
+    checkpoint = checkpoint or ctx.obj.checkpoint
     others = differences(
         ctx.obj, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
     )
@@ -572,7 +579,7 @@ def predict(
             "concepts_sports; default: the trained ones, without a checkpoint those of the params."
         ),
     ] = None,
-    checkpoint: CheckpointPath = PATHS["checkpoint"],
+    checkpoint: CheckpointPath = None,
     model: Model = None,
     encoder: Encoder = None,
     context: Annotated[
@@ -595,6 +602,7 @@ def predict(
     session: Session = ctx.obj
     try_outputs(folders=[out])
     params, runtime = session.params, session.runtime
+    checkpoint = checkpoint or session.checkpoint
     labeller = baseline(params, alone(model), encoder)
     asked, others = names(categories), names(context, "--context") or []
     if alone(model):

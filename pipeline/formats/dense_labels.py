@@ -14,6 +14,7 @@ from pipeline.formats.labels import LabelMap, decode_confidence
 from pipeline.formats.shards import MANIFEST, open_samples
 
 LABEL, CONFIDENCE = "label.png", "confidence.png"
+STAGES = ("pseudo_label", "relabel")  # that write labels, and name their categories
 AGAIN = "run `pipeline pseudo_label` again"
 
 
@@ -32,8 +33,10 @@ class LabelStore:
         self._samples = open_samples(labels_dir, members=[LABEL, CONFIDENCE])
         self._places = {key: place for place, key in enumerate(self._samples.keys)}
         try:
-            described = self._samples.manifest["pseudo_label"]["categories"]
-        except (KeyError, TypeError):
+            manifest = self._samples.manifest
+            stage = next(stage for stage in STAGES if stage in manifest)
+            described = manifest[stage]["categories"]
+        except (KeyError, TypeError, StopIteration):
             raise PipelineError(f"{labels_dir / MANIFEST}: names no categories; {AGAIN}") from None
         self.categories = [str(category) for category in described]
 

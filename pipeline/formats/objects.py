@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.formats.images import decode_png, encode_png
 
-MAX_OBJECTS = 3
+MAX_OBJECTS = 254
 
 
 def encode_objects(masks: NDArray[np.bool_]) -> bytes:
@@ -24,7 +24,9 @@ def encode_objects(masks: NDArray[np.bool_]) -> bytes:
     """
     if len(masks) > MAX_OBJECTS:
         raise ValueError(f"{len(masks)} objects, at most {MAX_OBJECTS}")
-    first = np.where(masks.any(axis=0), masks.argmax(axis=0) + 1, 0)
+    first = np.zeros(masks.shape[1:], dtype=np.uint8)
+    for number in range(len(masks), 0, -1):
+        first[masks[number - 1]] = number
     numbers, ids = np.unique(first[first > 0], return_inverse=True)
     if len(numbers) <= 1:
         return encode_png(first > 0)
@@ -36,12 +38,13 @@ def encode_objects(masks: NDArray[np.bool_]) -> bytes:
 def decode_objects(data: bytes) -> NDArray[np.uint8]:
     """Numbers (H, W) of the objects of a `mask.png`, from 1; 0 is none.
 
-    A file with larger values than `MAX_OBJECTS` has one object: whatever exceeds 0.
+    A file whose values are not 1, 2, ... N has one object: whatever exceeds 0.
 
     Raises:
         ImageError: `data` is not a whole PNG file.
     """
     stored = decode_png(data)
-    if stored.max(initial=0) > MAX_OBJECTS:
+    present = np.bincount(stored.ravel(), minlength=1)[1:] > 0
+    if not present.all() or len(present) > MAX_OBJECTS:
         stored = stored > 0
     return stored.astype(np.uint8)

@@ -126,6 +126,25 @@ class PlusParams(Section):
     bench: BenchParams
 
 
+class RoundParams(Section):
+    """One more round: a trained student labels the archives anew, and one is trained on that.
+
+    `after` is the folder of the checkpoint that labels: that of `train`, or of the round before.
+    Its objects are kept whose score passes `score_threshold`; see `pipeline.training.relabelling`.
+    A share `held_out` of the images is trained on by no round, but compared: the new checkpoint
+    counts if its label maps agree with the pseudo-labels there no less than the former's, and the
+    shares of the categories in them have moved by at most `drift_tolerance` (half the sum of
+    differences). Otherwise the former stays.
+    """
+
+    after: RelaxedPath
+    score_threshold: Probability = 0.5
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    drift_tolerance: Probability = 0.3
+    batch_size: Count = 8
+    shard_size: Count = 250
+
+
 class Params(Section):
     """All of params.yaml.
 
@@ -151,6 +170,7 @@ class Params(Section):
     bank: BankParams | None = None
     pseudo_label: SerializeAsAny[PseudoLabelParams] = DenseClipParams()
     train: SerializeAsAny[StudentParams] = ZutisParams()
+    rounds: dict[EntryName, RoundParams] = {}
     plus: dict[EntryName, PlusParams] = {}
     evaluate: EvaluateParams = EvaluateParams()
     benches: dict[EntryName, BenchParams] = {}

@@ -10,7 +10,7 @@ from pipeline.errors import counted, listing
 from pipeline.report.inputs import integer, is_wanted, read_object
 from pipeline.report.wording import ITEM_NAMES, STAGES
 
-OPTIONAL_STAGES = ("world", "bank")
+OPTIONAL_STAGES = ("world", "bank", "relabel", "retrain")
 # The page's own counts would change it with every run.
 STATS_OF_STAGE = {"score": ("score", "audit"), "report": ()}
 LISTED_SKIPS = 200

@@ -10,6 +10,8 @@ STAGES = {
     "bank": "Regions of the images: what they look like, and mean",
     "pseudo_label": "A label per pixel, training-free",
     "train": "The segmenter, on pseudo-labels alone",
+    "relabel": "Labels by the student, for a further round",
+    "retrain": "A further round: kept, or rejected",
     "predict_bench": "Predictions on labelled images",
     "score": "Scores of the predictions",
     "report": "This page",

@@ -143,6 +143,8 @@ def _names_by_prefix(params: Params | None) -> dict[str, frozenset[str]]:
     return {
         "world": frozenset(params.worlds),
         "embed": frozenset(params.index),
+        "relabel": frozenset(params.rounds),
+        "retrain": frozenset(params.rounds),
         "predict_bench": frozenset(params.benches),
         "score": frozenset(params.benches),
         "audit": frozenset(params.audits),

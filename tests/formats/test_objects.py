@@ -18,6 +18,7 @@ def test_one_object_or_none_is_the_file_of_its_mask() -> None:
     one, none = masks(slice(2, 5)), masks(slice(0, 0))
     assert encode_objects(one) == encode_png(one[0])
     assert encode_objects(none) == encode_png(none[0])
+    assert encode_objects(none[:0]) == encode_png(none[0])
     # Nothing is left of the others.
     hidden = masks(slice(2, 5), slice(3, 4), slice(0, 0))
     assert encode_objects(hidden) == encode_png(one[0])
@@ -41,14 +42,21 @@ def test_any_size_comes_back(shape: tuple[int, int]) -> None:
     np.testing.assert_array_equal(decode_objects(encode_objects(stack)), numbers)
 
 
-def test_masks_of_others_are_one_object() -> None:
+@pytest.mark.parametrize("values", [(2, 128, 255), (128, 128, 128), (1, 3, 3), (254, 255, 255)])
+def test_masks_of_others_are_one_object(values: tuple[int, ...]) -> None:
     """Such as one with soft edges, whose values are no numbers."""
-    soft = np.array([[0, 2, 128, 255]], np.uint8)
+    soft = np.array([[0, *values]], np.uint8)
     np.testing.assert_array_equal(decode_objects(encode_png(soft)), [[0, 1, 1, 1]])
 
 
-def test_more_than_three_and_damage_are_errors() -> None:
-    with pytest.raises(ValueError, match="4 objects, at most 3"):
-        encode_objects(np.ones((4, 2, 2), bool))
+def test_as_many_objects_as_a_byte_numbers() -> None:
+    numbers = np.arange(255).reshape(15, 17)
+    stack = numbers == np.arange(1, 255)[:, None, None]
+    np.testing.assert_array_equal(decode_objects(encode_objects(stack)), numbers)
+
+
+def test_more_than_a_byte_has_and_damage_are_errors() -> None:
+    with pytest.raises(ValueError, match="255 objects, at most 254"):
+        encode_objects(np.ones((255, 2, 2), bool))
     with pytest.raises(ImageError):
         decode_objects(b"no PNG")

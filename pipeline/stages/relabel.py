@@ -1,0 +1,168 @@
+"""A further round, first half: a trained student labels the archive images anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.engine.progress import Tally
+from pipeline.engine.runtime import Runtime
+from pipeline.engine.shard_run import Executor, Job, run_job
+from pipeline.files import file_sha256
+from pipeline.formats.dense_labels import CONFIDENCE, LABEL
+from pipeline.formats.images import encode_label, encode_png
+from pipeline.formats.labels import BACKGROUND, IGNORE_INDEX
+from pipeline.formats.objects import MAX_OBJECTS, encode_objects
+from pipeline.formats.shards import open_samples, read_manifest, write_tar
+from pipeline.inference.held_out import load_trained, predictions, split
+from pipeline.inference.segmenter import Prediction
+from pipeline.methods.students import TrainParams
+from pipeline.models.weights.checkpoint import WEIGHTS_NAME
+from pipeline.params.base import PredictionSettings
+from pipeline.params.sections import EvaluateParams, RoundParams
+from pipeline.training.relabelling import relabel
+from pipeline.training.settings import TargetSettings
+from pipeline.training.training_set import MASK_MEMBERS, Archives
+
+RELABEL_VERSION = 1  # to be raised with every change after which the same settings label otherwise
+
+
+def run(
+    *,
+    masks_dir: Path,
+    labels_dir: Path | None,
+    out_dir: Path,
+    categories: Sequence[str],
+    params: RoundParams,
+    targets: TrainParams,
+    evaluate: EvaluateParams,
+    runtime: Runtime,
+    stats_path: Path,
+    executor: Executor | None = None,
+) -> None:
+    """Write shards that are mask and label shards in one, of all samples that are not held out.
+
+    Their labels are final: training takes them as they are, by the target `denseclip`. Samples of
+    archive 0, the negatives, stay what they are. The stats count `student_objects`,
+    `pseudo_objects`, `pixels` and `void_pixels`.
+
+    Args:
+        masks_dir: mask shards.
+        labels_dir: label shards, where the target of `train` is made of them.
+        out_dir: shards, replaced as a whole.
+        categories: names by label id, from 1.
+        params: the round's entry under `rounds`.
+        targets: section `train`: what training saw of a sample.
+        evaluate: section `evaluate`: how the student predicts.
+        runtime: device, precision and seed.
+        stats_path: counts of this run, JSON.
+        executor: where shards are made; here by default.
+
+    Raises:
+        PipelineError: shards that do not fit the params, a checkpoint that cannot be used or has
+            other categories, or a share that holds out nothing or everything.
+    """
+    store = open_samples(masks_dir, members=MASK_MEMBERS)
+    numbers, held_out = split(store, params.held_out, seed=runtime.seed)
+    labels_dir = labels_dir if targets.needs_labels else None
+    job = Job(
+        "relabel",
+        numbers,
+        shard_size=params.shard_size,
+        load=partial(
+            Relabeller, masks_dir, labels_dir, list(categories), params, targets, evaluate
+        ),
+        inputs=[read_manifest(folder) for folder in (masks_dir, labels_dir) if folder],
+        remedy="Run the mask stage again",
+        left_out={"held-out image": len(held_out)},
+    )
+    run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
+
+
+class Relabeller:
+    """Makes shards of images with what a trained student and their pseudo-labels say of them.
+
+    The arguments are those of `run`.
+
+    Attributes:
+        settings: all that labels depend on besides the samples; representable in JSON.
+    """
+
+    def __init__(
+        self,
+        masks_dir: Path,
+        labels_dir: Path | None,
+        categories: list[str],
+        params: RoundParams,
+        targets: TrainParams,
+        evaluate: EvaluateParams,
+        runtime: Runtime,
+    ) -> None:
+        settings = PredictionSettings.of(evaluate)
+        self._segmenter = load_trained(params.after, categories, settings, runtime)
+        self._store = open_samples(masks_dir, members=MASK_MEMBERS)
+        self._archives = Archives(
+            masks_dir,
+            labels_dir,
+            categories=categories,
+            settings=targets,
+            sample_bytes=0,
+            mask_bytes=0,
+        )
+        self._params = params
+        self._num_categories = len(categories)
+        self.settings: dict[str, Any] = {
+            "version": RELABEL_VERSION,
+            "categories": categories,
+            "checkpoint": file_sha256(params.after / WEIGHTS_NAME),
+            "score_threshold": params.score_threshold,
+            "target": targets.model_dump(mode="json", include=set(TargetSettings.model_fields)),
+            "prediction": settings.model_dump(mode="json"),
+            "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
+        }
+
+    def make(self, items: Sequence[int], path: Path, tally: Tally) -> int:
+        """Write the samples of these numbers."""
+        return write_tar(path, self._samples(items, tally))
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _samples(self, numbers: Sequence[int], tally: Tally) -> Iterator[dict[str, Any]]:
+        shown = [number for number in numbers if self._shows_objects(number)]
+        found = predictions(self._segmenter, self._store, shown, batch_size=self._params.batch_size)
+        for number in numbers:
+            prediction = next(found)[1] if self._shows_objects(number) else None
+            yield self._sample(number, prediction, tally)
+            tally.advance()
+
+    def _shows_objects(self, number: int) -> bool:
+        """Whether it is no negative."""
+        return self._store.json(number)["label_id"] != BACKGROUND
+
+    def _sample(self, number: int, prediction: Prediction | None, tally: Tally) -> dict[str, Any]:
+        """The members of a sample; negatives have no prediction."""
+        stored, sample = self._store[number], self._archives[number]
+        labels, masks = sample.semantic, np.zeros((0, *sample.semantic.shape), dtype=bool)
+        if prediction is not None:
+            threshold = self._params.score_threshold
+            kept = [it for it in prediction.instances if it.score >= threshold][:MAX_OBJECTS]
+            new = relabel(sample.semantic, sample.instances, prediction.semantic, kept)
+            labels, masks = new.semantic, new.masks[:MAX_OBJECTS]
+            tally.count("student_objects", new.num_kept)
+            tally.count("pseudo_objects", len(masks) - new.num_kept)
+        tally.count("pixels", labels.size)
+        tally.count("void_pixels", int(np.count_nonzero(labels == IGNORE_INDEX)))
+        return {
+            "__key__": stored["__key__"],
+            "jpg": stored["jpg"],
+            "mask.png": encode_objects(masks),
+            LABEL: encode_label(labels, self._num_categories),
+            CONFIDENCE: encode_png(np.full(labels.shape, 255, dtype=np.uint8)),
+            "json": stored["json"],
+        }

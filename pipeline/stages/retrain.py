@@ -1,0 +1,120 @@
+"""A further round, second half: whether what was trained on its labels replaces the former."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.engine.progress import StageRun
+from pipeline.engine.runtime import Runtime
+from pipeline.files import atomic_path, write_json
+from pipeline.formats.shards import open_samples
+from pipeline.inference.held_out import agreement, load_trained, split
+from pipeline.methods.students import TrainParams
+from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from pipeline.params.base import PredictionSettings
+from pipeline.params.sections import EvaluateParams, RoundParams
+from pipeline.training.training_set import MASK_MEMBERS, Archives
+
+OUTCOME, REJECTED = "round.json", "rejected"
+DIGITS = 4
+
+
+def run(
+    *,
+    masks_dir: Path,
+    labels_dir: Path | None,
+    candidate_dir: Path,
+    out_dir: Path,
+    categories: Sequence[str],
+    params: RoundParams,
+    targets: TrainParams,
+    evaluate: EvaluateParams,
+    runtime: Runtime,
+    stats_path: Path,
+) -> None:
+    """Write the checkpoint in force after a round: what it has trained, or the former one.
+
+    Both label the images that no round trains on, see `RoundParams`. What is not kept goes to the
+    folder `rejected`. `round.json` says what became of it: `kept`, the agreement of both and how
+    far the shares moved, in percent.
+
+    Args:
+        masks_dir: mask shards.
+        labels_dir: label shards, where the target of `train` is made of them.
+        candidate_dir: the checkpoint that the round has trained.
+        out_dir: folder of the one in force after it.
+        categories: names by label id, from 1.
+        params: the round's entry under `rounds`.
+        targets: section `train`: what training saw of a sample.
+        evaluate: section `evaluate`: how a student predicts.
+        runtime: device, precision and seed.
+        stats_path: counts of this run, JSON.
+
+    Raises:
+        PipelineError: shards that do not fit the params, or a checkpoint that cannot be used.
+    """
+    store = open_samples(masks_dir, members=MASK_MEMBERS)
+    _, held_out = split(store, params.held_out, seed=runtime.seed)
+    settings = PredictionSettings.of(evaluate, instances=False)
+    with StageRun("retrain", stats_path=stats_path, total=2 * len(held_out)) as stage:
+        archives = Archives(
+            masks_dir,
+            labels_dir if targets.needs_labels else None,
+            categories=categories,
+            settings=targets,
+        )
+        before, after = (
+            agreement(
+                load_trained(folder, categories, settings, runtime),
+                archives,
+                store,
+                held_out,
+                batch_size=params.batch_size,
+                tally=stage,
+            )
+            for folder in (params.after, candidate_dir)
+        )
+        drift = after.drift_from(before)
+        reasons = []
+        if after.miou < before.miou:
+            reasons.append("the agreement has fallen")
+        if drift > params.drift_tolerance:
+            reasons.append(f"drift_tolerance is {params.drift_tolerance:.0%}")
+        facts = (
+            f"agreement on {len(held_out)} held-out images {after.miou:.2%}, before it "
+            f"{before.miou:.2%}; shares of categories moved by {drift:.2%}"
+        )
+        if reasons:
+            stage.warn(
+                f"the round is rejected, for {' and '.join(reasons)}: {facts}; the checkpoint of "
+                f"{params.after} stays in force"
+            )
+        else:
+            print(f"retrain: the round is kept: {facts}", flush=True)
+        _put(params.after if reasons else candidate_dir, out_dir)
+        shutil.rmtree(out_dir / REJECTED, ignore_errors=True)
+        if reasons:
+            _put(candidate_dir, out_dir / REJECTED)
+        write_json(
+            out_dir / OUTCOME,
+            {
+                "kept": not reasons,
+                "after": str(params.after),
+                "agreement": round(100 * after.miou, DIGITS),
+                "agreement_before": round(100 * before.miou, DIGITS),
+                "drift": round(100 * drift, DIGITS),
+                "held_out_images": len(held_out),
+            },
+        )
+
+
+def _put(checkpoint_dir: Path, out_dir: Path) -> None:
+    """Copy a checkpoint; neither file changes unless both could be written."""
+    with (
+        atomic_path(out_dir / CONFIG_NAME) as config_path,
+        atomic_path(out_dir / WEIGHTS_NAME) as weights_path,
+    ):
+        shutil.copyfile(checkpoint_dir / CONFIG_NAME, config_path)
+        shutil.copyfile(checkpoint_dir / WEIGHTS_NAME, weights_path)
