@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
+from pipeline.models.clip import ClipEncoder, load_clip
 from pipeline.models.masks.selfmask import (
     CLS_TOKENS,
     IMAGENET_MEAN,
@@ -111,7 +112,25 @@ def build_dino(model: str) -> ViTEncoder:
     return ViTEncoder(DINO_MODELS[model])
 
 
-def load_dino(encoder: EncoderParams, device: torch.device, *, cache_dir: Path) -> DinoEncoder:
+def load_patch_encoder(
+    encoder: EncoderParams, device: torch.device, *, cache_dir: Path, field: str
+) -> DinoEncoder | ClipEncoder:
+    """A network with `patch_features`: DINO where its name is one of `DINO_MODELS`, else a CLIP.
+
+    Raises:
+        PipelineError: it cannot be loaded; the message names `field`.
+    """
+    load = load_dino if encoder.model in DINO_MODELS else load_clip
+    return load(encoder, device, cache_dir=cache_dir, field=field)
+
+
+def load_dino(
+    encoder: EncoderParams,
+    device: torch.device,
+    *,
+    cache_dir: Path,
+    field: str = "mask.encoder",
+) -> DinoEncoder:
     """Build a DINO ViT and load its weights.
 
     Args:
@@ -120,13 +139,14 @@ def load_dino(encoder: EncoderParams, device: torch.device, *, cache_dir: Path) 
             published weights of the model.
         device: where the encoder goes.
         cache_dir: cache folder with the published weights.
+        field: where the encoder is named, for messages.
 
     Raises:
         PipelineError: the weights are not there, or are of another architecture.
     """
     if not isinstance(encoder.pretrained, str):
         raise PipelineError(
-            f"mask.encoder.pretrained: {encoder.model} has no tags; write the file's path alone"
+            f"{field}.pretrained: {encoder.model} has no tags; write the file's path alone"
         )
     path = resolve_weights(encoder.pretrained or encoder.model, cache_dir)
     vit = build_dino(encoder.model)
