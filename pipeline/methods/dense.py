@@ -223,14 +223,8 @@ def _attention(params: AttentionParams, names: Names, runtime: Runtime) -> Dense
 
 def _proxyclip(params: ProxyClipParams, names: Names, runtime: Runtime) -> DenseLabeller:
     from pipeline.models.dense.proxyclip import load_proxyclip
-    from pipeline.models.masks.dino import load_patch_encoder
 
-    proxy = None
-    if params.dino is not None:
-        proxy = load_patch_encoder(
-            params.dino, runtime.device, cache_dir=runtime.cache_dir, field="pseudo_label.dino"
-        )
-    return load_proxyclip(params, names, runtime, proxy=proxy)
+    return load_proxyclip(params, names, runtime)
 
 
 DENSE_LABELLERS = {

@@ -7,8 +7,8 @@ Letters: B images, N = 1 + h w tokens (class token first), C joint space, h w pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +44,9 @@ class AttentionLabeller(ClipLabeller):
         self._tower = clip_vit(encoder, params.method)
         self._features = FEATURES[params.method]
 
-    def select(self, label_ids: Sequence[int]) -> AttentionLabeller:
-        """The same for some label ids, in this order."""
-        return AttentionLabeller(self._encoder, self.text[list(label_ids)], self.params).eval()
+    def with_text(self, text: Tensor) -> Self:
+        """The same with other unit rows (K, C)."""
+        return type(self)(self._encoder, text, self.params).eval()
 
     @torch.no_grad()
     def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:

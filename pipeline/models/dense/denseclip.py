@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,14 @@ class ClipLabeller(nn.Module):
         """Factor of the scores in their softmax."""
         return self.params.logit_scale
 
+    def with_text(self, text: Tensor) -> Self:
+        """The same with other unit rows (K, C)."""
+        raise NotImplementedError
+
+    def select(self, label_ids: Sequence[int]) -> Self:
+        """The same for some label ids, in this order."""
+        return self.with_text(self.text[list(label_ids)])
+
     def scores(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w), see `forward`."""
         scores: Tensor = self(images)
@@ -162,9 +170,9 @@ class DenseClip(ClipLabeller):
         """Factor of the scores in their softmax; None after key smoothing."""
         return self.params.logit_scale if self.params.key_smoothing is None else None
 
-    def select(self, label_ids: Sequence[int]) -> DenseClip:
-        """The same for some label ids, in this order."""
-        return DenseClip(self._encoder, self.text[list(label_ids)], self.params).eval()
+    def with_text(self, text: Tensor) -> Self:
+        """The same with other unit rows (K, C)."""
+        return type(self)(self._encoder, text, self.params).eval()
 
     @torch.no_grad()
     def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,18 +5,17 @@ Letters: B images, n = h w positions of that network's grid, D CLIP's width, C j
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.clip import ClipEncoder
-from pipeline.models.clip.tower import Facet
+from pipeline.models.clip import ClipEncoder, load_clip
 from pipeline.models.dense.affinity import attend_to_alike
 from pipeline.models.dense.attentions import clip_vit
 from pipeline.models.dense.denseclip import ClipLabeller, load_encoder_and_text
+from pipeline.models.layers.dino import DINO_MODELS, DinoEncoder, load_dino
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
@@ -24,20 +23,6 @@ if TYPE_CHECKING:
     from pipeline.vocabulary.categories import Names
 
 SHIFT = 1.2
-
-
-class PatchEncoder(Protocol):
-    """A network that says of every position of an image what it is like, such as DINO's."""
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels, along a side, that a position stands for."""
-
-    def patch_features(self, images: Tensor, *, layer: int = -1, facet: Facet = "key") -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> (B, C', h, w)."""
-
-    def fingerprint(self) -> str:
-        """SHA-256 of configuration and weights."""
 
 
 class ProxyClip(ClipLabeller):
@@ -50,7 +35,7 @@ class ProxyClip(ClipLabeller):
         encoder: ClipEncoder,
         text: Tensor,
         params: ProxyClipParams,
-        proxy: PatchEncoder | None,
+        proxy: DinoEncoder | ClipEncoder | None,
     ) -> None:
         """See `ClipLabeller`.
 
@@ -75,10 +60,9 @@ class ProxyClip(ClipLabeller):
         proxy = self._proxy.fingerprint() if self._proxy is not None else None
         return {**super().settings, "dino_weights": proxy}
 
-    def select(self, label_ids: Sequence[int]) -> ProxyClip:
-        """The same for some label ids, in this order."""
-        text = self.text[list(label_ids)]
-        return ProxyClip(self._encoder, text, self.params, self._proxy).eval()
+    def with_text(self, text: Tensor) -> Self:
+        """The same with other unit rows (K, C)."""
+        return type(self)(self._encoder, text, self.params, self._proxy).eval()
 
     @torch.no_grad()
     def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,16 +82,20 @@ class ProxyClip(ClipLabeller):
         return self.compare(features), features
 
 
-def load_proxyclip(
-    params: ProxyClipParams, names: Names, runtime: Runtime, *, proxy: PatchEncoder | None
-) -> ProxyClip:
-    """ProxyCLIP with the encoder of its params, for some names; see `ProxyClip`.
+def load_proxyclip(params: ProxyClipParams, names: Names, runtime: Runtime) -> ProxyClip:
+    """ProxyCLIP with the encoders of its params, for some names.
 
     Raises:
         PipelineError: an encoder that cannot be loaded or is not CLIP's own ViT, or a name that it
             does not know.
     """
     encoder, text = load_encoder_and_text(params, names, runtime)
+    proxy: DinoEncoder | ClipEncoder | None = None
+    if params.dino is not None:
+        load = load_dino if params.dino.model in DINO_MODELS else load_clip
+        proxy = load(
+            params.dino, runtime.device, cache_dir=runtime.cache_dir, field="pseudo_label.dino"
+        )
     return ProxyClip(encoder, text, params, proxy).eval()
 
 

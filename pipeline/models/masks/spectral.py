@@ -25,7 +25,8 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from pipeline.models.masks.dino import load_patch_encoder
+from pipeline.models.clip import load_clip
+from pipeline.models.layers.dino import DINO_MODELS, load_dino
 from pipeline.models.masks.threads import single_threaded
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ class SpectralSource:
     """Voting clusters as a mask source, see `pipeline.methods.masks.MaskSource`."""
 
     def __init__(self, params: SpectralParams, runtime: Runtime) -> None:
-        self._encoder = load_patch_encoder(
-            params.encoder, runtime.device, cache_dir=runtime.cache_dir, field="mask.encoder"
-        )
+        load_clip_encoder = partial(load_clip, field="mask.encoder")
+        load = load_dino if params.encoder.model in DINO_MODELS else load_clip_encoder
+        self._encoder = load(params.encoder, runtime.device, cache_dir=runtime.cache_dir)
         self._params = params
         if params.precision == "bfloat16":
             runtime = replace(runtime, amp_dtype=torch.bfloat16)

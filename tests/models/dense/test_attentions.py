@@ -31,7 +31,7 @@ from pipeline.methods.dense import (
 from pipeline.models.clip import load_clip
 from pipeline.models.dense import affinity
 from pipeline.models.dense.scclip import local_outlier_factors
-from pipeline.models.masks.dino import build_dino
+from pipeline.models.layers.dino import build_dino
 from pipeline.models.weights.weights import save_tensors
 from pipeline.params.base import EncoderParams, PredictionSettings
 from pipeline.vocabulary.categories import Names

@@ -1,4 +1,4 @@
-"""DINO vision transformers (Caron et al., 2021), features for spectral masks (SelfMask, section 3).
+"""DINO vision transformers (Caron et al., 2021), which tell what is alike without labels.
 
 The network is SelfMask's encoder, whose names are those of the published backbones. Letters: B
 images, D width, H W pixels, h w patch grid.
@@ -17,15 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.models.clip import ClipEncoder, load_clip
-from pipeline.models.masks.selfmask import (
-    CLS_TOKENS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    EncoderBlock,
-    SelfMaskConfig,
-    ViTEncoder,
-)
+from pipeline.models.layers.vit import CLS_TOKENS, EncoderBlock, SelfMaskConfig, ViTEncoder
+from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.models.weights.weights import hash_tensors, load_strict, read_weights
 from pipeline.models.weights.zoo import resolve_weights
 from pipeline.params.base import EncoderParams
@@ -110,18 +103,6 @@ def build_dino(model: str) -> ViTEncoder:
         model: name of `DINO_MODELS`.
     """
     return ViTEncoder(DINO_MODELS[model])
-
-
-def load_patch_encoder(
-    encoder: EncoderParams, device: torch.device, *, cache_dir: Path, field: str
-) -> DinoEncoder | ClipEncoder:
-    """A network with `patch_features`: DINO where its name is one of `DINO_MODELS`, else a CLIP.
-
-    Raises:
-        PipelineError: it cannot be loaded; the message names `field`.
-    """
-    load = load_dino if encoder.model in DINO_MODELS else load_clip
-    return load(encoder, device, cache_dir=cache_dir, field=field)
 
 
 def load_dino(
