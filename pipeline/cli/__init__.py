@@ -19,6 +19,7 @@ from pipeline.cli.demo import demo_app
 from pipeline.cli.imports import import_app
 from pipeline.cli.plus import plus_app
 from pipeline.cli.reproduce import reproduce_app
+from pipeline.cli.selfmask import selfmask_app
 from pipeline.cli.stages import stages_app
 from pipeline.cli.weights import weights_app
 from pipeline.errors import PipelineError
@@ -41,6 +42,7 @@ app.add_typer(ablate_app)
 app.add_typer(weights_app, name="weights", no_args_is_help=True)
 app.add_typer(cache_app, name="cache", no_args_is_help=True)
 app.add_typer(import_app, name="import", no_args_is_help=True)
+app.add_typer(selfmask_app, name="selfmask", no_args_is_help=True)
 app.add_typer(demo_app, name="demo", no_args_is_help=True)
 
 BAD_PATH = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)

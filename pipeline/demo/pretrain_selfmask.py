@@ -8,8 +8,8 @@ colours. True masks are only used to score the result.
 from __future__ import annotations
 
 import copy
-import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +23,9 @@ from pipeline.demo.scene import Style, choose_names, draw_scene
 from pipeline.files import atomic_path, write_json
 from pipeline.models.clip import ClipEncoder
 from pipeline.models.masks.bilateral import bilateral_solve
-from pipeline.models.masks.selfmask import (
-    SelfMask,
-    SelfMaskConfig,
-    load_selfmask,
-    save_selfmask,
-    selfmask_loss,
-)
+from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, load_selfmask, save_selfmask
+from pipeline.models.masks.selfmask_training import fit_selfmask
 from pipeline.models.masks.spectral import spectral_mask
-from pipeline.models.weights.training_state import resume, save_state
 
 ARCHITECTURE = SelfMaskConfig(
     dim=64,
@@ -155,30 +149,18 @@ def _train(
     iterations: int,
     seed: int,
 ) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    step = resume(state_path, model, optimizer)
-    model.train()
-    bar = tqdm(total=iterations, initial=step, desc="tiny SelfMask, training")
-    while step < iterations:
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(
-                1.0, (step + 1) / 50, 0.5 * (1.02 + math.cos(math.pi * step / iterations))
-            )
-        pixels, targets = _batch(images, votes, np.random.default_rng([seed, TRAIN_STREAM, step]))
-        device = next(model.parameters()).device
-        loss = selfmask_loss(model(pixels.to(device)), targets.to(device))["total"]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        bar.update()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-        if step % 200 == 0 or step == iterations:
-            save_state(state_path, model, optimizer, step=step, extra=None)
-    bar.close()
-    model.eval()
+    def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(start, iterations):
+            yield _batch(images, votes, np.random.default_rng([seed, TRAIN_STREAM, step]))
+
+    fit_selfmask(
+        model,
+        batches,
+        state_path,
+        iterations=iterations,
+        learning_rate=LEARNING_RATE,
+        title="tiny SelfMask, training",
+    )
 
 
 def _batch(

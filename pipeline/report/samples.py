@@ -113,7 +113,7 @@ def _sample(
 ) -> dict[str, Any]:
     """Image, pseudo-mask, dense labels and training target of one sample, as pictures."""
     image = _image(store, index, SAMPLE_SIDE)
-    mask = decode_png(store.member(index, "mask.png")) > 127
+    mask = decode_png(store.member(index, "mask.png")) > 0
     maps: dict[str, NDArray[np.integer]] = {"pseudo-mask": mask * row.label_id}
     if labels is not None and store.keys[index] in labels:
         dense_labels, confidence = labels.get(store.keys[index])

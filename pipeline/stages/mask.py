@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 
 from pipeline.engine.batching import equal_size_batches
 from pipeline.engine.cache import BlobCache
@@ -26,6 +27,7 @@ from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, Job, run_job
 from pipeline.errors import PipelineError
+from pipeline.files import digest
 from pipeline.formats.images import (
     ImageError,
     decode_png,
@@ -35,11 +37,12 @@ from pipeline.formats.images import (
     load_image,
     shrink_short_side,
 )
+from pipeline.formats.objects import encode_objects
 from pipeline.formats.shards import write_tar
 from pipeline.formats.sources import image_name, read_image
 from pipeline.formats.tables import ArchiveRow, read_archives
-from pipeline.methods.masks import MaskParams, load_mask_source
-from pipeline.models.masks.making import coarse_masks, refine_mask
+from pipeline.methods.masks import MaskParams, load_mask_learner, load_mask_source
+from pipeline.models.masks.making import coarse_objects, refine_mask
 from pipeline.models.masks.threads import single_threaded
 
 # Raise it when masks change though their settings do not: it keeps old ones out of the cache.
@@ -64,7 +67,7 @@ class Photo:
 
 
 class MaskFile(NamedTuple):
-    """A mask as a PNG file, and whether it is empty."""
+    """The masks of an image as a PNG file, and whether all are empty."""
 
     png: bytes
     is_empty: bool
@@ -78,8 +81,11 @@ def run(
     runtime: Runtime,
     stats_path: Path,
     executor: Executor | None = None,
+    section: str | None = None,
 ) -> dict[str, Any]:
-    """Write one sample for each archive image: `jpg`, `mask.png` (0 and 255) and `json`.
+    """Write one sample for each archive image: `jpg`, `mask.png` and `json`.
+
+    The mask is 0 and 255, or has the numbers of several objects (`pipeline.formats.objects`).
 
     Images that cannot be read, or have changed since they were embedded, are skipped and listed.
     Images of archive 0, the negatives, get an empty mask. The stats count `masked` (computed now),
@@ -92,6 +98,7 @@ def run(
         runtime: device, seed and cache folder.
         stats_path: JSON of counts.
         executor: where shards are made; here by default.
+        section: what messages call the params, if not `mask`.
 
     Returns:
         The manifest of the shards.
@@ -106,10 +113,11 @@ def run(
         "mask",
         rows,
         shard_size=params.shard_size,
-        load=partial(MaskMaker, params),
+        load=partial(MaskMaker, params, learned=_learned(rows, params, runtime)),
         files=[row.path for row in rows],
         remedy="If the images have moved or changed, run `pipeline embed` again",
         max_error_rate=params.max_error_rate,
+        section=section,
     )
     return run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
 
@@ -120,14 +128,17 @@ class MaskMaker:
     Args:
         params: section `mask`.
         runtime: device, seed and cache folder.
+        learned: see `load_mask_source`.
 
     Attributes:
         settings: all that a mask depends on besides its image; representable in JSON.
     """
 
-    def __init__(self, params: MaskParams, runtime: Runtime) -> None:
+    def __init__(
+        self, params: MaskParams, runtime: Runtime, *, learned: bytes | None = None
+    ) -> None:
         self._params = params
-        self._source = load_mask_source(params, runtime)
+        self._source = load_mask_source(params, runtime, learned)
         self.settings = {
             "version": MASK_VERSION,
             **self._source.settings,
@@ -183,9 +194,9 @@ class MaskMaker:
         for batch in equal_size_batches(
             unknown, self._params.batch_size, size_of=lambda key: unknown[key].size
         ):
-            coarse = coarse_masks([unknown[key] for key in batch], source=self._source)
-            for key, mask in zip(batch, coarse, strict=True):
-                files[key] = self._workers.submit(self._file, (unknown[key], mask))
+            coarse = coarse_objects([unknown[key] for key in batch], source=self._source)
+            for key, masks in zip(batch, coarse, strict=True):
+                files[key] = self._workers.submit(self._file, (unknown[key], masks))
         new = {key: file.result() for key, file in files.items()}
         for key, file in new.items():
             self._cache.put(key, file.png)
@@ -193,15 +204,34 @@ class MaskMaker:
         return known | new
 
     def _file(self, pair: tuple[Image.Image, NDArray[np.bool_]]) -> MaskFile:
-        image, mask = pair
+        image, masks = pair
         if self._params.refine:
-            mask = refine_mask(
+            refine = partial(
+                refine_mask,
                 image,
-                mask,
                 solver_iterations=self._params.solver_iterations,
                 solver_scale=self._params.solver_scale,
             )
-        return MaskFile(encode_png(mask), not mask.any())
+            masks = np.stack([refine(mask) for mask in masks])
+        return MaskFile(encode_objects(masks), not masks.any())
+
+
+def _learned(rows: Sequence[ArchiveRow], params: MaskParams, runtime: Runtime) -> bytes | None:
+    """What the source learns from the archives first, from the cache or new; None: nothing."""
+    learner = load_mask_learner(params, runtime)
+    if learner is None:
+        return None
+    images = {row.sha256: row for row in rows if row.label_id != NEGATIVE_LABEL_ID}
+    # By hash, which is no order at all: the same images whatever their ranks.
+    chosen = [images[key] for key in sorted(images)[: learner.num_images]]
+    with BlobCache(runtime.cache_dir / "mask_learner", learner.settings) as cache:
+        key = digest([row.sha256 for row in chosen])
+        learned = cache.get(key)
+        if learned is None:
+            photos = (_read_photo(row, params) for row in tqdm(chosen, desc="mask, learning"))
+            learned = learner.learn(photo.image for photo in photos if isinstance(photo, Photo))
+            cache.put(key, learned)
+    return learned
 
 
 def _read_photo(row: ArchiveRow, params: MaskParams) -> Photo | ImageError:

@@ -28,7 +28,7 @@ class TargetSettings(Section):
 
     `target` is `saliency`, `denseclip` or `fused`, where dense labels overrule at
     `confidence_threshold` and `conflict` says by what. `split_components` pastes every connected
-    component of a pseudo-mask as an object of its own.
+    component of a pseudo-mask's objects as an object of its own.
     """
 
     target: Literal["saliency", "denseclip", "fused"] = "saliency"

@@ -52,7 +52,8 @@ def test_the_presets_of_the_documentation_exist() -> None:
     papers = {"zutis-coco", "zutis-voc", "zutis-coca", "zutis-imagenet-s"}
     papers |= {"zutis-coco-b32", "zutis-coco-seen65", "zutis-imagenet-s-b16"}
     papers |= {"denseclip", "denseclip-rn50x16", *PLUS}
-    assert set(NAMES) == {"demo", "folder", "folder-offline", "folder-plus"} | papers
+    own = {"folder", "folder-offline", "folder-plus", "folder-selfmask"}
+    assert set(NAMES) == {"demo", *own} | papers
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,17 +15,26 @@ import open_clip
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.formats.images import decode_png, load_image
+from pipeline.formats.objects import decode_objects, encode_objects
 from pipeline.formats.sources import sample_key
 from pipeline.formats.tables import ArchiveRow, write_archives
-from pipeline.methods.masks import MaskParams, SelfMaskParams, SpectralParams, load_mask_source
+from pipeline.methods.masks import (
+    MASK_SOURCES,
+    MaskParams,
+    SelfMaskParams,
+    SpectralParams,
+    load_mask_source,
+)
 from pipeline.models.masks.bilateral import bilateral_solve
+from pipeline.models.masks.features import FeatureEncoder
 from pipeline.models.masks.making import coarse_masks, refine_mask
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, load_selfmask, save_selfmask
+from pipeline.models.masks.spectral import spectral_mask
 from pipeline.params.base import EncoderParams
 from pipeline.stages import mask
 from tests.formats.shard_folders import read_shards
@@ -396,3 +405,105 @@ def test_a_solver_at_half_the_size_makes_masks_of_its_own(world: World) -> None:
     world.run("half", solver_scale=0.5)
     assert world.stats("half")["counts"]["masked"] == 4
     assert world.samples("half")["a.jpg"]["mask.png"] != world.samples("whole")["a.jpg"]["mask.png"]
+
+
+def numbers(world: World, out: str) -> list[list[int]]:
+    """The values of the masks, image by image."""
+    samples = world.samples(out).values()
+    return [np.unique(decode_png(sample["mask.png"])).tolist() for sample in samples]
+
+
+def feature_params(world: World, source: str, **changes: Any) -> MaskParams:
+    shared = tiny_spectral(world).model_dump(exclude={"source", "clusters", "more_encoders"})
+    return MASK_SOURCES[source].params(**{**shared, **changes})
+
+
+@pytest.mark.parametrize("source", ["cut", "spectral", "found"])
+def test_several_objects_are_numbers_in_the_mask(world: World, source: str) -> None:
+    world.params = feature_params(world, source, objects=3, tau=0.6, max_cut=1.5)
+    manifest = world.run("several")
+    assert manifest["mask"]["objects"] == 3
+    values = numbers(world, "several")
+    assert any(found[-1] in (2, 3) for found in values)
+    assert all(found in ([0], [0, 255], [255], [1, 2], [0, 1, 2], [1, 2, 3], [0, 1, 2, 3])
+               for found in values)  # fmt: skip
+    before = contents(world.root / "several")
+    world.run("several")
+    assert contents(world.root / "several") == before
+    assert world.stats("several")["counts"]["masked"] == 0
+    world.run("one", objects=1)
+    assert world.stats("one")["counts"]["masked"] == 4
+    assert all(found[-1] in (0, 255) for found in numbers(world, "one"))
+
+
+def test_objects_are_refined_one_by_one(world: World) -> None:
+    world.params = feature_params(world, "cut", objects=2, tau=0.6, max_cut=1.5, refine=True)
+    world.run("refined")
+    world.run("coarse", refine=False)
+    sample, coarse = (world.samples(name)["a.jpg"] for name in ("refined", "coarse"))
+    objects = decode_objects(coarse["mask.png"])
+    assert objects.max() == 2
+    image = load_image(sample["jpg"])
+    masks = np.stack([refine_mask(image, objects == number) for number in (1, 2)])
+    assert sample["mask.png"] == encode_objects(masks)
+
+
+def test_one_object_is_the_same_file_and_the_same_settings_as_ever(world: World) -> None:
+    """`objects` and its thresholds are no settings where nothing is cut."""
+    manifest = world.run("plain")
+    assert set(manifest["mask"]) == {
+        *("version", "source", "weights", "architecture", "threshold", "precision"),
+        *("refine", "solver_iterations", "solver_scale", "short_side"),
+    }
+    world.run("other", tau=0.7, max_cut=0.1, min_area=0.5)
+    assert world.stats("other")["counts"]["masked"] == 0
+    assert contents(world.root / "plain") == contents(world.root / "other")
+
+
+def test_a_source_that_learns_does_so_once_for_the_same_images(world: World) -> None:
+    world.params = feature_params(world, "found")
+    world.run("first")
+    learned = world.root / "cache/mask_learner"
+    [before] = [path.read_bytes() for path in learned.rglob("*.parquet")]
+    world.rows = world.rows[::-1]
+    world.run("second", shard_size=2)
+    assert [path.read_bytes() for path in learned.rglob("*.parquet")] == [before]
+    assert world.stats("second")["counts"]["masked"] == 0
+    world.runtime = replace(world.runtime, cache_dir=world.root / "elsewhere")
+    world.run("third")
+    assert contents(world.root / "third") == contents(world.root / "first")
+    world.run("fewer", learn_images=1)
+    assert world.stats("fewer")["counts"]["masked"] == 4
+
+
+def test_a_source_that_learns_needs_an_image_to_learn_from(world: World) -> None:
+    world.params = feature_params(world, "found")
+    remove_images(world)
+    with pytest.raises(PipelineError, match=r"found: nothing to tell apart.* 0 images"):
+        world.run()
+
+
+def test_further_encoders_vote_too(world: World) -> None:
+    params = tiny_spectral(world)
+    state = {
+        name: value + 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(4))
+        if value.is_floating_point()
+        else value
+        for name, value in load_file(world.root / "clip.safetensors").items()
+    }
+    save_file(state, world.root / "other.safetensors")
+    other = EncoderParams(
+        model=str(world.root / "clip.json"), pretrained=str(world.root / "other.safetensors")
+    )
+    world.params = params
+    alone = world.run("alone")
+    together = world.run("together", more_encoders=[other])
+    assert "more_encoders" not in alone["mask"]
+    assert together["mask"]["encoder"] == alone["mask"]["encoder"]
+    assert len(together["mask"]["more_encoders"]) == 1
+    assert world.stats("together")["counts"]["masked"] == 4
+    pixels = torch.from_numpy(np.array(photo(48, 40, 3))).permute(2, 0, 1)[None].float() / 255
+    maps = [FeatureEncoder(params.model_copy(update={"encoder": encoder}), world.runtime)(pixels)[0]
+            for encoder in (params.encoder, other)]  # fmt: skip
+    source = load_mask_source(params.model_copy(update={"more_encoders": [other]}), world.runtime)
+    np.testing.assert_array_equal(source.predict(pixels)[0] > 0, spectral_mask(maps, size=(40, 48)))

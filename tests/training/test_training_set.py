@@ -308,3 +308,42 @@ def test_labels_that_do_not_fit_the_masks_are_refused(tmp_path: Path) -> None:
         with pytest.raises(PipelineError, match=complaint):
             Archives(masks, labels, categories=CATEGORIES, settings=settings)
     assert Archives(masks, None, categories=CATEGORIES, settings=TargetSettings()).objects
+
+
+def several_objects() -> np.ndarray:
+    """Two objects, the second one in two parts."""
+    objects = np.zeros((40, 30), np.uint8)
+    objects[2:12, 3:13] = 1
+    objects[20:28, 2:12] = 2
+    objects[30:38, 18:28] = 2
+    return objects
+
+
+@pytest.mark.parametrize("mask_bytes", [0, 10**6])
+@pytest.mark.parametrize("split_components", [False, True])
+def test_objects_of_a_mask_are_instances_of_their_own(
+    tmp_path: Path, mask_bytes: int, split_components: bool
+) -> None:
+    objects = several_objects()
+    sample = shard_sample("several", 2, objects)
+    source = archives(tmp_path, [sample], split_components=split_components, mask_bytes=mask_bytes)
+    sample = source[0]
+    expected = objects.copy()
+    if split_components:
+        expected[30:38, 18:28] = 3
+    np.testing.assert_array_equal(sample.instances, expected)
+    assert sample.num_instances == expected.max()
+    np.testing.assert_array_equal(sample.semantic, (objects > 0) * 2)
+    assert sample.occupied == bounding_box(objects)
+
+
+def test_objects_of_a_mask_are_pasted_one_at_a_time(tmp_path: Path) -> None:
+    source = archives(tmp_path, [shard_sample("several", 2, several_objects())])
+    unchanged = {"crop_size": 40, "scale_range": [1.0, 1.0], "max_paste": 2, "flip": 0.0}
+    composition = COMPOSITION.model_copy(update={**unchanged, "keep_last_row_column": True})
+    areas = set()
+    for _, semantic, masks in training_set(source, composition):
+        assert len(masks) in (2, 3)  # those of the canvas, and what is pasted onto it
+        np.testing.assert_array_equal(masks.any(0), semantic == 2)
+        areas |= {int(mask.sum()) for mask in masks[2:]}
+    assert areas == {100, 160}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from pipeline.models.masks.bilateral import MAX_STEPS, bilateral_solve
 
@@ -20,17 +21,32 @@ if TYPE_CHECKING:
 
 def coarse_masks(images: Sequence[Image.Image], *, source: MaskSource) -> NDArray[np.bool_]:
     """Masks (B, H, W) of B RGB images of one size (W, H), as the network has them."""
+    return coarse_objects(images, source=source)[:, 0]
+
+
+def coarse_objects(images: Sequence[Image.Image], *, source: MaskSource) -> NDArray[np.bool_]:
+    """Masks (B, N, H, W) of N objects of each image, empty where there are fewer; see above."""
+    width, height = images[0].size
+    tensors = as_tensors(images, max_pixels=source.max_pixels)
+    if hasattr(source, "predict_objects"):
+        probs = source.predict_objects(tensors)
+    else:
+        probs = source.predict(tensors)[:, None]
+    if probs.shape[-2:] != (height, width):
+        probs = F.interpolate(probs, (height, width), mode="bilinear")
+    return (probs > source.threshold).numpy()
+
+
+def as_tensors(images: Sequence[Image.Image], *, max_pixels: int) -> Tensor:
+    """B RGB images of one size as (B, 3, H, W) in [0, 1], shrunk to at most `max_pixels`."""
     pixels = np.stack([np.asarray(image) for image in images])
     height, width = pixels.shape[1:3]
     tensors = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    shrink = math.sqrt(source.max_pixels / (height * width))
-    if shrink < 1:
-        smaller = (max(1, int(height * shrink)), max(1, int(width * shrink)))
-        tensors = F.interpolate(tensors, smaller, mode="bilinear", antialias=True)
-    probs = source.predict(tensors)
-    if shrink < 1:
-        probs = F.interpolate(probs[:, None], (height, width), mode="bilinear")[:, 0]
-    return (probs > source.threshold).numpy()
+    shrink = math.sqrt(max_pixels / (height * width))
+    if shrink >= 1:
+        return tensors
+    smaller = (max(1, int(height * shrink)), max(1, int(width * shrink)))
+    return F.interpolate(tensors, smaller, mode="bilinear", antialias=True)
 
 
 def refine_mask(

@@ -22,6 +22,7 @@ from pipeline.files import atomic_path, file_sha256, read_json, write_json
 from pipeline.models.layers.decoder import Memory, TransformerDecoder
 from pipeline.models.layers.perceptron import Perceptron
 from pipeline.models.layers.vit import CLS_TOKENS, FEATURE_SCALE, SelfMaskConfig, ViTEncoder
+from pipeline.models.masks.normalised_cut import further_settings, with_further_objects
 from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.models.weights.weights import load_state, load_strict, save_tensors
 from pipeline.models.weights.zoo import resolve_weights
@@ -79,11 +80,8 @@ class SelfMask(nn.Module):
         The decoder attends to the patch tokens as they are; only the masks use upsampled ones.
         """
         patch = self.config.patch_size
-        height, width = images.shape[-2:]
-        padding = (0, -width % patch, 0, -height % patch)
-        tokens = self.encoder(F.pad((images - self.mean) / self.std, padding))[:, CLS_TOKENS:]
+        tokens, grid = self._tokens(images)
         decoded = self.decoder(self.query_embed.expand(len(images), -1, -1), Memory(tokens))
-        grid = (math.ceil(height / patch), math.ceil(width / patch))
         with torch.autocast(images.device.type, enabled=False):
             features = F.interpolate(
                 tokens.float().transpose(1, 2).unflatten(2, grid),
@@ -97,6 +95,20 @@ class SelfMask(nn.Module):
             objectness_logits=self.ffn(decoded).squeeze(-1).float(),
             cell_size=patch // FEATURE_SCALE,
         )
+
+    @torch.no_grad()
+    def patch_features(self, images: Tensor) -> Tensor:
+        """The encoder's output (B, D, h, w) for images (B, 3, H, W) in [0, 1], RGB."""
+        tokens, grid = self._tokens(images)
+        return tokens.transpose(1, 2).unflatten(2, grid)
+
+    def _tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (B, h w, D) of the images, padded to whole patches, and their grid (h, w)."""
+        patch = self.config.patch_size
+        height, width = images.shape[-2:]
+        padding = (0, -width % patch, 0, -height % patch)
+        tokens = self.encoder(F.pad((images - self.mean) / self.std, padding))[:, CLS_TOKENS:]
+        return tokens, (math.ceil(height / patch), math.ceil(width / patch))
 
     def extra_repr(self) -> str:
         """The geometry, for messages about weights that do not fit it."""
@@ -186,6 +198,7 @@ class SelfMaskSource:
         weights = resolve_weights(params.weights, runtime.cache_dir)
         self._model = load_selfmask(weights, runtime.device)
         self._runtime = runtime
+        self._params = params
         self.threshold = params.threshold
         self.max_pixels = MAX_TOKENS * self._model.config.patch_size**2
         self.settings = {
@@ -194,12 +207,29 @@ class SelfMaskSource:
             "architecture": asdict(self._model.config),
             "threshold": params.threshold,
             "precision": str(runtime.amp_dtype),
+            **further_settings(params, runtime.seed),
         }
 
     def predict(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> probabilities (B, H, W) of the salient object."""
         with self._runtime.autocast():
             return self._model.saliency(images.to(self._runtime.device)).cpu()
+
+    def predict_objects(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> probabilities (B, N, H, W), the salient object first."""
+        salient = self.predict(images)
+        if self._params.objects == 1:
+            return salient[:, None]
+        with self._runtime.autocast():
+            features = self._model.patch_features(images.to(self._runtime.device))
+        return with_further_objects(
+            salient,
+            features.float().cpu(),
+            patch=self._model.config.patch_size,
+            params=self._params,
+            seed=self._runtime.seed,
+            threshold=self.threshold,
+        )
 
 
 def load_selfmask(weights: Path, device: torch.device | str = "cpu") -> SelfMask:

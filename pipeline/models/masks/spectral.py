@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,14 +18,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.linalg import eigh
-from scipy.sparse.linalg import eigsh
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from pipeline.models.clip import load_clip
-from pipeline.models.layers.dino import DINO_MODELS, load_dino
+from pipeline.models.masks.eigenvectors import MAX_DENSE_POSITIONS, smallest_eigenvectors
+from pipeline.models.masks.features import FeatureEncoder
+from pipeline.models.masks.normalised_cut import further_settings, with_further_objects
 from pipeline.models.masks.threads import single_threaded
 
 if TYPE_CHECKING:
@@ -36,53 +34,71 @@ if TYPE_CHECKING:
 IOU_EPS = 1e-7
 KMEANS_RESTARTS = 10
 KMEANS_STEPS = 300
-# A full decomposition costs n^3; Lanczos iteration finds the same few vectors at n^2 each.
-MAX_DENSE_POSITIONS = 1024
 # Bound on what one image may cost: the affinity matrix is quadratic in its area.
 MAX_POSITIONS, POSITIONS_PER_PATCH = 6_144, 4
 
 
 class SpectralSource:
-    """Voting clusters as a mask source, see `pipeline.methods.masks.MaskSource`."""
+    """Voting clusters as a mask source, see `pipeline.methods.masks.MaskSource`.
+
+    Attributes:
+        encoders: those whose features are clustered.
+    """
 
     def __init__(self, params: SpectralParams, runtime: Runtime) -> None:
-        load_clip_encoder = partial(load_clip, field="mask.encoder")
-        load = load_dino if params.encoder.model in DINO_MODELS else load_clip_encoder
-        self._encoder = load(params.encoder, runtime.device, cache_dir=runtime.cache_dir)
+        self.encoders = [
+            FeatureEncoder(params.model_copy(update={"encoder": encoder}), runtime)
+            for encoder in (params.encoder, *params.more_encoders)
+        ]
         self._params = params
-        if params.precision == "bfloat16":
-            runtime = replace(runtime, amp_dtype=torch.bfloat16)
-        self._runtime = runtime
+        self._seed = runtime.seed
         self.threshold = 0.5
-        self.max_pixels = MAX_POSITIONS // POSITIONS_PER_PATCH * self._encoder.patch_size**2
+        smallest = min(encoder.patch_size for encoder in self.encoders)
+        self.max_pixels = MAX_POSITIONS // POSITIONS_PER_PATCH * smallest**2
+        first, *others = [encoder.settings for encoder in self.encoders]
+        precision = first.pop("precision")
         self.settings = {
             "source": params.source,
-            "encoder": self._encoder.fingerprint(),
-            "facet": params.facet,
+            **first,
             "clusters": list(params.clusters),
             "seed": runtime.seed,
-            "precision": str(runtime.amp_dtype),
+            "precision": precision,
+            **({"more_encoders": [other["encoder"] for other in others]} if others else {}),
+            **further_settings(params, runtime.seed),
         }
 
     def predict(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> masks (B, H, W) of 0 and 1."""
+        return self._vote(images, [encoder(images) for encoder in self.encoders])
+
+    def predict_objects(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> masks (B, N, H, W), the first of which won the vote."""
+        maps = [encoder(images) for encoder in self.encoders]
+        return with_further_objects(
+            self._vote(images, maps),
+            maps[0],
+            patch=self.encoders[0].patch_size,
+            params=self._params,
+            seed=self._seed,
+        )
+
+    def _vote(self, images: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """Masks (B, H, W) of 0 and 1 by the features (B, C, h, w) of every encoder."""
         height, width = images.shape[-2:]
-        patch = self._encoder.patch_size
-        with self._runtime.autocast():
-            features = self._encoder.patch_features(
-                images.to(self._runtime.device), facet=self._params.facet
-            )
+        patches = [encoder.patch_size for encoder in self.encoders]
         make = partial(
             spectral_mask,
             size=(height, width),
-            padded_size=(math.ceil(height / patch) * patch, math.ceil(width / patch) * patch),
+            padded_size=[
+                (math.ceil(height / patch) * patch, math.ceil(width / patch) * patch)
+                for patch in patches
+            ],
             clusters=self._params.clusters,
-            seed=self._runtime.seed,
+            seed=self._seed,
         )
-        maps = [[feature_map] for feature_map in features.float().cpu()]
         # Images side by side: each is too small for the threads of the libraries.
         with single_threaded(), ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            masks = list(threads.map(make, maps))
+            masks = list(threads.map(make, zip(*maps, strict=True)))
         return torch.from_numpy(np.stack(masks)).float()
 
 
@@ -90,7 +106,7 @@ def spectral_mask(
     features: Sequence[Tensor],
     *,
     size: tuple[int, int],
-    padded_size: tuple[int, int] | None = None,
+    padded_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
     clusters: Sequence[int] = (2, 3, 4),
     seed: int = 0,
 ) -> NDArray[np.bool_]:
@@ -100,7 +116,8 @@ def spectral_mask(
         features: maps (C, h, w) of one image, from one or several networks or layers; C, h and w
             may differ between them.
         size: (H, W) of the image.
-        padded_size: (H', W') that the maps cover, if the image was padded at the right and bottom.
+        padded_size: (H', W') that the maps cover, one for all or one each, if the image was padded
+            at the right and bottom.
         clusters: every k to cluster each map at.
         seed: of k-means.
 
@@ -115,15 +132,16 @@ def spectral_mask(
             f"got {len(features)} feature maps and {len(clusters)} numbers of clusters"
         )
     height, width = size
+    covered = np.broadcast_to(padded_size or size, (len(features), 2)).tolist()
     candidates = []
-    for feature_map in features:
+    for feature_map, full_size in zip(features, covered, strict=True):
         upsampled = F.interpolate(
             feature_map[None].float(), scale_factor=2, mode="bilinear", align_corners=True
         )[0]
         for labels in spectral_clusters(upsampled, clusters, seed=seed):
             one_hot = labels == np.arange(labels.max() + 1)[:, None, None]
             masks = torch.from_numpy(one_hot)[None].to(torch.uint8)
-            full = F.interpolate(masks, size=padded_size or size, mode="nearest")[0]
+            full = F.interpolate(masks, size=full_size, mode="nearest")[0]
             candidates.append(full[:, :height, :width].numpy().astype(bool))
     stacked = np.concatenate(candidates)
     return stacked[vote(stacked)]
@@ -182,19 +200,8 @@ def spectral_embedding(
     Returns:
         (n, count), columns by ascending eigenvalue, each of unit length in the metric of D.
     """
-    normalised = feature_affinity(features)
-    scale = 1 / np.sqrt(normalised.sum(axis=1))
-    # With w = sqrt(D) v the problem is the ordinary one of the largest eigenvalues of this matrix.
-    normalised *= scale[:, None]
-    normalised *= scale
-    num_positions = len(normalised)
-    if num_positions <= max(max_dense, count):
-        _, vectors = eigh(normalised, subset_by_index=(num_positions - count, num_positions - 1))
-    else:
-        start = np.random.default_rng(seed).standard_normal(num_positions)
-        values, vectors = eigsh(normalised, count, which="LA", v0=start)
-        vectors = vectors[:, np.argsort(values)]
-    return vectors[:, ::-1] * scale[:, None]
+    affinity = feature_affinity(features)
+    return smallest_eigenvectors(affinity, count, seed=seed, max_dense=max_dense)[1]
 
 
 def _kmeans(points: NDArray[np.float64], k: int, *, seed: int) -> NDArray[np.intp]:
