@@ -82,9 +82,10 @@ KINDS = list(VISION)
 EMBED_DIM = 32  # SigLIP has no projection: its width is that of the joint space
 
 
-def config_of(kind: str) -> dict[str, Any]:
-    """A model config in open_clip's form."""
-    config: dict[str, Any] = {"embed_dim": EMBED_DIM, "vision_cfg": VISION[kind], "text_cfg": TEXT}
+def config_of(kind: str, **vision: Any) -> dict[str, Any]:
+    """A model config in open_clip's form, whose image tower differs in `vision`."""
+    tower = VISION[kind] | vision
+    config: dict[str, Any] = {"embed_dim": EMBED_DIM, "vision_cfg": tower, "text_cfg": TEXT}
     if kind == "coca":
         text = TEXT | {"context_length": 76, "embed_cls": True, "output_tokens": True}
         decoder = {"context_length": 76, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
@@ -92,9 +93,9 @@ def config_of(kind: str) -> dict[str, Any]:
     return config
 
 
-def write_encoder(folder: Path, kind: str) -> EncoderParams:
-    """Write config and random weights of a kind to a folder."""
-    config = config_of(kind)
+def write_encoder(folder: Path, kind: str, **vision: Any) -> EncoderParams:
+    """Write config and random weights of a kind, whose image tower differs in `vision`."""
+    config = config_of(kind, **vision)
     model, weights = folder / f"{kind}.json", folder / f"{kind}.safetensors"
     model.write_text(json.dumps(config))
     with torch.random.fork_rng():

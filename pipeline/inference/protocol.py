@@ -13,7 +13,7 @@ from pipeline.files import digest, file_sha256
 from pipeline.inference.labeller import Labeller
 from pipeline.inference.segmenter import Segmenter
 from pipeline.models.weights.checkpoint import WEIGHTS_NAME, read_checkpoint_config
-from pipeline.params.base import EncoderParams, PredictionSettings
+from pipeline.params.base import PredictionSettings
 from pipeline.params.benches import BenchParams
 from pipeline.vocabulary.categories import unasked_names
 
@@ -72,7 +72,7 @@ def network_protocol(segmenter: Segmenter, checkpoint_dir: Path) -> dict[str, An
     config = read_checkpoint_config(checkpoint_dir)
     return {
         "model": config.student,
-        "encoder": _encoder_tag(config.encoder),
+        "encoder": config.encoder.tag,
         "checkpoint": file_sha256(checkpoint_dir / WEIGHTS_NAME)[:DIGITS],
         "step": config.step,
         "open_vocabulary": not set(segmenter.categories) <= set(config.categories),
@@ -87,7 +87,7 @@ def labeller_protocol(labeller: Labeller) -> dict[str, Any]:
     params = labeller.params
     return {
         "model": params.method,
-        "encoder": _encoder_tag(params.encoder),
+        "encoder": params.encoder.tag,
         "background": ", ".join(labeller.names.background),
         **params.recipe(),
     }
@@ -100,8 +100,3 @@ def protocol_lines(settings: Mapping[str, Any]) -> list[str]:
 
 def _unusual(**settings: str) -> dict[str, str]:
     return {name: value for name, value in settings.items() if value != USUAL[name]}
-
-
-def _encoder_tag(encoder: EncoderParams) -> str:
-    """`ViT-B-16-quickgelu/openai`; of local files the names without folders."""
-    return "/".join(Path(part).name for part in encoder.published_as() if part)

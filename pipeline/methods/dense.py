@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
+from pydantic import model_validator
+
 from pipeline.params.base import (
     Count,
     EncoderParams,
@@ -67,6 +69,25 @@ class ObjectLabeller(DenseLabeller, Protocol):
         """What `scores` gives, and features (B, C, h, w) float32, of any length, beside `text`."""
 
 
+OPTIONS = ("stitch",)
+
+
+class StitchParams(Section):
+    """Windows up to the last block of CLIP's ViT, of `side` pixels and `stride` pixels apart."""
+
+    side: Count
+    stride: Count
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stride > self.side:
+            raise ValueError(
+                f"stride: {self.stride} leaves gaps between windows of side: {self.side}; "
+                "take at most the side, such as half of it"
+            )
+        return self
+
+
 class PseudoLabelParams(Section):
     """Stage 4: dense labels, training-free, by the method that `method` names."""
 
@@ -78,9 +99,13 @@ class PseudoLabelParams(Section):
     shard_size: Count = 500
 
     def recipe(self) -> dict[str, Any]:
-        """The settings that decide the labels, but for the encoder."""
+        """The settings that decide the labels, but for the encoder; of `OPTIONS` those that are on.
+
+        So what is known of labels without them reads as before.
+        """
+        off = {name for name in OPTIONS if getattr(self, name, None) is None}
         return self.model_dump(
-            mode="json", exclude={"method", "encoder", "batch_size", "workers", "shard_size"}
+            mode="json", exclude={"method", "encoder", "batch_size", "workers", "shard_size", *off}
         )
 
 
@@ -109,9 +134,64 @@ class DenseClipRecipe(Section):
 
 
 class DenseClipParams(DenseClipRecipe, PseudoLabelParams):
-    """DenseCLIP with its encoder, as a stage."""
+    """DenseCLIP with its encoder, as a stage; `stitch` is null for the whole image at once."""
 
     method: Literal["denseclip"] = "denseclip"
+    stitch: StitchParams | None = None
+
+
+class AttentionParams(PseudoLabelParams):
+    """What labellers with another attention in the last block of CLIP's own ViT share.
+
+    As in `DenseClipRecipe`, but without the slips of DenseCLIP's code unless they are asked for.
+    """
+
+    prompt_denoising: Probability | None = None
+    published_activation: bool = False
+    normalisation: Literal["imagenet", "clip"] = "clip"
+    position_resize: Literal["size", "grid"] = "grid"
+    logit_scale: Positive = 100.0
+    stitch: StitchParams | None = None
+
+
+class SclipParams(AttentionParams):
+    """SCLIP: attention of queries to queries, and of keys to keys, summed."""
+
+    method: Literal["sclip"] = "sclip"
+
+
+class ClearClipParams(AttentionParams):
+    """ClearCLIP: attention of queries to queries, without residual and MLP."""
+
+    method: Literal["clearclip"] = "clearclip"
+
+
+class NaClipParams(AttentionParams):
+    """NACLIP: attention of keys to keys with a bonus for near patches, without residual and MLP."""
+
+    method: Literal["naclip"] = "naclip"
+
+
+class ScClipParams(AttentionParams):
+    """SC-CLIP: outliers repaired, tokens averaged where blocks in the middle are alike."""
+
+    method: Literal["scclip"] = "scclip"
+
+
+class ProxyClipParams(AttentionParams):
+    """ProxyCLIP: attention where the tokens of `dino`, in its own grid, are alike.
+
+    `dino` is an encoder as `mask.encoder` of spectral masks has it; null takes the keys of the last
+    block of `encoder` instead. `facet` is that of `dino`.
+    """
+
+    method: Literal["proxyclip"] = "proxyclip"
+    dino: EncoderParams | None = EncoderParams(model="dino_vits8", pretrained="")
+    facet: Literal["key", "token"] = "token"
+
+    def recipe(self) -> dict[str, Any]:
+        """As of all; of `dino` the names without folders, for its weights are in the settings."""
+        return super().recipe() | {"dino": self.dino.tag if self.dino else None}
 
 
 @dataclass(frozen=True)
@@ -135,7 +215,26 @@ def _denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> Dense
     return load_denseclip(params, names, runtime)
 
 
-DENSE_LABELLERS = {"denseclip": DenseMethod(DenseClipParams, _denseclip, gives_objects=True)}
+def _attention(params: AttentionParams, names: Names, runtime: Runtime) -> DenseLabeller:
+    from pipeline.models.dense.attentions import load_attention_labeller
+
+    return load_attention_labeller(params, names, runtime)
+
+
+def _proxyclip(params: ProxyClipParams, names: Names, runtime: Runtime) -> DenseLabeller:
+    from pipeline.models.dense.proxyclip import load_proxyclip
+
+    return load_proxyclip(params, names, runtime)
+
+
+DENSE_LABELLERS = {
+    "denseclip": DenseMethod(DenseClipParams, _denseclip, gives_objects=True),
+    "sclip": DenseMethod(SclipParams, _attention, gives_objects=True),
+    "clearclip": DenseMethod(ClearClipParams, _attention, gives_objects=True),
+    "naclip": DenseMethod(NaClipParams, _attention, gives_objects=True),
+    "proxyclip": DenseMethod(ProxyClipParams, _proxyclip, gives_objects=True),
+    "scclip": DenseMethod(ScClipParams, _attention, gives_objects=True),
+}
 
 
 def load_dense_labeller(params: PseudoLabelParams, names: Names, runtime: Runtime) -> DenseLabeller:

@@ -67,6 +67,11 @@ class EncoderParams(Section):
         model, _, tag = self.model.removeprefix(CLIP_RETRIEVAL_PREFIX).partition("/")
         return model, tag or weights
 
+    @property
+    def tag(self) -> str:
+        """`ViT-B-16-quickgelu/openai`; of local files the names without folders."""
+        return "/".join(Path(part).name for part in self.published_as() if part)
+
 
 class PredictionParams(Section):
     """How the network's output becomes a prediction.

@@ -14,7 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.importers import archives
 from pipeline.importers.embeddings import read_clip_retrieval, read_pickle
 from pipeline.models.clip import load_clip
-from pipeline.models.masks.dino import load_dino
+from pipeline.models.layers.dino import load_dino
 from pipeline.models.masks.selfmask import load_selfmask
 from pipeline.models.weights.acquire import add
 from pipeline.models.weights.weights import load_state, read_weights

@@ -9,6 +9,8 @@ from pipeline.models.clip.loading import (
     load_clip,
     to_open_clip_layout,
 )
+from pipeline.models.clip.open_clip_towers import ClipVit
+from pipeline.models.clip.stitching import Windows
 from pipeline.models.clip.text import (
     background_embedding,
     check_distinct,
@@ -23,9 +25,11 @@ __all__ = [
     "OPENAI_SCALARS",
     "VOCABULARY_SPECIALS",
     "ClipEncoder",
+    "ClipVit",
     "DenseAttention",
     "DenseOptions",
     "DenseTower",
+    "Windows",
     "background_embedding",
     "build_clip",
     "check_distinct",

@@ -5,7 +5,9 @@ Letters: B images, D width, C joint embedding, h w grid.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from pipeline.models.clip.features import (
     square_side,
     vit_features,
 )
+from pipeline.models.clip.stitching import stitch
 from pipeline.models.clip.tokens import (
     PositionResize,
     embed_patches,
@@ -38,6 +41,23 @@ from pipeline.models.clip.tower import (
 
 PUBLISHED_EPS = 1e-6
 RESNET_PATCH = 32
+
+
+class LastInput(NamedTuple):
+    """What enters the last block of CLIP's ViT, class token first; N = 1 + h w.
+
+    Attributes:
+        tokens: (B, N, D).
+        normed: (B, N, D), the same after the first norm of the block. Queries, keys and values are
+            linear in it.
+        layers: (B, N, D) by block, what other blocks gave.
+        grid: (h, w).
+    """
+
+    tokens: Tensor
+    normed: Tensor
+    layers: dict[int, Tensor]
+    grid: tuple[int, int]
 
 
 class OpenClipVit:
@@ -91,36 +111,102 @@ class ClipVit(OpenClipVit):
 
     def dense(self, images: Tensor, options: DenseOptions) -> DenseFeatures:
         """Features and keys; as in the published code the keys pass the output projection too."""
+        inside = self.enter_last(images, options)
+        last = self._last
+        key, value = key_and_value(last.attn)
+        keys = last.attn.out_proj(F.linear(inside.normed, *key))
+        values = last.attn.out_proj(F.linear(inside.normed, *value))
+        if options.dense_attention == "maskclip":
+            values = self.add_residual(inside.tokens, values, options)
+        features = self.leave(values, options)[:, 1:].transpose(1, 2).unflatten(2, inside.grid)
+        return DenseFeatures(features.float(), keys[:, 1:].float())
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.visual.transformer.resblocks)
+
+    def enter_last(
+        self, images: Tensor, options: DenseOptions, *, layers: Collection[int] = ()
+    ) -> LastInput:
+        """What enters the last block, of images (B, 3, H, W) as `dense` takes them.
+
+        Args:
+            images: padded with zeros at the right and bottom to whole patches.
+            options: activation, positions and windows.
+            layers: blocks before the last one, from 0, whose output is wanted, too; -1 for what
+                enters the first.
+        """
+        images = pad_to_multiple(images, self.patch_size)
+        height, width = (side // self.patch_size for side in images.shape[-2:])
+        walk = partial(self._walk, options=options, layers=layers)
+        if options.windows is None:
+            states = walk(images)
+        else:
+            states = stitch(walk, images, options.windows, patch=self.patch_size)
+        tokens, normed, *others = states
+        return LastInput(
+            tokens, normed, dict(zip(sorted({*layers}), others, strict=True)), (height, width)
+        )
+
+    def norm(self, tokens: Tensor, options: DenseOptions) -> Tensor:
+        """The first norm of the last block, on tokens (..., D)."""
+        return _norm(self._last.ln_1, tokens, options.published_activation)
+
+    def heads(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, heads, N, D / heads) of the last block, see `norm`."""
+        attention = self._last.attn
+        projected = F.linear(normed, attention.in_proj_weight, attention.in_proj_bias)
+        parts = projected.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        queries, keys, values = parts.unbind()
+        return queries, keys, values
+
+    def merge(self, attended: Tensor) -> Tensor:
+        """Attended values (B, heads, N, D / heads) -> (B, N, D) after the output projection."""
+        merged: Tensor = self._last.attn.out_proj(attended.transpose(1, 2).flatten(2))
+        return merged
+
+    def add_residual(self, tokens: Tensor, attended: Tensor, options: DenseOptions) -> Tensor:
+        """Residual (B, N, D) and MLP of the last block, after its attention."""
+        last = self._last
+        return _add_mlp(last, tokens + last.ls_1(attended), options.published_activation)
+
+    def leave(self, tokens: Tensor, options: DenseOptions) -> Tensor:
+        """Tokens (B, N, D) after the last block -> (B, N, C): last norm and projection."""
+        normed = _norm(self.visual.ln_post, tokens, options.published_activation)
+        return normed @ self.visual.proj
+
+    def patch_features(self, images: Tensor, *, layer: int, facet: Facet) -> Tensor:
+        """Keys or output of a block."""
+        return vit_features(self.visual, images, layer=layer, facet=facet)
+
+    @property
+    def _last(self) -> Any:
+        return self.visual.transformer.resblocks[-1]
+
+    def _walk(
+        self, images: Tensor, *, options: DenseOptions, layers: Collection[int]
+    ) -> list[Tensor]:
+        """Tokens (B, 1 + h w, D) that enter the last block, its norm's, those after `layers`."""
         visual = self.visual
         published = options.published_activation
-        patches = visual.conv1(pad_to_multiple(images, self.patch_size))
-        grid = patches.shape[-2:]
+        patches = visual.conv1(images)
         tokens = torch.cat(
             [visual.class_embedding.expand(len(images), 1, -1), patches.flatten(2).transpose(1, 2)],
             dim=1,
         )
         positions = resize_positions(
-            visual.positional_embedding, *grid, mode=options.position_resize
+            visual.positional_embedding, *patches.shape[-2:], mode=options.position_resize
         )
         tokens = _norm(visual.ln_pre, tokens + positions, published)
-        *blocks, last = visual.transformer.resblocks
-        for block in blocks:
+        kept = [tokens] if -1 in layers else []
+        for number, block in enumerate(visual.transformer.resblocks[:-1]):
             normed = _norm(block.ln_1, tokens, published)
             attended = block.attn(normed, normed, normed, need_weights=False)[0]
             tokens = _add_mlp(block, tokens + block.ls_1(attended), published)
-        normed = _norm(last.ln_1, tokens, published)
-        key, value = key_and_value(last.attn)
-        keys = last.attn.out_proj(F.linear(normed, *key))
-        values = last.attn.out_proj(F.linear(normed, *value))
-        if options.dense_attention == "maskclip":
-            values = _add_mlp(last, tokens + last.ls_1(values), published)
-        features = _norm(visual.ln_post, values, published) @ visual.proj
-        features = features[:, 1:].transpose(1, 2).unflatten(2, grid)
-        return DenseFeatures(features.float(), keys[:, 1:].float())
-
-    def patch_features(self, images: Tensor, *, layer: int, facet: Facet) -> Tensor:
-        """Keys or output of a block."""
-        return vit_features(self.visual, images, layer=layer, facet=facet)
+            if number in layers:
+                kept.append(tokens)
+        return [tokens, self.norm(tokens, options), *kept]
 
 
 class ClipResnet:

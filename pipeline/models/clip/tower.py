@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
+from pipeline.models.clip.stitching import Windows
 from pipeline.models.clip.tokens import PositionResize
 
 DenseAttention = Literal["maskclip", "value_only"]
@@ -28,11 +29,13 @@ class DenseOptions:
             identity as attention matrix, residual and MLP kept. "value_only", the paper's text:
             value and output projections alone.
         position_resize: see `resize_positions`.
+        windows: of the blocks before the last one, see `stitch`; None for the whole image.
     """
 
     published_activation: bool = True
     dense_attention: DenseAttention = "maskclip"
     position_resize: PositionResize = "size"
+    windows: Windows | None = None
 
 
 class DenseFeatures(NamedTuple):

@@ -10,8 +10,10 @@ Letters: B images, H W pixels, h w patch grid, D tower width, C joint embedding,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +22,11 @@ from torch import Tensor, nn
 from pipeline.errors import PipelineError
 from pipeline.models.clip import (
     ClipEncoder,
+    ClipVit,
     DenseAttention,
     DenseOptions,
     DenseTower,
+    Windows,
     dense_tower,
     label_embeddings,
     load_clip,
@@ -33,7 +37,12 @@ from pipeline.vocabulary.prompts import templates
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
-    from pipeline.methods.dense import DenseClipParams
+    from pipeline.methods.dense import (
+        AttentionParams,
+        DenseClipParams,
+        PseudoLabelParams,
+        StitchParams,
+    )
     from pipeline.vocabulary.categories import Names
 
 KeyAffinity = Literal["published", "cosine"]
@@ -41,29 +50,43 @@ KeyAffinity = Literal["published", "cosine"]
 REMOVED_LOGIT = -100.0
 
 
-class DenseClip(nn.Module):
-    """Training-free dense labels for images: normalisation, value path, cosines, refinements."""
+class ClipLabeller(nn.Module):
+    """What dense labellers that compare CLIP's features with its texts have in common.
+
+    Attributes:
+        visual: the image tower.
+        patch_size: pixels, along a side, that a score stands for.
+        params: its options.
+        options: those of the tower.
+        text: (K, C) unit rows by label id.
+    """
 
     mean: Tensor
     std: Tensor
     text: Tensor
 
-    def __init__(self, encoder: ClipEncoder, text: Tensor, params: DenseClipParams) -> None:
+    def __init__(
+        self, encoder: ClipEncoder, text: Tensor, params: DenseClipParams | AttentionParams
+    ) -> None:
         """Put an encoder and label embeddings together.
 
         Args:
             encoder: its image tower is used.
             text: (K, C) unit rows by label id.
-            params: normalisation, refinements and what differs between paper and code.
+            params: normalisation, windows, and what differs between papers and code.
 
         Raises:
-            PipelineError: the tower has no map, or not what the params ask for.
+            PipelineError: the tower has no map, or no windows of that size.
         """
         super().__init__()
-        _check_options(encoder.tower, params)
         self.visual = encoder.visual
         self.patch_size = encoder.patch_size
         self.params = params
+        self.options = DenseOptions(
+            published_activation=params.published_activation,
+            position_resize=params.position_resize,
+            windows=_windows(encoder.tower, params.stitch),
+        )
         self._encoder = encoder
         for name, values in zip(
             ("mean", "std"), encoder.statistics(params.normalisation), strict=True
@@ -79,12 +102,16 @@ class DenseClip(nn.Module):
 
     @property
     def logit_scale(self) -> float | None:
-        """Factor of the scores in their softmax; None after key smoothing."""
-        return self.params.logit_scale if self.params.key_smoothing is None else None
+        """Factor of the scores in their softmax."""
+        return self.params.logit_scale
 
-    def select(self, label_ids: Sequence[int]) -> DenseClip:
+    def with_text(self, text: Tensor) -> Self:
+        """The same with other unit rows (K, C)."""
+        raise NotImplementedError
+
+    def select(self, label_ids: Sequence[int]) -> Self:
         """The same for some label ids, in this order."""
-        return DenseClip(self._encoder, self.text[list(label_ids)], self.params).eval()
+        return self.with_text(self.text[list(label_ids)])
 
     def scores(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w), see `forward`."""
@@ -92,39 +119,76 @@ class DenseClip(nn.Module):
         return scores
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w), float32.
-
-        Scores are cosines; after key smoothing, smoothed probabilities.
-        """
+        """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w), float32: cosines."""
         return self.scores_and_features(images)[0]
 
-    @torch.no_grad()
     def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scores as `forward` gives them, and the features (B, C, h, w) behind them, float32."""
-        scale = self.params.logit_scale
-        options = DenseOptions(
-            published_activation=self.params.published_activation,
-            dense_attention=self.params.dense_attention,
-            position_resize=self.params.position_resize,
-        )
-        features, keys = self._encoder.tower.dense((images - self.mean) / self.std, options)
-        # Cosines are multiplied by 100 before their softmax: float32 even where CLIP ran in less.
-        with torch.autocast(features.device.type, enabled=False):
-            scores = dense_logits(features, self.text)
-            if self.params.prompt_denoising is not None:
-                scores = prompt_denoising(scores, self.params.prompt_denoising, scale=scale)
-            if self.params.key_smoothing is not None and keys is not None:
-                affinity = self.params.key_affinity
-                scores = key_smoothing(
-                    scores, keys, self.params.key_smoothing, affinity=affinity, scale=scale
-                )
-        return scores, features
+        raise NotImplementedError
 
     @torch.no_grad()
     def label(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> label ids (B, H, W) int64, confidence (B, H, W)."""
         height, width = images.shape[-2:]
         return label_and_confidence(self(images), (height, width), scale=self.logit_scale)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> the network's input."""
+        return (images - self.mean) / self.std
+
+    def compare(self, features: Tensor) -> Tensor:
+        """Cosines (B, K, h, w) of features (B, C, h, w) with the texts, denoised if that is on."""
+        # They are multiplied by 100 before their softmax: float32 even where CLIP ran in less.
+        with torch.autocast(features.device.type, enabled=False):
+            scores = dense_logits(features, self.text)
+            if self.params.prompt_denoising is not None:
+                scale = self.params.logit_scale
+                scores = prompt_denoising(scores, self.params.prompt_denoising, scale=scale)
+        return scores
+
+
+class DenseClip(ClipLabeller):
+    """Training-free dense labels for images: normalisation, value path, cosines, refinements.
+
+    Scores are cosines; after key smoothing, smoothed probabilities.
+    """
+
+    params: DenseClipParams
+
+    def __init__(self, encoder: ClipEncoder, text: Tensor, params: DenseClipParams) -> None:
+        """See `ClipLabeller`.
+
+        Raises:
+            PipelineError: the tower has no map, or not what the params ask for.
+        """
+        super().__init__(encoder, text, params)
+        _check_options(encoder.tower, params)
+        self.options = replace(self.options, dense_attention=params.dense_attention)
+
+    @property
+    def logit_scale(self) -> float | None:
+        """Factor of the scores in their softmax; None after key smoothing."""
+        return self.params.logit_scale if self.params.key_smoothing is None else None
+
+    def with_text(self, text: Tensor) -> Self:
+        """The same with other unit rows (K, C)."""
+        return type(self)(self._encoder, text, self.params).eval()
+
+    @torch.no_grad()
+    def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores as `forward` gives them, and the features (B, C, h, w) behind them, float32."""
+        features, keys = self._encoder.tower.dense(self.normalise(images), self.options)
+        scores = self.compare(features)
+        if self.params.key_smoothing is not None and keys is not None:
+            with torch.autocast(features.device.type, enabled=False):
+                scores = key_smoothing(
+                    scores,
+                    keys,
+                    self.params.key_smoothing,
+                    affinity=self.params.key_affinity,
+                    scale=self.params.logit_scale,
+                )
+        return scores, features
 
 
 def load_denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> DenseClip:
@@ -134,6 +198,14 @@ def load_denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> D
         PipelineError: an encoder that cannot be loaded or lacks what the params ask for, or a name
             that it does not know.
     """
+    encoder, text = load_encoder_and_text(params, names, runtime)
+    return DenseClip(encoder, text, params).eval()
+
+
+def load_encoder_and_text(
+    params: PseudoLabelParams, names: Names, runtime: Runtime
+) -> tuple[ClipEncoder, Tensor]:
+    """The encoder of some params, and its embeddings (K, C) of the names; see `load_denseclip`."""
     encoder = load_clip(
         params.encoder, runtime.device, cache_dir=runtime.cache_dir, field="pseudo_label.encoder"
     )
@@ -143,7 +215,7 @@ def load_denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> D
         categories=names.categories,
         templates=templates(params.templates),
     )
-    return DenseClip(encoder, text, params).eval()
+    return encoder, text
 
 
 def dense_features(
@@ -181,6 +253,29 @@ def dense_features(
         position_resize=position_resize,
     )
     return dense_tower(visual).dense(images, options)
+
+
+def _windows(tower: DenseTower, stitch: StitchParams | None) -> Windows | None:
+    """Windows in patches.
+
+    Raises:
+        PipelineError: the tower has no attention to stitch for, or patches do not fill them.
+    """
+    if stitch is None:
+        return None
+    if not isinstance(tower, ClipVit):
+        raise PipelineError(
+            "pseudo_label.stitch: windows are put together before the last block of CLIP's own "
+            f"ViT, but the encoder is {tower.describe()}; set it to null"
+        )
+    patch = tower.patch_size
+    for name, pixels in (("side", stitch.side), ("stride", stitch.stride)):
+        if pixels % patch:
+            raise PipelineError(
+                f"pseudo_label.stitch.{name}: {pixels} is no multiple of the encoder's patch of "
+                f"{patch} pixels; use {math.ceil(pixels / patch) * patch}"
+            )
+    return Windows(stitch.side // patch, stitch.stride // patch)
 
 
 def _check_options(tower: DenseTower, params: DenseClipParams) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.clip import ClipEncoder, load_clip
-from pipeline.models.masks.dino import DINO_MODELS, DinoEncoder, load_dino
+from pipeline.models.layers.dino import DINO_MODELS, DinoEncoder, load_dino
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime

@@ -20,7 +20,7 @@ from pipeline.files import atomic_path, file_sha256, read_json, write_json
 from pipeline.models.clip import OPENAI_SCALARS, build_clip, to_open_clip_layout
 from pipeline.models.clip.photo_clip import NAME as PHOTO_CLIP
 from pipeline.models.clip.photo_clip import image_trunk, package_file
-from pipeline.models.masks.dino import build_dino
+from pipeline.models.layers.dino import build_dino
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig
 from pipeline.models.plus.backbones import backbone_state, build_backbone
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME

@@ -1,4 +1,4 @@
-"""DINO vision transformers (Caron et al., 2021), features for spectral masks (SelfMask, section 3).
+"""DINO vision transformers (Caron et al., 2021), which tell what is alike without labels.
 
 The network is SelfMask's encoder, whose names are those of the published backbones. Letters: B
 images, D width, H W pixels, h w patch grid.
@@ -17,14 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.models.masks.selfmask import (
-    CLS_TOKENS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    EncoderBlock,
-    SelfMaskConfig,
-    ViTEncoder,
-)
+from pipeline.models.layers.vit import CLS_TOKENS, EncoderBlock, SelfMaskConfig, ViTEncoder
+from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.models.weights.weights import hash_tensors, load_strict, read_weights
 from pipeline.models.weights.zoo import resolve_weights
 from pipeline.params.base import EncoderParams
@@ -111,7 +105,13 @@ def build_dino(model: str) -> ViTEncoder:
     return ViTEncoder(DINO_MODELS[model])
 
 
-def load_dino(encoder: EncoderParams, device: torch.device, *, cache_dir: Path) -> DinoEncoder:
+def load_dino(
+    encoder: EncoderParams,
+    device: torch.device,
+    *,
+    cache_dir: Path,
+    field: str = "mask.encoder",
+) -> DinoEncoder:
     """Build a DINO ViT and load its weights.
 
     Args:
@@ -120,13 +120,14 @@ def load_dino(encoder: EncoderParams, device: torch.device, *, cache_dir: Path) 
             published weights of the model.
         device: where the encoder goes.
         cache_dir: cache folder with the published weights.
+        field: where the encoder is named, for messages.
 
     Raises:
         PipelineError: the weights are not there, or are of another architecture.
     """
     if not isinstance(encoder.pretrained, str):
         raise PipelineError(
-            f"mask.encoder.pretrained: {encoder.model} has no tags; write the file's path alone"
+            f"{field}.pretrained: {encoder.model} has no tags; write the file's path alone"
         )
     path = resolve_weights(encoder.pretrained or encoder.model, cache_dir)
     vit = build_dino(encoder.model)

@@ -14,10 +14,10 @@ from torch import Tensor
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.methods.masks import SpectralParams, load_mask_source
-from pipeline.models.masks import dino
-from pipeline.models.masks.dino import DinoEncoder, build_dino, load_dino
+from pipeline.models.layers import dino
+from pipeline.models.layers.dino import DinoEncoder, build_dino, load_dino
+from pipeline.models.layers.vit import SelfMaskConfig
 from pipeline.models.masks.making import coarse_masks
-from pipeline.models.masks.selfmask import SelfMaskConfig
 from pipeline.params.base import EncoderParams
 from tests.paths import REFERENCE as DATA
 
