@@ -24,7 +24,7 @@ from pipeline.formats.dense_labels import CONFIDENCE, LABEL
 from pipeline.formats.images import encode_label, encode_png, load_image
 from pipeline.formats.labels import BACKGROUND, encode_confidence
 from pipeline.formats.shards import SampleStore, open_samples, write_tar
-from pipeline.methods.dense import PseudoLabelParams, load_dense_labeller
+from pipeline.methods.dense import PseudoLabelParams, check_synonyms, load_dense_labeller
 from pipeline.vocabulary.categories import Names
 
 MASK_MEMBERS = ("jpg", "mask.png", "json")
@@ -59,8 +59,10 @@ def run(
 
     Raises:
         PipelineError: no samples; a damaged shard; masks made for another category list; an
-            encoder that cannot be loaded.
+            encoder that cannot be loaded; synonyms of what is no category.
     """
+    names = Names(categories, background)
+    check_synonyms(params, names)
     store = open_samples(mask_dir, members=MASK_MEMBERS)
     if len(store) == 0:
         raise PipelineError(f"{mask_dir}: no samples; run the mask stage again")
@@ -70,7 +72,7 @@ def run(
         "pseudo_label",
         range(len(store)),
         shard_size=params.shard_size,
-        load=partial(LabelMaker, store, Names(categories, background), params),
+        load=partial(LabelMaker, store, names, params),
         inputs=store.manifest,
         remedy="Run the mask stage again",
     )

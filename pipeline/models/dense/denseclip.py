@@ -84,7 +84,20 @@ class DenseClip(nn.Module):
 
     def select(self, label_ids: Sequence[int]) -> DenseClip:
         """The same for some label ids, in this order."""
-        return DenseClip(self._encoder, self.text[list(label_ids)], self.params).eval()
+        return self.with_text(self.text[list(label_ids)])
+
+    def with_text(self, text: Tensor) -> DenseClip:
+        """The same with other unit rows (R, C) in place of the label ids'."""
+        return DenseClip(self._encoder, text, self.params).eval()
+
+    def embed(self, names: Names, templates: Sequence[str]) -> Tensor:
+        """Unit rows (1 + K, C) of names in some templates, see `label_embeddings`."""
+        return label_embeddings(
+            self._encoder,
+            background=names.background,
+            categories=names.categories,
+            templates=templates,
+        )
 
     def scores(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w), see `forward`."""
