@@ -85,11 +85,18 @@ def network_protocol(segmenter: Segmenter, checkpoint_dir: Path) -> dict[str, An
 def labeller_protocol(labeller: Labeller) -> dict[str, Any]:
     """How a dense labeller labels."""
     params = labeller.params
+    # In place of what `bench_protocol` says of those that do neither.
+    windows = {} if params.windows is None else {"sliding_window": True}
+    refined = {} if params.pamr is None else {"refinement": "pamr"}
     return {
         "model": params.method,
         "encoder": _encoder_tag(params.encoder),
         "background": ", ".join(labeller.names.background),
-        **params.recipe(),
+        **{
+            name: _in_words(getattr(params, name), value) for name, value in params.recipe().items()
+        },
+        **windows,
+        **refined,
     }
 
 
@@ -100,6 +107,15 @@ def protocol_lines(settings: Mapping[str, Any]) -> list[str]:
 
 def _unusual(**settings: str) -> dict[str, str]:
     return {name: value for name, value in settings.items() if value != USUAL[name]}
+
+
+def _in_words(param: Any, value: Any) -> Any:
+    """A setting in one line; `value` is what JSON has of `param`."""
+    if isinstance(param, EncoderParams):
+        return _encoder_tag(param)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_in_words(None, part)}" for name, part in value.items())
+    return "/".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _encoder_tag(encoder: EncoderParams) -> str:

@@ -191,10 +191,8 @@ class DenseClipRecipe(Section):
     logit_scale: Positive = 100.0
 
 
-class DenseClipParams(DenseClipRecipe, PseudoLabelParams):
-    """DenseCLIP with its encoder, as a stage."""
-
-    method: Literal["denseclip"] = "denseclip"
+class DenseClipSection(DenseClipRecipe, PseudoLabelParams):
+    """DenseCLIP with its encoder, or what is built on it."""
 
     @model_validator(mode="after")
     def _check_choice(self) -> Self:
@@ -205,6 +203,36 @@ class DenseClipParams(DenseClipRecipe, PseudoLabelParams):
                     "template_choice do; set one of the two to null"
                 )
         return self
+
+
+class DenseClipParams(DenseClipSection):
+    """DenseCLIP alone, as a stage."""
+
+    method: Literal["denseclip"] = "denseclip"
+
+
+class LpossSection(DenseClipSection):
+    """DenseCLIP's scores, spread between patches of like values.
+
+    A patch is joined to `neighbours` others by the values of the last block of `graph_encoder`, a
+    CLIP or a DINO as for spectral masks; null takes `encoder`. Patches of all `windows` share a
+    graph.
+    """
+
+    graph_encoder: EncoderParams | None = None
+    neighbours: Count = 400
+
+
+class LpossParams(LpossSection):
+    """LPOSS."""
+
+    method: Literal["lposs"] = "lposs"
+
+
+class LpossPlusParams(LpossSection):
+    """LPOSS+: spread once more between neighbouring pixels of like colour."""
+
+    method: Literal["lposs_plus"] = "lposs_plus"
 
 
 @dataclass(frozen=True)
@@ -230,7 +258,30 @@ def _denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> Dense
     return load_denseclip(params, names, runtime)
 
 
-DENSE_LABELLERS = {"denseclip": DenseMethod(DenseClipParams, _denseclip, gives_objects=True)}
+def _lposs(params: LpossSection, names: Names, runtime: Runtime) -> DenseLabeller:
+    from pipeline.models.clip import load_clip
+    from pipeline.models.dense.denseclip import load_denseclip
+    from pipeline.models.dense.lposs import Lposs, ValueEncoder
+    from pipeline.models.masks.dino import DINO_MODELS, load_dino
+
+    labeller = load_denseclip(params, names, runtime)
+    encoder: ValueEncoder = labeller.encoder
+    if params.graph_encoder is not None:
+        load = load_dino if params.graph_encoder.model in DINO_MODELS else load_clip
+        encoder = load(
+            params.graph_encoder,
+            runtime.device,
+            cache_dir=runtime.cache_dir,
+            field="pseudo_label.graph_encoder",
+        )
+    return Lposs(labeller, encoder, params, with_pixels=isinstance(params, LpossPlusParams))
+
+
+DENSE_LABELLERS = {
+    "denseclip": DenseMethod(DenseClipParams, _denseclip, gives_objects=True),
+    "lposs": DenseMethod(LpossParams, _lposs, gives_objects=True, sees_windows=True),
+    "lposs_plus": DenseMethod(LpossPlusParams, _lposs, gives_objects=True, sees_windows=True),
+}
 
 
 def load_dense_labeller(params: PseudoLabelParams, names: Names, runtime: Runtime) -> DenseLabeller:
@@ -282,7 +333,10 @@ def _with_synonyms(
     """The names and synonyms, and which of these stand for each label id."""
     taken = {plain_name(name) for name in (*names.categories, *names.background)}
     known = {plain_name(name): others for name, others in synonyms.items()}
-    categories, rows = list(names.categories), [[number] for number in range(1 + len(names.categories))]
+    categories, rows = (
+        list(names.categories),
+        [[number] for number in range(1 + len(names.categories))],
+    )
     for own, name in zip(rows[1:], names.categories, strict=True):
         for other in known.get(plain_name(name), []):
             if plain_name(other) not in taken:

@@ -14,7 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.models.clip.tokens import PositionResize
 
 DenseAttention = Literal["maskclip", "value_only"]
-Facet = Literal["key", "token"]
+Facet = Literal["key", "value", "token"]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from pipeline.vocabulary.prompts import templates
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
-    from pipeline.methods.dense import DenseClipParams
+    from pipeline.methods.dense import DenseClipSection
     from pipeline.vocabulary.categories import Names
 
 KeyAffinity = Literal["published", "cosine"]
@@ -48,7 +48,7 @@ class DenseClip(nn.Module):
     std: Tensor
     text: Tensor
 
-    def __init__(self, encoder: ClipEncoder, text: Tensor, params: DenseClipParams) -> None:
+    def __init__(self, encoder: ClipEncoder, text: Tensor, params: DenseClipSection) -> None:
         """Put an encoder and label embeddings together.
 
         Args:
@@ -64,7 +64,7 @@ class DenseClip(nn.Module):
         self.visual = encoder.visual
         self.patch_size = encoder.patch_size
         self.params = params
-        self._encoder = encoder
+        self.encoder = encoder
         for name, values in zip(
             ("mean", "std"), encoder.statistics(params.normalisation), strict=True
         ):
@@ -75,7 +75,7 @@ class DenseClip(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """All that labels depend on besides image and names."""
-        return {**self.params.recipe(), "weights": self._encoder.fingerprint()}
+        return {**self.params.recipe(), "weights": self.encoder.fingerprint()}
 
     @property
     def logit_scale(self) -> float | None:
@@ -88,12 +88,12 @@ class DenseClip(nn.Module):
 
     def with_text(self, text: Tensor) -> DenseClip:
         """The same with other unit rows (R, C) in place of the label ids'."""
-        return DenseClip(self._encoder, text, self.params).eval()
+        return DenseClip(self.encoder, text, self.params).eval()
 
     def embed(self, names: Names, templates: Sequence[str]) -> Tensor:
         """Unit rows (1 + K, C) of names in some templates, see `label_embeddings`."""
         return label_embeddings(
-            self._encoder,
+            self.encoder,
             background=names.background,
             categories=names.categories,
             templates=templates,
@@ -120,7 +120,7 @@ class DenseClip(nn.Module):
             dense_attention=self.params.dense_attention,
             position_resize=self.params.position_resize,
         )
-        features, keys = self._encoder.tower.dense((images - self.mean) / self.std, options)
+        features, keys = self.encoder.tower.dense((images - self.mean) / self.std, options)
         # Cosines are multiplied by 100 before their softmax: float32 even where CLIP ran in less.
         with torch.autocast(features.device.type, enabled=False):
             scores = dense_logits(features, self.text)
@@ -140,7 +140,7 @@ class DenseClip(nn.Module):
         return label_and_confidence(self(images), (height, width), scale=self.logit_scale)
 
 
-def load_denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> DenseClip:
+def load_denseclip(params: DenseClipSection, names: Names, runtime: Runtime) -> DenseClip:
     """DenseCLIP with the encoder of its params, for some names.
 
     Raises:
@@ -196,7 +196,7 @@ def dense_features(
     return dense_tower(visual).dense(images, options)
 
 
-def _check_options(tower: DenseTower, params: DenseClipParams) -> None:
+def _check_options(tower: DenseTower, params: DenseClipSection) -> None:
     """Refuse what a tower cannot do.
 
     Raises:

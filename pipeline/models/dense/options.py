@@ -17,7 +17,12 @@ from pipeline.models.dense.windows import cut_windows, joined, joined_features, 
 from pipeline.models.layers.interpolate import upsample
 
 if TYPE_CHECKING:
-    from pipeline.methods.dense import DenseLabeller, ObjectLabeller, PseudoLabelParams, WindowParams
+    from pipeline.methods.dense import (
+        DenseLabeller,
+        ObjectLabeller,
+        PseudoLabelParams,
+        WindowParams,
+    )
 
 
 class LabellerWithOptions:
@@ -173,9 +178,7 @@ def with_threshold(
         positive = scores.clamp(min=0)
         probabilities = positive / positive.sum(dim=1, keepdim=True).clamp(min=tiny)
     own = probabilities[:, background]
-    others = probabilities.index_fill(
-        1, torch.tensor([background], device=scores.device), 0
-    )
+    others = probabilities.index_fill(1, torch.tensor([background], device=scores.device), 0)
     raised = torch.where(others.amax(dim=1) < threshold, own.clamp(min=threshold), own)
     probabilities[:, background] = raised
     return probabilities

@@ -1,4 +1,4 @@
-"""Prompt templates chosen without labels, and what becomes of them (Benigmim et al., "FLOSS", 2025).
+"""Prompt templates chosen without labels, and their experts (FLOSS, Benigmim et al., 2025).
 
 Each template makes a classifier of its own. A label's templates are those whose classifier is most
 certain, by entropy, of the places that it gives to the label; their mean is the label's expert.

@@ -26,9 +26,7 @@ def window_starts(length: int, side: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def cut_windows(
-    images: Tensor, side: int | None, stride: int
-) -> tuple[list[Place], list[Tensor]]:
+def cut_windows(images: Tensor, side: int | None, stride: int) -> tuple[list[Place], list[Tensor]]:
     """Windows of images (B, 3, H, W), row after row.
 
     Args:
@@ -41,9 +39,7 @@ def cut_windows(
     """
     height, width = images.shape[-2:]
     side = side or max(height, width)
-    places = list(
-        product(window_starts(height, side, stride), window_starts(width, side, stride))
-    )
+    places = list(product(window_starts(height, side, stride), window_starts(width, side, stride)))
     crops = [images[..., top : top + side, left : left + side] for top, left in places]
     return places, crops
 
@@ -103,10 +99,10 @@ def joined_features(
     patch_size: int,
 ) -> Tensor:
     """The same, averaged over patches (B, C, h, w), a few channels at a time."""
-    grid = [-(-side // patch_size) for side in size]
+    height, width = (-(-side // patch_size) for side in size)
     return torch.cat(
         [
-            F.adaptive_avg_pool2d(joined(part, places, window, size), grid)
+            F.adaptive_avg_pool2d(joined(part, places, window, size), (height, width))
             for part in zip(*(one.split(CHANNELS_AT_ONCE, dim=1) for one in maps), strict=True)
         ],
         dim=1,

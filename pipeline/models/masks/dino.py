@@ -58,7 +58,7 @@ class DinoEncoder(nn.Module):
 
     @torch.no_grad()
     def patch_features(
-        self, images: Tensor, *, layer: int = -1, facet: Literal["key", "token"] = "key"
+        self, images: Tensor, *, layer: int = -1, facet: Literal["key", "value", "token"] = "key"
     ) -> Tensor:
         """Features of the patches of images of any size, for clustering.
 
@@ -68,8 +68,9 @@ class DinoEncoder(nn.Module):
         Args:
             images: (B, 3, H, W) in [0, 1].
             layer: block of the ViT.
-            facet: "key": attention keys of that block, all heads side by side; "token": its output
-                after the network's last layer norm, as in SelfMask's published mask generator.
+            facet: "key", "value": attention keys or values of that block, all heads side by side;
+                "token": its output after the network's last layer norm, as in SelfMask's published
+                mask generator.
 
         Returns:
             (B, D, h, w), with h = ceil(H / patch), w = ceil(W / patch).
@@ -88,11 +89,11 @@ class DinoEncoder(nn.Module):
         tokens = self.vit.embed(padded)
         for block in blocks[:chosen]:
             tokens = block(tokens)
-        if facet == "key":
-            normed = blocks[chosen].norm1(tokens)
-            _, tokens, _ = blocks[chosen].attn.qkv(normed).chunk(3, dim=-1)
-        else:
+        if facet == "token":
             tokens = self.vit.norm(blocks[chosen](tokens))
+        else:
+            projected = blocks[chosen].attn.qkv(blocks[chosen].norm1(tokens))
+            tokens = projected.chunk(3, dim=-1)[1 if facet == "key" else 2]
         return tokens[:, CLS_TOKENS:].transpose(1, 2).unflatten(2, grid)
 
     def fingerprint(self) -> str:
@@ -111,7 +112,9 @@ def build_dino(model: str) -> ViTEncoder:
     return ViTEncoder(DINO_MODELS[model])
 
 
-def load_dino(encoder: EncoderParams, device: torch.device, *, cache_dir: Path) -> DinoEncoder:
+def load_dino(
+    encoder: EncoderParams, device: torch.device, *, cache_dir: Path, field: str = "mask.encoder"
+) -> DinoEncoder:
     """Build a DINO ViT and load its weights.
 
     Args:
@@ -120,13 +123,14 @@ def load_dino(encoder: EncoderParams, device: torch.device, *, cache_dir: Path) 
             published weights of the model.
         device: where the encoder goes.
         cache_dir: cache folder with the published weights.
+        field: where the encoder stands in the params, for messages.
 
     Raises:
         PipelineError: the weights are not there, or are of another architecture.
     """
     if not isinstance(encoder.pretrained, str):
         raise PipelineError(
-            f"mask.encoder.pretrained: {encoder.model} has no tags; write the file's path alone"
+            f"{field}.pretrained: {encoder.model} has no tags; write the file's path alone"
         )
     path = resolve_weights(encoder.pretrained or encoder.model, cache_dir)
     vit = build_dino(encoder.model)
