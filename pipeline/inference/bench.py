@@ -274,7 +274,7 @@ class PredictionMaker:
         self.settings: dict[str, Any] = {
             "categories": list(run.categories),
             "metrics": list(run.metrics),
-            "protocol": protocol_lines(protocol | described),
+            "protocol": protocol_lines(protocol | described | protocol),
         }
         if run.warnings:
             self.settings["warnings"] = list(run.warnings)

@@ -13,7 +13,7 @@ from pipeline.files import digest, file_sha256
 from pipeline.inference.labeller import Labeller
 from pipeline.inference.segmenter import Segmenter
 from pipeline.models.weights.checkpoint import WEIGHTS_NAME, read_checkpoint_config
-from pipeline.params.base import PredictionSettings
+from pipeline.params.base import EncoderParams, PredictionSettings
 from pipeline.params.benches import BenchParams
 from pipeline.vocabulary.categories import unasked_names
 
@@ -85,11 +85,18 @@ def network_protocol(segmenter: Segmenter, checkpoint_dir: Path) -> dict[str, An
 def labeller_protocol(labeller: Labeller) -> dict[str, Any]:
     """How a dense labeller labels."""
     params = labeller.params
+    # In place of what `bench_protocol` says of those that do neither.
+    windows = {} if params.windows is None else {"sliding_window": True}
+    refined = {} if params.pamr is None else {"refinement": "pamr"}
     return {
         "model": params.method,
         "encoder": params.encoder.tag,
         "background": ", ".join(labeller.names.background),
-        **params.recipe(),
+        **{
+            name: _in_words(getattr(params, name), value) for name, value in params.recipe().items()
+        },
+        **windows,
+        **refined,
     }
 
 
@@ -100,3 +107,12 @@ def protocol_lines(settings: Mapping[str, Any]) -> list[str]:
 
 def _unusual(**settings: str) -> dict[str, str]:
     return {name: value for name, value in settings.items() if value != USUAL[name]}
+
+
+def _in_words(param: Any, value: Any) -> Any:
+    """A setting in one line; `value` is what JSON has of `param`."""
+    if isinstance(param, EncoderParams):
+        return param.tag
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_in_words(None, part)}" for name, part in value.items())
+    return "/".join(map(str, value)) if isinstance(value, list) else value

@@ -41,7 +41,7 @@ def load_region_encoder(
         PipelineError: a dense labeller without features, or an encoder that cannot be loaded.
     """
     from pipeline.models.bank.regions import RegionEncoder
-    from pipeline.models.masks.features import load_patch_encoder
+    from pipeline.models.clip.patches import load_patch_encoder
 
     if not DENSE_LABELLERS[labeller_params.method].gives_objects:
         able = ", ".join(name for name, method in DENSE_LABELLERS.items() if method.gives_objects)

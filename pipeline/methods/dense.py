@@ -6,22 +6,26 @@ in `DENSE_LABELLERS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self, cast
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
+from pipeline.errors import PipelineError, did_you_mean, listing
 from pipeline.params.base import (
     Count,
     EncoderParams,
     NumWorkers,
     Positive,
     Probability,
+    RelaxedPath,
     Section,
     Templates,
+    Text,
 )
-from pipeline.vocabulary.categories import Names
+from pipeline.vocabulary.categories import Names, plain_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,17 +73,27 @@ class ObjectLabeller(DenseLabeller, Protocol):
         """What `scores` gives, and features (B, C, h, w) float32, of any length, beside `text`."""
 
 
-OPTIONS = ("stitch",)
+class TextLabeller(ObjectLabeller, Protocol):
+    """One that can be given other text, as `template_choice` asks for.
+
+    The score of a row depends on no other row.
+    """
+
+    def with_text(self, text: Tensor) -> Self:
+        """The same with other unit rows (R, C) in place of the label ids'."""
+
+    def embed(self, names: Names, templates: Sequence[str]) -> Tensor:
+        """Unit rows (1 + K, C) by label id of names in some templates, means over these."""
 
 
-class StitchParams(Section):
-    """Windows up to the last block of CLIP's ViT, of `side` pixels and `stride` pixels apart."""
+class WindowParams(Section):
+    """Windows of `side` pixels, one every `stride`; the last ones end with the image."""
 
     side: Count
     stride: Count
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_stride(self) -> Self:
         if self.stride > self.side:
             raise ValueError(
                 f"stride: {self.stride} leaves gaps between windows of side: {self.side}; "
@@ -88,8 +102,33 @@ class StitchParams(Section):
         return self
 
 
+class PamrParams(Section):
+    """Refinement by colour in `steps`, among eight neighbours at each distance of `dilations`."""
+
+    dilations: Annotated[list[Count], Field(min_length=1)] = [8, 16]
+    steps: Count = 10
+
+
+class TemplateChoiceParams(Section):
+    """The `keep` templates of each name that are most certain on unlabelled images.
+
+    `num_images` images are taken, evenly spaced, from `images`: the folder of mask shards, whose
+    images are those of the archives, or one of image files.
+    """
+
+    images: RelaxedPath = Path("data/masks")
+    num_images: Count = 100
+    keep: Count = 4
+
+
 class PseudoLabelParams(Section):
-    """Stage 4: dense labels, training-free, by the method that `method` names."""
+    """Stage 4: dense labels, training-free, by the method that `method` names.
+
+    Options of every method, off by default (docs/dense_labels.md): an image is seen in `windows`,
+    scores are refined by colour (`pamr`), each name has templates of its own (`template_choice`) or
+    other names beside it (`synonyms`), and a pixel whose best category has a probability below
+    `background_threshold` is background.
+    """
 
     method: str
     encoder: EncoderParams = EncoderParams()
@@ -97,16 +136,35 @@ class PseudoLabelParams(Section):
     batch_size: Count = 16
     workers: NumWorkers = 2
     shard_size: Count = 500
+    windows: WindowParams | None = None
+    pamr: PamrParams | None = None
+    template_choice: TemplateChoiceParams | None = None
+    synonyms: dict[Text, Annotated[list[Text], Field(min_length=1)]] = {}
+    background_threshold: Probability | None = None
+
+    @model_validator(mode="after")
+    def _check_synonyms(self) -> Self:
+        seen: set[str] = set()
+        for name, others in self.synonyms.items():
+            for written in (name, *others):
+                if plain_name(written) in seen:
+                    raise ValueError(f"synonyms.{name}: {written!r} is listed twice; remove one")
+                seen.add(plain_name(written))
+        return self
 
     def recipe(self) -> dict[str, Any]:
-        """The settings that decide the labels, but for the encoder; of `OPTIONS` those that are on.
+        """The settings that decide the labels, but for the encoder; options where they are on."""
+        others = {"method", "encoder", "batch_size", "workers", "shard_size"}
+        settings = self.model_dump(mode="json", exclude=others | OPTIONS)
+        return {**settings, **self.options()}
 
-        So what is known of labels without them reads as before.
-        """
-        off = {name for name in OPTIONS if getattr(self, name, None) is None}
-        return self.model_dump(
-            mode="json", exclude={"method", "encoder", "batch_size", "workers", "shard_size", *off}
-        )
+    def options(self) -> dict[str, Any]:
+        """The options that are on; so what is known of labels without them reads as before."""
+        chosen = self.model_dump(mode="json", include=OPTIONS)
+        return {name: value for name, value in chosen.items() if value not in (None, {})}
+
+
+OPTIONS = {"windows", "pamr", "template_choice", "synonyms", "background_threshold", "stitch"}
 
 
 class DenseClipRecipe(Section):
@@ -133,11 +191,30 @@ class DenseClipRecipe(Section):
     logit_scale: Positive = 100.0
 
 
-class DenseClipParams(DenseClipRecipe, PseudoLabelParams):
-    """DenseCLIP with its encoder, as a stage; `stitch` is null for the whole image at once."""
+class DenseClipSection(DenseClipRecipe, PseudoLabelParams):
+    """DenseCLIP with its encoder, or what is built on it.
+
+    `stitch` puts windows together before the last block of CLIP's own ViT.
+    """
+
+    stitch: WindowParams | None = None
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> Self:
+        for name in ("prompt_denoising", "key_smoothing"):
+            if self.template_choice is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: it weighs names against each other before the experts of "
+                    "template_choice do; set one of the two to null"
+                )
+        return self
+
+
+class DenseClipParams(DenseClipSection):
+    """DenseCLIP alone, as a stage."""
 
     method: Literal["denseclip"] = "denseclip"
-    stitch: StitchParams | None = None
+    stitch: WindowParams | None = None
 
 
 class AttentionParams(PseudoLabelParams):
@@ -151,7 +228,7 @@ class AttentionParams(PseudoLabelParams):
     normalisation: Literal["imagenet", "clip"] = "clip"
     position_resize: Literal["size", "grid"] = "grid"
     logit_scale: Positive = 100.0
-    stitch: StitchParams | None = None
+    stitch: WindowParams | None = None
 
 
 class SclipParams(AttentionParams):
@@ -194,6 +271,30 @@ class ProxyClipParams(AttentionParams):
         return super().recipe() | {"dino": self.dino.tag if self.dino else None}
 
 
+class LpossSection(DenseClipSection):
+    """DenseCLIP's scores, spread between patches of like values.
+
+    A patch is joined to `neighbours` others by the values of the last block of `graph_encoder`, a
+    CLIP or a DINO as for spectral masks; null takes `encoder`. Patches of all `windows` share a
+    graph.
+    """
+
+    graph_encoder: EncoderParams | None = None
+    neighbours: Count = 400
+
+
+class LpossParams(LpossSection):
+    """LPOSS."""
+
+    method: Literal["lposs"] = "lposs"
+
+
+class LpossPlusParams(LpossSection):
+    """LPOSS+: spread once more between neighbouring pixels of like colour."""
+
+    method: Literal["lposs_plus"] = "lposs_plus"
+
+
 @dataclass(frozen=True)
 class DenseMethod:
     """An entry of `DENSE_LABELLERS`.
@@ -202,11 +303,13 @@ class DenseMethod:
         params: the class of its params.
         load: loads it by these.
         gives_objects: whether what is loaded is an `ObjectLabeller`, whose regions are objects too.
+        sees_windows: whether what is loaded sees to `windows` itself.
     """
 
     params: type[PseudoLabelParams]
     load: Callable[[Any, Names, Runtime], DenseLabeller]
     gives_objects: bool = False
+    sees_windows: bool = False
 
 
 def _denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> DenseLabeller:
@@ -227,6 +330,20 @@ def _proxyclip(params: ProxyClipParams, names: Names, runtime: Runtime) -> Dense
     return load_proxyclip(params, names, runtime)
 
 
+def _lposs(params: LpossSection, names: Names, runtime: Runtime) -> DenseLabeller:
+    from pipeline.models.clip.patches import load_patch_encoder
+    from pipeline.models.dense.denseclip import load_denseclip
+    from pipeline.models.dense.lposs import Lposs, ValueEncoder
+
+    labeller = load_denseclip(params, names, runtime)
+    encoder: ValueEncoder = labeller.encoder
+    if params.graph_encoder is not None:
+        encoder = load_patch_encoder(
+            params.graph_encoder, runtime, field="pseudo_label.graph_encoder"
+        )
+    return Lposs(labeller, encoder, params, with_pixels=isinstance(params, LpossPlusParams))
+
+
 DENSE_LABELLERS = {
     "denseclip": DenseMethod(DenseClipParams, _denseclip, gives_objects=True),
     "sclip": DenseMethod(SclipParams, _attention, gives_objects=True),
@@ -234,13 +351,101 @@ DENSE_LABELLERS = {
     "naclip": DenseMethod(NaClipParams, _attention, gives_objects=True),
     "proxyclip": DenseMethod(ProxyClipParams, _proxyclip, gives_objects=True),
     "scclip": DenseMethod(ScClipParams, _attention, gives_objects=True),
+    "lposs": DenseMethod(LpossParams, _lposs, gives_objects=True, sees_windows=True),
+    "lposs_plus": DenseMethod(LpossPlusParams, _lposs, gives_objects=True, sees_windows=True),
 }
 
 
 def load_dense_labeller(params: PseudoLabelParams, names: Names, runtime: Runtime) -> DenseLabeller:
-    """The dense labeller that the params are of.
+    """The dense labeller that the params are of, with the options that are on.
+
+    Synonyms of what is no category, or is asked for by itself, are passed over.
 
     Raises:
-        PipelineError: an encoder that cannot be loaded, or a name that it does not know.
+        PipelineError: an encoder that cannot be loaded, a name that it does not know, or a method
+            or images that `template_choice` cannot use.
     """
-    return DENSE_LABELLERS[params.method].load(params, names, runtime)
+    entry = DENSE_LABELLERS[params.method]
+    if not params.options():
+        return entry.load(params, names, runtime)
+    from pipeline.models.dense.options import LabellerWithOptions
+
+    asked, rows = _with_synonyms(names, params.synonyms)
+    labeller = entry.load(params, asked, runtime)
+    if params.template_choice is not None:
+        labeller = _with_experts(labeller, params, params.template_choice, asked, runtime)
+    windows = None if entry.sees_windows else params.windows
+    return LabellerWithOptions(labeller, params, rows, windows=windows)
+
+
+def check_synonyms(params: PseudoLabelParams, names: Names) -> None:
+    """Refuse synonyms that have no effect.
+
+    Raises:
+        PipelineError: they are of a name that is no category, or are names themselves.
+    """
+    categories = [plain_name(name) for name in names.categories]
+    background = [plain_name(name) for name in names.background]
+    for name, others in params.synonyms.items():
+        field = f"pseudo_label.synonyms.{name}"
+        if plain_name(name) not in categories:
+            raise PipelineError(
+                f"{field}: {name!r} is not among the categories; "
+                f"{did_you_mean(name, names.categories)}they are: {listing(names.categories)}"
+            )
+        for other in others:
+            if plain_name(other) in categories + background:
+                place = "a category" if plain_name(other) in categories else "the background"
+                raise PipelineError(f"{field}: {other!r} is {place} by itself; remove one")
+
+
+def _with_synonyms(
+    names: Names, synonyms: Mapping[str, Sequence[str]]
+) -> tuple[Names, list[list[int]]]:
+    """The names and synonyms, and which of these stand for each label id."""
+    taken = {plain_name(name) for name in (*names.categories, *names.background)}
+    known = {plain_name(name): others for name, others in synonyms.items()}
+    categories, rows = (
+        list(names.categories),
+        [[number] for number in range(1 + len(names.categories))],
+    )
+    for own, name in zip(rows[1:], names.categories, strict=True):
+        for other in known.get(plain_name(name), []):
+            if plain_name(other) not in taken:
+                categories.append(other)
+                own.append(len(categories))
+    return Names(categories, names.background), rows
+
+
+def _with_experts(
+    labeller: DenseLabeller,
+    params: PseudoLabelParams,
+    choice: TemplateChoiceParams,
+    names: Names,
+    runtime: Runtime,
+) -> DenseLabeller:
+    import torch
+
+    from pipeline.models.dense.sample import image_sample
+    from pipeline.models.dense.templates import (
+        TemplateExperts,
+        choose_templates,
+        expert_classifiers,
+    )
+    from pipeline.vocabulary.prompts import templates
+
+    if not hasattr(labeller, "with_text"):
+        raise PipelineError(
+            f"pseudo_label.template_choice: method {params.method} takes no other text; set it to "
+            "null"
+        )
+    teller = cast("TextLabeller", labeller)
+    classifiers = torch.stack(
+        [teller.embed(names, [template]) for template in templates(params.templates)]
+    )
+    images = image_sample(choice.images, choice.num_images)
+    with runtime.autocast():
+        chosen = choose_templates(
+            teller, classifiers, (image.to(runtime.device) for image in images), keep=choice.keep
+        )
+    return TemplateExperts(teller, expert_classifiers(classifiers, chosen))

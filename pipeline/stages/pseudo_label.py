@@ -27,7 +27,12 @@ from pipeline.formats.images import decode_label, decode_png, encode_label, enco
 from pipeline.formats.labels import BACKGROUND, agreement, encode_confidence
 from pipeline.formats.shards import SampleStore, open_samples, write_tar
 from pipeline.methods.bank import load_region_encoder
-from pipeline.methods.dense import DenseLabeller, PseudoLabelParams, load_dense_labeller
+from pipeline.methods.dense import (
+    DenseLabeller,
+    PseudoLabelParams,
+    check_synonyms,
+    load_dense_labeller,
+)
 from pipeline.params.sections import BankParams
 from pipeline.vocabulary.categories import Names
 
@@ -72,8 +77,11 @@ def run(
 
     Raises:
         PipelineError: no samples; a damaged shard; masks made for another category list; an
-            encoder that cannot be loaded; a bank of other settings.
+            encoder that cannot be loaded; a bank of other settings; synonyms of what is no
+            category.
     """
+    names = Names(categories, background)
+    check_synonyms(params, names)
     store = open_samples(mask_dir, members=MASK_MEMBERS)
     if len(store) == 0:
         raise PipelineError(f"{mask_dir}: no samples; run the mask stage again")
@@ -86,7 +94,7 @@ def run(
         load=partial(
             LabelMaker,
             store,
-            Names(categories, background),
+            names,
             params,
             bank=None if bank is None or bank_dir is None else BankUse(bank_dir, bank),
         ),

@@ -160,9 +160,9 @@ class ClipEncoder(nn.Module):
         Args:
             images: (B, 3, H, W) in [0, 1].
             layer: block of a ViT; for other networks, one of their stages.
-            facet: "token": output of that block; "key": its attention keys, all heads side by side
-                (for CLIP's ResNet, keys of the attention pooling, last stage only). A network
-                without attention keys gives its output for either.
+            facet: "token": output of that block; "key", "value": its attention keys or values, all
+                heads side by side (for CLIP's ResNet, those of the attention pooling, last stage
+                only). A network without attention gives its output for each.
 
         Returns:
             (B, D, h, w), with h = ceil(H / patch), w = ceil(W / patch), but for earlier

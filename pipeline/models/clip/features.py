@@ -39,11 +39,11 @@ def vit_features(
     for block in blocks[:chosen]:
         tokens = block(tokens)
     block = blocks[chosen]
-    if facet == "key":
-        key, _ = key_and_value(block.attn)
-        tokens = F.linear(block.ln_1(tokens), *key)
-    else:
+    if facet == "token":
         tokens = block(tokens)
+    else:
+        key, value = key_and_value(block.attn)
+        tokens = F.linear(block.ln_1(tokens), *(key if facet == "key" else value))
     return tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
 
 
@@ -52,14 +52,16 @@ def resnet_features(visual: ModifiedResNet, images: Tensor, *, layer: int, facet
     if not -len(stages) <= layer < len(stages):
         raise PipelineError(f"layer: {layer} does not exist; this ResNet has {len(stages)} stages")
     chosen = layer % len(stages)
-    if facet == "key" and chosen != len(stages) - 1:
-        raise PipelineError(f"layer: {layer}: a ResNet has keys in its last stage only; use -1")
+    if facet != "token" and chosen != len(stages) - 1:
+        raise PipelineError(f"layer: {layer}: a ResNet has {facet}s in its last stage only; use -1")
     features = visual.stem(pad_to_multiple(images, 2 ** (2 + chosen)))
     for stage in stages[: chosen + 1]:
         features = stage(features)
-    if facet == "key":
-        keys = visual.attnpool.k_proj(features.flatten(2).transpose(1, 2))
-        features = keys.transpose(1, 2).unflatten(2, features.shape[-2:])
+    if facet != "token":
+        pool = visual.attnpool
+        project = pool.k_proj if facet == "key" else pool.v_proj
+        projected = project(features.flatten(2).transpose(1, 2))
+        features = projected.transpose(1, 2).unflatten(2, features.shape[-2:])
     return features
 
 

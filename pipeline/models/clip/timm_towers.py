@@ -71,10 +71,13 @@ class TimmVit:
         """Keys or output of a block."""
         images = pad_to_multiple(images, self.patch_size)
         block = self._block(layer)
-        with _listening(block.attn if facet == "key" else block) as heard:
+        with _listening(block if facet == "token" else block.attn) as heard:
             self._tokens(images)
         ((given, returned),) = heard
-        return self._as_map(_keys(block.attn, given) if facet == "key" else returned, images)
+        if facet == "token":
+            return self._as_map(returned, images)
+        project = _keys if facet == "key" else _values
+        return self._as_map(project(block.attn, given), images)
 
     def describe(self) -> str:
         """Kind and sizes of the encoder."""
@@ -311,3 +314,13 @@ def _keys(attention: Any, tokens: Tensor) -> Tensor:
     return F.linear(
         tokens, attention.qkv.weight.chunk(3)[1], None if bias is None else bias.chunk(3)[1]
     )
+
+
+def _values(attention: Any, tokens: Tensor) -> Tensor:
+    """Values (B, N, D) of timm's attention, heads side by side."""
+    if attention.qkv is None:
+        values: Tensor = attention.v_proj(tokens)
+        return values
+    bias = attention.qkv.bias
+    own = attention.v_bias if bias is None else bias.chunk(3)[2]  # EVA's
+    return F.linear(tokens, attention.qkv.weight.chunk(3)[2], own)

@@ -15,7 +15,7 @@ from pipeline.models.clip.stitching import Windows
 from pipeline.models.clip.tokens import PositionResize
 
 DenseAttention = Literal["maskclip", "value_only"]
-Facet = Literal["key", "token"]
+Facet = Literal["key", "value", "token"]
 
 
 @dataclass(frozen=True)

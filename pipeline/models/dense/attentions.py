@@ -46,7 +46,7 @@ class AttentionLabeller(ClipLabeller):
 
     def with_text(self, text: Tensor) -> Self:
         """The same with other unit rows (K, C)."""
-        return type(self)(self._encoder, text, self.params).eval()
+        return type(self)(self.encoder, text, self.params).eval()
 
     @torch.no_grad()
     def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
     from pipeline.methods.dense import (
         AttentionParams,
-        DenseClipParams,
+        DenseClipSection,
         PseudoLabelParams,
-        StitchParams,
+        WindowParams,
     )
     from pipeline.vocabulary.categories import Names
 
@@ -66,7 +66,7 @@ class ClipLabeller(nn.Module):
     text: Tensor
 
     def __init__(
-        self, encoder: ClipEncoder, text: Tensor, params: DenseClipParams | AttentionParams
+        self, encoder: ClipEncoder, text: Tensor, params: DenseClipSection | AttentionParams
     ) -> None:
         """Put an encoder and label embeddings together.
 
@@ -87,7 +87,7 @@ class ClipLabeller(nn.Module):
             position_resize=params.position_resize,
             windows=_windows(encoder.tower, params.stitch),
         )
-        self._encoder = encoder
+        self.encoder = encoder
         for name, values in zip(
             ("mean", "std"), encoder.statistics(params.normalisation), strict=True
         ):
@@ -98,7 +98,7 @@ class ClipLabeller(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """All that labels depend on besides image and names."""
-        return {**self.params.recipe(), "weights": self._encoder.fingerprint()}
+        return {**self.params.recipe(), "weights": self.encoder.fingerprint()}
 
     @property
     def logit_scale(self) -> float | None:
@@ -112,6 +112,15 @@ class ClipLabeller(nn.Module):
     def select(self, label_ids: Sequence[int]) -> Self:
         """The same for some label ids, in this order."""
         return self.with_text(self.text[list(label_ids)])
+
+    def embed(self, names: Names, templates: Sequence[str]) -> Tensor:
+        """Unit rows (1 + K, C) of names in some templates, see `label_embeddings`."""
+        return label_embeddings(
+            self.encoder,
+            background=names.background,
+            categories=names.categories,
+            templates=templates,
+        )
 
     def scores(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w), see `forward`."""
@@ -153,9 +162,9 @@ class DenseClip(ClipLabeller):
     Scores are cosines; after key smoothing, smoothed probabilities.
     """
 
-    params: DenseClipParams
+    params: DenseClipSection
 
-    def __init__(self, encoder: ClipEncoder, text: Tensor, params: DenseClipParams) -> None:
+    def __init__(self, encoder: ClipEncoder, text: Tensor, params: DenseClipSection) -> None:
         """See `ClipLabeller`.
 
         Raises:
@@ -172,12 +181,12 @@ class DenseClip(ClipLabeller):
 
     def with_text(self, text: Tensor) -> Self:
         """The same with other unit rows (K, C)."""
-        return type(self)(self._encoder, text, self.params).eval()
+        return type(self)(self.encoder, text, self.params).eval()
 
     @torch.no_grad()
     def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scores as `forward` gives them, and the features (B, C, h, w) behind them, float32."""
-        features, keys = self._encoder.tower.dense(self.normalise(images), self.options)
+        features, keys = self.encoder.tower.dense(self.normalise(images), self.options)
         scores = self.compare(features)
         if self.params.key_smoothing is not None and keys is not None:
             with torch.autocast(features.device.type, enabled=False):
@@ -191,7 +200,7 @@ class DenseClip(ClipLabeller):
         return scores, features
 
 
-def load_denseclip(params: DenseClipParams, names: Names, runtime: Runtime) -> DenseClip:
+def load_denseclip(params: DenseClipSection, names: Names, runtime: Runtime) -> DenseClip:
     """DenseCLIP with the encoder of its params, for some names.
 
     Raises:
@@ -255,7 +264,7 @@ def dense_features(
     return dense_tower(visual).dense(images, options)
 
 
-def _windows(tower: DenseTower, stitch: StitchParams | None) -> Windows | None:
+def _windows(tower: DenseTower, stitch: WindowParams | None) -> Windows | None:
     """Windows in patches.
 
     Raises:
@@ -278,7 +287,7 @@ def _windows(tower: DenseTower, stitch: StitchParams | None) -> Windows | None:
     return Windows(stitch.side // patch, stitch.stride // patch)
 
 
-def _check_options(tower: DenseTower, params: DenseClipParams) -> None:
+def _check_options(tower: DenseTower, params: DenseClipSection) -> None:
     """Refuse what a tower cannot do.
 
     Raises:

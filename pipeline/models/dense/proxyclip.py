@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.clip import ClipEncoder, load_clip
+from pipeline.models.clip import ClipEncoder
+from pipeline.models.clip.patches import load_patch_encoder
 from pipeline.models.dense.affinity import attend_to_alike
 from pipeline.models.dense.attentions import clip_vit
 from pipeline.models.dense.denseclip import ClipLabeller, load_encoder_and_text
-from pipeline.models.layers.dino import DINO_MODELS, DinoEncoder, load_dino
+from pipeline.models.layers.dino import DinoEncoder
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
@@ -62,7 +63,7 @@ class ProxyClip(ClipLabeller):
 
     def with_text(self, text: Tensor) -> Self:
         """The same with other unit rows (K, C)."""
-        return type(self)(self._encoder, text, self.params, self._proxy).eval()
+        return type(self)(self.encoder, text, self.params, self._proxy).eval()
 
     @torch.no_grad()
     def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,10 +93,7 @@ def load_proxyclip(params: ProxyClipParams, names: Names, runtime: Runtime) -> P
     encoder, text = load_encoder_and_text(params, names, runtime)
     proxy: DinoEncoder | ClipEncoder | None = None
     if params.dino is not None:
-        load = load_dino if params.dino.model in DINO_MODELS else load_clip
-        proxy = load(
-            params.dino, runtime.device, cache_dir=runtime.cache_dir, field="pseudo_label.dino"
-        )
+        proxy = load_patch_encoder(params.dino, runtime, field="pseudo_label.dino")
     return ProxyClip(encoder, text, params, proxy).eval()
 
 

@@ -52,7 +52,7 @@ class DinoEncoder(nn.Module):
 
     @torch.no_grad()
     def patch_features(
-        self, images: Tensor, *, layer: int = -1, facet: Literal["key", "token"] = "key"
+        self, images: Tensor, *, layer: int = -1, facet: Literal["key", "value", "token"] = "key"
     ) -> Tensor:
         """Features of the patches of images of any size, for clustering.
 
@@ -62,8 +62,9 @@ class DinoEncoder(nn.Module):
         Args:
             images: (B, 3, H, W) in [0, 1].
             layer: block of the ViT.
-            facet: "key": attention keys of that block, all heads side by side; "token": its output
-                after the network's last layer norm, as in SelfMask's published mask generator.
+            facet: "key", "value": attention keys or values of that block, all heads side by side;
+                "token": its output after the network's last layer norm, as in SelfMask's published
+                mask generator.
 
         Returns:
             (B, D, h, w), with h = ceil(H / patch), w = ceil(W / patch).
@@ -82,11 +83,11 @@ class DinoEncoder(nn.Module):
         tokens = self.vit.embed(padded)
         for block in blocks[:chosen]:
             tokens = block(tokens)
-        if facet == "key":
-            normed = blocks[chosen].norm1(tokens)
-            _, tokens, _ = blocks[chosen].attn.qkv(normed).chunk(3, dim=-1)
-        else:
+        if facet == "token":
             tokens = self.vit.norm(blocks[chosen](tokens))
+        else:
+            projected = blocks[chosen].attn.qkv(blocks[chosen].norm1(tokens))
+            tokens = projected.chunk(3, dim=-1)[1 if facet == "key" else 2]
         return tokens[:, CLS_TOKENS:].transpose(1, 2).unflatten(2, grid)
 
     def fingerprint(self) -> str:
@@ -106,11 +107,7 @@ def build_dino(model: str) -> ViTEncoder:
 
 
 def load_dino(
-    encoder: EncoderParams,
-    device: torch.device,
-    *,
-    cache_dir: Path,
-    field: str = "mask.encoder",
+    encoder: EncoderParams, device: torch.device, *, cache_dir: Path, field: str = "mask.encoder"
 ) -> DinoEncoder:
     """Build a DINO ViT and load its weights.
 
@@ -120,7 +117,7 @@ def load_dino(
             published weights of the model.
         device: where the encoder goes.
         cache_dir: cache folder with the published weights.
-        field: where the encoder is named, for messages.
+        field: where the encoder stands in the params, for messages.
 
     Raises:
         PipelineError: the weights are not there, or are of another architecture.

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pipeline.models.clip import ClipEncoder, load_clip
-from pipeline.models.layers.dino import DINO_MODELS, DinoEncoder, load_dino
+from pipeline.models.clip.patches import load_patch_encoder
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
     from pipeline.methods.masks import FeatureParams
-    from pipeline.params.base import EncoderParams
 
 
 class FeatureEncoder:
@@ -49,15 +46,3 @@ class FeatureEncoder:
                 images.to(self._runtime.device), facet=self._facet
             )
         return features.float().cpu()
-
-
-def load_patch_encoder(
-    encoder: EncoderParams, runtime: Runtime, *, field: str
-) -> ClipEncoder | DinoEncoder:
-    """What gives features of patches: DINO by the names of its models, else a CLIP.
-
-    Raises:
-        PipelineError: it cannot be loaded; the message names the field.
-    """
-    load = load_dino if encoder.model in DINO_MODELS else partial(load_clip, field=field)
-    return load(encoder, runtime.device, cache_dir=runtime.cache_dir)

@@ -175,7 +175,7 @@ class TestImages:
         self, encoder: ClipEncoder, size: tuple[int, int], grid: tuple[int, int]
     ) -> None:
         images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
-        for facet in ("key", "token"):
+        for facet in ("key", "value", "token"):
             assert encoder.patch_features(images, facet=facet).shape == (2, 128, *grid)
 
     def test_patch_features_are_those_of_open_clip(self, encoder: ClipEncoder) -> None:
@@ -188,10 +188,11 @@ class TestImages:
             actual = encoder.patch_features(images, layer=layer, facet="token")
             assert torch.allclose(actual, tokens[layer], atol=1e-5)
         normed = blocks[1].ln_1(tokens[0].permute(0, 2, 3, 1))
-        keys = normed @ blocks[1].attn.in_proj_weight[128:256].T
-        keys = keys + blocks[1].attn.in_proj_bias[128:256]
-        actual = encoder.patch_features(images, facet="key").permute(0, 2, 3, 1)
-        assert torch.allclose(actual, keys, atol=1e-5)
+        for facet, rows in (("key", slice(128, 256)), ("value", slice(256, 384))):
+            expected = normed @ blocks[1].attn.in_proj_weight[rows].T
+            expected = expected + blocks[1].attn.in_proj_bias[rows]
+            actual = encoder.patch_features(images, facet=facet).permute(0, 2, 3, 1)
+            assert torch.allclose(actual, expected, atol=1e-5)
 
     def test_a_layer_beyond_the_last_is_refused(self, encoder: ClipEncoder) -> None:
         with pytest.raises(PipelineError, match="layer: 2 does not exist; this ViT has 2 blocks"):

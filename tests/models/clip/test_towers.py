@@ -56,7 +56,7 @@ def test_shapes_follow_the_image(
     assert projected.shape == features.shape == (2, EMBED_DIM, *grid)
     assert (keys is not None) is tower.has_keys is (kind not in WITHOUT_KEYS)
     assert keys is None or keys.shape[:2] == (2, grid[0] * grid[1])
-    for facet in ("key", "token"):
+    for facet in ("key", "value", "token"):
         assert encoder.patch_features(pixels, facet=facet).shape[-2:] == grid  # type: ignore[arg-type]
 
 
@@ -211,6 +211,24 @@ def test_keys_of_a_vit_are_those_of_its_blocks(encoders: dict[str, ClipEncoder],
         encoder.patch_features(pixels, layer=2)
 
 
+@pytest.mark.parametrize("kind", ["eva", "timm_vit", "siglip", "gap_vit"])
+def test_values_are_what_attention_returns_to_a_position_alone(
+    encoders: dict[str, ClipEncoder], kind: str
+) -> None:
+    encoder = encoders[kind]
+    pixels = torch.rand(1, 3, encoder.image_size, encoder.image_size)
+    attention = encoder.visual.trunk.blocks[-1].attn  # type: ignore[union-attr,index]
+    seen: list[Tensor] = []
+    handle = attention.register_forward_hook(lambda _module, inputs, _output: seen.append(*inputs))
+    values = encoder.patch_features(pixels, facet="value")
+    handle.remove()
+    patches = seen[0][0, -16:]
+    with torch.no_grad():
+        expected = attention(patches[:, None])[:, 0]
+        actual = attention.proj(attention.norm(values.flatten(2)[0].T))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["efficientnet", "convnext", "mobileclip"])
 def test_networks_of_convolutions_give_the_output_of_a_stage_for_keys(
     encoders: dict[str, ClipEncoder], kind: str
@@ -220,7 +238,7 @@ def test_networks_of_convolutions_give_the_output_of_a_stage_for_keys(
     trunk: Any = encoder.visual.trunk
     with torch.no_grad():
         stages = trunk.forward_intermediates(encoder.normalise(pixels), intermediates_only=True)
-    for facet in ("key", "token"):
+    for facet in ("key", "value", "token"):
         for layer in (0, -1):
             actual = encoder.patch_features(pixels, facet=facet, layer=layer)  # type: ignore[arg-type]
             assert torch.equal(actual, stages[layer])

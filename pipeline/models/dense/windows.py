@@ -1,0 +1,109 @@
+"""Sliding windows: an image seen in parts, whose maps are averaged where the parts overlap.
+
+Letters: B images, H W pixels of an image, S T of a window, C channels of a map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.models.layers.interpolate import upsample
+
+WINDOWS_AT_ONCE = 16  # windows that a network sees together
+CHANNELS_AT_ONCE = 64  # of features, whose map of all pixels would be large
+
+Place = tuple[int, int]
+
+
+def window_starts(length: int, side: int, stride: int) -> list[int]:
+    """First pixels of the windows along one axis; the last one ends with the axis."""
+    last = max(length - side, 0)
+    return [*range(0, last, stride), last]
+
+
+def cut_windows(images: Tensor, side: int | None, stride: int) -> tuple[list[Place], list[Tensor]]:
+    """Windows of images (B, 3, H, W), row after row.
+
+    Args:
+        images: of one size.
+        side: of a window in pixels, cut to the image's; None for one window, the whole image.
+        stride: pixels from one window to the next, at most `side`.
+
+    Returns:
+        (top, left) of every window, and its pixels (B, 3, S, T), all of one size.
+    """
+    height, width = images.shape[-2:]
+    side = side or max(height, width)
+    places = list(product(window_starts(height, side, stride), window_starts(width, side, stride)))
+    crops = [images[..., top : top + side, left : left + side] for top, left in places]
+    return places, crops
+
+
+def over_windows(
+    see: Callable[[Tensor], Sequence[Tensor]], crops: Sequence[Tensor]
+) -> list[list[Tensor]]:
+    """What a network gives for every window, several of them at once.
+
+    Args:
+        see: images (n, 3, S, T) -> one map (n, C, h, w) or more, of several kinds.
+        crops: windows (B, 3, S, T), all of one size.
+
+    Returns:
+        For each kind, the maps (B, C, h, w) of all windows.
+    """
+    batch = len(crops[0])
+    step = max(1, WINDOWS_AT_ONCE // batch)
+    found = [
+        [kind.split(batch) for kind in see(torch.cat(list(crops[start : start + step])))]
+        for start in range(0, len(crops), step)
+    ]
+    return [[one for part in kind for one in part] for kind in zip(*found, strict=True)]
+
+
+def joined(
+    maps: Sequence[Tensor], places: Sequence[Place], window: Sequence[int], size: Sequence[int]
+) -> Tensor:
+    """The windows' maps as one of all pixels, averaged where windows overlap.
+
+    Args:
+        maps: (B, C, h, w) of every window, upsampled here to the window.
+        places: (top, left) of every window; together they cover the image.
+        window: (S, T).
+        size: (H, W).
+
+    Returns:
+        (B, C, H, W).
+    """
+    if len(maps) == 1:
+        return upsample(maps[0], size)
+    total = maps[0].new_zeros((*maps[0].shape[:2], *size))
+    count = maps[0].new_zeros(tuple(size))
+    for one, (top, left) in zip(maps, places, strict=True):
+        at = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+        total[at] += upsample(one, window)
+        count[at] += 1
+    return total.div_(count)
+
+
+def joined_features(
+    maps: Sequence[Tensor],
+    places: Sequence[Place],
+    window: Sequence[int],
+    size: Sequence[int],
+    *,
+    patch_size: int,
+) -> Tensor:
+    """The same, averaged over patches (B, C, h, w), a few channels at a time."""
+    height, width = (-(-side // patch_size) for side in size)
+    return torch.cat(
+        [
+            F.adaptive_avg_pool2d(joined(part, places, window, size), (height, width))
+            for part in zip(*(one.split(CHANNELS_AT_ONCE, dim=1) for one in maps), strict=True)
+        ],
+        dim=1,
+    )
