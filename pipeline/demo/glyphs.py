@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,7 @@ _CHARMAP_FILES = {
 _CLOSING_RADIUS = 5
 _MINIMUM_PART = 0.02
 _OUTLINE_WIDTH = 13
+_VARIED_WIDTH = 7
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,26 @@ def load_glyphs(families: tuple[str, ...]) -> dict[str, list[Glyph]]:
         if found:
             glyphs[name] = found
     return glyphs
+
+
+@cache
+def load_varied_glyphs(families: tuple[str, ...]) -> dict[str, list[Glyph]]:
+    """As `load_glyphs`, each glyph also without its lines, thicker, thinner and outlined."""
+    return {
+        name: [varied for glyph in glyphs for varied in (glyph, *_variants(glyph))]
+        for name, glyphs in load_glyphs(families).items()
+    }
+
+
+def _variants(glyph: Glyph) -> Iterator[Glyph]:
+    shape = glyph.silhouette
+    nothing = Image.new("L", shape.size)
+    yield Glyph(shape, glyph.outlined_tone, glyph.outlined_tone)
+    yield Glyph(shape, nothing, glyph.outlined_tone)
+    for resized in (ImageFilter.MaxFilter(_VARIED_WIDTH), ImageFilter.MinFilter(_VARIED_WIDTH)):
+        changed = shape.filter(resized)
+        lines = ImageChops.darker(glyph.tone, changed)
+        yield Glyph(changed, lines, lines)
 
 
 @cache

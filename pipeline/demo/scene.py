@@ -73,16 +73,24 @@ class Style:
         glyphs: shapes by object name.
         size: image side in pixels.
         typical: probability that an object keeps each part of its typical look.
+        typical_share: share of the objects that have a typical look at all; the others are drawn
+            with every part at random.
         outlined: probability that an object is outlined.
         backgrounds: kinds of background to draw from.
+        extents: share of the image side that an object spans, by the number of objects.
+        stretch: range of the factor that makes an object higher and as much less wide.
+        shear: most that a row of an object is moved against another, over their distance.
     """
 
     glyphs: dict[str, list[Glyph]]
     size: int = 96
     typical: float = 0.95
+    typical_share: float = 1.0
     outlined: float = 0.0
     backgrounds: tuple[str, ...] = BACKGROUNDS
     extents: dict[int, tuple[float, float]] = field(default_factory=lambda: dict(EXTENTS))
+    stretch: tuple[float, float] = (0.85, 1.15)
+    shear: float = 0.0
 
 
 def typical_looks() -> dict[str, Look]:
@@ -115,7 +123,7 @@ def draw_scene(rng: np.random.Generator, names: list[str], style: Style) -> Scen
     for index, centre in enumerate(_centres(rng, len(names), style.size)):
         extent = rng.uniform(*style.extents[len(names)]) * style.size
         mask, tone = _place(rng, names[index], centre, extent, style)
-        look = _look(rng, names[index], style.typical)
+        look = _look(rng, names[index], style)
         surface = _surface(rng, look, style.size)
         line = np.float32(rng.uniform(0.0, 0.12) if rng.random() < 0.5 else rng.uniform(0.88, 1.0))
         surface += (line - surface) * tone[..., None]
@@ -168,12 +176,15 @@ def _place(
     glyphs = style.glyphs[name]
     glyph = glyphs[rng.integers(len(glyphs))]
     angle = math.radians(rng.uniform(-25, 25))
-    aspect = math.sqrt(rng.uniform(0.85, 1.15))
+    aspect = math.sqrt(rng.uniform(*style.stretch))
     flip = -1.0 if rng.random() < 0.5 else 1.0
     scale = SIDE / extent
     cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
     a, b = flip * cos * aspect, flip * sin * aspect
     d, e = -sin / aspect, cos / aspect
+    if style.shear > 0:
+        amount = rng.uniform(-style.shear, style.shear)
+        a, b = a + amount * d, b + amount * e
     x, y = centre
     matrix = (a, b, SIDE / 2 - a * x - b * y, d, e, SIDE / 2 - d * x - e * y)
     is_outlined = style.outlined > 0 and rng.random() < style.outlined
@@ -191,9 +202,10 @@ def _place(
     return mask, tone * 0.9
 
 
-def _look(rng: np.random.Generator, name: str, typical: float) -> Look:
+def _look(rng: np.random.Generator, name: str, style: Style) -> Look:
     look = _LOOKS[name]
-    keep = rng.random(3) < typical
+    is_typical = style.typical_share == 1.0 or rng.random() < style.typical_share
+    keep = rng.random(3) < (style.typical if is_typical else 0.0)
     return Look(
         look.hue if keep[0] else rng.random(),
         look.second_hue if keep[1] else rng.random(),
