@@ -40,6 +40,8 @@ _CLOSING_RADIUS = 5
 _MINIMUM_PART = 0.02
 _OUTLINE_WIDTH = 13
 _VARIED_WIDTH = 7
+_BLOB_STREAM = 104
+_BLOB_SMOOTHNESS = 0.08
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,26 @@ def load_varied_glyphs(families: tuple[str, ...]) -> dict[str, list[Glyph]]:
         name: [varied for glyph in glyphs for varied in (glyph, *_variants(glyph))]
         for name, glyphs in load_glyphs(families).items()
     }
+
+
+@cache
+def blobs(count: int = 64) -> list[Glyph]:
+    """Shapes of no object: the largest part of smooth noise, always the same ones."""
+    nothing = Image.new("L", (SIDE, SIDE))
+    found = []
+    for number in range(count):
+        rng = np.random.default_rng([_BLOB_STREAM, number])
+        noise = ndimage.gaussian_filter(rng.standard_normal((SIDE, SIDE)), SIDE * _BLOB_SMOOTHNESS)
+        y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
+        shape = noise / noise.std() > 2.5 * (x**2 + y**2) - 1
+        labels, _ = ndimage.label(shape)
+        largest = labels == np.bincount(labels[shape]).argmax()
+        rows, columns = np.nonzero(largest)
+        image = Image.fromarray(largest.astype(np.uint8) * 255)
+        box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        silhouette = _fit_square(image.crop(box)).point(lambda value: 255 * (value > 127))
+        found.append(Glyph(silhouette, nothing, nothing))
+    return found
 
 
 def _variants(glyph: Glyph) -> Iterator[Glyph]:

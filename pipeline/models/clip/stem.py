@@ -113,14 +113,13 @@ CONVOLUTIONS: dict[type[nn.Module], tuple[tuple[str, str], ...]] = {
 
 
 def _fold(conv: nn.Conv2d, norm: nn.Module) -> dict[str, Tensor]:
-    if not isinstance(norm, nn.BatchNorm2d):
+    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
         return conv.state_dict()
-    assert norm.running_mean is not None and norm.running_var is not None
     weight, bias = fuse_conv_bn_weights(
         conv.weight,
         conv.bias,
         norm.running_mean,
-        norm.running_var,
+        norm.running_var,  # type: ignore[arg-type]
         norm.eps,
         norm.weight,
         norm.bias,
