@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,9 @@ _CHARMAP_FILES = {
 _CLOSING_RADIUS = 5
 _MINIMUM_PART = 0.02
 _OUTLINE_WIDTH = 13
+_VARIED_WIDTH = 7
+_BLOB_STREAM = 104
+_BLOB_SMOOTHNESS = 0.08
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,46 @@ def load_glyphs(families: tuple[str, ...]) -> dict[str, list[Glyph]]:
         if found:
             glyphs[name] = found
     return glyphs
+
+
+@cache
+def load_varied_glyphs(families: tuple[str, ...]) -> dict[str, list[Glyph]]:
+    """As `load_glyphs`, each glyph also without its lines, thicker, thinner and outlined."""
+    return {
+        name: [varied for glyph in glyphs for varied in (glyph, *_variants(glyph))]
+        for name, glyphs in load_glyphs(families).items()
+    }
+
+
+@cache
+def blobs(count: int = 64) -> list[Glyph]:
+    """Shapes of no object: the largest part of smooth noise, always the same ones."""
+    nothing = Image.new("L", (SIDE, SIDE))
+    found = []
+    for number in range(count):
+        rng = np.random.default_rng([_BLOB_STREAM, number])
+        noise = ndimage.gaussian_filter(rng.standard_normal((SIDE, SIDE)), SIDE * _BLOB_SMOOTHNESS)
+        y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
+        shape = noise / noise.std() > 2.5 * (x**2 + y**2) - 1
+        labels, _ = ndimage.label(shape)
+        largest = labels == np.bincount(labels[shape]).argmax()
+        rows, columns = np.nonzero(largest)
+        image = Image.fromarray(largest.astype(np.uint8) * 255)
+        box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        silhouette = _fit_square(image.crop(box)).point(lambda value: 255 * (value > 127))
+        found.append(Glyph(silhouette, nothing, nothing))
+    return found
+
+
+def _variants(glyph: Glyph) -> Iterator[Glyph]:
+    shape = glyph.silhouette
+    nothing = Image.new("L", shape.size)
+    yield Glyph(shape, glyph.outlined_tone, glyph.outlined_tone)
+    yield Glyph(shape, nothing, glyph.outlined_tone)
+    for resized in (ImageFilter.MaxFilter(_VARIED_WIDTH), ImageFilter.MinFilter(_VARIED_WIDTH)):
+        changed = shape.filter(resized)
+        lines = ImageChops.darker(glyph.tone, changed)
+        yield Glyph(changed, lines, lines)
 
 
 @cache

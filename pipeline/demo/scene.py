@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageFilter
 
-from pipeline.demo.glyphs import SIDE, Glyph, glyph_names
+from pipeline.demo.glyphs import SIDE, Glyph, blobs, glyph_names
 
 Array = np.ndarray
 PATTERNS = ("stripes", "dots", "checks", "gradient")
@@ -73,16 +73,26 @@ class Style:
         glyphs: shapes by object name.
         size: image side in pixels.
         typical: probability that an object keeps each part of its typical look.
+        typical_share: share of the objects that have a typical look at all; the others are drawn
+            with every part at random.
+        shapeless: probability that an object is a blob of no name's shape, in its typical look.
         outlined: probability that an object is outlined.
         backgrounds: kinds of background to draw from.
+        extents: share of the image side that an object spans, by the number of objects.
+        stretch: range of the factor that makes an object higher and as much less wide.
+        shear: most that a row of an object is moved against another, over their distance.
     """
 
     glyphs: dict[str, list[Glyph]]
     size: int = 96
     typical: float = 0.95
+    typical_share: float = 1.0
+    shapeless: float = 0.0
     outlined: float = 0.0
     backgrounds: tuple[str, ...] = BACKGROUNDS
     extents: dict[int, tuple[float, float]] = field(default_factory=lambda: dict(EXTENTS))
+    stretch: tuple[float, float] = (0.85, 1.15)
+    shear: float = 0.0
 
 
 def typical_looks() -> dict[str, Look]:
@@ -114,8 +124,10 @@ def draw_scene(rng: np.random.Generator, names: list[str], style: Style) -> Scen
     instances = np.zeros((style.size, style.size), np.uint8)
     for index, centre in enumerate(_centres(rng, len(names), style.size)):
         extent = rng.uniform(*style.extents[len(names)]) * style.size
-        mask, tone = _place(rng, names[index], centre, extent, style)
-        look = _look(rng, names[index], style.typical)
+        is_blob = style.shapeless > 0 and rng.random() < style.shapeless
+        glyphs = blobs() if is_blob else style.glyphs[names[index]]
+        mask, tone = _place(rng, glyphs, centre, extent, style)
+        look = _LOOKS[names[index]] if is_blob else _look(rng, names[index], style)
         surface = _surface(rng, look, style.size)
         line = np.float32(rng.uniform(0.0, 0.12) if rng.random() < 0.5 else rng.uniform(0.88, 1.0))
         surface += (line - surface) * tone[..., None]
@@ -159,21 +171,23 @@ def _centres(rng: np.random.Generator, count: int, size: int) -> list[tuple[floa
 
 def _place(
     rng: np.random.Generator,
-    name: str,
+    glyphs: list[Glyph],
     centre: tuple[float, float],
     extent: float,
     style: Style,
 ) -> tuple[Array, Array]:
     """Warp a random glyph to its place: (S, S) float32 mask and tone in [0, 1]."""
-    glyphs = style.glyphs[name]
     glyph = glyphs[rng.integers(len(glyphs))]
     angle = math.radians(rng.uniform(-25, 25))
-    aspect = math.sqrt(rng.uniform(0.85, 1.15))
+    aspect = math.sqrt(rng.uniform(*style.stretch))
     flip = -1.0 if rng.random() < 0.5 else 1.0
     scale = SIDE / extent
     cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
     a, b = flip * cos * aspect, flip * sin * aspect
     d, e = -sin / aspect, cos / aspect
+    if style.shear > 0:
+        amount = rng.uniform(-style.shear, style.shear)
+        a, b = a + amount * d, b + amount * e
     x, y = centre
     matrix = (a, b, SIDE / 2 - a * x - b * y, d, e, SIDE / 2 - d * x - e * y)
     is_outlined = style.outlined > 0 and rng.random() < style.outlined
@@ -191,9 +205,10 @@ def _place(
     return mask, tone * 0.9
 
 
-def _look(rng: np.random.Generator, name: str, typical: float) -> Look:
+def _look(rng: np.random.Generator, name: str, style: Style) -> Look:
     look = _LOOKS[name]
-    keep = rng.random(3) < typical
+    is_typical = style.typical_share == 1.0 or rng.random() < style.typical_share
+    keep = rng.random(3) < (style.typical if is_typical else 0.0)
     return Look(
         look.hue if keep[0] else rng.random(),
         look.second_hue if keep[1] else rng.random(),

@@ -74,10 +74,10 @@ def _draw_index(folder: Path, style: Style, count: int, *, seed: int, run: Stage
         part.mkdir(parents=True)
     for number in range(count):
         rng = np.random.default_rng([seed, INDEX_STREAM, number])
-        scene = _random_scene(rng, style, INDEX_COUNTS)
+        scene = random_scene(rng, style, INDEX_COUNTS)
         stem = f"{number:05d}"
         (images / f"{stem}.jpg").write_bytes(_jpeg(scene.image))
-        semantic = _semantic(scene)
+        semantic = semantic_truth(scene)
         (truth / CLASSES / f"{stem}.png").write_bytes(encode_index_png(semantic))
         (truth / OBJECTS / f"{stem}.png").write_bytes(encode_index_png(scene.instances))
         run.advance()
@@ -95,22 +95,22 @@ def _draw_bench(
     image_ids = [f"{name}_{number:04d}" for number in range(count)]
     for number, image_id in enumerate(image_ids):
         rng = np.random.default_rng([*rng_key, number])
-        scene = _random_scene(rng, style, BENCH_COUNTS)
-        semantic = _semantic(scene)
+        scene = random_scene(rng, style, BENCH_COUNTS)
+        semantic = semantic_truth(scene)
         objects = np.where(semantic > 0, scene.instances, 0)
         writer.add(image_id, _jpeg(scene.image), semantic, objects)
         run.advance()
     return image_ids
 
 
-def _random_scene(rng: np.random.Generator, style: Style, shares: tuple[float, ...]) -> Scene:
+def random_scene(rng: np.random.Generator, style: Style, shares: tuple[float, ...]) -> Scene:
     categories, others = glyph_names()
     others = [name for name in others[:INDEX_OTHERS] if name in style.glyphs]
     count = int(rng.choice(len(shares), p=shares))
     return draw_scene(rng, choose_names(rng, count, categories, others, CATEGORY_SHARE), style)
 
 
-def _semantic(scene: Scene) -> np.ndarray:
+def semantic_truth(scene: Scene) -> np.ndarray:
     """(S, S) uint8 label ids: 1-based category of the object, 0 for anything else."""
     categories, _ = glyph_names()
     label_ids = [categories.index(n) + 1 if n in categories else 0 for n in scene.names]

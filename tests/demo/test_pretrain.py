@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from pipeline.models.masks.selfmask import load_selfmask
 from pipeline.params.base import EncoderParams
 
 PHASES = (
-    Phase(24, 2, 1e-3, singles_only=True, typical_from=1.0, typical_to=1.0),
-    Phase(32, 2, 1e-3, singles_only=False, typical_from=1.0, typical_to=0.5),
+    Phase(24, 2, 1e-3, singles_only=True),
+    Phase(32, 2, 1e-3, singles_only=False),
 )
 SCHEDULE = Schedule(blocks=1, block_images=16, iterations=2, probe_images=2)
 
@@ -34,6 +35,7 @@ def test_networks_and_card(tmp_path: Path) -> None:
     first = run(tmp_path / "out", tmp_path / "work", runtime)
     assert sorted(first) == [
         "README.md",
+        "accuracy.json",
         "tiny_clip.json",
         "tiny_clip.safetensors",
         "tiny_selfmask.json",
@@ -41,6 +43,14 @@ def test_networks_and_card(tmp_path: Path) -> None:
     ]
     assert all(len(data) < 8_000_000 for data in first.values())
     assert "--seed 3" in first["README.md"].decode()
+    assert set(json.loads(first["accuracy.json"])) == {
+        "known",
+        "world",
+        "unseen",
+        "random_look",
+        "random_look_unseen",
+        "denseclip_miou",
+    }
 
     encoder = load_clip(
         EncoderParams(
@@ -64,12 +74,14 @@ def test_networks_and_card(tmp_path: Path) -> None:
 
 
 def test_batches_are_a_function_of_seed_and_step() -> None:
-    phase = Phase(24, 10, 1e-3, singles_only=False, typical_from=1.0, typical_to=0.5)
-    images, captions = PairBatches(phase, seed=1, start=0)[5]
-    resumed, same_captions = PairBatches(phase, seed=1, start=5)[0]
+    phase = Phase(24, 10, 1e-3, singles_only=False)
+    images, captions, topics = PairBatches(phase, seed=1, start=0)[5]
+    resumed, *same_texts = PairBatches(phase, seed=1, start=5)[0]
     assert torch.equal(images, resumed)
-    assert captions == same_captions
-    other, _ = PairBatches(phase, seed=2, start=0)[5]
+    assert [captions, topics] == same_texts
+    for caption, topic in zip(captions, topics, strict=True):
+        assert all(name in caption for name in topic.split(", "))
+    other, *_ = PairBatches(phase, seed=2, start=0)[5]
     assert not torch.equal(images, other)
 
 

@@ -26,6 +26,7 @@ from pipeline.models.clip.hub import tried_once
 from pipeline.models.clip.photo_clip import CONFIG_PATH as PHOTO_CLIP_CONFIG
 from pipeline.models.clip.photo_clip import NAME as PHOTO_CLIP
 from pipeline.models.clip.photo_clip import find_weights as find_photo_clip
+from pipeline.models.clip.stem import ConvStem
 from pipeline.models.clip.tokenizer import load_tokenizer
 from pipeline.models.weights.weights import load_strict, read_weights
 from pipeline.models.weights.zoo import (
@@ -75,11 +76,12 @@ def load_clip(
     Its `model` is an open_clip architecture (`ViT-B-16-quickgelu`), clip-retrieval's
     `open_clip:ARCHITECTURE/TAG` (then `pretrained` is empty), or the path of a model-config JSON
     file of open_clip's form (embed_dim, vision_cfg, text_cfg, quick_gelu). Such a file may also
-    hold `vocabulary` (sorted BPE token ids that the text tower was cut to) and `preprocess` (mean,
-    std, size, interpolation, resize_mode), and `names`, a closed list that other names are refused
-    by. `photo_clip` is such a file of our own. `pretrained` is an open_clip tag (`openai`), the
-    path of a weights file in open_clip's or OpenAI's layout (.safetensors, .pt, .pth, .bin), such a
-    path with its tag, or a name of `pipeline weights list`; `photo_clip` is put together from its
+    have a convolutional `stem` in its `vision_cfg` (width, blocks: see `ConvStem`), and hold
+    `vocabulary` (sorted BPE token ids that the text tower was cut to) and `preprocess` (mean, std,
+    size, interpolation, resize_mode), and `names`, a closed list that other names are refused by.
+    `photo_clip` is such a file of our own. `pretrained` is an open_clip tag (`openai`), the path of
+    a weights file in open_clip's or OpenAI's layout (.safetensors, .pt, .pth, .bin), such a path
+    with its tag, or a name of `pipeline weights list`; `photo_clip` is put together from its
     package where it is not fetched.
 
     Args:
@@ -326,6 +328,8 @@ def _build(config: dict[str, Any], *, source: str) -> nn.Module:
     """An open_clip model with random weights; nothing is downloaded."""
     settings = {key: value for key, value in config.items() if key not in OWN_CONFIG_KEYS}
     custom_text = settings.pop("custom_text", False)
+    settings["vision_cfg"] = dict(settings["vision_cfg"])
+    stem = settings["vision_cfg"].pop("stem", None)
     if "timm_model_name" in settings["vision_cfg"]:
         settings["vision_cfg"] = {**settings["vision_cfg"], "timm_model_pretrained": False}
     if "hf_model_name" in settings["text_cfg"]:
@@ -335,7 +339,10 @@ def _build(config: dict[str, Any], *, source: str) -> nn.Module:
     if custom_text:
         model_class = open_clip.CoCa if "multimodal_cfg" in settings else open_clip.CustomTextCLIP
     try:
-        return model_class(**settings)
+        clip = model_class(**settings)
+        if stem is not None:
+            clip.visual.conv1 = ConvStem(settings["vision_cfg"]["width"], **stem)
+        return clip
     except Exception as error:  # open_clip answers wrong values with any exception
         raise PipelineError(
             f"encoder.model: {source}: open_clip cannot build it: {first_line(error)}"

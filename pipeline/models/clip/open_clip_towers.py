@@ -83,7 +83,7 @@ class OpenClipVit:
         """Sizes of encoder and text space."""
         visual = self.visual
         return (
-            f"patch {visual.conv1.weight.shape[-1]}, width {visual.conv1.weight.shape[0]}, "
+            f"patch {self.patch_size}, width {self.width}, "
             f"{len(visual.transformer.resblocks)} encoder blocks, "
             f"{visual.positional_embedding.shape[0] - 1} positions, "
             f"text space {visual.proj.shape[1]}"

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
+from pipeline.models.clip.stem import ConvStem
 
 PositionResize = Literal["scale", "size", "grid"]
 
@@ -20,7 +21,7 @@ PositionResize = Literal["scale", "size", "grid"]
 class VisionTower(Protocol):
     """What the functions below read from a CLIP vision transformer."""
 
-    conv1: nn.Conv2d
+    conv1: nn.Conv2d | ConvStem
     class_embedding: Tensor
     positional_embedding: Tensor
     ln_pre: nn.Module
@@ -51,6 +52,14 @@ def vision_tower(encoder: nn.Module) -> VisionTower:
             "square grid; choose an encoder trained on square images"
         )
     return tower
+
+
+def patch_sides(embedding: nn.Conv2d | ConvStem) -> tuple[int, int]:
+    """Height and width in pixels of what becomes one token."""
+    if isinstance(embedding, ConvStem):
+        return embedding.patch_size
+    height, width = embedding.weight.shape[-2:]
+    return height, width
 
 
 def resize_positions(
@@ -109,7 +118,7 @@ def embed_patches(
             patch.
     """
     tower = vision_tower(encoder)
-    patch_height, patch_width = tower.conv1.weight.shape[-2:]
+    patch_height, patch_width = patch_sides(tower.conv1)
     if images.shape[-2] < patch_height or images.shape[-1] < patch_width:
         raise PipelineError(
             f"image of {images.shape[-1]} x {images.shape[-2]} pixels is smaller than a patch of "
