@@ -79,11 +79,8 @@ def test_config_with_a_stem_loads(tmp_path: Path) -> None:
 
 def test_wrong_stem_names_the_file(tmp_path: Path) -> None:
     vision = {**CONFIG["vision_cfg"], "stem": {"depth": 3}}
-    (tmp_path / "clip.json").write_text(json.dumps({**CONFIG, "vision_cfg": vision}))
+    model, weights = tmp_path / "clip.json", tmp_path / "clip.safetensors"
+    model.write_text(json.dumps({**CONFIG, "vision_cfg": vision}))
+    save_tensors({"logit_scale": torch.zeros(())}, weights)
     with pytest.raises(PipelineError, match=r"clip\.json.*depth"):
-        load_clip(
-            EncoderParams(
-                model=str(tmp_path / "clip.json"), pretrained=str(tmp_path / "clip.json")
-            ),
-            torch.device("cpu"),
-        )
+        load_clip(EncoderParams(model=str(model), pretrained=str(weights)), torch.device("cpu"))
