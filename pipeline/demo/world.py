@@ -20,7 +20,7 @@ from pipeline.files import replace_dir
 from pipeline.params.sections import WorldParams
 
 INDEX_STREAM = 1
-# Of the known and the unseen part of each benchmark: settings are chosen on `dev`, `voc` is reported.
+# Of the known and the unseen part of a benchmark: settings are chosen on `dev`, `voc` is reported.
 BENCH_STREAMS = {"dev": (2, 3), "voc": (4, 5)}
 INDEX_COUNTS = (0.10, 0.62, 0.20, 0.08)
 BENCH_COUNTS = (0.0, 0.35, 0.40, 0.25)
@@ -34,17 +34,16 @@ def draw_world(out_dir: Path, *, params: WorldParams, seed: int, stats_path: Pat
 
     `index/` holds plain JPEGs: one to three objects or none, from the known glyph families, and
     `INDEX_OTHERS` kinds of object that no category names. `index_truth/` holds their masks, to
-    score pseudo-masks with. `dev/`, which settings are chosen on, and `voc/`, which is reported, are
-    benchmarks of as many images in PASCAL VOC's layout, no image in both: splits `known` (new
-    renderings of the known families), `unseen` (a family drawn nowhere else) and `val` (both).
+    score pseudo-masks with. `dev/`, which settings are chosen on, and `voc/`, which is reported,
+    are benchmarks of as many images in PASCAL VOC's layout: splits `known` (new renderings of the
+    known families), `unseen` (a family drawn nowhere else) and `val` (both).
 
     Raises:
         PipelineError: the fonts of the extra `demo` are not installed.
     """
     known = Style(load_glyphs(KNOWN_FAMILIES), params.size, outlined=OUTLINED)
-    unseen = Style(
-        load_glyphs((UNSEEN_FAMILY,)), params.size
-    )  # line drawings, outlined as they are
+    # Noto's glyphs are line drawings with an outline of their own.
+    unseen = Style(load_glyphs((UNSEEN_FAMILY,)), params.size)
     total = params.index_images + len(BENCH_STREAMS) * params.bench_images
     with (
         replace_dir(out_dir) as folder,
