@@ -310,7 +310,9 @@ def test_dvc_joins_the_demos_stages_by_their_files(tmp_path: Path) -> None:
         "pseudo_label": {"mask", "bank"},
         "train": {"mask"},
         "predict_bench@voc": {"train", "world@demo"},
+        "predict_bench@dev": {"train", "world@demo"},
         "score@voc": {"predict_bench@voc", "world@demo"},
+        "score@dev": {"predict_bench@dev", "world@demo"},
         "plus@annotation_free": {"world@demo"},
         "plus@zero_shot": {"world@demo"},
         "compare": {"plus@annotation_free", "plus@zero_shot"},
@@ -318,6 +320,7 @@ def test_dvc_joins_the_demos_stages_by_their_files(tmp_path: Path) -> None:
         "report": {
             *("world@demo", "embed@demo", "retrieve", "mask", "bank", "pseudo_label"),
             *("train", "predict_bench@voc", "score@voc", "audit@demo", "compare"),
+            *("predict_bench@dev", "score@dev"),
             *("plus@annotation_free", "plus@zero_shot"),
         },
     }

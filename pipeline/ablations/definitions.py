@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.errors import PipelineError
-from pipeline.params.base import Section
+from pipeline.params.base import Count, Section
 from pipeline.params.reading import read_section
 
 FOLDER = Path(__file__).resolve().parents[1] / "presets" / "ablations"
@@ -19,7 +19,11 @@ Settings = dict[str, Any]
 
 
 class Variant(Section):
-    """One setting: its name in tables, and the params that it sets, by dotted key."""
+    """One setting: its name in tables, and the params that it sets, by dotted key.
+
+    A mapping takes the place of a whole section. Where the method of a section is set, as by
+    `mask.source`, what params.yaml says there and the new method lacks goes.
+    """
 
     label: Annotated[str, Field(pattern=r"\S")]
     params: Settings = Field(default_factory=dict)
@@ -37,6 +41,9 @@ class Ablation(Section):
         demo_variants: what stands for it where params.yaml draws a world; none: the same variants,
             empty: the embedded default has nothing to vary.
         carries_over: what of the embedded default's result carries over to photos, and what not.
+        seeds: how many runs of a variant, each with a seed of its own, unless the command says so.
+        lift_over: label of the variant that lifts and seconds are counted from; none: neither is
+            shown. With it, settings are chosen on the benchmark for development.
     """
 
     description: Annotated[str, Field(pattern=r"\S")]
@@ -46,6 +53,19 @@ class Ablation(Section):
     variants: Annotated[list[Variant], Field(min_length=2)]
     demo_variants: list[Variant] | None = None
     carries_over: str
+    seeds: Count = 1
+    lift_over: str | None = None
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        """Refuse a label that comes twice, and a lift over a variant that is not there."""
+        for variants in (self.variants, self.demo_variants or []):
+            labels = [variant.label for variant in variants]
+            if len(set(labels)) < len(labels):
+                raise ValueError(f"labels of variants must differ; there are {labels}")
+            if self.lift_over is not None and labels and self.lift_over not in labels:
+                raise ValueError(f"lift_over: {self.lift_over!r} is no variant; there are {labels}")
+        return self
 
     def variants_for(self, *, demo: bool) -> list[Variant]:
         """The variants for the embedded default or for everything else."""

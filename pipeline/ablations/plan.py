@@ -14,7 +14,7 @@ from pipeline.ablations.definitions import Ablation, Settings, Variant
 from pipeline.ablations.results import value_at
 from pipeline.errors import PipelineError
 from pipeline.files import digest
-from pipeline.params.reading import parse_params
+from pipeline.params.reading import DOORS, parse_params
 from pipeline.params.sections import Params
 
 DIGITS = 6
@@ -26,10 +26,11 @@ NO_STRINGS = ("null", "true", "false", "nan", "inf")
 
 @dataclass(frozen=True)
 class Step:
-    """One variant of an ablation.
+    """One run of a variant of an ablation.
 
     Attributes:
         label: its name in tables.
+        seed: of its run.
         params: what it sets, by dotted key.
         overrides: those of them, and of the ones set for all variants, that params.yaml has
             otherwise.
@@ -37,6 +38,7 @@ class Step:
     """
 
     label: str
+    seed: int
     params: Settings
     overrides: Settings
     experiment: str
@@ -46,12 +48,14 @@ class Step:
         """Whether anything but evaluation differs from params.yaml."""
         return any(key.split(".")[0] not in EVALUATION for key in self.overrides)
 
-    def command(self, target: str) -> list[str]:
-        """The words after `dvc` that run the stage `target` and what comes before it."""
+    def command(self, *targets: str) -> list[str]:
+        """The words after `dvc` that run these stages and what comes before them."""
         words = ["exp", "run", "--name", self.experiment]
         for key, value in self.overrides.items():
+            if isinstance(value, Mapping):  # in place of what is there, not merged into it
+                words += ["--set-param", f"++{key}=null"]
             words += ["--set-param", f"++{key}={override_literal(value)}"]
-        return [*words, target]
+        return [*words, *targets]
 
 
 def plan(
@@ -60,10 +64,12 @@ def plan(
     params: Params,
     *,
     bench: str,
+    report_bench: str | None = None,
+    seeds: int = 1,
     for_all: Settings | None = None,
     data: str = "",
 ) -> list[Step]:
-    """The variants of an ablation as experiments on these params.
+    """The variants of an ablation as experiments on these params, all of a seed after each other.
 
     Args:
         name: the ablation's name.
@@ -71,17 +77,22 @@ def plan(
             world.
         params: what params.yaml says.
         bench: name of the benchmark that is scored.
+        report_bench: of another one that is scored as well.
+        seeds: how many runs of a variant: with the seed of the params, the next one, and so on.
         for_all: params set for every variant; a variant's own settings go before them.
         data: what the data are, for the names of experiments.
 
     Raises:
-        PipelineError: the benchmark is not in the params, the ablation is about another student or
-            has no variant for the embedded default, or a setting names no param or has a value that
-            the param refuses.
+        PipelineError: a benchmark is not in the params or the same as the other, the ablation is
+            about another student or has no variant for the embedded default, or a setting names no
+            param or has a value that the param refuses.
     """
-    if bench not in params.benches:
-        known = ", ".join(params.benches) or "none"
-        raise PipelineError(f"--bench: {bench!r} is not under `benches:`; there are: {known}")
+    for option, chosen in (("--bench", bench), ("--report-bench", report_bench)):
+        if chosen is not None and chosen not in params.benches:
+            known = ", ".join(params.benches) or "none"
+            raise PipelineError(f"{option}: {chosen!r} is not under `benches:`; there are: {known}")
+    if report_bench == bench:
+        raise PipelineError(f"--report-bench: {bench!r} is --bench already; name another one")
     if ablation.student not in (None, params.train.student):
         raise PipelineError(
             f"ablation {name}: train.student: {params.train.student}: it is about "
@@ -90,7 +101,12 @@ def plan(
     variants = ablation.variants_for(demo=bool(params.worlds))
     if not variants:
         raise PipelineError(f"ablation {name}: {' '.join(ablation.carries_over.split())}")
-    return [_step(name, variant, params, for_all or {}, (bench, data)) for variant in variants]
+    scored = [bench, *([] if report_bench is None else [report_bench]), data]
+    return [
+        _step(name, variant, params, for_all or {}, scored, number)
+        for number in range(seeds)
+        for variant in variants
+    ]
 
 
 def parse_settings(words: Sequence[str]) -> Settings:
@@ -135,9 +151,15 @@ def _step(
     variant: Variant,
     params: Params,
     for_all: Mapping[str, Any],
-    scored: tuple[str, str],
+    scored: Sequence[str],
+    number: int,
 ) -> Step:
+    """The run of a variant with the seed that is `number` after the first."""
+    seed = for_all.get("seed", params.seed)
     wanted = {**for_all, **variant.params}
+    if number:
+        seed = wanted["seed"] = seed + number
+    wanted = _with_whole_sections(wanted, params)
     before = params.model_dump(mode="json")
     after = params.model_dump(mode="json")
     for key, value in wanted.items():
@@ -151,10 +173,31 @@ def _step(
     identity = digest([*scored, overrides])[:DIGITS]
     return Step(
         label=variant.label,
+        seed=seed,
         params=dict(variant.params),
         overrides=overrides,
-        experiment=f"{name}-{slug}-{identity}",
+        experiment=f"{name}-{slug}-{f'seed{seed}-' if number else ''}{identity}",
     )
+
+
+def _with_whole_sections(wanted: Settings, params: Params) -> Settings:
+    """Settings that set a section as a whole where they change its method.
+
+    Of what params.yaml says there, that which the new method has, too, stays.
+    """
+    for key, door in DOORS.items():
+        section = getattr(params, key)
+        method = wanted.get(f"{key}.{door.tag}")
+        if method is None or method not in door.methods or method == getattr(section, door.tag):
+            continue
+        stays = section.model_fields_set & door.methods[method].params.model_fields.keys()
+        whole = section.model_dump(mode="json", include=stays)
+        prefix = f"{key}."
+        for name in [name for name in wanted if name.startswith(prefix)]:
+            set_at(whole, name.removeprefix(prefix), wanted[name])
+        wanted = {name: wanted[name] for name in wanted if not name.startswith(prefix)}
+        wanted[key] = whole
+    return wanted
 
 
 def set_at(tree: dict[str, Any], key: str, value: Any) -> None:

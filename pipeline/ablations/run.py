@@ -1,22 +1,24 @@
-"""Run an ablation: one DVC experiment a variant, one line a variant, one file of results."""
+"""Run an ablation: a DVC experiment a variant and seed, a line each, one file of results."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from pipeline.ablations.definitions import Ablation, Settings, list_ablations, read_ablation
 from pipeline.ablations.plan import Step, plan
 from pipeline.ablations.results import (
     AblationResult,
+    RunResult,
     VariantResult,
     protocol_of,
     value_at,
     write_result,
 )
-from pipeline.ablations.workspace import LOCK, PARAMS, Workspace
+from pipeline.ablations.summary import summarised, table
+from pipeline.ablations.workspace import LOCK, PARAMS, SCRATCH, Outcome, Workspace
 from pipeline.errors import PipelineError
 from pipeline.files import file_sha256
 from pipeline.params.reading import read_params
@@ -26,52 +28,80 @@ METRICS = "reports/metrics/{bench}.json"
 RESULTS = "reports/ablations/{name}.json"
 
 
+class Plan(NamedTuple):
+    """What is run for an ablation: its benchmarks, that which is reported last, and its steps."""
+
+    ablation: Ablation
+    benches: list[str]
+    steps: list[Step]
+
+
 def run(
     name: str,
     *,
     root: Path = Path(),
     bench: str | None = None,
+    report_bench: str | None = None,
+    seeds: int | None = None,
     settings: Settings | None = None,
 ) -> None:
     """Run every variant of an ablation and write `reports/ablations/NAME.json`.
 
     A variant whose experiment was run from the last commit and this dvc.lock is not run again; what
     other experiments have computed comes out of DVC's run cache. The file is written after every
-    variant, so that a stopped ablation continues.
+    run, so that a stopped ablation continues. All variants are run with one seed before the next.
 
     Args:
         name: the ablation.
         root: folder of dvc.yaml and params.yaml.
-        bench: the benchmark that is scored; the first one of params.yaml without it.
+        bench: the benchmark that is scored, and that settings are chosen on; without it the first
+            one of params.yaml, or the first for development where the ablation measures lifts.
+        report_bench: the one that is reported; without it that of the params, where the ablation
+            measures lifts on one for development.
+        seeds: how many runs of a variant; without it as many as the definition says.
         settings: params set for all variants.
 
     Raises:
         PipelineError: as for `plan` and `Workspace.check`, or a variant failed (after the others
             have run).
     """
-    ablation, bench, steps = _plan(name, root, bench, settings)
-    results_path = root / RESULTS.format(name=name)
-    log_path = root / ".dvc" / "tmp" / f"ablate-{name}.log"
-    workspace = Workspace(root, metrics=METRICS.format(bench=bench), log_path=log_path)
+    ablation, benches, steps = _plan(name, root, bench, report_bench, seeds, settings)
+    targets = [f"score@{bench}" for bench in benches]
+    workspace = Workspace(
+        root,
+        metrics=[METRICS.format(bench=bench) for bench in benches],
+        target=targets[-1],
+        log_path=(log_path := root / SCRATCH / f"ablate-{name}.log"),
+    )
     workspace.check()
-    results = [VariantResult(label=step.label, params=step.params) for step in steps]
-    failed = {}
+    results_path = root / RESULTS.format(name=name)
+    runs: dict[str, list[RunResult]] = {step.label: [] for step in steps}
+    variants = {step.label: VariantResult(label=step.label, params=step.params) for step in steps}
+    failed: dict[str, str] = {}
     for index, step in enumerate(steps):
-        print(f"{index + 1}/{len(steps)} {step.label}: ", end="", flush=True)
-        metrics = _run_step(workspace, step, target=f"score@{bench}")
-        if metrics is None:
+        if step.label in failed:
+            continue
+        print(f"{index + 1}/{len(steps)} {_title(step, ablation, seeds)}: ", end="", flush=True)
+        outcome = workspace.find(step.experiment) or workspace.run(
+            step.command(*targets),
+            own_cache=step.experiment if ablation.lift_over is not None else None,
+        )
+        if outcome is None:
             failed[step.label] = workspace.last_words()
             print("failed", flush=True)
             continue
-        results[index] = _result(step, ablation, metrics)
-        print(_scores(ablation, results[index].metrics, step), flush=True)
-        whole = AblationResult(ablation=name, bench=bench, params=settings or {}, variants=results)
+        runs[step.label].append(_run_result(step, ablation, benches, outcome))
+        encoder = protocol_of(outcome.metrics[0]).get("encoder")
+        variants[step.label] = variants[step.label].model_copy(update={"encoder": encoder})
+        print(_scores(ablation, runs[step.label][-1]), flush=True)
+        whole = _result(name, ablation, benches, settings or {}, variants, runs)
         write_result(results_path, whole)
-    print(f"\n{_table(name, ablation, results)}\n{results_path}")
+    whole = _result(name, ablation, benches, settings or {}, variants, runs)
+    print(f"\n{_table(name, ablation, whole)}\n{results_path}")
     if failed:
         reasons = "; ".join(f"{label!r}: {reason}" for label, reason in failed.items())
         raise PipelineError(
-            f"ablation {name}: {len(failed)} of {len(steps)} variants failed; {reasons}; "
+            f"ablation {name}: {len(failed)} of {len(variants)} variants failed; {reasons}; "
             f"see {log_path}"
         )
 
@@ -81,14 +111,17 @@ def describe(
     *,
     root: Path = Path(),
     bench: str | None = None,
+    report_bench: str | None = None,
+    seeds: int | None = None,
     settings: Settings | None = None,
 ) -> str:
-    """What `run` would do: a line a variant and DVC's command."""
-    ablation, bench, steps = _plan(name, root, bench, settings)
-    lines = [f"{name}: {ablation.description}, on {bench}"]
+    """What `run` would do: a line a run and DVC's command."""
+    ablation, benches, steps = _plan(name, root, bench, report_bench, seeds, settings)
+    on = f"on {benches[0]}" + (f", reported on {benches[1]}" if benches[1:] else "")
+    lines = [f"{name}: {ablation.description}, {on}"]
     for step in steps:
-        command = shlex.join(["dvc", *step.command(f"score@{bench}")])
-        lines += [f"  {step.label} ({_cost(step)})", f"    {command}"]
+        command = shlex.join(["dvc", *step.command(*(f"score@{bench}" for bench in benches))])
+        lines += [f"  {_title(step, ablation, seeds)} ({_cost(step)})", f"    {command}"]
     return "\n".join(lines)
 
 
@@ -104,21 +137,53 @@ def _overview_line(name: str, params: Params) -> str:
         return f"{ablation.description} (for train.student: {ablation.student})"
     if not ablation.variants_for(demo=bool(params.worlds)):
         return f"{ablation.description} (not for the embedded default)"
-    steps = plan(name, ablation, params, bench=_first_bench(params))
+    bench = _first_bench(params)
+    steps = plan(name, ablation, params, bench=bench, seeds=ablation.seeds)
     trainings = sum(step.needs_training for step in steps)
-    noun = "training run" if trainings == 1 else "training runs"
-    return f"{ablation.description} ({len(steps)} variants, {trainings} {noun})"
+    parts = [f"{len(steps) // ablation.seeds} variants"]
+    parts += [f"{ablation.seeds} seeds"] if ablation.seeds > 1 else []
+    parts += [f"{trainings} training {'run' if trainings == 1 else 'runs'}"]
+    return f"{ablation.description} ({', '.join(parts)})"
 
 
 def _plan(
-    name: str, root: Path, bench: str | None, settings: Settings | None
-) -> tuple[Ablation, str, list[Step]]:
+    name: str,
+    root: Path,
+    bench: str | None,
+    report_bench: str | None,
+    seeds: int | None,
+    settings: Settings | None,
+) -> Plan:
     ablation = read_ablation(name)
     params = read_params(root / PARAMS)
+    if ablation.lift_over is not None:
+        bench, report_bench = _chosen_and_reported(params, bench, report_bench)
     bench = bench or _first_bench(params)
     lock = root / LOCK
     data = file_sha256(lock) if lock.is_file() else ""
-    return ablation, bench, plan(name, ablation, params, bench=bench, for_all=settings, data=data)
+    steps = plan(
+        name,
+        ablation,
+        params,
+        bench=bench,
+        report_bench=report_bench,
+        seeds=seeds or ablation.seeds,
+        for_all=settings,
+        data=data,
+    )
+    return Plan(ablation, [bench, *([report_bench] if report_bench else [])], steps)
+
+
+def _chosen_and_reported(
+    params: Params, bench: str | None, report_bench: str | None
+) -> tuple[str | None, str | None]:
+    """What is not given: the first benchmark for development, and the first one of the others."""
+    for_development = [name for name, entry in params.benches.items() if entry.development]
+    bench = bench or next(iter(for_development), None)
+    if report_bench is None and bench in for_development:
+        others = (name for name in params.benches if name not in for_development)
+        report_bench = next(others, None)
+    return bench, report_bench
 
 
 def _first_bench(params: Params) -> str:
@@ -127,19 +192,45 @@ def _first_bench(params: Params) -> str:
     return next(iter(params.benches))
 
 
-def _run_step(workspace: Workspace, step: Step, *, target: str) -> dict[str, Any] | None:
-    found = workspace.find(step.experiment)
-    return workspace.run(step.command(target)) if found is None else found
-
-
-def _result(step: Step, ablation: Ablation, metrics: Mapping[str, Any]) -> VariantResult:
-    return VariantResult(
-        label=step.label,
-        params=step.params,
+def _run_result(
+    step: Step, ablation: Ablation, benches: Sequence[str], outcome: Outcome
+) -> RunResult:
+    files = zip(benches, outcome.metrics, strict=True)
+    return RunResult(
+        seed=step.seed,
         experiment=step.experiment,
-        encoder=protocol_of(metrics).get("encoder"),
-        metrics={key: value_at(metrics, key) for key in ablation.metrics},
+        metrics={
+            bench: {key: value_at(metrics, key) for key in ablation.metrics}
+            for bench, metrics in files
+        },
+        stages=outcome.stages,
     )
+
+
+def _result(
+    name: str,
+    ablation: Ablation,
+    benches: Sequence[str],
+    settings: Settings,
+    variants: Mapping[str, VariantResult],
+    runs: Mapping[str, list[RunResult]],
+) -> AblationResult:
+    """What there is so far."""
+    base = runs[ablation.lift_over] if ablation.lift_over is not None else None
+    return AblationResult(
+        ablation=name,
+        bench=benches[0],
+        report_bench=benches[1] if benches[1:] else None,
+        params=settings,
+        variants=[
+            summarised(variant, runs[label], benches=benches, base=base) if runs[label] else variant
+            for label, variant in variants.items()
+        ],
+    )
+
+
+def _title(step: Step, ablation: Ablation, seeds: int | None) -> str:
+    return step.label + (f", seed {step.seed}" if (seeds or ablation.seeds) > 1 else "")
 
 
 def _cost(step: Step) -> str:
@@ -148,17 +239,20 @@ def _cost(step: Step) -> str:
     return "training" if step.needs_training else "evaluation only"
 
 
-def _scores(ablation: Ablation, metrics: Mapping[str, float | None], step: Step) -> str:
-    parts = [f"{head} {_number(metrics[key])}" for key, head in ablation.metrics.items()]
-    return f"{', '.join(parts)} (experiment {step.experiment})"
-
-
-def _table(name: str, ablation: Ablation, results: Sequence[VariantResult]) -> str:
-    lines = [[name, *ablation.metrics.values()]]
-    for result in results:
-        lines.append(
-            [result.label, *(_number(result.metrics.get(key)) for key in ablation.metrics)]
+def _scores(ablation: Ablation, result: RunResult) -> str:
+    parts = []
+    for bench, metrics in result.metrics.items():
+        text = ", ".join(
+            f"{head} {_number(metrics[key])}" for key, head in ablation.metrics.items()
         )
+        parts.append(f"{bench} {text}" if len(result.metrics) > 1 else text)
+    return f"{'; '.join(parts)} (experiment {result.experiment})"
+
+
+def _table(name: str, ablation: Ablation, result: AblationResult) -> str:
+    headings, cells = table(ablation, result, _number)
+    rows = zip(result.variants, cells, strict=True)
+    lines = [[name, *headings], *([variant.label, *row] for variant, row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from pipeline.ablations.costs import Notebook, StageCost, read_lock
+from pipeline.engine.runtime import CACHE_VARIABLE, default_cache_dir
 from pipeline.errors import PipelineError, listing
 from pipeline.files import read_json, write_bytes
+from pipeline.models.weights.zoo import FOLDER as WEIGHTS
 
 PARAMS, LOCK = "params.yaml", "dvc.lock"
+TIMES = "reports/times"
+SCRATCH = ".dvc/tmp"
 # What ablations and `dvc repro` write may differ from the last commit: another processor rounds
 # otherwise. Code and params may not, for they decide what an experiment is.
 WRITTEN = ("reports/ablations", "reports/metrics", LOCK)
@@ -23,19 +29,29 @@ LISTED, LAST_LINES = 5, 2
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class Outcome(NamedTuple):
+    """What an experiment left: the metrics files in order, and what its stages took."""
+
+    metrics: list[dict[str, Any]]
+    stages: dict[str, StageCost]
+
+
 class Workspace:
     """A project folder in which experiments run, each from the state of the last commit.
 
     Args:
         root: folder of dvc.yaml.
-        metrics: the metrics file, relative to it, that experiments are run for.
+        metrics: the metrics files, relative to it, that experiments are run for.
+        target: the stage whose costs, and those of all that it waits for, are asked for.
         log_path: where DVC's output goes.
     """
 
-    def __init__(self, root: Path, *, metrics: str, log_path: Path) -> None:
+    def __init__(self, root: Path, *, metrics: Sequence[str], target: str, log_path: Path) -> None:
         self._root = root
         self._metrics = metrics
+        self._target = target
         self._log_path = log_path
+        self._notebook = Notebook(root / SCRATCH / "ablation-times.json")
 
     def check(self) -> None:
         """Refuse to start where the state before could not be brought back.
@@ -67,28 +83,42 @@ class Workspace:
                 "that they could not be brought back; run `dvc repro` (or `dvc checkout`) first"
             )
 
-    def run(self, words: Sequence[str]) -> dict[str, Any] | None:
+    def run(self, words: Sequence[str], *, own_cache: str | None = None) -> Outcome | None:
         """Run DVC with these words; the workspace is as before when this returns or raises.
 
+        Args:
+            words: after `dvc`.
+            own_cache: name of a cache of its own, so that no stage is spared what it takes; it
+                stays there until the run succeeds. None: the common one.
+
         Returns:
-            The metrics that it left; none where DVC failed.
+            What it left; none where DVC failed.
 
         Raises:
             KeyboardInterrupt: stopped from outside (also by SIGTERM or SIGHUP); DVC and its stage
                 have ended then.
         """
-        with self._kept():
-            if self._dvc(words):
+        cache = self._root / SCRATCH / "ablation-caches" / own_cache if own_cache else None
+        is_whole = cache is not None and not cache.exists()
+        with self._kept(is_whole=is_whole):
+            if self._dvc(words, cache):
                 return None
-            content: dict[str, Any] = read_json(self._path(self._metrics))
-            return content
+            metrics = [read_json(self._path(path)) for path in self._metrics]
+            lock = self._content(LOCK)
+        if cache is not None:
+            shutil.rmtree(cache)
+        return Outcome(metrics, self._notebook.costs(read_lock(lock), self._target))
 
-    def find(self, experiment: str) -> dict[str, Any] | None:
-        """Metrics of an experiment that was run from the last commit; none without such a one."""
+    def find(self, experiment: str) -> Outcome | None:
+        """What an experiment left that was run from the last commit; none without such a one."""
         head = self._git("rev-parse", "HEAD").stdout.strip()
         ref = f"refs/exps/{head[:2]}/{head[2:]}/{experiment}"
-        shown = self._git("show", f"{ref}:./{self._metrics}")
-        return None if shown.returncode else json.loads(shown.stdout)
+        *metrics, lock = (self._git("show", f"{ref}:./{path}") for path in (*self._metrics, LOCK))
+        if any(shown.returncode for shown in metrics):
+            return None
+        stages = read_lock(lock.stdout.encode())
+        contents = [json.loads(shown.stdout) for shown in metrics]
+        return Outcome(contents, self._notebook.costs(stages, self._target))
 
     def last_words(self) -> str:
         """The last lines of DVC's output, which say why it failed."""
@@ -112,9 +142,14 @@ class Workspace:
         return sorted({path for paths in kinds for path in paths})
 
     @contextmanager
-    def _kept(self) -> Iterator[None]:
-        """Bring params, lock file, metrics and outputs back after the block, whatever ends it."""
-        files = {name: self._content(name) for name in (PARAMS, LOCK, self._metrics)}
+    def _kept(self, *, is_whole: bool) -> Iterator[None]:
+        """Bring files and outputs back after the block, whatever ends it; note what its runs took.
+
+        The files are params, lock file, metrics and times; `is_whole` is as `Notebook.note` has it.
+        """
+        times = self._times()
+        files = {name: self._content(name) for name in (PARAMS, LOCK, *self._metrics)} | times
+        shutil.rmtree(self._path(TIMES), ignore_errors=True)
         handlers = {number: signal.getsignal(number) for number in STOPPING}
         for number in STOPPING[1:]:
             signal.signal(number, signal.default_int_handler)
@@ -124,7 +159,11 @@ class Workspace:
             for number in STOPPING:  # ignored by DVC too
                 signal.signal(number, signal.SIG_IGN)
             try:
+                stages, ran = read_lock(self._content(LOCK)), self._times()
+                shutil.rmtree(self._path(TIMES), ignore_errors=True)
                 self._restore(files)
+                before = read_lock(files[LOCK])
+                self._notebook.note(stages, ran, before=before, is_whole=is_whole)
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
@@ -141,16 +180,20 @@ class Workspace:
                 f"{self._log_path} and run `dvc checkout --force`"
             )
 
-    def _dvc(self, words: Sequence[str]) -> int:
+    def _dvc(self, words: Sequence[str], cache: Path | None = None) -> int:
         """Run DVC in a process group of its own, its output into the log; returns its status."""
         # A stage's command is found beside this Python, whether or not its folder is on the path.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        environment = os.environ | {"PATH": path}
+        if cache is not None:
+            _make_cache(cache)
+            environment[CACHE_VARIABLE] = str(cache.resolve())
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with self._log_path.open("ab") as log:
             process = subprocess.Popen(
                 [*_DVC, *words],
                 cwd=self._root,
-                env=os.environ | {"PATH": path},
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -167,6 +210,11 @@ class Workspace:
             ["git", *words], cwd=self._root, capture_output=True, text=True, check=False
         )
 
+    def _times(self) -> dict[str, bytes]:
+        """Content of the files of times, by path."""
+        paths = sorted(self._path(TIMES).rglob("*.json"))
+        return {path.relative_to(self._root).as_posix(): path.read_bytes() for path in paths}
+
     def _path(self, name: str) -> Path:
         return self._root / name
 
@@ -176,6 +224,13 @@ class Workspace:
 
 
 _DVC = (sys.executable, "-m", "dvc")
+
+
+def _make_cache(folder: Path) -> None:
+    """An empty cache with the weights of the common one; one that is there stays as it is."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        (folder / WEIGHTS).symlink_to((default_cache_dir() / WEIGHTS).resolve())
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

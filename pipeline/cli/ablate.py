@@ -1,4 +1,4 @@
-"""The papers' ablations, as DVC experiments."""
+"""The papers' ablations and ours, as DVC experiments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,21 @@ def ablate(
     name: Annotated[str, typer.Argument(help="Name of an ablation; `list` lists them.")],
     bench: Annotated[
         str | None,
-        typer.Option(help="Name of a benchmark under `benches:`; default: the first one."),
+        typer.Option(
+            help="Name of a benchmark under `benches:`; default: the first one, or the first for "
+            "development where lifts are measured."
+        ),
+    ] = None,
+    report_bench: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of another benchmark, which reports what is chosen on `--bench`; default: "
+            "none, or the first that is not for development where lifts are measured."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of runs of a variant; default: as the ablation says."),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -30,7 +44,7 @@ def ablate(
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Only say what would be run.")] = False,
 ) -> None:
-    """Run one of the papers' ablations, a DVC experiment a variant, and compare the scores.
+    """Run an ablation, a DVC experiment a variant and seed, and compare the scores.
 
     It starts from the last commit and a finished `dvc repro`, leaves the workspace as it was, and
     writes `reports/ablations/NAME.json`, which `pipeline report` shows beside the paper's numbers.
@@ -50,7 +64,9 @@ def ablate(
         raise PipelineError(f"{PARAMS}: no such file here; run this in the project's folder")
     if name == "list":
         print(overview())
-    elif dry_run:
-        print(describe(name, bench=bench, settings=parse_settings(settings or [])))
+        return
+    given = parse_settings(settings or [])
+    if dry_run:
+        print(describe(name, bench=bench, report_bench=report_bench, seeds=seeds, settings=given))
     else:
-        run(name, bench=bench, settings=parse_settings(settings or []))
+        run(name, bench=bench, report_bench=report_bench, seeds=seeds, settings=given)

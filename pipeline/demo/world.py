@@ -1,4 +1,4 @@
-"""Draw the demo's world: an unlabelled index dataset, its hidden truth, and a benchmark.
+"""Draw the demo's world: an unlabelled index dataset, its hidden truth, and two benchmarks.
 
 Every image is a function of (seed, part, number) alone. No stage reads the truth except to score.
 """
@@ -6,6 +6,7 @@ Every image is a function of (seed, part, number) alone. No stage reads the trut
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from pipeline.engine.progress import StageRun
 from pipeline.files import replace_dir
 from pipeline.params.sections import WorldParams
 
-INDEX_STREAM, KNOWN_STREAM, UNSEEN_STREAM = 1, 2, 3
+INDEX_STREAM = 1
+# Of the known and the unseen part of a benchmark: settings are chosen on `dev`, `voc` is reported.
+BENCH_STREAMS = {"dev": (2, 3), "voc": (4, 5)}
 INDEX_COUNTS = (0.10, 0.62, 0.20, 0.08)
 BENCH_COUNTS = (0.0, 0.35, 0.40, 0.25)
 CATEGORY_SHARE = 0.75
@@ -27,45 +30,38 @@ JPEG_QUALITY = 92
 
 
 def draw_world(out_dir: Path, *, params: WorldParams, seed: int, stats_path: Path) -> None:
-    """Write `index/`, `index_truth/` and `voc/` below `out_dir`.
+    """Write `index/`, `index_truth/`, `dev/` and `voc/` below `out_dir`.
 
     `index/` holds plain JPEGs: one to three objects or none, from the known glyph families, and
     `INDEX_OTHERS` kinds of object that no category names. `index_truth/` holds their masks, to
-    score pseudo-masks with. `voc/` is the benchmark in PASCAL VOC's layout: splits `known` (new
-    renderings of the known families), `unseen` (a family drawn nowhere else) and `val` (both).
+    score pseudo-masks with. `dev/`, which settings are chosen on, and `voc/`, which is reported,
+    are benchmarks of as many images in PASCAL VOC's layout: splits `known` (new renderings of the
+    known families), `unseen` (a family drawn nowhere else) and `val` (both).
 
     Raises:
         PipelineError: the fonts of the extra `demo` are not installed.
     """
-    known = load_glyphs(KNOWN_FAMILIES)
-    unseen = load_glyphs((UNSEEN_FAMILY,))
+    known = Style(load_glyphs(KNOWN_FAMILIES), params.size, outlined=OUTLINED)
+    # Noto's glyphs are line drawings with an outline of their own.
+    unseen = Style(load_glyphs((UNSEEN_FAMILY,)), params.size)
+    total = params.index_images + len(BENCH_STREAMS) * params.bench_images
     with (
         replace_dir(out_dir) as folder,
-        StageRun(
-            "world", stats_path=stats_path, total=params.index_images + params.bench_images
-        ) as run,
+        StageRun("world", stats_path=stats_path, total=total) as run,
     ):
-        drawn = Style(known, params.size, outlined=OUTLINED)
-        _draw_index(folder, drawn, params.index_images, seed=seed, run=run)
-        writer = VocWriter(folder / "voc")
-        ids = {
-            name: _draw_bench(
-                writer,
-                name,
-                Style(glyphs, params.size, outlined=outlined, backgrounds=BENCH_BACKGROUNDS),
-                count,
-                rng_key=(seed, stream),
-                run=run,
-            )
-            for name, glyphs, outlined, count, stream in (
-                ("known", known, OUTLINED, (params.bench_images + 1) // 2, KNOWN_STREAM),
-                # Noto's glyphs are line drawings with an outline of their own.
-                ("unseen", unseen, 0.0, params.bench_images // 2, UNSEEN_STREAM),
-            )
-        }
-        for name, image_ids in ids.items():
-            writer.write_split(name, image_ids)
-        writer.write_split("val", ids["known"] + ids["unseen"])
+        _draw_index(folder, known, params.index_images, seed=seed, run=run)
+        for bench, streams in BENCH_STREAMS.items():
+            writer = VocWriter(folder / bench)
+            ids: list[str] = []
+            for part, style, count, stream in (
+                ("known", known, (params.bench_images + 1) // 2, streams[0]),
+                ("unseen", unseen, params.bench_images // 2, streams[1]),
+            ):
+                style = replace(style, backgrounds=BENCH_BACKGROUNDS)
+                drawn = _draw_bench(writer, part, style, count, rng_key=(seed, stream), run=run)
+                writer.write_split(part, drawn)
+                ids += drawn
+            writer.write_split("val", ids)
 
 
 def _draw_index(folder: Path, style: Style, count: int, *, seed: int, run: StageRun) -> None:

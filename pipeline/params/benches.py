@@ -29,7 +29,9 @@ class BenchSection(Section):
     are scored apart from the others. `groups` maps a name to an image list of the benchmark that is
     scored apart as well. `resize_to` and `max_side` go before those of section `evaluate`;
     `rounding` is that of the sides of a resized image. A `corruption` sees the channels of an image
-    in the order `corruption_channels`.
+    in the order `corruption_channels`. Settings are chosen on a benchmark for `development`: an
+    ablation scores on it first, and the report leaves its scores out. No score depends on that, so
+    that no dump of a section has it.
     """
 
     root: RelaxedPath
@@ -47,6 +49,7 @@ class BenchSection(Section):
     resize_to: Count | None = None
     max_side: Count | None = None
     rounding: Rounding = "down"
+    development: Annotated[bool, Field(exclude=True)] = False
 
     def layout(self) -> dict[str, Any]:
         """The settings that only the reader of this format takes."""

@@ -109,7 +109,7 @@ class AuditParams(Section):
 
 
 class WorldParams(Section):
-    """The demo's drawn world: numbers of images and side in pixels."""
+    """The demo's drawn world: images of the index and of each of two benchmarks, side in pixels."""
 
     index_images: Count = 2000
     bench_images: Annotated[int, Field(ge=2)] = 300

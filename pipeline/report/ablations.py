@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.ablations.definitions import Ablation, list_ablations, read_ablation
 from pipeline.ablations.results import AblationResult, read_result
+from pipeline.ablations.summary import table
 from pipeline.report.inputs import is_wanted, score
 
 
@@ -30,14 +31,13 @@ def read_ablations(
     for name in list_ablations():
         ablation, path = read_ablation(name), results_dir / f"{name}.json"
         result = read_result(path) if path.is_file() else None
-        if result is not None and not is_wanted(result.bench, benches):
+        if result is not None and not all(is_wanted(name, benches) for name in result.benches):
             result = None
         ablations.append(
             {
                 "name": name,
                 "description": ablation.description,
                 "carries_over": ablation.carries_over,
-                "headings": list(ablation.metrics.values()),
                 "is_run": result is not None,
                 "tables": [published[table] for table in ablation.tables if table in published],
                 **(_shown(result, ablation) if result else {}),
@@ -47,9 +47,11 @@ def read_ablations(
 
 
 def _shown(result: AblationResult, ablation: Ablation) -> dict[str, Any]:
+    headings, cells = table(ablation, result, score)
     encoders = {variant.encoder for variant in result.variants if variant.encoder}
     return {
-        "bench": result.bench,
+        "bench": ", ".join(result.benches),
+        "headings": headings,
         "encoder": encoders.pop() if len(encoders) == 1 else "",
         "for_all": _settings(result.params),
         "variants": [
@@ -57,9 +59,9 @@ def _shown(result: AblationResult, ablation: Ablation) -> dict[str, Any]:
                 "label": variant.label,
                 "settings": _settings(variant.params),
                 "is_run": variant.experiment is not None,
-                "cells": [score(variant.metrics.get(key)) for key in ablation.metrics],
+                "cells": row,
             }
-            for variant in result.variants
+            for variant, row in zip(result.variants, cells, strict=True)
         ],
     }
 

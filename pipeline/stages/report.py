@@ -57,7 +57,8 @@ def run(
     """Write the report page.
 
     Of worlds, sources, benchmarks, audits and DenseCLIP+ it shows those that the params file names,
-    and all of them where there is no params file.
+    and all of them where there is no params file. Scores on a benchmark for development are left to
+    the ablations.
 
     Args:
         archives_path: Parquet table of the archives.
@@ -77,7 +78,7 @@ def run(
         params = read_params(params_path) if params_path.is_file() else None
         archives = read_archives(archives_path) if archives_path.is_file() else []
         names = _names_by_prefix(params)
-        benches, metrics_dir = names.get("score"), reports_dir / "metrics"
+        benches, metrics_dir = _reported(params), reports_dir / "metrics"
         stages = read_stages(reports_dir / "stats", names)
         results: dict[str, Any] = {
             "typical": read_typical(reports_dir / "overlays", benches),
@@ -94,7 +95,9 @@ def run(
             )
         published = read_published(reports_dir / "published.yaml", metrics_dir)
         results["published"] = list(published.values())
-        results["ablations"] = read_ablations(reports_dir / "ablations", published, benches)
+        results["ablations"] = read_ablations(
+            reports_dir / "ablations", published, names.get("score")
+        )
         categories = _category_names(archives, params)
         results["purity"] = read_purity(reports_dir / "stats", categories)
         write_bytes(out_path, _render(stages, results, categories, params).encode())
@@ -150,6 +153,13 @@ def _names_by_prefix(params: Params | None) -> dict[str, frozenset[str]]:
         "audit": frozenset(params.audits),
         **({} if params.bank else {"bank": frozenset()}),  # the run of no name is no more shown
     }
+
+
+def _reported(params: Params | None) -> frozenset[str] | None:
+    """Benchmarks whose scores are shown; all without a params file."""
+    if params is None:
+        return None
+    return frozenset(name for name, bench in params.benches.items() if not bench.development)
 
 
 def _target_maker(params: Params | None) -> TargetMaker | None:

@@ -293,6 +293,75 @@ def test_mistakes_in_settings_are_named() -> None:
         plan("switch", SWITCH, params_of(worlds={"demo": {}}), bench="voc")
 
 
+def test_a_run_a_seed_and_all_variants_with_one_before_the_next() -> None:
+    steps = plan("switch", SWITCH, params_of(seed=4), bench="voc", seeds=2)
+    assert [(step.label, step.seed) for step in steps] == [
+        *(("off", 4), ("on", 4), ("off", 5), ("on", 5)),
+    ]
+    assert [step.overrides.get("seed") for step in steps] == [None, None, 5, 5]
+    assert all(step.needs_training for step in steps if step.overrides)
+    assert len({step.experiment for step in steps}) == 4
+    once = plan("switch", SWITCH, params_of(seed=4), bench="voc")
+    assert steps[:2] == once
+    given = plan("switch", SWITCH, params_of(), bench="voc", seeds=2, for_all={"seed": 8})
+    assert [step.overrides["seed"] for step in given] == [8, 8, 9, 9]
+
+
+def test_a_second_benchmark_is_scored_and_named() -> None:
+    benches = {
+        name: {"format": "voc", "root": name, "categories": ["cat"]} for name in ("a", "b", "c")
+    }
+    params = params_of(benches=benches)
+    one, two, other = (
+        plan("switch", SWITCH, params, bench="a", report_bench=bench)[0]
+        for bench in (None, "b", "c")
+    )
+    assert len({one.experiment, two.experiment, other.experiment}) == 3
+    assert two.command("score@a", "score@b")[-2:] == ["score@a", "score@b"]
+    for bench, match in [("d", r"--report-bench: 'd'.*a, b, c"), ("a", "--report-bench: 'a' is")]:
+        with pytest.raises(PipelineError, match=match):
+            plan("switch", SWITCH, params, bench="a", report_bench=bench)
+
+
+def test_lifts_are_chosen_on_the_benchmark_for_development(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(preset_text("demo"))
+    first = describe("purity", root=tmp_path).splitlines()[0]
+    assert first.endswith("on dev, reported on voc")
+    assert describe("purity", root=tmp_path, bench="voc").splitlines()[0].endswith("on voc")
+    assert describe("k", root=tmp_path).splitlines()[0].endswith("on voc")
+    (tmp_path / "params.yaml").write_text(preset_text("zutis-voc"))
+    assert describe("purity", root=tmp_path).splitlines()[0].endswith("on voc")
+    halves = describe("purity", root=tmp_path, bench="voc", seeds=1).splitlines()
+    assert len(halves) == 1 + 2 * 2
+
+
+def one_variant(**settings: object) -> Ablation:
+    """An ablation of what params.yaml says and of one more variant."""
+    content = {"description": "d", "metrics": {"miou": "mIoU"}, "carries_over": "c"}
+    variants = [{"label": "plain"}, {"label": "other", "params": settings}]
+    return Ablation.model_validate(content | {"variants": variants})
+
+
+def test_another_method_takes_over_what_it_knows_of_the_section() -> None:
+    encoder = {"model": "ViT-B-32-quickgelu", "pretrained": "openai"}
+    params = params_of(mask={"source": "selfmask", "threshold": 0.4, "batch_size": 3})
+    settings = {"mask.source": "spectral", "mask.encoder": encoder, "k": 7}
+    plain, other = plan("mine", one_variant(**settings), params, bench="voc")
+    assert plain.overrides == {}
+    whole = {"source": "spectral", "batch_size": 3, "encoder": encoder}
+    assert other.overrides == {"k": 7, "mask": whole}
+    words = other.command("score@voc")
+    assert words.index("++mask=null") < words.index(f"++mask={override_literal(whole)}")
+    _, same = plan("mine", one_variant(**{"mask.source": "selfmask"}), params, bench="voc")
+    assert same.overrides == {}
+    for settings, match in [
+        ({"mask.source": "spectrum"}, r"mask\.source.*'spectrum'"),
+        ({"mask.source": "spectral", "mask.threshold": 0.1}, "unknown key 'mask.threshold'"),
+    ]:
+        with pytest.raises(PipelineError, match=match):
+            plan("mine", one_variant(**settings), params, bench="voc")
+
+
 def test_words_become_settings() -> None:
     words = ["k=7", "train.target=fused", "train.scale_range=[0.5, 1e-1]", "evaluate.max_side="]
     assert parse_settings(words) == {
@@ -329,9 +398,17 @@ def test_override_literals(value: object, literal: str) -> None:
 
 def test_the_papers_ablations_and_ours_are_defined() -> None:
     assert list_ablations() == [
-        *("copy_paste", "encoder", "k", "plus_clip", "plus_steps", "plus_target", "shortcuts"),
-        *("stop_gradient", "suppression", "target", "temperature", "templates"),
+        *("bank", "copy_paste", "dense", "encoder", "k", "masks", "plus_clip", "plus_steps"),
+        *("plus_target", "purity", "rounds", "shortcuts", "stop_gradient", "suppression"),
+        *("target", "temperature", "templates"),
     ]
+
+
+def test_ours_that_measure_lifts_have_three_seeds_and_the_papers_one() -> None:
+    lifts = {name for name in list_ablations() if read_ablation(name).lift_over is not None}
+    assert lifts == {"bank", "dense", "masks", "purity", "rounds"}
+    seeds = {name: read_ablation(name).seeds for name in list_ablations()}
+    assert seeds == {name: 3 if name in lifts else 1 for name in list_ablations()}
 
 
 @pytest.mark.parametrize("name", list_ablations())
@@ -360,6 +437,9 @@ def test_overview_counts_training_runs(tmp_path: Path) -> None:
     assert len(lines) == len(list_ablations())
     assert lines[list_ablations().index("suppression")].endswith("(4 variants, 0 training runs)")
     assert lines[list_ablations().index("stop_gradient")].endswith("(3 variants, 1 training run)")
+    assert lines[list_ablations().index("rounds")].endswith(
+        "(2 variants, 3 seeds, 5 training runs)"
+    )
     assert lines[list_ablations().index("plus_clip")].endswith(
         "(for train.student: denseclip_plus)"
     )
@@ -381,6 +461,21 @@ def test_a_wrong_definition_is_named_by_its_place(tmp_path: Path) -> None:
     message = str(caught.value)
     for place in ("mine.yaml: metrics.miou: ", "variants.1.label: ", "unknown key 'variant'"):
         assert place in message
+
+
+def test_labels_of_a_definition_are_checked(tmp_path: Path) -> None:
+    text = "description: d\nmetrics: {miou: mIoU}\ncarries_over: c\n"
+    for lines, match in [
+        ("variants: [{label: a}, {label: a}]", r"mine\.yaml: .*labels.*differ.*'a', 'a'"),
+        ("variants: [{label: a}, {label: b}]\nlift_over: c", "lift_over: 'c' is no variant"),
+        (
+            "variants: [{label: a}, {label: b}]\nlift_over: a\ndemo_variants: [{label: b}]",
+            "lift_over: 'a' is no variant",
+        ),
+    ]:
+        (tmp_path / "mine.yaml").write_text(text + lines)
+        with pytest.raises(PipelineError, match=match):
+            read_ablation("mine", tmp_path)
 
 
 def test_results_are_read_as_written_and_damage_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The drawn world on disk: plain photos, a hidden truth, and a benchmark in VOC's layout."""
+"""The drawn world on disk: plain photos, a hidden truth, and two benchmarks in VOC's layout."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from pipeline.demo.glyphs import KNOWN_FAMILIES, UNSEEN_FAMILY, glyph_names, loa
 from pipeline.demo.scene import BENCH_BACKGROUNDS, OUTLINED, Scene, Style, choose_names, draw_scene
 from pipeline.demo.world import (
     BENCH_COUNTS,
+    BENCH_STREAMS,
     CATEGORY_SHARE,
     INDEX_OTHERS,
-    KNOWN_STREAM,
-    UNSEEN_STREAM,
     draw_world,
 )
 from pipeline.files import read_json
@@ -55,18 +54,21 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw(tmp_path_factory.mktemp("crowd"), params=params)
 
 
-def test_a_world_has_photos_a_truth_and_a_benchmark(world: Path) -> None:
+def test_a_world_has_photos_a_truth_and_two_benchmarks(world: Path) -> None:
     photos = [f"{number:05d}" for number in range(6)]
     known, unseen = ([f"{part}_{number:04d}" for number in (0, 1)] for part in ("known", "unseen"))
     expected = {f"index/{stem}.jpg" for stem in photos}
     for part in ("SegmentationClass", "SegmentationObject"):
         expected |= {f"index_truth/{part}/{stem}.png" for stem in photos}
-        expected |= {f"voc/{part}/{stem}.png" for stem in known + unseen}
-    expected |= {f"voc/JPEGImages/{stem}.jpg" for stem in known + unseen}
-    expected |= {f"voc/ImageSets/Segmentation/{s}.txt" for s in ("known", "unseen", "val")}
+    for bench in ("dev", "voc"):
+        for part in ("SegmentationClass", "SegmentationObject"):
+            expected |= {f"{bench}/{part}/{stem}.png" for stem in known + unseen}
+        expected |= {f"{bench}/JPEGImages/{stem}.jpg" for stem in known + unseen}
+        splits = ("known", "unseen", "val")
+        expected |= {f"{bench}/ImageSets/Segmentation/{split}.txt" for split in splits}
     assert set(contents(world)) == expected
     stats = read_json(world.parent / "stats.json")
-    assert (stats["stage"], stats["items"], stats["skipped"]) == ("world", 10, 0)
+    assert (stats["stage"], stats["items"], stats["skipped"]) == ("world", 14, 0)
 
 
 def test_the_same_seed_draws_the_same_bytes(world: Path, tmp_path: Path) -> None:
@@ -81,7 +83,7 @@ def test_another_seed_draws_other_images(world: Path, tmp_path: Path) -> None:
 
 def test_no_two_images_of_a_world_are_equal(world: Path) -> None:
     images = [data for name, data in contents(world).items() if name.endswith(".jpg")]
-    assert len(set(images)) == len(images) == 10
+    assert len(set(images)) == len(images) == 14
 
 
 def test_a_larger_world_holds_the_smaller_one(world: Path, tmp_path: Path) -> None:
@@ -162,33 +164,47 @@ def test_some_photos_of_the_index_are_empty_and_so_is_their_truth(crowd: Path) -
     assert not any(read_index_png(truth / "SegmentationClass" / name).any() for name in empty)
 
 
-def expected_scene(stream: int, families: tuple[str, ...], number: int) -> Scene:
+def expected_scene(
+    stream: int, families: tuple[str, ...], number: int, *, outlined: float
+) -> Scene:
     """A benchmark scene of seed 0, drawn by hand from the given families alone."""
     glyphs = load_glyphs(families)
     others = [name for name in OTHERS[:INDEX_OTHERS] if name in glyphs]
     rng = np.random.default_rng([0, stream, number])
     count = int(rng.choice(len(BENCH_COUNTS), p=BENCH_COUNTS))
     names = choose_names(rng, count, CATEGORIES, others, CATEGORY_SHARE)
-    outlined = OUTLINED if stream == KNOWN_STREAM else 0.0
     style = Style(glyphs, 48, outlined=outlined, backgrounds=BENCH_BACKGROUNDS)
     return draw_scene(rng, names, style)
 
 
 @pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("bench", ["dev", "voc"])
 @pytest.mark.parametrize(
-    ("part", "stream", "families"),
-    [("known", KNOWN_STREAM, KNOWN_FAMILIES), ("unseen", UNSEEN_STREAM, (UNSEEN_FAMILY,))],
+    ("part", "families", "outlined"),
+    [("known", KNOWN_FAMILIES, OUTLINED), ("unseen", (UNSEEN_FAMILY,), 0.0)],
 )
-def test_each_part_of_the_benchmark_is_drawn_from_its_families_alone(
-    world: Path, part: str, stream: int, families: tuple[str, ...], number: int
+def test_each_part_of_a_benchmark_is_drawn_from_its_families_alone(
+    world: Path, bench: str, part: str, families: tuple[str, ...], outlined: float, number: int
 ) -> None:
-    scene = expected_scene(stream, families, number)
+    stream = dict(zip(("known", "unseen"), BENCH_STREAMS[bench], strict=True))[part]
+    scene = expected_scene(stream, families, number, outlined=outlined)
     label_ids = [CATEGORIES.index(n) + 1 if n in CATEGORIES else 0 for n in scene.names]
-    drawn = read_index_png(world / "voc" / "SegmentationClass" / f"{part}_{number:04d}.png")
+    drawn = read_index_png(world / bench / "SegmentationClass" / f"{part}_{number:04d}.png")
     np.testing.assert_array_equal(drawn, np.array([0, *label_ids])[scene.instances])
-    with Image.open(world / "voc" / "JPEGImages" / f"{part}_{number:04d}.jpg") as image:
+    with Image.open(world / bench / "JPEGImages" / f"{part}_{number:04d}.jpg") as image:
         difference = np.asarray(image).astype(float) - scene.image
     assert np.abs(difference).mean() < 12
+
+
+def test_settings_are_chosen_on_what_they_were_always_chosen_on() -> None:
+    assert BENCH_STREAMS["dev"] == (2, 3)
+    params = read_params(ROOT / "params.yaml")
+    assert {name: bench.development for name, bench in params.benches.items()} == {
+        "voc": False,
+        "dev": True,
+    }
+    fields = [bench.model_dump(exclude={"root"}) for bench in params.benches.values()]
+    assert fields[0] == fields[1]
 
 
 def test_the_demos_params_name_the_worlds_categories() -> None:

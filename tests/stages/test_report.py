@@ -130,6 +130,17 @@ def test_what_the_params_do_not_name_is_not_shown(leftovers: Tree) -> None:
     assert leftovers.report() == page
 
 
+def test_scores_for_development_are_left_out(leftovers: Tree) -> None:
+    lines = leftovers.params_path.read_text()
+    old = "old: {format: voc, root: voc, categories: voc, development: true}"
+    leftovers.params_path.write_text(lines.replace("benches: {", f"benches: {{{old}, "))
+    page = leftovers.report()
+    assert not re.search(r"99\.9|old class", page)
+    assert "999,000" in section(page, "pipeline")
+    leftovers.params_path.write_text(leftovers.params_path.read_text().replace("true", "false"))
+    assert "99.9" in leftovers.report()
+
+
 def test_what_the_params_do_not_name_may_be_damaged(leftovers: Tree) -> None:
     reports_dir = leftovers.reports_dir
     page = leftovers.report()
