@@ -66,7 +66,7 @@ class Phase:
 PHASES = (
     Phase(64, 1000, 1e-3, singles_only=True),
     Phase(64, 500, 8e-4, singles_only=False, shapeless=0.25, patch_loss=1.0),
-    Phase(96, 600, 8e-4, singles_only=False, shapeless=0.25, patch_loss=1.0),
+    Phase(96, 1200, 1e-3, singles_only=False, shapeless=0.3, patch_loss=1.0),
 )
 BATCH_SIZE = 96
 TYPICAL_SHARE = 0.5
