@@ -53,6 +53,7 @@ class Phase:
         singles_only: whether every image has one object.
         shapeless: share of the objects that are blobs of a typical look.
         patch_loss: weight of the loss of patches beside that of images, see `contrastive_loss`.
+        background_loss: weight of the same with a phrase about the background.
     """
 
     size: int
@@ -61,12 +62,13 @@ class Phase:
     singles_only: bool
     shapeless: float = 0.0
     patch_loss: float = 0.0
+    background_loss: float = 0.0
 
 
 PHASES = (
     Phase(64, 1000, 1e-3, singles_only=True),
     Phase(64, 500, 8e-4, singles_only=False, shapeless=0.25, patch_loss=1.0),
-    Phase(96, 1200, 1e-3, singles_only=False, shapeless=0.3, patch_loss=1.0),
+    Phase(96, 1200, 1e-3, singles_only=False, shapeless=0.3, patch_loss=1.0, background_loss=1.0),
 )
 BATCH_SIZE = 96
 TYPICAL_SHARE = 0.5
@@ -106,11 +108,27 @@ def model_config(size: int) -> dict[str, object]:
     }
 
 
-class PairBatches(Dataset[tuple[Tensor, list[str], list[str]]]):
-    """Batch `i` of a phase, a function of (seed, i).
+@dataclass(frozen=True)
+class PairBatch:
+    """Images and what is said of them.
 
-    Images (B, 3, S, S) uint8, B captions, and for each what it is about: the names in the image.
+    Attributes:
+        images: (B, 3, S, S) uint8.
+        captions: B texts.
+        topics: what each caption is about: the names in the image.
+        phrases: B texts about the background alone.
+        backgrounds: what each of these is about.
     """
+
+    images: Tensor
+    captions: list[str]
+    topics: list[str]
+    phrases: list[str]
+    backgrounds: list[str]
+
+
+class PairBatches(Dataset[PairBatch]):
+    """Batch `i` of a phase, a function of (seed, i)."""
 
     def __init__(self, phase: Phase, *, seed: int, start: int) -> None:
         self.phase, self.seed, self.start = phase, seed, start
@@ -118,7 +136,7 @@ class PairBatches(Dataset[tuple[Tensor, list[str], list[str]]]):
     def __len__(self) -> int:
         return self.phase.iterations - self.start
 
-    def __getitem__(self, index: int) -> tuple[Tensor, list[str], list[str]]:
+    def __getitem__(self, index: int) -> PairBatch:
         step = self.start + index
         leg = [self.phase.size, int(self.phase.singles_only)]
         rng = np.random.default_rng([self.seed, PRETRAIN_STREAM, *leg, step])
@@ -132,9 +150,13 @@ class PairBatches(Dataset[tuple[Tensor, list[str], list[str]]]):
         )
         scenes = [draw_scene(rng, names, style) for names in self._objects(rng)]
         images = np.stack([scene.image for scene in scenes]).transpose(0, 3, 1, 2)
-        captions = [_caption(rng, scene) for scene in scenes]
-        topics = [", ".join(sorted(scene.names)) for scene in scenes]
-        return torch.from_numpy(np.ascontiguousarray(images)), captions, topics
+        return PairBatch(
+            images=torch.from_numpy(np.ascontiguousarray(images)),
+            captions=[_caption(rng, scene) for scene in scenes],
+            topics=[", ".join(sorted(scene.names)) for scene in scenes],
+            phrases=[str(rng.choice(PHRASES)).format(scene.background) for scene in scenes],
+            backgrounds=[scene.background for scene in scenes],
+        )
 
     def _objects(self, rng: np.random.Generator) -> Iterator[list[str]]:
         """Deal the names from a shuffled deck, so that few images of a batch share one."""
@@ -202,12 +224,11 @@ def _train_phase(encoder: ClipEncoder, phase: Phase, state_path: Path, *, seed: 
         PairBatches(phase, seed=seed, start=step), batch_size=None, num_workers=1, prefetch_factor=8
     )
     bar = tqdm(total=phase.iterations, initial=step, desc=f"tiny CLIP, {phase.size} px")
-    for images, captions, topics in loader:
+    for batch in loader:
         for group in optimizer.param_groups:
             group["lr"] = phase.learning_rate * _cosine(step, phase.iterations)
-        pixels = images.to(encoder.mean.device) / 255
-        with torch.autocast(pixels.device.type, torch.bfloat16):
-            loss = contrastive_loss(encoder, pixels, captions, topics, patch_loss=phase.patch_loss)
+        with torch.autocast(encoder.mean.device.type, torch.bfloat16):
+            loss = contrastive_loss(encoder, batch, phase)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
@@ -224,46 +245,50 @@ def _train_phase(encoder: ClipEncoder, phase: Phase, state_path: Path, *, seed: 
     clip.eval().requires_grad_(False)
 
 
-def contrastive_loss(
-    encoder: ClipEncoder,
-    images: Tensor,
-    captions: list[str],
-    topics: list[str],
-    *,
-    patch_loss: float = 0.0,
-) -> Tensor:
+def contrastive_loss(encoder: ClipEncoder, batch: PairBatch, phase: Phase) -> Tensor:
     """Symmetric cross-entropy over a batch; all pairs of one topic are positives, in equal parts.
 
-    The loss of patches is the same with another similarity: the mean of the cosines of a caption
-    with the value path of an image's patches, weighted by their softmax (as in "Open Vocabulary
-    Semantic Segmentation with Patch Aligned Contrastive Learning", Mukhoti et al., 2023). It makes
-    patches mean what is said of the image, as those of a large CLIP do.
-
-    Args:
-        encoder: the network in training.
-        images: (B, 3, S, S) in [0, 1].
-        captions: B texts.
-        topics: what the pairs are about; the loss of CLIP itself takes every pair for another.
-        patch_loss: weight of the loss of patches.
+    The loss of CLIP itself takes every pair for another. The loss of patches is the same with
+    another similarity: the mean of the cosines of a text with the value path of an image's patches,
+    weighted by their softmax (as in "Open Vocabulary Semantic Segmentation with Patch Aligned
+    Contrastive Learning", Mukhoti et al., 2023). It makes patches mean what is said of them, as
+    those of a large CLIP do: with captions, and with phrases about the background.
     """
-    tokens = encoder.tokenize(captions).to(images.device)
-    embeddings, patches = _embeddings_and_patches(encoder.clip.visual, encoder.normalise(images))
-    text = F.normalize(encoder.clip.encode_text(tokens).float(), dim=-1)
-    numbers = {topic: number for number, topic in enumerate(dict.fromkeys(topics))}
-    topic = torch.tensor([numbers[topic] for topic in topics], device=images.device)
-    target = F.normalize((topic[:, None] == topic).float(), p=1, dim=1)
-    scale = encoder.clip.logit_scale.exp()
-    with torch.autocast(images.device.type, enabled=False):
-        loss = _cross_entropy(scale * F.normalize(embeddings.float(), dim=-1) @ text.T, target)
-        if patch_loss > 0:
-            cosines = F.normalize(patches.float(), dim=-1) @ text.T
-            weights = (PATCH_SCALE * cosines).softmax(dim=1)
-            pooled = (weights * cosines).sum(dim=1)
-            loss = loss + patch_loss * _cross_entropy(scale * pooled, target)
+    pixels = encoder.normalise(batch.images.to(encoder.mean.device) / 255)
+    embeddings, patches = _embeddings_and_patches(encoder.clip.visual, pixels)
+    captions = _embed_texts(encoder, batch.captions)
+    with torch.autocast(pixels.device.type, enabled=False):
+        scale = encoder.clip.logit_scale.exp()
+        similar = F.normalize(embeddings.float(), dim=-1) @ captions.T
+        loss = _cross_entropy(scale * similar, batch.topics)
+        if phase.patch_loss > 0:
+            similar = _patch_similarity(patches, captions)
+            loss = loss + phase.patch_loss * _cross_entropy(scale * similar, batch.topics)
+    if phase.background_loss > 0:
+        phrases = _embed_texts(encoder, batch.phrases)
+        with torch.autocast(pixels.device.type, enabled=False):
+            similar = _patch_similarity(patches, phrases)
+            loss = loss + phase.background_loss * _cross_entropy(scale * similar, batch.backgrounds)
     return loss
 
 
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def _embed_texts(encoder: ClipEncoder, texts: list[str]) -> Tensor:
+    """(B, C) unit rows, float32."""
+    tokens = encoder.tokenize(texts).to(encoder.mean.device)
+    return F.normalize(encoder.clip.encode_text(tokens).float(), dim=-1)
+
+
+def _patch_similarity(patches: Tensor, text: Tensor) -> Tensor:
+    """Patches (B, N, C) and unit rows (T, C) -> (B, T)."""
+    cosines = F.normalize(patches.float(), dim=-1) @ text.T
+    return ((PATCH_SCALE * cosines).softmax(dim=1) * cosines).sum(dim=1)
+
+
+def _cross_entropy(logits: Tensor, topics: list[str]) -> Tensor:
+    """Of logits (B, B) of images and texts, both ways."""
+    numbers = {topic: number for number, topic in enumerate(dict.fromkeys(topics))}
+    topic = torch.tensor([numbers[topic] for topic in topics], device=logits.device)
+    target = F.normalize((topic[:, None] == topic).float(), p=1, dim=1)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 

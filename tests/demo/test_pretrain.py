@@ -20,7 +20,7 @@ from pipeline.params.base import EncoderParams
 
 PHASES = (
     Phase(24, 2, 1e-3, singles_only=True),
-    Phase(32, 2, 1e-3, singles_only=False),
+    Phase(32, 2, 1e-3, singles_only=False, shapeless=0.5, patch_loss=1.0, background_loss=1.0),
 )
 SCHEDULE = Schedule(blocks=1, block_images=16, iterations=2, probe_images=2)
 
@@ -75,14 +75,14 @@ def test_networks_and_card(tmp_path: Path) -> None:
 
 def test_batches_are_a_function_of_seed_and_step() -> None:
     phase = Phase(24, 10, 1e-3, singles_only=False)
-    images, captions, topics = PairBatches(phase, seed=1, start=0)[5]
-    resumed, *same_texts = PairBatches(phase, seed=1, start=5)[0]
-    assert torch.equal(images, resumed)
-    assert [captions, topics] == same_texts
-    for caption, topic in zip(captions, topics, strict=True):
+    batch = PairBatches(phase, seed=1, start=0)[5]
+    resumed = PairBatches(phase, seed=1, start=5)[0]
+    assert torch.equal(batch.images, resumed.images)
+    assert (batch.captions, batch.phrases) == (resumed.captions, resumed.phrases)
+    for caption, topic in zip(batch.captions, batch.topics, strict=True):
         assert all(name in caption for name in topic.split(", "))
-    other, *_ = PairBatches(phase, seed=2, start=0)[5]
-    assert not torch.equal(images, other)
+    other = PairBatches(phase, seed=2, start=0)[5]
+    assert not torch.equal(batch.images, other.images)
 
 
 def test_every_category_can_be_drawn_and_said() -> None:
