@@ -98,6 +98,7 @@ def write_archive_shards(
     per_category: int,
     size: tuple[int, int],
     num_negatives: int = 0,
+    several_objects: bool = False,
 ) -> None:
     rng = np.random.default_rng(0)
     archives = {0: ("", num_negatives)} if num_negatives else {}
@@ -110,6 +111,8 @@ def write_archive_shards(
             rows.append(ArchiveRow(category, label_id, rank, key, similarity, *source))
             mask = np.zeros(size, dtype=bool)
             mask[size[0] // 4 : size[0] // 2] = label_id > 0
+            if several_objects:
+                mask = mask * np.where(np.arange(size[1]) < size[1] // 2, 1, 2).astype(np.uint8)
             labels = rng.integers(-1, len(categories) + 1, size)
             samples.append(
                 {

@@ -43,3 +43,13 @@ def test_similarities_that_imported_archives_do_not_tell_are_unknown(tree: Tree)
     page = tree.report()
     assert "similarity unknown" in text_of(section(page, "labels"))
     assert "bird 4 images unknown unknown" in text_of(section(page, "archives"))
+
+
+def test_all_objects_of_a_mask_are_shown(tree: Tree) -> None:
+    shown = []
+    for several_objects in (False, True):
+        write_archive_shards(
+            tree, CATEGORIES, per_category=2, size=(8, 12), several_objects=several_objects
+        )
+        shown.append(section(tree.report(), "labels"))
+    assert shown[0] == shown[1]
