@@ -32,7 +32,13 @@ from pipeline.formats.predictions import PredictionStore
 from pipeline.formats.rle import coco_annotation, decode_mask, encode_mask
 from pipeline.inference.inputs import to_tensor
 from pipeline.inference.segmenter import Prediction, Segmenter
-from pipeline.methods.dense import DenseClipParams, PseudoLabelParams, load_dense_labeller
+from pipeline.methods.dense import (
+    DenseClipParams,
+    PamrParams,
+    PseudoLabelParams,
+    WindowParams,
+    load_dense_labeller,
+)
 from pipeline.models.layers.regions import majority_of_regions
 from pipeline.params.base import EncoderParams, PredictionSettings
 from pipeline.params.benches import CocoBench, CubBench, VocBench
@@ -301,6 +307,36 @@ def test_the_protocol_says_what_was_done(bench: Bench, tmp_path: Path) -> None:
         "temperature: 5.0",
     } <= set(protocol)
     assert json.loads((tmp_path / "out/overlays/tiny/index.json").read_text()) == []
+
+
+@pytest.mark.parametrize(("denseclip", "prefix"), [(False, "baseline_"), (True, "")])
+def test_the_protocol_names_the_options_that_are_on(
+    bench: Bench, tmp_path: Path, denseclip: bool, prefix: str
+) -> None:
+    bench.write(from_predictions(bench))
+    before = bench.evaluate(tmp_path / "before", denseclip=denseclip)["protocol"]
+    bench.baseline = bench.baseline.model_copy(
+        update={
+            "windows": WindowParams(side=16, stride=8),
+            "pamr": PamrParams(dilations=[1, 2], steps=3),
+            "synonyms": {"cat": ["kitten", "tom cat"], "nothing": ["nobody"]},
+            "background_threshold": 0.25,
+        }
+    )
+    after = bench.evaluate(tmp_path / "after", denseclip=denseclip)["protocol"]
+    options = [
+        "windows: side 16, stride 8",
+        "pamr: dilations 1/2, steps 3",
+        "synonyms: cat kitten/tom cat, nothing nobody",
+        "background_threshold: 0.25",
+        "sliding_window: True",
+        "refinement: pamr",
+    ]
+    assert {f"{prefix}{line}" for line in options} == set(after) - set(before)
+    network = [] if denseclip else ["sliding_window: False", "refinement: none"]
+    assert {line for line in after if line.startswith(("sliding_window", "refinement"))} == (
+        {*network} if network else {*options[-2:]}
+    )
 
 
 @pytest.mark.parametrize(("denseclip", "prefix"), [(False, "baseline_"), (True, "")])

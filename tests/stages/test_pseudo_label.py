@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,47 @@ def test_the_manifest_carries_the_protocol(
     assert protocol["key_smoothing"] == 1.0
     assert protocol["precision"] == "float32"
     assert len(protocol["weights"]) == 64
+
+
+def test_options_decide_the_labels_and_are_in_the_manifest(
+    mask_dir: Path, runtime: Runtime, encoder_params: EncoderParams
+) -> None:
+    plain, _ = run(mask_dir, runtime, encoder_params)
+    assert "windows" not in read_manifest(plain)["pseudo_label"]
+    for options in (
+        {"windows": {"side": 8, "stride": 8}},
+        {"windows": {"side": 8, "stride": 4}},
+        {"pamr": {"dilations": [1]}},
+        {"synonyms": {"dog": ["puppy"]}},
+        {"background_threshold": 0.5},
+        {"template_choice": {"images": str(mask_dir), "num_images": 2}},
+        {"template_choice": {"images": str(mask_dir), "num_images": 4}},
+    ):
+        out_dir, stats = run(mask_dir, runtime, encoder_params, **options)
+        assert stats["counts"]["cached"] == 0
+        (name,) = options
+        assert read_manifest(out_dir)["pseudo_label"][name]
+        _, stats = run(mask_dir, runtime, encoder_params, **options)
+        assert stats["counts"]["cached"] == 4
+
+
+@pytest.mark.parametrize(
+    ("synonyms", "message"),
+    [
+        ({"dgo": ["puppy"]}, "synonyms.dgo: 'dgo' is not among the categories; did you mean dog?"),
+        ({"dog": ["Cat"]}, "synonyms.dog: 'Cat' is a category by itself; remove one"),
+        ({"dog": ["background"]}, "synonyms.dog: 'background' is the background by itself"),
+    ],
+)
+def test_synonyms_without_effect_are_refused(
+    mask_dir: Path,
+    runtime: Runtime,
+    encoder_params: EncoderParams,
+    synonyms: dict[str, list[str]],
+    message: str,
+) -> None:
+    with pytest.raises(PipelineError, match=re.escape(f"pseudo_label.{message}")):
+        run(mask_dir, runtime, encoder_params, synonyms=synonyms)
 
 
 def test_more_than_254_categories_are_stored_in_16_bits(

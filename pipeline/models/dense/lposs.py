@@ -196,7 +196,8 @@ def patch_graph(values: Tensor, positions: Tensor, neighbours: int) -> Tensor:
     degrees = halves.new_zeros(len(unit)).index_add_(0, both[0], halves)
     scale = inverse_roots(degrees)
     shape = (len(unit), len(unit))
-    return torch.sparse_coo_tensor(both, halves * scale[both[0]] * scale[both[1]], shape).coalesce()
+    values = halves * scale[both[0]] * scale[both[1]]
+    return torch.sparse_coo_tensor(both, values, shape, check_invariants=False).coalesce()
 
 
 def inverse_roots(degrees: Tensor) -> Tensor:
