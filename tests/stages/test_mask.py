@@ -507,3 +507,71 @@ def test_further_encoders_vote_too(world: World) -> None:
             for encoder in (params.encoder, other)]  # fmt: skip
     source = load_mask_source(params.model_copy(update={"more_encoders": [other]}), world.runtime)
     np.testing.assert_array_equal(source.predict(pixels)[0] > 0, spectral_mask(maps, size=(40, 48)))
+
+
+@pytest.mark.parametrize(
+    ("boxes", "expected"),
+    [
+        ([], 0),
+        ([(0, 0, 5, 5)], 1),
+        ([(0, 0, 5, 5), (5, 5, 4, 4)], 2),  # at their corners only
+        ([(0, 0, 20, 20), (30, 30, 2, 2)], 1),  # a speck
+        ([(0, 0, 20, 20), (30, 30, 2, 3)], 2),
+        ([(0, 2 * n, 1, 1) for n in range(20)], 20),
+    ],
+)
+def test_components_are_connected_by_sides_and_no_specks(
+    boxes: list[tuple[int, int, int, int]], expected: int
+) -> None:
+    image = np.zeros((40, 50), dtype=bool)
+    for top, left, height, width in boxes:
+        image[top : top + height, left : left + width] = True
+    assert mask.num_components(image) == expected
+
+
+def test_nothing_but_specks_is_that_many_components() -> None:
+    image = np.zeros((30, 30), dtype=bool)
+    image[::2, ::2] = True
+    assert mask.num_components(image) == 225
+
+
+def test_images_in_too_many_parts_are_left_out_and_named(world: World) -> None:
+    manifest = world.run()
+    plain = {sample["__key__"]: sample for sample in read_shards(world.root / "masks")}
+    parts = {
+        key: mask.num_components(decode_png(sample["mask.png"]) > 0)
+        for key, sample in plain.items()
+    }
+    by_category: dict[str, list[int]] = {}
+    for key, sample in plain.items():
+        by_category.setdefault(json.loads(sample["json"])["category"], []).append(parts[key])
+    for name, numbers in by_category.items():
+        found = world.stats()["categories"][name]
+        assert found == {"images": len(numbers), "components": round(np.mean(numbers), 4)}
+    assert "max_components" not in manifest["mask"]
+
+    most = min(parts.values())
+    assert most < max(parts.values())
+    manifest = world.run("fewer", max_components=most)
+    kept = {sample["__key__"] for sample in read_shards(world.root / "fewer")}
+    assert kept == {key for key, number in parts.items() if number <= most}
+    assert manifest["mask"]["max_components"] == most
+    stats = world.stats("fewer")
+    assert stats["counts"]["many_components"] == len(parts) - len(kept)
+    assert stats["skipped"] == 1  # the damaged image alone
+    for name, numbers in by_category.items():
+        left = sum(number <= most for number in numbers)
+        said = f"{name} {left} of {len(numbers)}" in str(stats["warnings"])
+        assert said == (left < len(numbers))
+
+
+def test_without_any_image_in_few_enough_parts_the_field_is_named(world: World) -> None:
+    world.run()
+    parts = [
+        mask.num_components(decode_png(sample["mask.png"]) > 0)
+        for sample in read_shards(world.root / "masks")
+    ]
+    assert min(parts) > 1
+    with pytest.raises(PipelineError, match=r"mask\.max_components: 1 leaves none of 5 images"):
+        world.run("none", max_components=1)
+    assert not (world.root / "none").exists()

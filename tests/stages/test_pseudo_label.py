@@ -287,3 +287,34 @@ def test_the_number_of_workers_does_not_show(
         out_dir, _ = run(mask_dir, alone, encoder_params, name=f"with{workers}", workers=workers)
         outputs.append(content(out_dir))
     assert outputs[0] == outputs[1]
+
+
+def test_the_share_of_masks_that_is_labelled_as_their_category_is_in_the_stats(
+    mask_dir: Path, runtime: Runtime, encoder_params: EncoderParams
+) -> None:
+    out_dir, stats = run(mask_dir, runtime, encoder_params)
+    shares: dict[str, list[float]] = {"cat": [], "dog": []}
+    for sample, labelled in zip(read_shards(mask_dir), read_shards(out_dir), strict=True):
+        fields = json.loads(sample["json"])
+        if fields["label_id"]:
+            inside = decode_png(sample["mask.png"]) > 0
+            hits = decode_label(labelled["label.png"])[inside] == fields["label_id"]
+            shares[fields["category"]].append(float(hits.mean()))
+    assert {name: entry["agreement"] for name, entry in stats["categories"].items()} == {
+        name: pytest.approx(np.mean(values), abs=1e-4) for name, values in shares.items()
+    }
+    assert [stats["categories"][name]["images"] for name in ("cat", "dog")] == [1, 2]
+
+
+def test_an_empty_mask_agrees_with_nothing_and_one_of_another_size_is_named(
+    tmp_path: Path, runtime: Runtime, encoder_params: EncoderParams
+) -> None:
+    samples = [_sample(number, "cat", 1) for number in range(2)]
+    samples[0]["mask.png"] = encode_png(np.zeros((16, 24), dtype=bool))
+    write_shards(samples, tmp_path / "masks", shard_size=3)
+    _, stats = run(tmp_path / "masks", runtime, encoder_params)
+    assert stats["categories"]["cat"]["images"] == 1
+    samples[0]["mask.png"] = encode_png(np.ones((5, 6), dtype=bool))
+    write_shards(samples, tmp_path / "other", shard_size=3)
+    with pytest.raises(PipelineError, match="mask cannot be used.*run `pipeline mask` again"):
+        run(tmp_path / "other", runtime, encoder_params, name="again")

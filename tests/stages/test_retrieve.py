@@ -554,3 +554,148 @@ def test_templates_are_averaged(
     write_shards("a/00000", [averaged], ["0"])
     rows, _ = run(1, categories=["cat"], templates="prompts85")
     assert rows[0].similarity == pytest.approx(1, abs=1e-3)
+
+
+@pytest.fixture
+def all_texts(encoder: EncoderParams) -> np.ndarray:
+    """(M, C) float64 text embeddings of CATEGORIES, then BACKGROUND."""
+    clip = load_clip(encoder, torch.device("cpu"))
+    names = [*CATEGORIES, *BACKGROUND]
+    return text_embeddings(clip, names, templates("name")).numpy().astype(np.float64)
+
+
+def margin_of(embedding: np.ndarray, texts: np.ndarray, own: int) -> np.float32:
+    """Similarity to name `own` less the greatest to another, by loops."""
+    similarities = [
+        np.float32(sum(float(a) * b for a, b in zip(embedding, text, strict=True)))
+        for text in texts
+    ]
+    return similarities[own] - max(s for name, s in enumerate(similarities) if name != own)
+
+
+def expected_lists(
+    embeddings: np.ndarray,
+    keys: list[str],
+    texts: np.ndarray,
+    k: int,
+    *,
+    min_margin: float = -2.0,
+    min_distance: float = 0.0,
+) -> list[list[str]]:
+    """The filters, image by image, of the whole ranking of each category."""
+    by_key = dict(zip(keys, embeddings.astype(np.float64), strict=True))
+    lists = []
+    for own, ranking in enumerate(
+        numpy_top_k(embeddings, keys, texts[: len(CATEGORIES)].astype(np.float32), len(keys))
+    ):
+        kept: list[str] = []
+        for key in ranking:
+            if len(kept) == k or margin_of(by_key[key], texts, own) < min_margin:
+                continue
+            distances = [1 - unit(by_key[key]) @ unit(by_key[other]) for other in kept]
+            if all(distance >= min_distance - 1e-12 for distance in distances):
+                kept.append(key)
+        lists.append(kept)
+    return lists
+
+
+def test_similarity_and_margin_of_each_archive_are_in_the_stats(
+    run: Callable, write_shards: Callable, all_texts: np.ndarray, rng: np.random.Generator
+) -> None:
+    embeddings, keys = random_index(rng, 60)
+    write_shards("a/00000", [None, *embeddings[:25]], ["skipped", *keys[:25]])
+    write_shards("b/00000", [np.zeros(16), *embeddings[25:]], ["zero", *keys[25:]])
+    rows, stats = run(5)
+    by_key = dict(zip(keys, embeddings.astype(np.float64), strict=True))
+    for own, name in enumerate(CATEGORIES):
+        archive = [row for row in rows if row.category == name]
+        margins = [margin_of(by_key[row.key], all_texts, own) for row in archive]
+        found = stats["categories"][name]
+        assert found["images"] == 5
+        assert found["margin"] == pytest.approx(np.mean(margins), abs=1e-4)
+        similarity = np.mean([row.similarity for row in archive])
+        assert found["similarity"] == pytest.approx(similarity, abs=1e-4)
+    second = np.sort(embeddings.astype(np.float64) @ all_texts.T)[:, -2]
+    assert stats["random_similarity"] == pytest.approx(second.mean(), abs=1e-4)
+    assert "passed_over" not in stats["counts"]
+
+
+@pytest.mark.parametrize("search", ["exact", "ivf"])
+def test_images_below_min_margin_give_way_to_the_next_best(
+    run: Callable,
+    write_shards: Callable,
+    all_texts: np.ndarray,
+    rng: np.random.Generator,
+    search: str,
+) -> None:
+    embeddings, keys = random_index(rng, 80)
+    write_shards("a/00000", list(embeddings[:30]), keys[:30])
+    write_shards("a/00001", list(embeddings[30:]), keys[30:])
+    plain = expected_lists(embeddings, keys, all_texts, 4)
+    by_key = dict(zip(keys, embeddings.astype(np.float64), strict=True))
+    at_the_edge = float(sorted(margin_of(by_key[key], all_texts, 0) for key in plain[0])[1])
+    expected = expected_lists(embeddings, keys, all_texts, 4, min_margin=at_the_edge)
+    rows, stats = run(4, min_margin=at_the_edge, search=search)
+    assert keys_by_category(rows) == expected != plain
+    ranks = [row.rank for row in rows if row.label_id == 1]
+    assert ranks == sorted(ranks) != [1, 2, 3, 4]
+    assert stats["counts"]["passed_over"] > 0
+
+
+@pytest.mark.parametrize("search", ["exact", "ivf"])
+@pytest.mark.parametrize("min_distance", [0.0, 0.05, 0.5])
+def test_near_duplicates_give_way_to_the_next_best(
+    run: Callable,
+    write_shards: Callable,
+    all_texts: np.ndarray,
+    rng: np.random.Generator,
+    min_distance: float,
+    search: str,
+) -> None:
+    embeddings, keys = random_index(rng, 40)
+    copies = unit(np.repeat(embeddings, 3, axis=0) + 0.01 * rng.normal(size=(120, 16)))
+    copies[::3] = embeddings
+    embeddings, keys = copies.astype(np.float16), [f"{number:020x}" for number in range(120)]
+    embeddings[5] = embeddings[4]
+    write_shards("a/00000", list(embeddings), keys)
+    rows, _ = run(6, min_distance=min_distance, search=search)
+    expected = expected_lists(embeddings, keys, all_texts, 6, min_distance=min_distance)
+    assert keys_by_category(rows) == expected
+    assert all(len(part) == 6 for part in expected)
+
+
+def test_lists_that_the_filters_leave_short_or_empty_are_named_with_numbers(
+    run: Callable, write_shards: Callable, all_texts: np.ndarray
+) -> None:
+    apart = all_texts[:2] - all_texts[2:].mean(0)
+    write_shards("a/00000", [unit(apart[0]), *[unit(apart[1])] * 3], ["0", "1", "2", "3"])
+    greatest = margin_of(unit(apart[0]).astype(np.float16), all_texts, 0)
+    rows, stats = run(2, min_margin=1e-3, min_distance=0.1)
+    assert keys_by_category(rows) == [["0"], ["1"], []]
+    text = next(it for it in stats["warnings"] if "min_margin" in it)
+    assert "retrieve.min_margin: 0.001 and retrieve.min_distance: 0.1 leave less than k: 2" in text
+    assert "cat 1, dog 1, potted plant 0" in text
+    assert any("no image is left for potted plant" in it for it in stats["warnings"])
+    assert greatest > 1e-3
+    with pytest.raises(PipelineError, match=r"retrieve\.min_margin: 1\.5 leaves no image.*lower"):
+        run(2, min_margin=1.5)
+
+
+def test_names_that_the_encoder_hardly_knows_are_said(
+    run: Callable,
+    write_shards: Callable,
+    all_texts: np.ndarray,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No image has anything of a potted plant: it is no nearer to its best ones than to any."""
+    unknown = all_texts[2]
+    shown = [unit(text - (text @ unknown) * unknown) for text in all_texts[:2]]
+    write_shards("a/00000", [*[shown[0]] * 10, *[shown[1]] * 10], [f"{n:02d}" for n in range(20)])
+    _, stats = run(3)
+    text = next(it for it in stats["warnings"] if "hardly knows" in it)
+    assert "hardly knows potted plant" in text
+    assert f"{stats['random_similarity']:.4f}" in text
+    assert text in capsys.readouterr().err
+    write_shards("a/00000", list(all_texts), list("01234"))
+    assert "hardly knows" not in str(run(1)[1].get("warnings"))
+    assert "hardly" not in capsys.readouterr().err

@@ -347,3 +347,52 @@ def test_objects_of_a_mask_are_pasted_one_at_a_time(tmp_path: Path) -> None:
         np.testing.assert_array_equal(masks.any(0), semantic == 2)
         areas |= {int(mask.sum()) for mask in masks[2:]}
     assert areas == {100, 160}
+
+
+def half_labelled() -> Iterator[dict[str, Any]]:
+    """Masks of 4 x 10 pixels, of which dense labels give the category 0, 10, 20, 30 and 40."""
+    for label_id in (1, 2):
+        for number in range(5):
+            sample = shard_sample(f"s{number}", label_id, box_mask((3, 5, 4, 10)))
+            labels = np.zeros((40, 30), dtype=np.uint8)
+            labels[3 : 3 + number, 5:15] = label_id if number < 4 or label_id == 1 else 3
+            labels[20:] = label_id  # outside of the mask, where it does not matter
+            yield sample | {"label.png": encode_label(labels, len(CATEGORIES))}
+    yield shard_sample("empty", 2, box_mask())
+    yield shard_sample("negative", 0, box_mask())
+
+
+@pytest.mark.parametrize(
+    ("least", "kept"),
+    [(None, (5, 5)), (0.0, (5, 5)), (0.5, (3, 2)), (0.75, (2, 1)), (1.0, (1, 0))],
+)
+@pytest.mark.parametrize("target", ["saliency", "fused"])
+def test_masks_that_dense_labels_do_not_agree_with_are_left_out(
+    tmp_path: Path, least: float | None, kept: tuple[int, int], target: str
+) -> None:
+    source = archives(tmp_path, half_labelled(), target=target, min_agreement=least)
+    assert [len(source.objects.get(label_id, [])) for label_id in (1, 2)] == list(kept)
+    assert (source.num_empty, len(source.negatives)) == (1, 1)
+    data = training_set(source)
+    assert data.counts.get("disagreeing", 0) == 10 - sum(kept)
+    said = [text for text in data.warnings if "train.min_agreement" in text]
+    assert bool(said) == (sum(kept) < 10)
+    if least == 1.0:
+        assert "cat 1 of 5, dog 0 of 5" in said[0]
+        assert "no image shows dog" in str(data.warnings)
+    if target == "saliency":
+        sample = source[source.objects[1][-1]]
+        np.testing.assert_array_equal(sample.semantic, box_mask((3, 5, 4, 10)) * 1)
+
+
+def test_agreement_that_no_image_has_is_named_and_so_are_missing_labels(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"train\.min_agreement: 0\.1 leaves none of 9 images"):
+        archives(tmp_path / "a", min_agreement=0.1)
+    write_shards(all_samples(), tmp_path / "masks", shard_size=5)
+    settings = TargetSettings(min_agreement=0.1)
+    for labels, complaint in (
+        (None, r"train\.labels: .*min_agreement"),
+        (tmp_path / "masks", r"train\.labels, which min_agreement reads"),
+    ):
+        with pytest.raises(PipelineError, match=complaint):
+            Archives(tmp_path / "masks", labels, categories=CATEGORIES, settings=settings)
