@@ -11,6 +11,9 @@ Five animals are asked for. The benchmark is a subset of six classes of VOC's: i
 five animals and background, and is no "VOC mIoU". Settings are chosen on its first half by name and
 reported on the second. Every step is a command of the pipeline in a folder of its own; what is done
 is not done again.
+
+With --params FILE it only writes params.yaml for `pipeline ablate` in a clone of this repository:
+the halves are two benchmarks, and the first is for development.
 """
 
 from __future__ import annotations
@@ -23,11 +26,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ruamel.yaml import YAML
+
 from pipeline.files import read_json, write_bytes, write_json
 from pipeline.formats.tables import read_archives
 from pipeline.inference.segmenter import Segmenter
 from pipeline.params.base import PredictionSettings
 from pipeline.params.reading import parse_params
+from pipeline.presets import preset_text
 from speed.commands import Folder, Record
 from speed.machine import describe_machine
 from speed.photo_encoder import packaged_network, write_encoder
@@ -377,6 +383,16 @@ class Run:
             }
 
 
+def ablation_params(run: Run) -> dict[str, Any]:
+    """Content of params.yaml for `dvc repro` and `pipeline ablate`, a benchmark a half."""
+    preset = YAML(typ="safe", pure=True).load(preset_text("folder-offline"))
+    params = run.params()
+    halves = {half: {**params["benches"]["photos"], "split": half} for half in HALVES}
+    halves[HALVES[0]]["development"] = True
+    of_preset = {key: preset["train"][key] for key in ("target", "labels")}
+    return {**preset, **params, "train": {**of_preset, **params["train"]}, "benches": halves}
+
+
 def mask_sections(encoder: Mapping[str, str], clustered: int) -> dict[str, dict[str, Any]]:
     """Section `mask` by source.
 
@@ -523,6 +539,12 @@ def main() -> int:
     kit, work = options.kit.resolve(), options.work.resolve()
     write_halves(kit, work / "bench")
     encoders = write_encoders(kit, work)
+    if options.params is not None:
+        name = (options.plan or [*PLANS])[0]
+        run = Run(PLANS[name], kit, Folder(work / name), encoders, HALVES[0], options.iterations)
+        with options.params.open("w", encoding="utf-8") as file:
+            YAML(typ="safe", pure=True).dump(ablation_params(run), file)
+        return 0
     report: dict[str, Any] = {
         "machine": describe_machine(options.threads),
         "half": options.half,
@@ -569,6 +591,9 @@ def _options() -> Any:
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     parser.add_argument("--threads", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=REPORT, help=f"report ({REPORT})")
+    parser.add_argument(
+        "--params", type=Path, help="write params.yaml of the (first) plan here and stop"
+    )
     parser.add_argument("--table", action="store_true", help="print the report and stop")
     options = parser.parse_args()
     if not options.table and options.kit is None:

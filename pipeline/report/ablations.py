@@ -54,6 +54,8 @@ def _shown(result: AblationResult, ablation: Ablation) -> dict[str, Any]:
         "headings": headings,
         "encoder": encoders.pop() if len(encoders) == 1 else "",
         "for_all": _settings(result.params),
+        "seeds": max(len(variant.runs) for variant in result.variants),
+        "lift_over": ablation.lift_over,
         "variants": [
             {
                 "label": variant.label,

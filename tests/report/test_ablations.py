@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
 from pipeline.ablations.definitions import list_ablations, read_ablation
+from pipeline.ablations.results import AblationResult, RunResult, VariantResult, write_result
+from pipeline.ablations.summary import summarised
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
 from tests.report.helpers import PUBLISHED, Tree, checked, section, text_of, write_published
@@ -43,6 +46,44 @@ def test_ablations_that_have_run_stand_beside_the_paper(tree: Tree) -> None:
     assert " ".join(read_ablation("copy_paste").carries_over.split()[:6]) in text
     assert len(others) == len(list_ablations()) - 1
     assert all("not run: <code>pipeline ablate" in other for other in others)
+
+
+def run_of(seed: int, miou: float, seconds: float | None) -> dict[str, Any]:
+    metrics = {"voc": {"miou": miou, "ap50": None}}
+    stages = {"train": {"key": f"{seed}-{miou}", "seconds": seconds}}
+    return {"seed": seed, "experiment": "x", "metrics": metrics, "stages": stages}
+
+
+def test_seeds_lifts_and_seconds_are_shown(tree: Tree) -> None:
+    ablation = read_ablation("rounds")
+    runs = {
+        "plain": [run_of(0, 50.0, None), run_of(1, 52.0, 100.0)],
+        "longer": [run_of(0, 51.0, 200.0), run_of(1, 55.0, 210.0)],
+    }
+    variants = [
+        summarised(
+            VariantResult(label=label, params={}),
+            [RunResult.model_validate(entry) for entry in found],
+            benches=["voc"],
+            base=None,
+        )
+        for label, found in runs.items()
+    ]
+    base = variants[0].runs
+    variants = [
+        summarised(variant, variant.runs, benches=["voc"], base=base)
+        for variant in (variants[0].model_copy(update={"runs": base}), variants[1])
+    ]
+    result = AblationResult(ablation="rounds", bench="voc", params={}, variants=variants)
+    write_result(tree.reports_dir / "ablations/rounds.json", result)
+    page = tree.report()
+    checked(page)
+    text = text_of(section(page, "ablations").split("<details>")[0])
+    assert "Variant mIoU AP50 mIoU, lift AP50, lift seconds more" in text
+    assert "longer as in params.yaml 53.0 (51.0 to 55.0) \u2013 +2.0 (+1.0 to +3.0)" in text
+    assert "\u2013 205 +110" in text
+    assert "Mean of 2 seeds" in text
+    assert f"over {ablation.lift_over}" in text.replace("<q>", "").replace("</q>", "")
 
 
 def test_ablations_are_listed_as_not_run_without_results_and_tables(page: str) -> None:

