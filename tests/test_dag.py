@@ -389,6 +389,7 @@ SMALL: dict[str, Any] = {
     "worlds.demo": {"index_images": 40, "bench_images": 6, "size": 48},
     "retrieve.num_negatives": 4,
     "mask.refine": False,
+    "bank": {"sample": 5, "nearest": 3},
     "train.confidence_threshold": 0.1,
     "train.iterations": 2,
     "train.log_every": 1,

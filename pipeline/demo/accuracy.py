@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,28 +12,38 @@ from torch import Tensor
 from pipeline.demo.glyphs import KNOWN_FAMILIES, UNSEEN_FAMILY, glyph_names, load_glyphs
 from pipeline.demo.scene import BENCH_BACKGROUNDS, OUTLINED, Scene, Style, draw_scene
 from pipeline.demo.world import BENCH_COUNTS, random_scene, semantic_truth
-from pipeline.methods.dense import DenseClipParams
-from pipeline.models.clip import ClipEncoder, label_embeddings, text_embeddings
-from pipeline.models.dense.denseclip import DenseClip
+from pipeline.engine.runtime import make_runtime
+from pipeline.methods.dense import DenseClipParams, load_dense_labeller
+from pipeline.models.clip import ClipEncoder, load_clip, text_embeddings
+from pipeline.params.base import EncoderParams
 from pipeline.scoring.confusion import ConfusionMatrix
+from pipeline.vocabulary.categories import Names
 from pipeline.vocabulary.prompts import PROMPTS_85
 
 PROBE_STREAM, DENSE_PROBE_STREAM = 102, 103
 BATCH_SIZE = 96
 BACKGROUND = ("background", "nothing", "an empty image")
-DENSE_PARAMS = DenseClipParams(
-    published_activation=False, dense_attention="value_only", normalisation="clip", logit_scale=20.0
-)
+DENSE_OPTIONS: dict[str, Any] = {
+    "published_activation": False,
+    "dense_attention": "value_only",
+    "normalisation": "clip",
+    "logit_scale": 20.0,
+    "background_names": "each",
+}
 
 
-def measure_accuracy(encoder: ClipEncoder, *, seed: int, images: int) -> dict[str, float]:
+def measure_accuracy(
+    params: EncoderParams, device: torch.device, *, seed: int, images: int
+) -> dict[str, float]:
     """Zero-shot accuracy on single objects, and the mIoU of DenseCLIP alone, in percent.
 
     The nearest of the demo's categories, with the 85 prompts: of `known` families, of the same as
     the `world` outlines them, of the `unseen` family, and of both with every look drawn at random,
     so that shape alone tells (`random_look`, `random_look_unseen`). `denseclip_miou` is over scenes
-    like those of the benchmarks, half of them of the unseen family, without any refinement.
+    like those of the benchmarks, half of them of the unseen family, without any refinement; each
+    word that is not asked for is a name of the background.
     """
+    encoder = load_clip(params, device)
     categories, _ = glyph_names()
     texts = text_embeddings(encoder, categories, PROMPTS_85)
     size = encoder.image_size
@@ -48,7 +59,7 @@ def measure_accuracy(encoder: ClipEncoder, *, seed: int, images: int) -> dict[st
         name: _zero_shot(encoder, texts, style, categories, seed=seed, images=images)
         for name, style in styles.items()
     }
-    return {**accuracies, "denseclip_miou": _dense(encoder, categories, seed=seed, images=images)}
+    return {**accuracies, "denseclip_miou": _dense(params, size, device, seed=seed, images=images)}
 
 
 def _zero_shot(
@@ -71,19 +82,20 @@ def _zero_shot(
     return round(100 * correct / images, 2)
 
 
-def _dense(encoder: ClipEncoder, categories: list[str], *, seed: int, images: int) -> float:
-    text = label_embeddings(
-        encoder,
-        background=[*BACKGROUND, *glyph_names()[1]],
-        categories=categories,
-        templates=PROMPTS_85,
+def _dense(
+    params: EncoderParams, size: int, device: torch.device, *, seed: int, images: int
+) -> float:
+    categories, others = glyph_names()
+    labeller = load_dense_labeller(
+        DenseClipParams(encoder=params, **DENSE_OPTIONS),
+        Names(categories, [*BACKGROUND, *others]),
+        make_runtime(device=device.type, seed=seed),
     )
-    labeller = DenseClip(encoder, text, DENSE_PARAMS).eval()
-    confusion = ConfusionMatrix(len(text))
-    scenes = list(_bench_scenes(encoder.image_size, seed=seed, images=images))
+    confusion = ConfusionMatrix(1 + len(categories))
+    scenes = list(_bench_scenes(size, seed=seed, images=images))
     for start in range(0, images, BATCH_SIZE):
         part = scenes[start : start + BATCH_SIZE]
-        labels, _ = labeller.label(_pixels(part, text.device))
+        labels, _ = labeller.label(_pixels(part, device))
         for scene, label in zip(part, labels.cpu().numpy(), strict=True):
             confusion.update(target=semantic_truth(scene), prediction=label)
     return round(100 * confusion.compute().miou, 2)

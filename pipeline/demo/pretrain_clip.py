@@ -208,7 +208,8 @@ def pretrain_clip(
     weights, config = out_dir / "tiny_clip.safetensors", out_dir / "tiny_clip.json"
     _save(encoder, phases[-1].size, weights, config)
     seconds = round(time.monotonic() - start)
-    accuracy = measure_accuracy(encoder, seed=seed, images=probe_images)
+    saved = EncoderParams(model=str(config), pretrained=str(weights))
+    accuracy = measure_accuracy(saved, device, seed=seed, images=probe_images)
     write_json(out_dir / "accuracy.json", accuracy)
     write_json(work_dir / "clip_card.json", {"seconds": seconds, **accuracy})
 

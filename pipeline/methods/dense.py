@@ -126,8 +126,9 @@ class PseudoLabelParams(Section):
 
     Options of every method, off by default (docs/dense_labels.md): an image is seen in `windows`,
     scores are refined by colour (`pamr`), each name has templates of its own (`template_choice`) or
-    other names beside it (`synonyms`), and a pixel whose best category has a probability below
-    `background_threshold` is background.
+    other names beside it (`synonyms`), each of the background's names stands for itself instead of
+    for their `mean` (`background_names`: the best one counts), and a pixel whose best category has
+    a probability below `background_threshold` is background.
     """
 
     method: str
@@ -140,6 +141,7 @@ class PseudoLabelParams(Section):
     pamr: PamrParams | None = None
     template_choice: TemplateChoiceParams | None = None
     synonyms: dict[Text, Annotated[list[Text], Field(min_length=1)]] = {}
+    background_names: Literal["mean", "each"] = "mean"
     background_threshold: Probability | None = None
 
     @model_validator(mode="after")
@@ -161,10 +163,18 @@ class PseudoLabelParams(Section):
     def options(self) -> dict[str, Any]:
         """The options that are on; so what is known of labels without them reads as before."""
         chosen = self.model_dump(mode="json", include=OPTIONS)
-        return {name: value for name, value in chosen.items() if value not in (None, {})}
+        return {name: value for name, value in chosen.items() if value not in (None, {}, "mean")}
 
 
-OPTIONS = {"windows", "pamr", "template_choice", "synonyms", "background_threshold", "stitch"}
+OPTIONS = {
+    "windows",
+    "pamr",
+    "template_choice",
+    "synonyms",
+    "background_names",
+    "background_threshold",
+    "stitch",
+}
 
 
 class DenseClipRecipe(Section):
@@ -371,6 +381,8 @@ def load_dense_labeller(params: PseudoLabelParams, names: Names, runtime: Runtim
     from pipeline.models.dense.options import LabellerWithOptions
 
     asked, rows = _with_synonyms(names, params.synonyms)
+    if params.background_names == "each":
+        asked, rows = _with_each_background(asked, rows)
     labeller = entry.load(params, asked, runtime)
     if params.template_choice is not None:
         labeller = _with_experts(labeller, params, params.template_choice, asked, runtime)
@@ -415,6 +427,14 @@ def _with_synonyms(
                 categories.append(other)
                 own.append(len(categories))
     return Names(categories, names.background), rows
+
+
+def _with_each_background(names: Names, rows: list[list[int]]) -> tuple[Names, list[list[int]]]:
+    """The background's names as names of their own, all of which stand for label id 0."""
+    first, *others = names.background
+    start = 1 + len(names.categories)
+    background = [0, *range(start, start + len(others))]
+    return Names([*names.categories, *others], [first]), [background, *rows[1:]]
 
 
 def _with_experts(

@@ -73,3 +73,18 @@ def test_categories_that_are_never_predicted_are_named(tree: Tree) -> None:
     content = {"stage": "score", "items": 3, "skipped": 0, "skipped_items": []}
     write_json(path, content | {"never_predicted": ["cat", "bird"]})
     assert "never predicted cat, bird" in text_of(section(tree.report(), "pipeline"))
+
+
+def test_the_region_bank_is_a_stage_with_its_number_of_regions_where_it_is_on(tree: Tree) -> None:
+    counts = {"regions": 1234, "sampled": 5}
+    write_json(
+        tree.reports_dir / "stats" / "bank.json",
+        {"stage": "bank", "items": 10, "skipped": 0, "counts": counts, "skipped_items": []},
+    )
+    assert "<h3>bank</h3>" not in section(tree.report(), "pipeline")
+    with tree.params_path.open("a") as params:
+        params.write("\nbank: {weight: 0.25}\n")
+    page = tree.report()
+    assert "<h3>bank</h3>" in section(page, "pipeline")
+    assert "regions 1,234" in text_of(section(page, "pipeline"))
+    assert "region bank, weight in labels" in page

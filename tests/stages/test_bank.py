@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.formats.bank import RegionRows, pack_rows, read_bank, unpack_rows
@@ -245,6 +247,18 @@ def test_an_empty_damaged_or_missing_bank_is_refused(workspace: Workspace, tmp_p
     if read_manifest(nothing)["samples"] == 0:
         with pytest.raises(PipelineError, match=r"lower bank\.min_share"):
             label(workspace, tmp_path / "d", nothing, BankParams(min_share=1.0))
+
+
+def test_the_command_without_a_bank_looks_at_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    params = {"categories": ["cat"], "index": {"a": {"root": "gone"}}, "device": "cpu"}
+    (tmp_path / "params.yaml").write_text(json.dumps(params))
+    done = CliRunner().invoke(app, ["bank"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert read_manifest(tmp_path / "data/bank") == {"shards": [], "samples": 0}
+    assert json.loads((tmp_path / "reports/stats/bank.json").read_text())["items"] == 0
 
 
 def test_another_folder_is_not_replaced(tmp_path: Path) -> None:

@@ -185,6 +185,21 @@ def test_pamr_refines_the_scores_of_windows(size: tuple[int, int], load: Any) ->
 SYNONYMS = {"boat": ["canoe", "kayak"], "dog": ["puppy"], "train": ["tram"]}
 
 
+def test_each_name_of_the_background_stands_for_itself(load: Any) -> None:
+    names = Names(NAMES.categories, ["background", "sky", "grass"])
+    image = images_of((40, 27))
+    own = load(names, background_names="each").scores(image)
+    plain = load(names).scores(image)
+    alone = [
+        load(Names(names.categories, [name])).scores(image)[:, :1] for name in names.background
+    ]
+    torch.testing.assert_close(own[:, 1:], plain[:, 1:])
+    torch.testing.assert_close(own[:, :1], torch.cat(alone, dim=1).amax(dim=1, keepdim=True))
+    assert not torch.allclose(own[:, 0], plain[:, 0])
+    chosen = load(names, background_names="each").select([2, 0])
+    torch.testing.assert_close(chosen.scores(image), own[:, [2, 0]])
+
+
 def test_a_label_has_the_score_of_its_best_name(load: Any) -> None:
     image = images_of((24, 40))
     names = Names(["boat", "car", "dog", "canoe", "kayak", "puppy"], NAMES.background)
@@ -385,7 +400,10 @@ def test_every_method_has_every_option(
         alone, sure = model.label(images[number : number + 1])
         assert (alone[0] == labels[number]).float().mean() > 0.99
         torch.testing.assert_close(sure[0], confidence[number], rtol=0, atol=1e-4)
-    options = {"windows", "pamr", "synonyms", "template_choice", "background_threshold"}
+    options = {
+        *("windows", "pamr", "synonyms", "template_choice"),
+        *("background_names", "background_threshold"),
+    }
     assert options | {"experts"} <= set(model.settings)
 
 
