@@ -391,7 +391,9 @@ def test_every_method_has_every_option(
         pamr={"dilations": [1, 2], "steps": 2},
         synonyms={"boat": ["canoe"]},
         template_choice={"images": str(photos), "num_images": 2},
+        background_names="each",
         background_threshold=0.2,
+        **({"dino": None} if method == "proxyclip" else {}),
     )
     images = images_of(size, 3)
     labels, confidence = model.label(images)
@@ -429,7 +431,7 @@ def test_options_at_their_default_leave_the_recipe_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"windows": {"side": 8, "stride": 9}}, r"pseudo_label\.windows: stride: 9 leaves out"),
+        ({"windows": {"side": 8, "stride": 9}}, r"pseudo_label\.windows: stride: 9 leaves gaps"),
         ({"windows": {"side": 8}}, r"key 'pseudo_label\.windows\.stride' is missing"),
         ({"windows": {"side": 0, "stride": 1}}, r"pseudo_label\.windows\.side: .*, got 0"),
         ({"windows": {"side": 8, "strid": 8}}, r"unknown key 'pseudo_label\.windows\.strid'; did"),
