@@ -274,5 +274,5 @@ def test_an_empty_mask_agrees_with_nothing_and_one_of_another_size_is_named(
     assert stats["categories"]["cat"]["images"] == 1
     samples[0]["mask.png"] = encode_png(np.ones((5, 6), dtype=bool))
     write_shards(samples, tmp_path / "other", shard_size=3)
-    with pytest.raises(PipelineError, match="mask cannot be used.*run `pipeline mask` again"):
+    with pytest.raises(PipelineError, match=r"mask cannot be used.*run `pipeline mask` again"):
         run(tmp_path / "other", runtime, encoder_params, name="again")
