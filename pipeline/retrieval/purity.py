@@ -76,7 +76,8 @@ class NearestNames:
 
     def embeddings(self, ranking: Ranking) -> NDArray[np.float64]:
         """Unit embeddings (E, C) of a list's images, if they are kept."""
-        found = self._embeddings[self._rows(ranking.positions)].astype(np.float64)
+        rows = self._rows(ranking.positions)
+        found = self._embeddings[rows].astype(np.float64)
         return found / np.linalg.norm(found, axis=1, keepdims=True)
 
     def _rows(self, positions: Rows) -> Rows:

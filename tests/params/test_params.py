@@ -409,3 +409,36 @@ def test_wrong_data_to_train_on_are_named_with_what_they_may_be(data: Any, messa
 
 def parse_data(data: Any) -> Any:
     return parse_section({"train": {"data": data}}, StudentFile, name="file").train.data
+
+
+def test_filters_of_archives_are_no_part_of_a_recipe_unless_set() -> None:
+    plain = {"categories": ["cat"], "index": {"a": {"root": "photos"}}}
+    filters = {
+        "retrieve": {"min_margin": 0.0, "min_distance": 0.05},
+        "mask": {"source": "selfmask", "max_components": 2},
+        "train": {"student": "zutis", "min_agreement": 0.25},
+    }
+    unset, filtered = parse_params(plain), parse_params(plain | filters)
+    for section, fields in filters.items():
+        before = getattr(unset, section).model_dump(mode="json")
+        assert before.keys().isdisjoint(fields.keys() - {"source", "student"})
+        after = getattr(filtered, section).model_dump(mode="json")
+        assert {name: after[name] for name in fields} == fields
+    assert not unset.train.needs_labels
+    assert filtered.train.needs_labels
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("retrieve", "min_margin", 2.5),
+        ("retrieve", "min_distance", -0.1),
+        ("mask", "max_components", 0),
+        ("train", "min_agreement", 1.1),
+    ],
+)
+def test_a_filter_out_of_its_range_is_named(section: str, field: str, value: float) -> None:
+    entry = {"mask": {"source": "selfmask"}, "train": {"student": "zutis"}}.get(section, {})
+    content = {"categories": ["cat"], "index": {"a": {"root": "photos"}}}
+    with pytest.raises(PipelineError, match=rf"{section}\S*\.{field}"):
+        parse_params(content | {section: entry | {field: value}})

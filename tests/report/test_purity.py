@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.files import read_json, write_json
+from pipeline.report.inputs import NO_VALUE
 from tests.report.helpers import CATEGORIES, Tree, section, text_of
 
 
@@ -20,4 +21,4 @@ def test_measures_of_the_stages_are_one_row_a_category(tree: Tree) -> None:
         write_json(path, {**before, "categories": of})
     text = text_of(section(tree.report(), "archives"))
     assert "dog &amp; &lt;b&gt;&#34;pup&#34;&lt;/b&gt; 40 0.251 -0.032 1.8 45.7" in text
-    assert "bird 0 – – – –" in text  # noqa: RUF001
+    assert f"bird 0 {NO_VALUE} {NO_VALUE}" in text

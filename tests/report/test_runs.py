@@ -69,7 +69,7 @@ def test_files_that_were_left_out_are_shown(tree: Tree) -> None:
 
 
 def test_categories_that_are_never_predicted_are_named(tree: Tree) -> None:
-    path = tree.reports_dir / "stats" / "score-photos.json"
+    path = tree.reports_dir / "stats" / "score-voc.json"
     content = {"stage": "score", "items": 3, "skipped": 0, "skipped_items": []}
     write_json(path, content | {"never_predicted": ["cat", "bird"]})
     assert "never predicted cat, bird" in text_of(section(tree.report(), "pipeline"))

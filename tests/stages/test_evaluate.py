@@ -1065,3 +1065,21 @@ def test_the_confusion_matrix_is_written_as_table_and_picture(bench: Bench, tmp_
     rows = read_csv(tmp_path / "objects/plots/tiny_confusion.csv")[1:]
     assert {cell for row in rows for cell in row[1:]} == {"0"}
     assert (tmp_path / "objects/plots/tiny_confusion.png").is_file()
+
+
+def test_categories_without_a_predicted_pixel_are_listed_and_no_metric(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.write(from_predictions(bench))
+    names = [*CATEGORIES, *(f"thing {number}" for number in range(60))]
+    metrics = bench.evaluate(tmp_path / "out", open_vocabulary=True, categories=names)
+    found = {
+        int(label_id)
+        for sample in read_shards(predictions_of(tmp_path / "out"))
+        for label_id in np.unique(decode_label(sample["label.png"]))
+    }
+    never = [name for label_id, name in enumerate(names, 1) if label_id not in found]
+    assert never
+    assert json.loads((tmp_path / "out/score.json").read_text())["never_predicted"] == never
+    assert f"score: never predicted: {', '.join(never)}\n" in capsys.readouterr().out
+    assert "never" not in json.dumps(metrics)

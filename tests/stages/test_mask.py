@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import open_clip
@@ -25,6 +25,7 @@ from pipeline.formats.sources import sample_key
 from pipeline.formats.tables import ArchiveRow, write_archives
 from pipeline.methods.masks import (
     MASK_SOURCES,
+    MaskMethod,
     MaskParams,
     SelfMaskParams,
     SpectralParams,
@@ -535,43 +536,55 @@ def test_nothing_but_specks_is_that_many_components() -> None:
     assert mask.num_components(image) == 225
 
 
-def test_images_in_too_many_parts_are_left_out_and_named(world: World) -> None:
-    manifest = world.run()
-    plain = {sample["__key__"]: sample for sample in read_shards(world.root / "masks")}
-    parts = {
-        key: mask.num_components(decode_png(sample["mask.png"]) > 0)
-        for key, sample in plain.items()
+class Bright:
+    """A mask source: what is bright."""
+
+    settings: ClassVar[dict[str, Any]] = {"source": "bright"}
+    max_pixels = 10**6
+    threshold = 0.45
+
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean(1)
+
+
+@pytest.fixture
+def parted(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Archives of masks in one part, and in the second also in two and three."""
+    monkeypatch.setitem(MASK_SOURCES, "selfmask", MaskMethod(SelfMaskParams, lambda *_: Bright()))
+    for number in (2, 3):
+        image = Image.new("RGB", (60, 40))
+        for part in range(number):
+            ImageDraw.Draw(image).rectangle((20 * part, 5, 20 * part + 9, 30), fill=(255,) * 3)
+        data, name = file_bytes(image, "PNG"), f"parts{number}.png"
+        folder = world.root / "images"
+        world.rows.append(archive_row(folder, name, data, rank=2 + number, label_id=2))
+    return world
+
+
+def test_images_in_too_many_parts_are_left_out_and_named(parted: World) -> None:
+    manifest = parted.run(refine=False)
+    stats = parted.stats()
+    assert stats["categories"] == {
+        "category 1": {"images": 2, "components": 1.0},
+        "category 2": {"images": 5, "components": 1.6},
     }
-    by_category: dict[str, list[int]] = {}
-    for key, sample in plain.items():
-        by_category.setdefault(json.loads(sample["json"])["category"], []).append(parts[key])
-    for name, numbers in by_category.items():
-        found = world.stats()["categories"][name]
-        assert found == {"images": len(numbers), "components": round(np.mean(numbers), 4)}
     assert "max_components" not in manifest["mask"]
-
-    most = min(parts.values())
-    assert most < max(parts.values())
-    manifest = world.run("fewer", max_components=most)
-    kept = {sample["__key__"] for sample in read_shards(world.root / "fewer")}
-    assert kept == {key for key, number in parts.items() if number <= most}
-    assert manifest["mask"]["max_components"] == most
-    stats = world.stats("fewer")
-    assert stats["counts"]["many_components"] == len(parts) - len(kept)
-    assert stats["skipped"] == 1  # the damaged image alone
-    for name, numbers in by_category.items():
-        left = sum(number <= most for number in numbers)
-        said = f"{name} {left} of {len(numbers)}" in str(stats["warnings"])
-        assert said == (left < len(numbers))
+    assert "many_components" not in stats["counts"]
+    for most, left in ((1, 3), (2, 4), (3, 5)):
+        manifest = parted.run("fewer", refine=False, max_components=most)
+        kept = [json.loads(sample["json"])["path"] for sample in read_shards(parted.root / "fewer")]
+        assert len(kept) == 2 + left
+        assert manifest["mask"]["max_components"] == most
+        stats = parted.stats("fewer")
+        assert stats["counts"]["many_components"] == 5 - left
+        assert stats["skipped"] == 1  # the damaged image alone
+        said = f"mask.max_components: {most} leaves fewer images: category 2 {left} of 5;"
+        assert (said in str(stats.get("warnings"))) == (left < 5)
+        assert "category 1" not in str(stats.get("warnings"))
 
 
-def test_without_any_image_in_few_enough_parts_the_field_is_named(world: World) -> None:
-    world.run()
-    parts = [
-        mask.num_components(decode_png(sample["mask.png"]) > 0)
-        for sample in read_shards(world.root / "masks")
-    ]
-    assert min(parts) > 1
-    with pytest.raises(PipelineError, match=r"mask\.max_components: 1 leaves none of 5 images"):
-        world.run("none", max_components=1)
-    assert not (world.root / "none").exists()
+def test_without_any_image_in_few_enough_parts_the_field_is_named(parted: World) -> None:
+    parted.rows = parted.rows[-2:]
+    with pytest.raises(PipelineError, match=r"mask\.max_components: 1 leaves none of 2 images"):
+        parted.run("none", refine=False, max_components=1)
+    assert not (parted.root / "none").exists()

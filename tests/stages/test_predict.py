@@ -662,3 +662,24 @@ def test_context_is_asked_for_and_drawn_black(
             for folder in (out_dir, tmp_path / "plain")
         )
         assert black.sum() > coloured.sum() + 1000
+
+
+def test_categories_without_a_pixel_in_any_label_map_are_listed(
+    photos: Path,
+    tmp_path: Path,
+    checkpoint_dir: Path,
+    runtime: Runtime,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out_dir, names = tmp_path / "out", ["bird", "cat", "dog", "bus", "horse"]
+    predict_into(out_dir, [photos], checkpoint_dir, runtime, categories=names)
+    found = {
+        int(label_id)
+        for path in (out_dir / "labels").iterdir()
+        for label_id in np.unique(decode_label(path.read_bytes()))
+    }
+    never = [name for label_id, name in enumerate(names, 1) if label_id not in found]
+    assert json.loads((out_dir / "stats.json").read_text()).get("never_predicted", []) == never
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if line.startswith("predict: never predicted: ")]
+    assert said == ([f"predict: never predicted: {', '.join(never)}"] if never else [])

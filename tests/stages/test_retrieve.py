@@ -560,8 +560,8 @@ def test_templates_are_averaged(
 def all_texts(encoder: EncoderParams) -> np.ndarray:
     """(M, C) float64 text embeddings of CATEGORIES, then BACKGROUND."""
     clip = load_clip(encoder, torch.device("cpu"))
-    names = [*CATEGORIES, *BACKGROUND]
-    return text_embeddings(clip, names, templates("name")).numpy().astype(np.float64)
+    lists = [text_embeddings(clip, names, templates("name")) for names in (CATEGORIES, BACKGROUND)]
+    return np.concatenate([texts.numpy() for texts in lists]).astype(np.float64)
 
 
 def margin_of(embedding: np.ndarray, texts: np.ndarray, own: int) -> np.float32:
