@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.ablations.definitions import Ablation, Settings, list_ablations, read_ablation
+from pipeline.ablations.definitions import FOLDER, Ablation, Settings, list_ablations, read_ablation
 from pipeline.ablations.plan import Step, plan
 from pipeline.ablations.results import (
     AblationResult,
@@ -44,6 +44,7 @@ def run(
     report_bench: str | None = None,
     seeds: int | None = None,
     settings: Settings | None = None,
+    folder: Path = FOLDER,
 ) -> None:
     """Run every variant of an ablation and write `reports/ablations/NAME.json`.
 
@@ -60,12 +61,13 @@ def run(
             measures lifts on one for development.
         seeds: how many runs of a variant; without it as many as the definition says.
         settings: params set for all variants.
+        folder: of the definitions.
 
     Raises:
         PipelineError: as for `plan` and `Workspace.check`, or a variant failed (after the others
             have run).
     """
-    ablation, benches, steps = _plan(name, root, bench, report_bench, seeds, settings)
+    ablation, benches, steps = _plan(name, root, bench, report_bench, seeds, settings, folder)
     targets = [f"score@{bench}" for bench in benches]
     workspace = Workspace(
         root,
@@ -153,8 +155,9 @@ def _plan(
     report_bench: str | None,
     seeds: int | None,
     settings: Settings | None,
+    folder: Path = FOLDER,
 ) -> Plan:
-    ablation = read_ablation(name)
+    ablation = read_ablation(name, folder)
     params = read_params(root / PARAMS)
     if ablation.lift_over is not None:
         bench, report_bench = _chosen_and_reported(params, bench, report_bench)

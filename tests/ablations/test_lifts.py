@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,10 +10,12 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.ablations.costs import Notebook, read_lock, stages_of
+from pipeline.ablations.definitions import read_ablation
 from pipeline.ablations.results import Spread, read_result
 from pipeline.ablations.run import run
 from pipeline.files import read_json, write_json
 from tests.ablations.test_ablations import call
+from tests.paths import ROOT
 
 DVC_YAML = """\
 stages:
@@ -36,8 +37,8 @@ stages:
     do:
       cmd: python stage.py score ${key}
       deps: [stage.py, model.txt]
-      params: [benches.${key}]
-      outs: [reports/stats/score-${key}.json]
+      params: ["benches.${key}"]
+      outs: ["reports/stats/score-${key}.json"]
       metrics:
         - reports/metrics/${key}.json:
             cache: false
@@ -50,6 +51,16 @@ train: {iterations: 50}
 benches:
   second: {format: voc, root: voc, categories: [cat]}
   first: {format: voc, root: voc, categories: [cat], development: true}
+"""
+DEFINITION = """\
+description: Longer training
+metrics: {miou: mIoU, ap50: AP50}
+seeds: 3
+lift_over: plain
+variants:
+  - {label: plain}
+  - {label: "4,000 iterations", params: {train.iterations: 4000}}
+carries_over: All.
 """
 # Seconds: 7 of `embed`, the iterations of `train`, 1 of `score`; what ran is in a log.
 STAGE_PY = """\
@@ -113,6 +124,7 @@ def project(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A copy of the project, and a common cache with weights."""
     monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "common"))
     (tmp_path / "common/weights").mkdir(parents=True)
+    (tmp_path / "longer.yaml").write_text(DEFINITION)
     return Path(shutil.copytree(finished, tmp_path / "project"))
 
 
@@ -129,9 +141,9 @@ def test_seeds_benchmarks_lifts_and_seconds(
 ) -> None:
     before = len(runs(project))
     write_json(project / "reports/times/train.json", {"stage": "train", "seconds": 12345})
-    run("rounds", root=project, seeds=2)
+    run("longer", root=project, seeds=2, folder=project.parent)
 
-    result = read_result(project / "reports/ablations/rounds.json")
+    result = read_result(project / "reports/ablations/longer.json")
     assert (result.bench, result.report_bench) == ("first", "second")
     plain, longer = result.variants
     assert [entry.seed for entry in plain.runs] == [entry.seed for entry in longer.runs] == [3, 4]
@@ -161,10 +173,10 @@ def test_seeds_benchmarks_lifts_and_seconds(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("1/4 plain, seed 3: first mIoU 20.00, AP50 -; second mIoU 30.00,")
     assert [line.split(":")[0] for line in lines[1:4]] == [
-        *("2/4 no round, 4,000 iterations, seed 3", "3/4 plain, seed 4"),
-        "4/4 no round, 4,000 iterations, seed 4",
+        *("2/4 4,000 iterations, seed 3", "3/4 plain, seed 4"),
+        "4/4 4,000 iterations, seed 4",
     ]
-    assert lines[-4].split("  ")[0] == "rounds"
+    assert lines[-4].split("  ")[0] == "longer"
     assert lines[-2].endswith("4001  +3950")
     assert "23.50 (23.00 to 24.00)" in lines[-2]
     assert "+3.50 (+3.00 to +4.00)" in lines[-2]
@@ -179,15 +191,15 @@ def test_seeds_benchmarks_lifts_and_seconds(
 
 
 def test_what_the_run_cache_answers_keeps_its_time(project: Path) -> None:
-    run("rounds", root=project, seeds=2)
-    path = project / "reports/ablations/rounds.json"
+    run("longer", root=project, seeds=2, folder=project.parent)
+    path = project / "reports/ablations/longer.json"
     content, ran = path.read_bytes(), len(runs(project))
     path.unlink()
-    run("rounds", root=project, seeds=2)  # from the experiments
+    run("longer", root=project, seeds=2, folder=project.parent)  # from the experiments
     assert path.read_bytes() == content
     call(project, sys.executable, "-m", "dvc", "exp", "remove", "-A", "-q")
     path.unlink()
-    run("rounds", root=project, seeds=2)  # from the run cache
+    run("longer", root=project, seeds=2, folder=project.parent)  # from the run cache
     assert path.read_bytes() == content
     assert len(runs(project)) == ran
 
@@ -195,26 +207,28 @@ def test_what_the_run_cache_answers_keeps_its_time(project: Path) -> None:
 def test_a_variant_that_fails_is_not_tried_with_other_seeds_and_continues(project: Path) -> None:
     (project / "broken").touch()
     with pytest.raises(Exception, match=r"1 of 2 variants failed.*out of luck"):
-        run("rounds", root=project, seeds=3)
-    plain, longer = read_result(project / "reports/ablations/rounds.json").variants
+        run("longer", root=project, folder=project.parent)
+    plain, longer = read_result(project / "reports/ablations/longer.json").variants
     assert ([entry.seed for entry in plain.runs], len(longer.runs)) == ([3, 4, 5], 1)
     assert longer.lift == {"miou": spread(3, 3, 3)}
     (project / "broken").unlink()
-    run("rounds", root=project, seeds=3)
-    plain, longer = read_result(project / "reports/ablations/rounds.json").variants
+    run("longer", root=project, folder=project.parent)
+    plain, longer = read_result(project / "reports/ablations/longer.json").variants
     assert longer.lift == {"miou": spread(4, 3, 5)}
     assert (longer.seconds, longer.more_seconds) == (4001, 3950)
 
 
-def test_a_commands_options_reach_the_ablation(project: Path) -> None:
+def test_a_commands_options_reach_the_ablation(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = (*("ablate", "rounds", "--dry-run", "--seeds", "1"), "--bench", "second")
-    environment = f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}"
-    text = call(project, "env", environment, sys.executable, "-m", "pipeline", *words)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    text = call(project, sys.executable, "-m", "pipeline", *words)
     assert text.splitlines()[0].endswith(", on second")
-    assert text.count("dvc exp run") == 2
+    assert text.count("dvc exp run") == len(read_ablation("rounds").variants)
     text = call(project, sys.executable, "-m", "pipeline", *words, "--report-bench", "first")
     assert text.splitlines()[0].endswith(", on second, reported on first")
-    assert text.count("score@second score@first") == 2
+    assert text.count("score@second score@first") == len(read_ablation("rounds").variants)
 
 
 # -- seconds ---------------------------------------------------------------------------------------
