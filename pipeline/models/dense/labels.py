@@ -5,7 +5,7 @@ Letters: B images, H W pixels, K label ids, h w grid of patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +48,25 @@ def label_and_confidence(
         best = torch.maximum(best, part_best)
         total = _add(total, part, scale)
     return label, _share(best, total, scale)
+
+
+def labels_one_by_one(
+    scores: Callable[[Tensor], Tensor], images: Tensor, *, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The same for images (B, 3, H, W) one after the other, where scores of all pixels are large.
+
+    Args:
+        scores: images (1, 3, H, W) -> their scores (1, K, h, w).
+        images: in [0, 1].
+        scale: as there.
+    """
+    height, width = images.shape[-2:]
+    found = [
+        label_and_confidence(scores(image), (height, width), scale=scale)
+        for image in images.split(1)
+    ]
+    labels, confidence = zip(*found, strict=True)
+    return torch.cat(labels), torch.cat(confidence)
 
 
 def probability(

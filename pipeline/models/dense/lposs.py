@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models.clip import pad_to_multiple
-from pipeline.models.dense.labels import label_and_confidence
+from pipeline.models.dense.labels import labels_one_by_one
 from pipeline.models.dense.pixel_graph import PixelGraph
 from pipeline.models.dense.windows import Place, cut_windows, joined, joined_features, over_windows
 from pipeline.models.layers.interpolate import upsample
@@ -103,8 +103,7 @@ class Lposs:
 
     def label(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> label ids (B, H, W) int64, confidence (B, H, W)."""
-        height, width = images.shape[-2:]
-        return label_and_confidence(self.scores(images), (height, width), scale=self.logit_scale)
+        return labels_one_by_one(self.scores, images, scale=self.logit_scale)
 
     def _with(self, labeller: TextLabeller) -> Lposs:
         return Lposs(labeller, self._encoder, self._params, with_pixels=self._with_pixels)
