@@ -111,10 +111,8 @@ class Lposs:
     @torch.no_grad()
     def _of_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and features of one image (1, 3, H, W)."""
-        size, windows = image.shape[-2:], self._params.windows
-        places, crops = cut_windows(
-            image, *((windows.side, windows.stride) if windows else (None, 1))
-        )
+        size = image.shape[-2:]
+        places, crops = cut_windows(image, self._params.windows)
         scores, features, values = over_windows(self._seen, crops)
         window = crops[0].shape[-2:]
         # A tolerance of 1e-6 asks for float32, even where the networks ran in less.

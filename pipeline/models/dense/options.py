@@ -120,7 +120,7 @@ class LabellerWithOptions:
         if windows is None:
             return self._seen(images, with_features=with_features)
         size = images.shape[-2:]
-        places, crops = cut_windows(images, windows.side, windows.stride)
+        places, crops = cut_windows(images, windows)
         scores, *features = over_windows(
             lambda crop: self._seen(crop, with_features=with_features), crops
         )
