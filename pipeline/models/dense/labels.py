@@ -53,6 +53,25 @@ def label_and_confidence(
     return label, _share(best, total, scale)
 
 
+def labels_one_by_one(
+    scores: Callable[[Tensor], Tensor], images: Tensor, *, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The same for images (B, 3, H, W) one after the other, where scores of all pixels are large.
+
+    Args:
+        scores: images (1, 3, H, W) -> their scores (1, K, h, w).
+        images: in [0, 1].
+        scale: as there.
+    """
+    height, width = images.shape[-2:]
+    found = [
+        label_and_confidence(scores(image), (height, width), scale=scale)
+        for image in images.split(1)
+    ]
+    labels, confidence = zip(*found, strict=True)
+    return torch.cat(labels), torch.cat(confidence)
+
+
 def probability(
     scores: Tensor,
     number: int,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models.clip import pad_to_multiple
-from pipeline.models.dense.labels import label_and_confidence
+from pipeline.models.dense.labels import labels_one_by_one
 from pipeline.models.dense.pixel_graph import PixelGraph
 from pipeline.models.dense.windows import Place, cut_windows, joined, joined_features, over_windows
 from pipeline.models.layers.interpolate import upsample
@@ -103,8 +103,7 @@ class Lposs:
 
     def label(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> label ids (B, H, W) int64, confidence (B, H, W)."""
-        height, width = images.shape[-2:]
-        return label_and_confidence(self.scores(images), (height, width), scale=self.logit_scale)
+        return labels_one_by_one(self.scores, images, scale=self.logit_scale)
 
     def _with(self, labeller: TextLabeller) -> Lposs:
         return Lposs(labeller, self._encoder, self._params, with_pixels=self._with_pixels)
@@ -112,10 +111,8 @@ class Lposs:
     @torch.no_grad()
     def _of_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and features of one image (1, 3, H, W)."""
-        size, windows = image.shape[-2:], self._params.windows
-        places, crops = cut_windows(
-            image, *((windows.side, windows.stride) if windows else (None, 1))
-        )
+        size = image.shape[-2:]
+        places, crops = cut_windows(image, self._params.windows)
         scores, features, values = over_windows(self._seen, crops)
         window = crops[0].shape[-2:]
         # A tolerance of 1e-6 asks for float32, even where the networks ran in less.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from pipeline.models.dense.labels import label_and_confidence
+from pipeline.models.dense.labels import labels_one_by_one
 from pipeline.models.dense.pamr import refine
 from pipeline.models.dense.windows import cut_windows, joined, joined_features, over_windows
 from pipeline.models.layers.interpolate import upsample
@@ -95,13 +95,7 @@ class LabellerWithOptions:
 
     def label(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> label ids (B, H, W) int64, confidence (B, H, W)."""
-        height, width = images.shape[-2:]
-        found = [
-            label_and_confidence(self.scores(image), (height, width), scale=self.logit_scale)
-            for image in images.split(1)  # scores of all pixels are large
-        ]
-        labels, confidence = zip(*found, strict=True)
-        return torch.cat(labels), torch.cat(confidence)
+        return labels_one_by_one(self.scores, images, scale=self.logit_scale)
 
     @torch.no_grad()
     def _refined(self, images: Tensor, *, with_features: bool) -> list[Tensor]:
@@ -126,7 +120,7 @@ class LabellerWithOptions:
         if windows is None:
             return self._seen(images, with_features=with_features)
         size = images.shape[-2:]
-        places, crops = cut_windows(images, windows.side, windows.stride)
+        places, crops = cut_windows(images, windows)
         scores, *features = over_windows(
             lambda crop: self._seen(crop, with_features=with_features), crops
         )

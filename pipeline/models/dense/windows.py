@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models.layers.interpolate import upsample
+
+if TYPE_CHECKING:
+    from pipeline.methods.dense import WindowParams
 
 WINDOWS_AT_ONCE = 16  # windows that a network sees together
 CHANNELS_AT_ONCE = 64  # of features, whose map of all pixels would be large
@@ -26,19 +30,18 @@ def window_starts(length: int, side: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def cut_windows(images: Tensor, side: int | None, stride: int) -> tuple[list[Place], list[Tensor]]:
+def cut_windows(images: Tensor, windows: WindowParams | None) -> tuple[list[Place], list[Tensor]]:
     """Windows of images (B, 3, H, W), row after row.
 
     Args:
         images: of one size.
-        side: of a window in pixels, cut to the image's; None for one window, the whole image.
-        stride: pixels from one window to the next, at most `side`.
+        windows: their side, cut to the image's, and stride; None for one, the whole image.
 
     Returns:
         (top, left) of every window, and its pixels (B, 3, S, T), all of one size.
     """
     height, width = images.shape[-2:]
-    side = side or max(height, width)
+    side, stride = (windows.side, windows.stride) if windows else (max(height, width), 1)
     places = list(product(window_starts(height, side, stride), window_starts(width, side, stride)))
     crops = [images[..., top : top + side, left : left + side] for top, left in places]
     return places, crops
