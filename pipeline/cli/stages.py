@@ -332,7 +332,6 @@ def predict_bench(
     from pipeline.stages import predict_bench as stage
 
     session: Session = ctx.obj
-    checkpoint = checkpoint or session.checkpoint
     others = differences(
         session, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
     )
@@ -346,7 +345,7 @@ def predict_bench(
         bench=find_bench(
             params.benches, bench, params_path=session.params_path, root=root, corruption=corruption
         ),
-        checkpoint_dir=None if alone(model) else checkpoint,
+        checkpoint_dir=None if alone(model) else checkpoint or session.checkpoint,
         out_dir=out,
         params=params.evaluate,
         baseline=baseline(params, alone(model), encoder),
@@ -379,7 +378,6 @@ def score(
     from pipeline.stages import score as stage
 
     session: Session = ctx.obj
-    checkpoint = checkpoint or session.checkpoint
     others = differences(
         session, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
     )
@@ -420,7 +418,6 @@ def evaluate(
     It is `predict_bench`, then `score`. What the run itself has trained is scored as BENCH.json;
     what differs from it is in the name of a result (docs/results.md).
     """
-    checkpoint = checkpoint or ctx.obj.checkpoint
     others = differences(
         ctx.obj, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
     )

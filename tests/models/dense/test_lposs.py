@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pipeline.models.masks.dino import build_dino, load_dino
 from safetensors.torch import save_file
 from scipy.sparse.linalg import cg
 from torch import Tensor
@@ -26,8 +25,9 @@ from pipeline.methods.dense import (
 )
 from pipeline.models.clip import load_clip
 from pipeline.models.dense.pixel_graph import lab_of_rgb
-from pipeline.models.masks import dino
-from pipeline.models.masks.selfmask import SelfMaskConfig
+from pipeline.models.layers import dino
+from pipeline.models.layers.dino import build_dino, load_dino
+from pipeline.models.layers.vit import SelfMaskConfig
 from pipeline.params.base import EncoderParams
 from pipeline.vocabulary.categories import Names
 
