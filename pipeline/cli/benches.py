@@ -161,7 +161,8 @@ def differences(
     Of a dense labeller alone: its encoder, where it is not the params'. Of the run's own checkpoint
     with an open vocabulary: its categories, where they are not the benchmark's. Of another one: the
     name of its folder, its student and its encoder where they are not those of `train`, and its
-    categories likewise; None is the run's own. A category set goes by its name, another list by its length and hash.
+    categories likewise; without one it is the run's. A category set goes by its name, another list
+    by its length and hash.
 
     Raises:
         PipelineError: see `baseline`, and a checkpoint that cannot be read.
@@ -171,7 +172,10 @@ def differences(
         usual = baseline(session.params, labeller).encoder
         asked = baseline(session.params, labeller, encoder).encoder
         return [] if asked == usual else [_encoder_name(asked)]
-    is_own = checkpoint is None or checkpoint.resolve() == session.checkpoint.resolve()
+    if checkpoint is None and not open_vocabulary:
+        return []  # whatever the params say
+    checkpoint = checkpoint or session.checkpoint
+    is_own = checkpoint.resolve() == session.checkpoint.resolve()
     if is_own and not open_vocabulary:
         return []
     from pipeline.models.weights.checkpoint import read_checkpoint_config
