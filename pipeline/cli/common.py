@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # importing torch takes seconds that `--help` and mistakes ne
     from pipeline.params.sections import Params
 
 ExecutorName = Literal["local", "ray"]
+MasksPath = Annotated[Path, typer.Option(help="Folder of the mask shards.")]
 StatsPath = Annotated[Path, typer.Option("--stats", help="Where the counts are written (JSON).")]
 EntryStatsPath = Annotated[
     Path | None, typer.Option("--stats", help="Where the counts are written (JSON).")

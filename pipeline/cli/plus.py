@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.common import PATHS, Session, try_outputs
+from pipeline.cli.common import PATHS, MasksPath, Session, try_outputs
 from pipeline.errors import PipelineError
 from pipeline.files import read_json, write_json
 
@@ -24,7 +24,7 @@ TEACHER, GUIDED, SELF_TRAINED = "teacher", "guided", "self_trained"
 def plus(
     ctx: typer.Context,
     name: Annotated[str, typer.Option(help="Name of an entry under `plus:` in the params.")],
-    masks: Annotated[Path, typer.Option(help="Folder of the mask shards.")] = PATHS["masks"],
+    masks: MasksPath = PATHS["masks"],
     out: Annotated[
         Path | None, typer.Option(help="Folder of the checkpoint; default: models/plus/NAME.")
     ] = None,

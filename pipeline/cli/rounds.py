@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.common import PATHS, EntryStatsPath, Session, try_outputs
+from pipeline.cli.common import PATHS, EntryStatsPath, MasksPath, Session, try_outputs
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 rounds_app = typer.Typer()
 CANDIDATE = "candidate"  # folder of a checkpoint that is not yet judged
 RoundName = Annotated[str, typer.Option(help="Name of an entry under `rounds:` in the params.")]
-MasksPath = Annotated[Path, typer.Option(help="Folder of the mask shards.")]
 LabelsPath = Annotated[
     Path | None, typer.Option(help="Folder of the label shards; default: train.labels.")
 ]

@@ -22,6 +22,7 @@ from pipeline.cli.common import (
     PARAMS,
     PATHS,
     EntryStatsPath,
+    MasksPath,
     Session,
     StatsPath,
     check_known,
@@ -42,7 +43,6 @@ from pipeline.presets import (
 NAMES_HELP = """Category names between commas, quoted as in CSV: '"hammer, claw",saw'"""
 Resume = Literal["auto", "never"]
 ArchivesPath = Annotated[Path, typer.Option(help="Parquet file of the archives.")]
-MasksPath = Annotated[Path, typer.Option(help="Folder of the mask shards.")]
 LabelsPath = Annotated[Path, typer.Option(help="Folder of the label shards.")]
 CheckpointPath = Annotated[
     Path | None,

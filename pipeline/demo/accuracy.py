@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
+from ruamel.yaml import YAML
 from torch import Tensor
 
 from pipeline.demo.glyphs import KNOWN_FAMILIES, UNSEEN_FAMILY, glyph_names, load_glyphs
 from pipeline.demo.scene import BENCH_BACKGROUNDS, OUTLINED, Scene, Style, draw_scene
 from pipeline.demo.world import BENCH_COUNTS, random_scene, semantic_truth
 from pipeline.engine.runtime import make_runtime
-from pipeline.methods.dense import DenseClipParams, load_dense_labeller
+from pipeline.methods.dense import load_dense_labeller
 from pipeline.models.clip import ClipEncoder, load_clip, text_embeddings
 from pipeline.params.base import EncoderParams
+from pipeline.params.reading import parse_params
+from pipeline.presets import preset_text
 from pipeline.scoring.confusion import ConfusionMatrix
 from pipeline.vocabulary.categories import Names
 from pipeline.vocabulary.prompts import PROMPTS_85
 
 PROBE_STREAM, DENSE_PROBE_STREAM = 102, 103
 BATCH_SIZE = 96
-BACKGROUND = ("background", "nothing", "an empty image")
-DENSE_OPTIONS: dict[str, Any] = {
-    "published_activation": False,
-    "dense_attention": "value_only",
-    "normalisation": "clip",
-    "logit_scale": 20.0,
-    "background_names": "each",
-}
 
 
 def measure_accuracy(
@@ -40,8 +34,8 @@ def measure_accuracy(
     The nearest of the demo's categories, with the 85 prompts: of `known` families, of the same as
     the `world` outlines them, of the `unseen` family, and of both with every look drawn at random,
     so that shape alone tells (`random_look`, `random_look_unseen`). `denseclip_miou` is over scenes
-    like those of the benchmarks, half of them of the unseen family, without any refinement; each
-    word that is not asked for is a name of the background.
+    like those of the benchmarks, half of them of the unseen family, by `pseudo_label` and
+    `background` of the preset `demo`.
     """
     encoder = load_clip(params, device)
     categories, _ = glyph_names()
@@ -85,10 +79,11 @@ def _zero_shot(
 def _dense(
     params: EncoderParams, size: int, device: torch.device, *, seed: int, images: int
 ) -> float:
-    categories, others = glyph_names()
+    categories, _ = glyph_names()
+    demo = parse_params(YAML(typ="safe").load(preset_text("demo")), name="demo")
     labeller = load_dense_labeller(
-        DenseClipParams(encoder=params, **DENSE_OPTIONS),
-        Names(categories, [*BACKGROUND, *others]),
+        demo.pseudo_label.model_copy(update={"encoder": params}),
+        Names(categories, demo.background),
         make_runtime(device=device.type, seed=seed),
     )
     confusion = ConfusionMatrix(1 + len(categories))

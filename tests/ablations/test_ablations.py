@@ -21,6 +21,7 @@ from pipeline.files import read_json
 from pipeline.params.reading import parse_params
 from pipeline.params.sections import Params
 from pipeline.presets import preset_text
+from tests.ablations.dvc_project import call, finished_project
 from tests.paths import ROOT
 
 PATIENCE_S = 60
@@ -87,32 +88,10 @@ FILES = {
 }
 
 
-def call(folder: Path, *words: str) -> str:
-    environment = os.environ | {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    }
-    done = subprocess.run(
-        words, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DVC project with two stages, run and committed."""
-    folder = tmp_path_factory.mktemp("finished")
-    for name, content in FILES.items():
-        (folder / name).write_text(content)
-    call(folder, "git", "init", "-q")
-    call(folder, "git", "config", "user.email", "tests@example.org")
-    call(folder, "git", "config", "user.name", "tests")
-    call(folder, sys.executable, "-m", "dvc", "init", "-q")
-    call(folder, sys.executable, "-m", "dvc", "config", "core.analytics", "false")
-    call(folder, sys.executable, "-m", "dvc", "repro", "-q")
-    call(folder, "git", "add", "-A")
-    call(folder, "git", "commit", "-qm", "run")
-    return folder
+    return finished_project(tmp_path_factory.mktemp("finished"), FILES)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pipeline.ablations.definitions import read_ablation
 from pipeline.ablations.results import Spread, read_result
 from pipeline.ablations.run import run
 from pipeline.files import read_json, write_json
-from tests.ablations.test_ablations import call
+from tests.ablations.dvc_project import call, finished_project
 from tests.paths import ROOT
 
 DVC_YAML = """\
@@ -105,18 +105,7 @@ FILES = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DVC project, run and committed."""
-    folder = tmp_path_factory.mktemp("finished")
-    for name, content in FILES.items():
-        (folder / name).write_text(content)
-    call(folder, "git", "init", "-q")
-    call(folder, "git", "config", "user.email", "tests@example.org")
-    call(folder, "git", "config", "user.name", "tests")
-    call(folder, sys.executable, "-m", "dvc", "init", "-q")
-    call(folder, sys.executable, "-m", "dvc", "config", "core.analytics", "false")
-    call(folder, sys.executable, "-m", "dvc", "repro", "-q")
-    call(folder, "git", "add", "-A")
-    call(folder, "git", "commit", "-qm", "run")
-    return folder
+    return finished_project(tmp_path_factory.mktemp("finished"), FILES)
 
 
 @pytest.fixture
