@@ -1,0 +1,1 @@
+"""Predictions and pseudo-labels in the files that other tools read."""
