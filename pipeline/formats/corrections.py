@@ -60,6 +60,11 @@ class Correction:
     objects: Sequence[CorrectedObject] = ()
     void: Rle | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it shows no object."""
+        return all(it.category == BACKGROUND_NAME for it in self.objects)
+
     def maps(
         self, label_ids: Mapping[str, int], size: tuple[int, int] | None = None
     ) -> tuple[LabelMap, NDArray[np.uint16]]:
