@@ -1,7 +1,7 @@
 """Which images of ours the images of a tool's file are.
 
-By the content of the images that were corrected, where their folder is given, else by the longest
-end of a path that is shared.
+By the content of the images that were corrected, where their folder is given; else by the hash of
+it that the tool's file states, or by the longest end of a path that is shared.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -62,13 +62,13 @@ class _Ends:
             value for (_, value), count in zip(candidates, shared, strict=True) if count == longest
         }
 
-    def only(self, image: ToolImage, where: str) -> str:
-        """The value of an image's names.
+    def only(self, names: Sequence[str], where: str) -> str:
+        """The value of the first of some names that has any.
 
         Raises:
             UnusableError: there is none, or several.
         """
-        found = next(filter(None, map(self.find, image.names)), set())
+        found = next(filter(None, map(self.find, names)), set())
         if not found:
             raise UnusableError(f"no image of this name in {where}")
         if len(found) > 1:
@@ -141,7 +141,7 @@ class ImageFolder:
         Raises:
             UnusableError: there is none, there are several, or it cannot be read.
         """
-        name = self._ends.only(image, str(self._folder))
+        name = self._ends.only(image.names, str(self._folder))
         try:
             return Photo(name, read_file(self._folder / name))
         except ImageError as error:
@@ -161,7 +161,7 @@ class ArchiveImages:
             fields = self._store.json(index)
             content = fields["sha256"]
             self._index.setdefault(content, index)
-            for name in (fields["member"] or fields["path"], key, fields["key"]):
+            for name in (content, fields["member"] or fields["path"], key, fields["key"]):
                 self._ends.add(name, content)
 
     def find(self, image: ToolImage) -> Found:
@@ -172,8 +172,9 @@ class ArchiveImages:
         """
         where = f"the archives ({self._masks_dir})"
         if self._folder is None:
+            stated = [image.sha256] if image.sha256 else []
             stems = [PurePosixPath(name).stem for name in image.names]  # of samples: their keys
-            found = self._ends.only(replace(image, names=[*image.names, *stems]), where)
+            found = self._ends.only([*stated, *image.names, *stems], where)
         else:
             content = self._folder.photo(image).sha256
             found = content if content in self._index else self._whole.get(content, "")

@@ -225,7 +225,8 @@ class _Reader:
         if self._unknown:
             stage.count("unknown_objects", self._unknown.total())
             stage.warn(
-                f"objects of unknown names are void: {counted(self._unknown)}; the categories are "
+                f"unknown names: {counted(self._unknown)} (images of nothing else are skipped; "
+                "beside other objects they are void); the categories are "
                 f"{listing(list(self._categories.values()))}"
             )
         for kind, count in sorted(self._left_out.items()):

@@ -48,6 +48,7 @@ class ToolImage:
 
     Attributes:
         names: paths or names that it may have elsewhere, the most telling first.
+        sha256: of its own file, where `pipeline export` has said so and the tool has kept it.
         size: (H, W); None where no mask says it.
         objects: its objects, of the names that the tool has for them.
         problem: why it cannot be used.
@@ -55,6 +56,7 @@ class ToolImage:
     """
 
     names: list[str]
+    sha256: str | None = None
     size: Size | None = None
     objects: list[CorrectedObject] = field(default_factory=list)
     problem: str | None = None
@@ -90,7 +92,7 @@ def _read_coco(path: Path) -> list[ToolImage]:
             coco_id, image = parse_image(entry)
             if coco_id in images:
                 raise ValueError(f"id {coco_id} is there twice")
-            images[coco_id] = ToolImage([image.file_name], image.size)
+            images[coco_id] = ToolImage([image.file_name], _sha256(entry), image.size)
     names: dict[int, str] = {}
     for place, entry in enumerate(elements(path, "categories")):
         with _naming(path, f"categories[{place}]"):
@@ -144,7 +146,7 @@ def _read_task(task: Any) -> ToolImage:
         raise ValueError(f"not a task with `data`; {EXPORT}")
     if "annotations" not in task:
         raise ValueError(f"no `annotations`; {EXPORT}, not as JSON-MIN")
-    image = ToolImage(_task_names(task))
+    image = ToolImage(_task_names(task), _sha256(task["data"]))
     done = [it for it in field_of(task, "annotations", list) if not it.get("was_cancelled")]
     if not done:
         image.problem = "has no annotation"
@@ -254,6 +256,11 @@ def _naming(path: Path, place: str) -> Iterator[None]:
         yield
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise PipelineError(f"{path}: {place}: {_reason(error)}") from None
+
+
+def _sha256(entry: Mapping[str, Any]) -> str | None:
+    stated = entry.get("sha256")
+    return stated if isinstance(stated, str) else None
 
 
 def _reason(error: BaseException) -> str:
