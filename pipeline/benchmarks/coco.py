@@ -16,7 +16,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +34,7 @@ from pipeline.benchmarks.example import Example, InstanceTarget, MaskHeader
 from pipeline.benchmarks.lists import check_folder, read_lines
 from pipeline.errors import PipelineError, listing
 from pipeline.formats.labels import LABEL_TYPE, LabelMap
+from pipeline.formats.rle import encode_segmentation
 
 MAX_DEPTH = 64  # brackets within brackets; COCO has 5
 MAX_KEY_LENGTH = 1000
@@ -41,9 +42,7 @@ BUFFER_BYTES = 4096  # of JSON, whose paths are in memory together
 MAX_NAME = 255  # bytes of a file's name
 MAX_SIDE = 200_000  # pixels; no photo that can be read has more
 MAX_PIXELS = (1 << 32) - 1  # pycocotools counts in 32 bits
-MAX_RUN_BITS = 60  # of a number in compressed code
 BRACKETS = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
-MIN_POLYGON = 6  # numbers: three points
 LISTED_NAMES = 20
 
 T = TypeVar("T")
@@ -112,13 +111,16 @@ class CocoExample:
 
 
 @dataclass
-class _Image:
+class CocoImage:
+    """An element of `images`, of `size` (H, W), with the annotated objects of it."""
+
     file_name: str
     size: tuple[int, int]
     annotations: list[Annotation] = field(default_factory=list)
 
     @property
     def image_id(self) -> str:
+        """Its file name without folder and suffix."""
         return PurePosixPath(self.file_name).stem
 
 
@@ -168,7 +170,7 @@ class CocoBenchmark:
         check_folder(self.root, "a benchmark in COCO's layout")
         self._json_path = self.root / annotations.replace("{split}", split)
         self._image_dir = self.root / images.replace("{split}", split)
-        _check_paths(self._json_path)
+        check_paths(self._json_path)
         known, label_ids = self._read_images_and_categories()
         scored = known
         if image_list:
@@ -192,14 +194,14 @@ class CocoBenchmark:
                 image.annotations,
             )
 
-    def _read_images_and_categories(self) -> tuple[dict[int, _Image], dict[int, int | None]]:
+    def _read_images_and_categories(self) -> tuple[dict[int, CocoImage], dict[int, int | None]]:
         """Images by COCO id, and label ids by COCO id (None: a category that is not asked for)."""
-        images: dict[int, _Image] = {}
-        for coco_id, image in self._parsed("images", "image", _parse_image):
+        images: dict[int, CocoImage] = {}
+        for coco_id, image in self._parsed("images", "image", parse_image):
             self._check_new(coco_id, images, "image")
             images[coco_id] = image
         names: dict[int, str] = {}
-        for coco_id, name in self._parsed("categories", "category", _parse_category):
+        for coco_id, name in self._parsed("categories", "category", parse_category):
             self._check_new(coco_id, names, "category")
             names[coco_id] = name
         for key, entries in (("images", images), ("categories", names)):
@@ -228,7 +230,7 @@ class CocoBenchmark:
                 )
         return label_ids
 
-    def _check_unique(self, images: Iterable[_Image]) -> None:
+    def _check_unique(self, images: Iterable[CocoImage]) -> None:
         seen: dict[str, str] = {}
         for image in images:
             if image.image_id in seen:
@@ -241,7 +243,7 @@ class CocoBenchmark:
     def _read_annotations(
         self,
         known: Collection[int],
-        images: Mapping[int, _Image],
+        images: Mapping[int, CocoImage],
         label_ids: Mapping[int, int | None],
     ) -> list[str]:
         """Attach the annotations to their images, of which some of the known ones are scored.
@@ -271,7 +273,7 @@ class CocoBenchmark:
 
     def _parsed(self, key: str, kind: str, parse: Callable[[Any], T]) -> Iterator[T]:
         """The elements of an array, parsed; errors name the element by its id or place."""
-        for place, entry in enumerate(_elements(self._json_path, key)):
+        for place, entry in enumerate(elements(self._json_path, key)):
             if not isinstance(entry, dict):
                 raise PipelineError(
                     f"{self._json_path}: {kind} {short_repr(entry)}: expected an object, at "
@@ -291,12 +293,12 @@ class CocoBenchmark:
                 f"{self._json_path}: {kind} {coco_id} is listed twice; each needs an id of its own"
             )
 
-    def _select(self, images: Mapping[int, _Image], list_path: Path) -> dict[int, _Image]:
+    def _select(self, images: Mapping[int, CocoImage], list_path: Path) -> dict[int, CocoImage]:
         """The images that a file lists, in its order."""
         ids = {}
         for coco_id, image in images.items():
             ids[image.image_id] = ids[PurePosixPath(image.file_name).name] = coco_id
-        selected: dict[int, _Image] = {}
+        selected: dict[int, CocoImage] = {}
         unknown: list[str] = []
         for line in read_lines(list_path, "one image file name a line"):
             name = PurePosixPath(line).name
@@ -313,7 +315,7 @@ class CocoBenchmark:
             )
         return selected
 
-    def _read_group(self, name: str, of: str, images: Mapping[int, _Image]) -> frozenset[str]:
+    def _read_group(self, name: str, of: str, images: Mapping[int, CocoImage]) -> frozenset[str]:
         try:
             selected = self._select(images, self.root / of)
         except PipelineError as error:
@@ -342,7 +344,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _check_paths(path: Path) -> None:
+def check_paths(path: Path) -> None:
     """Refuse a JSON file of deep brackets or long keys.
 
     `ijson` keeps for each place in it the path there, and for all of a buffer at once: 100,000
@@ -352,7 +354,7 @@ def _check_paths(path: Path) -> None:
         PipelineError: no such file, not JSON, or beyond `MAX_DEPTH` or `MAX_KEY_LENGTH`.
     """
     depth = 0
-    with _open_json(path) as file:
+    with open_json(path) as file:
         for event, value in ijson.basic_parse(file, use_float=True):  # no paths yet
             depth += BRACKETS.get(event, 0)
             if depth > MAX_DEPTH:
@@ -367,19 +369,19 @@ def _check_paths(path: Path) -> None:
             )
 
 
-def _elements(path: Path, key: str) -> Iterator[Any]:
+def elements(path: Path, key: str) -> Iterator[Any]:
     """The elements of an array of a JSON object, of which memory holds one at a time.
 
     Raises:
         PipelineError: no such file, not JSON, or the object has no array of this name.
     """
     is_empty = True
-    with _open_json(path) as file:
+    with open_json(path) as file:
         for element in ijson.items(file, f"{key}.item", use_float=True):
             is_empty = False
             yield element
     if is_empty:
-        with _open_json(path) as file:
+        with open_json(path) as file:
             parsed = ijson.parse(file, buf_size=BUFFER_BYTES)
             is_object = next(parsed)[1] == "start_map"
             events = (event for prefix, event, _ in parsed if prefix == key)
@@ -397,7 +399,7 @@ def _elements(path: Path, key: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _open_json(path: Path) -> Iterator[BinaryIO]:
+def open_json(path: Path) -> Iterator[BinaryIO]:
     """A JSON file from its first byte that is no byte order mark; errors in it name it."""
     try:
         with path.open("rb") as file:
@@ -423,27 +425,35 @@ def _open_json(path: Path) -> Iterator[BinaryIO]:
         raise PipelineError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _parse_image(entry: Mapping[str, Any]) -> tuple[int, _Image]:
-    """COCO id and image of an element of `images`."""
-    coco_id = _value(entry, "id", int)
-    file_name = _value(entry, "file_name", str)
+def parse_image(entry: Mapping[str, Any]) -> tuple[int, CocoImage]:
+    """COCO id and image of an element of `images`.
+
+    Raises:
+        KeyError, ValueError: a field is missing or has a wrong type or value.
+    """
+    coco_id = field_of(entry, "id", int)
+    file_name = field_of(entry, "file_name", str)
     path = PurePosixPath(file_name)
     is_long = any(len(fsencode(part)) > MAX_NAME for part in path.parts)
     if not path.name or path.is_absolute() or ".." in path.parts or is_long:
         raise ValueError(
             f"file_name {short_repr(file_name)} is not the path of a file below a folder"
         )
-    size = (_value(entry, "height", int), _value(entry, "width", int))
+    size = (field_of(entry, "height", int), field_of(entry, "width", int))
     if min(size) < 1 or max(size) > MAX_SIDE:
         raise ValueError(f"size {size[1]}x{size[0]}: expected sides of 1 to {MAX_SIDE} pixels")
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"size {size[1]}x{size[0]}: expected at most {MAX_PIXELS} pixels")
-    return coco_id, _Image(file_name, size)
+    return coco_id, CocoImage(file_name, size)
 
 
-def _parse_category(entry: Mapping[str, Any]) -> tuple[int, str]:
-    """COCO id and name of an element of `categories`."""
-    coco_id, name = _value(entry, "id", int), _value(entry, "name", str).strip()
+def parse_category(entry: Mapping[str, Any]) -> tuple[int, str]:
+    """COCO id and name of an element of `categories`.
+
+    Raises:
+        KeyError, ValueError: a field is missing or has a wrong type or value.
+    """
+    coco_id, name = field_of(entry, "id", int), field_of(entry, "name", str).strip()
     if not name:
         raise ValueError("its name is empty")
     return coco_id, name
@@ -453,133 +463,45 @@ def _parse_annotation(
     entry: Mapping[str, Any],
     *,
     known: Collection[int],
-    images: Mapping[int, _Image],
+    images: Mapping[int, CocoImage],
     label_ids: Mapping[int, int | None],
-) -> tuple[int | None, _Image | None, Annotation | None]:
+) -> tuple[int | None, CocoImage | None, Annotation | None]:
     """COCO id, image and content of an element of `annotations`; no content without a pixel.
 
     No id where the element has none; no image either where that or the category is not scored.
     """
-    coco_id = _value(entry, "id", int) if "id" in entry else None
-    image_id = _value(entry, "image_id", int)
+    coco_id = field_of(entry, "id", int) if "id" in entry else None
+    image_id = field_of(entry, "image_id", int)
     if image_id not in known:
         raise ValueError(
             f"image_id {image_id} is not among the images; add the image, or remove it"
         )
-    category_id = _value(entry, "category_id", int)
+    category_id = field_of(entry, "category_id", int)
     if category_id not in label_ids:
         raise ValueError(f"category_id {category_id} is not among the categories")
     label_id = label_ids[category_id]
     if image_id not in images or label_id is None:
         return coco_id, None, None
     image = images[image_id]
-    crowd = _value(entry, "iscrowd", int) if "iscrowd" in entry else 0
+    crowd = field_of(entry, "iscrowd", int) if "iscrowd" in entry else 0
     if crowd not in (0, 1):
         raise ValueError(f"iscrowd is {crowd}; expected 0 or 1")
-    area = _value(entry, "area", int, float) if "area" in entry else None
+    area = field_of(entry, "area", int, float) if "area" in entry else None
     if area is not None and not 0 <= area < math.inf:
         raise ValueError(f"area is {area}; expected a number of pixels, at least 0")
-    counts = _encode(entry["segmentation"], image.size)
+    counts = encode_segmentation(entry["segmentation"], image.size)
     annotation = Annotation(label_id, counts, crowd=crowd == 1, area=area) if counts else None
     return coco_id, image, annotation
 
 
-def _value(entry: Mapping[str, Any], key: str, *kinds: type[T]) -> T:
-    """A field of exactly one of these types: `True` is no integer."""
+def field_of(entry: Mapping[str, Any], key: str, *kinds: type[T]) -> T:
+    """A field of exactly one of these types: `True` is no integer.
+
+    Raises:
+        KeyError, ValueError: it is missing, or of another type.
+    """
     value = entry[key]
     if type(value) not in kinds:
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{key} is {short_repr(value)}, not of type {names}")
     return value
-
-
-def _encode(segmentation: Any, size: tuple[int, int]) -> bytes | None:
-    """Compressed code of polygons or of a run-length code of either kind; None without a pixel.
-
-    Raises:
-        KeyError, ValueError: neither, or it does not fit an image of `size` (H, W).
-    """
-    if isinstance(segmentation, list):
-        code = _encode_polygons(segmentation, size)
-    elif isinstance(segmentation, dict):
-        code = _encode_runs(segmentation, size)
-    else:
-        raise ValueError(
-            f"its segmentation is {short_repr(segmentation)}, neither polygons nor a run-length "
-            "code"
-        )
-    return code["counts"] if code and coco_mask.area(code) else None
-
-
-def _encode_runs(segmentation: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    stored, counts = segmentation["size"], segmentation["counts"]
-    if not _all_of(stored, int) or stored != list(size):
-        raise ValueError(
-            f"its run-length code has size {short_repr(stored)}, the image {list(size)}"
-        )
-    runs = _decompress(counts) if isinstance(counts, str) else counts
-    if not _all_of(runs, int) or min(runs, default=0) < 0:
-        raise ValueError("the counts of its run-length code are not whole numbers")
-    # pycocotools leaves what too few runs do not reach to chance.
-    if sum(runs) != size[0] * size[1]:
-        raise ValueError(
-            f"the counts of its run-length code add up to {sum(runs)} pixels, the image has "
-            f"{size[0] * size[1]}"
-        )
-    return coco_mask.frPyObjects({"size": stored, "counts": runs}, *size)
-
-
-def _all_of(values: Any, *kinds: type) -> bool:
-    """Whether it is a list of values of exactly these types."""
-    return isinstance(values, list) and set(map(type, values)) <= {*kinds}
-
-
-def _decompress(counts: str) -> list[int]:
-    """Runs of COCO's compressed code.
-
-    A run is written as its difference to the last but one, in groups of five bits, the lowest
-    first: a character is 48 + group + 32 if more follow, the top bit of the last is the sign.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for character in counts:
-        group = ord(character) - 48
-        if not 0 <= group < 64:
-            raise ValueError(f"its run-length code has the character {character!r}")
-        value |= (group & 31) << shift
-        shift += 5
-        if shift > MAX_RUN_BITS:
-            raise ValueError("its run-length code has a number of too many digits")
-        if group & 32:
-            continue
-        if group & 16:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value = shift = 0
-    if shift:
-        raise ValueError("its run-length code is cut short")
-    return runs
-
-
-def _encode_polygons(polygons: list[Any], size: tuple[int, int]) -> dict[str, Any] | None:
-    """Code of the union of polygons; one of fewer than three points encloses nothing.
-
-    pycocotools would take four numbers for a box.
-    """
-    height, width = size
-    kept = []
-    for polygon in polygons:
-        if not _all_of(polygon, int, float) or len(polygon) % 2:
-            raise ValueError("a polygon of its segmentation is not a list x, y, x, y, ...")
-        x, y = polygon[::2], polygon[1::2]
-        # Far outside, pycocotools would trace lines of any length.
-        if not (_within(x, width) and _within(y, height)):
-            raise ValueError(f"a polygon lies outside its image of {width}x{height} pixels")
-        if len(polygon) >= MIN_POLYGON:
-            kept.append(polygon)
-    return coco_mask.merge(coco_mask.frPyObjects(kept, height, width)) if kept else None
-
-
-def _within(coordinates: Sequence[float], side: int) -> bool:
-    """Whether all lie within one image side of the image."""
-    return -side <= min(coordinates, default=0) and max(coordinates, default=0) <= 2 * side

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # importing torch takes seconds that `--help` and mistakes ne
 
 ExecutorName = Literal["local", "ray"]
 MasksPath = Annotated[Path, typer.Option(help="Folder of the mask shards.")]
+CorrectionsPath = Annotated[Path, typer.Option(help="Folder of the masks that were corrected.")]
 StatsPath = Annotated[Path, typer.Option("--stats", help="Where the counts are written (JSON).")]
 EntryStatsPath = Annotated[
     Path | None, typer.Option("--stats", help="Where the counts are written (JSON).")

@@ -7,11 +7,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.common import PATHS, EntryStatsPath, Session, StatsPath, names, try_outputs
-
-import_app = typer.Typer(
-    help="What others have published: archives, embeddings, label maps, a DenseCLIP+."
+from pipeline.cli.common import (
+    PATHS,
+    EntryStatsPath,
+    MasksPath,
+    Session,
+    StatsPath,
+    names,
+    try_outputs,
 )
+from pipeline.errors import PipelineError
+
+import_app = typer.Typer(help="What others have published, and what people have corrected.")
 
 PrefixOption = Annotated[
     list[str] | None,
@@ -151,6 +158,99 @@ def denseclip_plus(
         background=["background"],
     )
     print(f"{out}: a checkpoint of DenseCLIP+")
+
+
+@import_app.command()
+def corrections(
+    ctx: typer.Context,
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="COCO's JSON, or Label Studio's export as JSON.")
+    ],
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the images that were corrected; without it names tell."),
+    ] = None,
+    bench: Annotated[
+        str | None, typer.Option(help="Write a benchmark of this name, and train on none of it.")
+    ] = None,
+    masks: MasksPath = PATHS["masks"],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"Folder of the corrections, by default {PATHS['corrections']}, or of the "
+            "benchmark, by default data/raw/NAME."
+        ),
+    ] = None,
+    skip_empty: Annotated[
+        bool, typer.Option(help="Leave images without an object out; else they show no category.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option(help="Replace other corrections of these images, or the benchmark.")
+    ] = False,
+    stats: StatsPath = PATHS["stats"] / "import-corrections.json",
+) -> None:
+    """Masks that a person has corrected: truth of archive images to train on, or a benchmark."""
+    from pipeline.files import given_path
+    from pipeline.importers import corrections as importer
+    from pipeline.vocabulary.categories import Names
+
+    session: Session = ctx.obj
+    asked = Names(session.categories, session.params.background)
+    path, images = given_path(path), images and given_path(images)
+    if bench is None:
+        out = out or PATHS["corrections"]
+        try_outputs(stats, folders=[out])
+        importer.run(
+            path=path,
+            images_dir=images,
+            masks_dir=masks,
+            out_dir=out,
+            names=asked,
+            stats_path=stats,
+            force=force,
+            skip_empty=skip_empty,
+        )
+        print(f"{out}: commit it; `dvc repro` trains on it")
+        return
+    out = _bench_folder(session, bench, out, force=force)
+    if images is None:
+        raise PipelineError("--images: a benchmark needs the images; name their folder")
+    try_outputs(stats, folders=[out])
+    importer.write_benchmark(
+        path=path,
+        images_dir=images,
+        corrections_dir=PATHS["corrections"],
+        out_dir=out,
+        names=asked,
+        stats_path=stats,
+        skip_empty=skip_empty,
+    )
+    print(f"{out}: for {session.params_path}:")
+    print("\n".join(importer.params_lines(bench, out, session.params.categories)))
+
+
+def _bench_folder(session: Session, name: str, out: Path | None, *, force: bool) -> Path:
+    """The folder of a new benchmark.
+
+    Raises:
+        PipelineError: a name that cannot be an entry's, or something that would be replaced.
+    """
+    from pipeline.params.base import ENTRY_NAME
+
+    if not ENTRY_NAME.fullmatch(name) or name == "plus":
+        raise PipelineError(
+            f"--bench: {name!r} cannot be the name of an entry under `benches:`; take letters, "
+            "digits, _, - and ., such as mine"
+        )
+    if name in session.params.benches and not force:
+        raise PipelineError(
+            f"--bench: {session.params_path} has a benchmark {name!r} already; take another name, "
+            "or give --force"
+        )
+    out = out or Path("data/raw") / name
+    if out.exists() and not force:
+        raise PipelineError(f"{out}: is there already; give --force, or another --out")
+    return out
 
 
 def _import_embeddings(

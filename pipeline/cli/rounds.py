@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.common import PATHS, EntryStatsPath, MasksPath, Session, try_outputs
+from pipeline.cli.common import (
+    PATHS,
+    CorrectionsPath,
+    EntryStatsPath,
+    MasksPath,
+    Session,
+    try_outputs,
+)
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -69,6 +76,7 @@ def retrain(
         Path | None,
         typer.Option(help="Folder of what `relabel` wrote; default: data/rounds/NAME."),
     ] = None,
+    corrections: CorrectionsPath = PATHS["corrections"],
     out: Annotated[
         Path | None, typer.Option(help="Folder of the checkpoint; default: models/rounds/NAME.")
     ] = None,
@@ -93,6 +101,7 @@ def retrain(
     train.run(
         masks_dir=relabelled,
         labels_dir=relabelled,
+        corrections_dir=corrections,
         out_dir=out / CANDIDATE,
         live_dir=out / "live",
         categories=session.categories,
@@ -104,6 +113,7 @@ def retrain(
     stage.run(
         masks_dir=masks,
         labels_dir=labels or targets.labels,
+        corrections_dir=corrections,
         candidate_dir=out / CANDIDATE,
         out_dir=out,
         categories=session.categories,

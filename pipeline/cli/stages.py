@@ -21,6 +21,7 @@ from pipeline.cli.benches import (
 from pipeline.cli.common import (
     PARAMS,
     PATHS,
+    CorrectionsPath,
     EntryStatsPath,
     MasksPath,
     Session,
@@ -277,6 +278,7 @@ def train(
     ctx: typer.Context,
     masks: Annotated[Any, location("Folder of the mask shards.")] = PATHS["masks"],
     labels: Annotated[Any, location("Folder of the label shards; default: train.labels.")] = None,
+    corrections: CorrectionsPath = PATHS["corrections"],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = PATHS["checkpoint"],
     live: Annotated[Path, typer.Option(help="Folder of the loss curves.")] = PATHS["live"],
     resume: Annotated[
@@ -303,6 +305,7 @@ def train(
         stage.run(
             masks_dir=fetch(masks, runtime.cache_dir),
             labels_dir=fetch(labels, runtime.cache_dir) if reads_labels else None,
+            corrections_dir=corrections,
             out_dir=out,
             live_dir=live,
             categories=session.categories,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from reprlib import repr as short_repr
 from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
+
+MAX_RUN_BITS = 60  # of a number in compressed code
+MIN_POLYGON = 6  # numbers: three points
 
 
 class Rle(TypedDict):
@@ -114,6 +119,24 @@ def coco_annotation(
     return annotation
 
 
+def encode_segmentation(segmentation: Any, size: tuple[int, int]) -> bytes | None:
+    """Compressed code of polygons or of a run-length code of either kind; None without a pixel.
+
+    Raises:
+        KeyError, ValueError: neither, or it does not fit an image of `size` (H, W).
+    """
+    if isinstance(segmentation, list):
+        code = _encode_polygons(segmentation, size)
+    elif isinstance(segmentation, dict):
+        code = _encode_runs(segmentation, size)
+    else:
+        raise ValueError(
+            f"its segmentation is {short_repr(segmentation)}, neither polygons nor a run-length "
+            "code"
+        )
+    return code["counts"] if code and coco_mask.area(code) else None
+
+
 def _with_bytes(rle: Rle) -> dict[str, Any]:
     return {"size": rle["size"], "counts": rle["counts"].encode("ascii")}
 
@@ -123,3 +146,77 @@ def _with_text(code: dict[str, Any]) -> Rle:
         "size": [int(side) for side in code["size"]],
         "counts": code["counts"].decode("ascii"),
     }
+
+
+def _encode_runs(segmentation: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    stored, counts = segmentation["size"], segmentation["counts"]
+    if not _all_of(stored, int) or stored != list(size):
+        raise ValueError(
+            f"its run-length code has size {short_repr(stored)}, the image {list(size)}"
+        )
+    runs = _decompress(counts) if isinstance(counts, str) else counts
+    if not _all_of(runs, int) or min(runs, default=0) < 0:
+        raise ValueError("the counts of its run-length code are not whole numbers")
+    # pycocotools leaves what too few runs do not reach to chance.
+    if sum(runs) != size[0] * size[1]:
+        raise ValueError(
+            f"the counts of its run-length code add up to {sum(runs)} pixels, the image has "
+            f"{size[0] * size[1]}"
+        )
+    return coco_mask.frPyObjects({"size": stored, "counts": runs}, *size)
+
+
+def _all_of(values: Any, *kinds: type) -> bool:
+    """Whether it is a list of values of exactly these types."""
+    return isinstance(values, list) and set(map(type, values)) <= {*kinds}
+
+
+def _decompress(counts: str) -> list[int]:
+    """Runs of COCO's compressed code.
+
+    A run is written as its difference to the last but one, in groups of five bits, the lowest
+    first: a character is 48 + group + 32 if more follow, the top bit of the last is the sign.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        group = ord(character) - 48
+        if not 0 <= group < 64:
+            raise ValueError(f"its run-length code has the character {character!r}")
+        value |= (group & 31) << shift
+        shift += 5
+        if shift > MAX_RUN_BITS:
+            raise ValueError("its run-length code has a number of too many digits")
+        if group & 32:
+            continue
+        if group & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    if shift:
+        raise ValueError("its run-length code is cut short")
+    return runs
+
+
+def _encode_polygons(polygons: list[Any], size: tuple[int, int]) -> dict[str, Any] | None:
+    """Code of the union of polygons; one of fewer than three points encloses nothing.
+
+    pycocotools would take four numbers for a box.
+    """
+    height, width = size
+    kept = []
+    for polygon in polygons:
+        if not _all_of(polygon, int, float) or len(polygon) % 2:
+            raise ValueError("a polygon of its segmentation is not a list x, y, x, y, ...")
+        x, y = polygon[::2], polygon[1::2]
+        # Far outside, pycocotools would trace lines of any length.
+        if not (_within(x, width) and _within(y, height)):
+            raise ValueError(f"a polygon lies outside its image of {width}x{height} pixels")
+        if len(polygon) >= MIN_POLYGON:
+            kept.append(polygon)
+    return coco_mask.merge(coco_mask.frPyObjects(kept, height, width)) if kept else None
+
+
+def _within(coordinates: Sequence[float], side: int) -> bool:
+    """Whether all lie within one image side of the image."""
+    return -side <= min(coordinates, default=0) and max(coordinates, default=0) <= 2 * side

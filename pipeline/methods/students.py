@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from pipeline.engine.runtime import Runtime
+    from pipeline.formats.corrections import Corrections
     from pipeline.models.weights.checkpoint import CheckpointConfig
 
 
@@ -139,6 +140,7 @@ class TrainingInputs(NamedTuple):
         names: categories and background.
         length: number of training images.
         runtime: its seed is that of all draws.
+        corrections: what a person has corrected, of images of the masks' archives.
     """
 
     masks_dir: Path
@@ -146,6 +148,7 @@ class TrainingInputs(NamedTuple):
     names: Names
     length: int
     runtime: Runtime
+    corrections: Corrections | None = None
 
 
 class TrainedStudent(Protocol):
@@ -407,6 +410,7 @@ def pasted_samples(params: TrainParams, inputs: TrainingInputs) -> TrainingData:
         inputs.labels_dir,
         categories=inputs.names.categories,
         settings=params,
+        corrections=inputs.corrections,
     )
     return TrainingSet(archives, params, seed=inputs.runtime.seed, length=inputs.length)
 
@@ -431,6 +435,7 @@ def _whole_images(params: DenseClipPlusParams, inputs: TrainingInputs) -> Traini
             categories=names.categories,
             background=params.background != "none",
             confidence_threshold=params.confidence_threshold,
+            corrections=inputs.corrections,
         )
     elif isinstance(data, SourceParams):
         pool = SourcePool("train.data", data, field="train.data")

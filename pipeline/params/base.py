@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +24,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 IF_SET: Any = Field(default=None, exclude_if=lambda value: value is None)
 IF_ON: Any = Field(default=False, exclude_if=lambda value: not value)
 # Names of entries become file names and words of commands (dvc.yaml).
-EntryName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+ENTRY_NAME = re.compile(r"^\w[\w.-]*$")
+EntryName = Annotated[str, Field(pattern=ENTRY_NAME.pattern)]
 Text = Annotated[str, Field(pattern=r"\S")]
 Rounding = Literal["down", "half_up"]  # of the sides of a resized image
 CLIP_RETRIEVAL_PREFIX = "open_clip:"  # of clip-retrieval's open_clip:ARCHITECTURE/TAG

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
 from pipeline.files import atomic_path, write_json
+from pipeline.formats.corrections import Corrections
 from pipeline.formats.shards import open_samples
 from pipeline.inference.held_out import Agreement, agreement, load_trained, split
 from pipeline.methods.students import TrainParams
@@ -25,6 +26,7 @@ def run(
     *,
     masks_dir: Path,
     labels_dir: Path | None,
+    corrections_dir: Path | None = None,
     candidate_dir: Path,
     out_dir: Path,
     categories: Sequence[str],
@@ -43,6 +45,8 @@ def run(
     Args:
         masks_dir: mask shards.
         labels_dir: label shards, where the target of `train` is made of them.
+        corrections_dir: masks that a person has corrected, which both are compared with in place
+            of pseudo-labels; None, or no such folder: none.
         candidate_dir: the checkpoint that the round has trained.
         out_dir: folder of the one in force after it.
         categories: names by label id, from 1.
@@ -64,6 +68,7 @@ def run(
             labels_dir if targets.needs_labels else None,
             categories=categories,
             settings=targets,
+            corrections=Corrections(corrections_dir),
         )
         before, after = (
             agreement(

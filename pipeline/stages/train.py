@@ -24,6 +24,7 @@ from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.files import check_writable, digest, refuse_url, write_bytes
+from pipeline.formats.corrections import Corrections
 from pipeline.methods.students import (
     MicroBatch,
     Student,
@@ -47,6 +48,7 @@ def run(
     *,
     masks_dir: Path,
     labels_dir: Path | None = None,
+    corrections_dir: Path | None = None,
     out_dir: Path,
     live_dir: Path,
     stats_path: Path,
@@ -67,6 +69,8 @@ def run(
     Args:
         masks_dir: mask shards.
         labels_dir: label shards, joined to them by key; only targets of dense labels need any.
+        corrections_dir: masks that a person has corrected, in place of the pseudo-labels of these
+            images; None, or no such folder: none.
         out_dir: folder of the checkpoint: model.safetensors and config.json, rewritten whole every
             `checkpoint_every` iterations and at the end.
         live_dir: DVCLive's folder: metrics.json and plots/metrics/*.tsv.
@@ -92,7 +96,10 @@ def run(
     # What to learn from.
     names = Names(categories, background)
     length = params.iterations * params.batch_size
-    data = training_data(params, TrainingInputs(masks_dir, labels_dir, names, length, runtime))
+    corrections = Corrections(corrections_dir)
+    data = training_data(
+        params, TrainingInputs(masks_dir, labels_dir, names, length, runtime, corrections)
+    )
     with StageRun(
         "train",
         stats_path=stats_path,

@@ -7,9 +7,10 @@ A pool gives RGB images with label maps (H, W): 0 background, k the k-th categor
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.utils.data import Dataset
 from pipeline.benchmarks.example import Benchmark, Example
 from pipeline.errors import PipelineError, listing
 from pipeline.files import digest
+from pipeline.formats.corrections import Corrections, fingerprint
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import ImageError, load_image
 from pipeline.formats.labels import BACKGROUND, IGNORE_INDEX, LABEL_TYPE, UNLABELLED, LabelMap
@@ -49,6 +51,10 @@ class Pool(Protocol):
     def warnings(self) -> Sequence[str]:
         """What is odd about it."""
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What is counted of it besides its images."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Labelled:
@@ -65,12 +71,15 @@ class Pool(Protocol):
 class ArchivePool:
     """The images of mask shards, each once, with what a teacher stored of them or without labels.
 
+    An image that a person has corrected is labelled by that.
+
     Args:
         masks_dir: folder of mask shards.
         labels_dir: folder of label shards, joined by key; None: all pixels are unlabelled.
         categories: names by label id from 1, which the labels must be of.
         background: whether label id 0 is one of those that are trained; else it is void.
         confidence_threshold: pixels of less confidence are void.
+        corrections: what a person has corrected, by the SHA-256 of the image's file.
 
     Raises:
         PipelineError: shards are missing or damaged, hold no sample, belong to other categories or
@@ -87,6 +96,7 @@ class ArchivePool:
         categories: Sequence[str],
         background: bool = True,
         confidence_threshold: float = 0.0,
+        corrections: Corrections | None = None,
     ) -> None:
         self._store = open_samples(masks_dir, members=("jpg",))
         first = {_image_key(key): index for index, key in reversed([*enumerate(self._store.keys)])}
@@ -102,6 +112,17 @@ class ArchivePool:
         self.fingerprint = [
             shard["sha256"] for folder in folders for shard in read_manifest(folder)["shards"]
         ]
+        self._by_name = {name: label_id for label_id, name in enumerate(categories, start=1)}
+        self._corrections = (corrections or Corrections()).of_samples(self._store)
+        if self._corrections:
+            self.fingerprint.append(fingerprint(self._corrections.values()))
+        self.counts: Mapping[str, int] = {}
+        if corrections:
+            corrected = {it.sha256 for it in self._corrections.values()}
+            self.counts = {
+                "corrected": len(corrected),
+                "unused_corrections": len(corrections) - len(corrected),
+            }
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -109,10 +130,13 @@ class ArchivePool:
     def __getitem__(self, index: int) -> Labelled:
         place = self._indices[index]
         image = load_image(self._store.member(place, "jpg"))
-        if self._labels is None:
+        if place in self._corrections:
+            labels, _ = self._corrections[place].maps(self._by_name, (image.height, image.width))
+        elif self._labels is None:
             return image, _unlabelled(image)
-        labels, confidence = self._labels.get(self._store.keys[place])
-        labels[confidence < self._threshold] = IGNORE_INDEX
+        else:
+            labels, confidence = self._labels.get(self._store.keys[place])
+            labels[confidence < self._threshold] = IGNORE_INDEX
         if not self._background:
             labels[labels == BACKGROUND] = IGNORE_INDEX
         return image, _fitting(labels, image, self.name(index))
@@ -135,6 +159,7 @@ class SourcePool:
     """
 
     warnings: Sequence[str] = ()
+    counts: Mapping[str, int] = MappingProxyType({})
 
     def __init__(
         self,
@@ -182,6 +207,8 @@ class AnnotatedPool:
     Raises:
         PipelineError: an unseen name is no category, or the set has none of the categories.
     """
+
+    counts: Mapping[str, int] = MappingProxyType({})
 
     def __init__(
         self,
@@ -269,6 +296,7 @@ class JointPool:
         self._ends = np.cumsum([len(pool) for pool in pools], dtype=np.int64)
         self.fingerprint = [pool.fingerprint for pool in pools]
         self.warnings = [text for pool in pools for text in pool.warnings]
+        self.counts = {name: count for pool in pools for name, count in pool.counts.items()}
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._ends.size else 0
@@ -321,7 +349,7 @@ class PlusSet(Dataset[Composed]):
         self._augmentation = augmentation
         self._seed = seed
         self._length = length
-        self.counts = {"images": len(pool)}
+        self.counts = {"images": len(pool), **pool.counts}
         self.warnings = list(pool.warnings)
         self.fingerprint = pool.fingerprint
         # Shared, so that worker processes can tell of theirs.

@@ -10,6 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.errors import PipelineError, listing
+from pipeline.formats.corrections import Corrections, fingerprint, further_samples
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import ImageError, load_image
 from pipeline.formats.labels import BACKGROUND, agreement
@@ -108,8 +110,10 @@ class Archives:
     A sample's semantic mask is what `training_target` makes of it; its instances are the objects of
     its pseudo-mask or, with `split_components`, every connected component of these that covers at
     least 1 % of the image. Samples of archive 0, the negatives, are background all over,
-    by definition. As many decoded samples as fit into `sample_bytes` are kept in memory, and the
-    pseudo-masks of some 500,000 more.
+    by definition. An image that a person has corrected is what that says, whatever its archive: one
+    sample of it stands under each of its categories, or among the negatives. As many decoded
+    samples as fit into `sample_bytes` are kept in memory, and the pseudo-masks of some 500,000
+    more.
 
     Args:
         masks_dir: folder of mask shards.
@@ -117,6 +121,7 @@ class Archives:
             none.
         categories: names by label id, from 1.
         settings: what training sees of a sample.
+        corrections: what a person has corrected, by the SHA-256 of the image's file.
         sample_bytes: decoded samples kept in memory.
         mask_bytes: packed pseudo-masks kept in memory.
 
@@ -127,7 +132,9 @@ class Archives:
         disagreeing: label id -> number of samples left out by `min_agreement`.
         short: the categories of these, each with the number of samples that are left.
         unseen: categories without an object.
-        fingerprint: of the shards.
+        num_corrected: corrected images, num_corrected_empty those of them without an object.
+        num_unused_corrections: those of images that are not among the samples.
+        fingerprint: of the shards, and of the corrections of their images.
 
     Raises:
         PipelineError: shards are missing or damaged, belong to other categories or images, or no
@@ -141,6 +148,7 @@ class Archives:
         *,
         categories: Sequence[str],
         settings: TargetSettings,
+        corrections: Corrections | None = None,
         sample_bytes: int = SAMPLE_BYTES,
         mask_bytes: int = MASK_BYTES,
     ) -> None:
@@ -149,6 +157,12 @@ class Archives:
         self._settings = settings
         self._labels = self._open_labels(labels_dir, categories) if settings.needs_labels else None
         self._label_ids = [self._label_id(i, categories) for i in range(len(self._store))]
+        self._by_name = {name: label_id for label_id, name in enumerate(categories, start=1)}
+        corrections = corrections or Corrections()
+        self._corrections = corrections.of_samples(self._store)
+        self.num_corrected = len({it.sha256 for it in self._corrections.values()})
+        self.num_unused_corrections = len(corrections) - self.num_corrected
+        self.num_corrected_empty = 0
         self.objects: dict[int, list[int]] = {}
         self.negatives: list[int] = []
         self.num_empty = 0
@@ -166,6 +180,8 @@ class Archives:
         self.fingerprint = [
             shard["sha256"] for folder in folders for shard in read_manifest(folder)["shards"]
         ]
+        if self._corrections:
+            self.fingerprint.append(fingerprint(self._corrections.values()))
         if not self.objects and self.disagreeing:
             raise PipelineError(
                 f"train.min_agreement: {settings.min_agreement:g} leaves none of "
@@ -202,8 +218,13 @@ class Archives:
 
     def _sort(self, free_for_samples: int, free_for_masks: int) -> None:
         """Tell samples with an object from those without, and keep the first ones in memory."""
+        further = further_samples(self._corrections)
         for index, label_id in enumerate(self._label_ids):
-            if label_id == BACKGROUND:
+            if index in further:
+                continue
+            if index in self._corrections:
+                self._add_corrected(index)
+            elif label_id == BACKGROUND:
                 self.negatives.append(index)
             else:
                 objects = self._objects(index)
@@ -223,6 +244,16 @@ class Archives:
                 if free_for_samples >= 0:
                     self._memory[index] = _without_metadata(sample)
 
+    def _add_corrected(self, index: int) -> None:
+        """Put a corrected sample under every category of its objects, else among the negatives."""
+        sample = self._decode(index)
+        shown = np.unique(sample.semantic[sample.instances > 0]).tolist()
+        for label_id in shown:
+            self.objects.setdefault(label_id, []).append(index)
+        if not shown:
+            self.negatives.append(index)
+            self.num_corrected_empty += 1
+
     def _agrees(self, index: int, mask: np.ndarray) -> bool:
         """Whether enough of a mask that is not empty is labelled as its category."""
         least = self._settings.min_agreement
@@ -240,6 +271,8 @@ class Archives:
         try:
             image = load_image(self._store.member(index, "jpg"))
             shape = image.size[::-1]
+            if index in self._corrections:
+                return self._corrected_sample(index, image)
             if label_id == BACKGROUND:
                 nothing = np.zeros(shape, dtype=np.uint8)
                 return Sample(image, nothing, nothing, 0)
@@ -252,6 +285,11 @@ class Archives:
         instances = self._instances(objects)
         occupied = self._masks[index].box if index in self._masks else bounding_box(objects)
         return Sample(image, semantic, instances, int(instances.max()), occupied)
+
+    def _corrected_sample(self, index: int, image: Image.Image) -> Sample:
+        size = (image.height, image.width)
+        semantic, instances = self._corrections[index].maps(self._by_name, size)
+        return Sample(image, semantic, instances, int(instances.max()), bounding_box(instances > 0))
 
     def _objects(self, index: int) -> np.ndarray:
         """The numbers (H, W), uint8, of the objects of a sample's pseudo-mask; 0 is none."""
@@ -343,7 +381,9 @@ class TrainingSet(Dataset[Composed]):
         self._seed = seed
         self._length = length
         self._label_ids = sorted(archives.objects)
-        self._all_objects = [i for label_id in self._label_ids for i in archives.objects[label_id]]
+        # Each once: a corrected image may stand under several categories.
+        archived = (archives.objects[label_id] for label_id in self._label_ids)
+        self._all_objects = list(dict.fromkeys(chain.from_iterable(archived)))
         self.fingerprint = archives.fingerprint
         self.counts = {
             "archive_images": len(self._all_objects),
@@ -351,6 +391,12 @@ class TrainingSet(Dataset[Composed]):
             "empty_masks": archives.num_empty,
         }
         self.warnings = []
+        if archives.num_corrected or archives.num_unused_corrections:
+            self.counts |= {
+                "corrected": archives.num_corrected,
+                "corrected_empty": archives.num_corrected_empty,
+                "unused_corrections": archives.num_unused_corrections,
+            }
         if archives.disagreeing:
             self.counts["disagreeing"] = archives.disagreeing.total()
             self.warnings.append(

@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
+from pipeline.formats.corrections import CorrectedObject, Correction, write_corrections
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import encode_jpeg, encode_png
 from pipeline.formats.objects import decode_objects
+from pipeline.formats.rle import encode_mask
 from pipeline.formats.shards import open_samples
 from pipeline.inference.segmenter import Segmenter
 from pipeline.methods.students import TrainParams
@@ -47,7 +49,11 @@ def samples(count: int = 24) -> Iterator[dict[str, Any]]:
             "__key__": f"{number:04d}_{label_id}",
             "jpg": encode_jpeg(Image.fromarray(pixels)),
             "mask.png": encode_png(mask),
-            "json": {"category": ["background", *CATEGORIES][label_id], "label_id": label_id},
+            "json": {
+                "category": ["background", *CATEGORIES][label_id],
+                "label_id": label_id,
+                "sha256": f"{number:064d}",
+            },
         }
 
 
@@ -175,12 +181,19 @@ def test_a_share_that_leaves_nothing_is_refused(
 
 
 def judge(
-    masks: Path, root: Path, former: Path, candidate: Path, runtime: Runtime, **settings: Any
+    masks: Path,
+    root: Path,
+    former: Path,
+    candidate: Path,
+    runtime: Runtime,
+    corrections: Path | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     encoder = EncoderParams(**json.loads((former / CONFIG_NAME).read_text())["encoder"])
     retrain.run(
         masks_dir=masks,
         labels_dir=None,
+        corrections_dir=corrections,
         candidate_dir=candidate,
         out_dir=root / "round",
         categories=CATEGORIES,
@@ -267,6 +280,27 @@ def test_agreement_is_one_confusion_matrix_of_the_images_held_out(
         ious.append(both / either)
     outcome = judge(masks, tmp_path, former, former, runtime)
     assert outcome["agreement"] == pytest.approx(100 * sum(ious) / len(ious), abs=1e-4)
+
+
+def test_corrected_images_are_compared_with_what_a_person_says(
+    tmp_path: Path, masks: Path, encoder: EncoderParams, runtime: Runtime
+) -> None:
+    former = trained(masks, tmp_path / "before", small_params(encoder))
+    settings = PredictionSettings.of(EVALUATE, instances=False)
+    segmenter = Segmenter.load(former, settings=settings, runtime=runtime)
+    truths = []
+    for sample in samples():
+        semantic = segmenter.predict([Image.open(BytesIO(sample["jpg"]))])[0].semantic
+        found = [
+            CorrectedObject(name, encode_mask(semantic == label_id))
+            for label_id, name in enumerate(CATEGORIES, 1)
+            if (semantic == label_id).any()
+        ]
+        truths.append(Correction(sample["json"]["sha256"], "x", semantic.shape, found))
+    write_corrections(tmp_path / "corrections", truths)
+    assert judge(masks, tmp_path, former, former, runtime)["agreement"] < 100
+    outcome = judge(masks, tmp_path, former, former, runtime, tmp_path / "corrections")
+    assert outcome["agreement"] == 100
 
 
 def test_a_checkpoint_of_other_categories_is_refused(

@@ -13,12 +13,14 @@ from PIL import Image
 
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
+from pipeline.formats.corrections import CorrectedObject, Correction, write_corrections
+from pipeline.formats.rle import encode_mask
 from pipeline.inference.segmenter import Segmenter
 from pipeline.models.clip import load_clip
 from pipeline.models.weights.weights import load_state, load_strict
 from pipeline.models.zutis.build import build_zutis
 from pipeline.params.base import EncoderParams, TaggedFile
-from tests.stages.tiny_training import CATEGORIES, curve, run, small_params, write_labels
+from tests.stages.tiny_training import CATEGORIES, curve, outputs, run, small_params, write_labels
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,32 @@ def git(*arguments: str) -> str:
         ["git", *identity, *arguments], check=True, capture_output=True, text=True
     )
     return done.stdout.strip()
+
+
+def test_corrected_images_are_trained_on_and_none_leaves_the_same_bytes(
+    labels_dir: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    params = small_params(encoder)
+    mask = np.zeros((40, 36), dtype=bool)
+    mask[5:30, 5:30] = True
+    objects = [CorrectedObject(name, encode_mask(mask)) for name in CATEGORIES[:1]]
+    truths = [Correction(f"{number:064d}", "x", mask.shape, objects) for number in range(8)]
+    write_corrections(tmp_path / "none", [])
+    write_corrections(tmp_path / "some", truths)
+    write_corrections(tmp_path / "elsewhere", [Correction("f" * 64, "x", (1, 1))])
+    roots = {
+        name: run(labels_dir, tmp_path / f"run-{name}", params, corrections_dir=tmp_path / name)
+        for name in ("none", "some", "elsewhere", "missing")
+    }
+    plain = run(labels_dir, tmp_path / "plain", params)
+    for name in ("none", "missing"):
+        assert outputs(roots[name]) == outputs(plain)
+        assert (roots[name] / "stats.json").read_bytes() == (plain / "stats.json").read_bytes()
+    assert outputs(roots["elsewhere"]) == outputs(plain)
+    stats = json.loads((roots["some"] / "stats.json").read_text())
+    assert stats["counts"]["corrected"] == 8
+    assert stats["warnings"] == ["no image shows dog: training cannot learn them"]
+    assert outputs(roots["some"]) != outputs(plain)
 
 
 def test_writes_checkpoint_curves_and_stats(

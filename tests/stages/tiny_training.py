@@ -46,7 +46,11 @@ def _shard_samples() -> Iterator[dict[str, Any]]:
             "mask.png": encode_png(mask),
             "label.png": encode_label(np.zeros(mask.shape, dtype=int), 2),
             "confidence.png": encode_png(np.zeros(mask.shape, dtype=np.uint8)),
-            "json": {"category": ["background", *CATEGORIES][label_id], "label_id": label_id},
+            "json": {
+                "category": ["background", *CATEGORIES][label_id],
+                "label_id": label_id,
+                "sha256": f"{number:064d}",
+            },
         }
 
 

@@ -7,7 +7,7 @@ import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader
 
 from pipeline.benchmarks.opening import open_truth
 from pipeline.errors import PipelineError
+from pipeline.formats.corrections import CorrectedObject, Correction, Corrections, write_corrections
 from pipeline.formats.images import ImageError, encode_jpeg, encode_label, encode_png
 from pipeline.formats.labels import IGNORE_INDEX, LABEL_TYPE, UNLABELLED
+from pipeline.formats.rle import encode_mask
 from pipeline.params.benches import CubBench, IndexPngBench, VocBench
 from pipeline.params.sources import SourceParams
 from pipeline.training.images import (
@@ -60,7 +62,7 @@ def write_archives(folder: Path, *keys: str, categories: list[str] = CATEGORIES)
             "mask.png": encode_png(np.zeros((1, 3), bool)),
             "label.png": encode_label(np.array([[0, 1, 2]]), 2),
             "confidence.png": encode_png(np.array([[153, 153, 51]], np.uint8)),
-            "json": {"category": "cat", "label_id": 1},
+            "json": {"category": "cat", "label_id": 1, "sha256": key[0] * 64},
         }
         for number, key in enumerate(keys)
     ]
@@ -112,6 +114,32 @@ class TestArchivePool:
         few = write_archives(tmp_path / "few", "a_1")
         with pytest.raises(PipelineError, match="no labels of 1 of 2 masks, such as b_2"):
             ArchivePool(folder, few, categories=CATEGORIES)
+
+    @pytest.mark.parametrize("stored", [False, True])
+    @pytest.mark.parametrize(("background", "expected"), [(True, [0, 2, 2]), (False, [V, 2, 2])])
+    def test_a_corrected_image_is_labelled_by_a_person(
+        self, tmp_path: Path, stored: bool, background: bool, expected: list[int]
+    ) -> None:
+        folder = write_archives(tmp_path / "masks", "a_1", "b_1", "b_2")
+        plain = ArchivePool(folder, categories=CATEGORIES)
+        mask = encode_mask(np.array([[0, 1, 1]], dtype=bool))
+        truths = [
+            Correction("b" * 64, "b.jpg", (1, 3), [CorrectedObject(CATEGORIES[1], mask)]),
+            Correction("c" * 64, "c.jpg", (1, 3)),
+        ]
+        write_corrections(tmp_path / "corrections", truths)
+        pool = ArchivePool(
+            folder,
+            folder if stored else None,
+            categories=CATEGORIES,
+            background=background,
+            corrections=Corrections(tmp_path / "corrections"),
+        )
+        assert pool[1][1].tolist() == [expected]
+        assert pool[0][1].tolist() != [expected]
+        assert pool.counts == {"corrected": 1, "unused_corrections": 1}
+        assert (plain.counts, len(pool)) == ({}, 2)
+        assert pool.fingerprint != plain.fingerprint
 
     def test_an_empty_folder_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(PipelineError, match="no samples; run the mask stage again"):
@@ -283,6 +311,7 @@ class Coloured:
     """A pool of images that are their number; those of `broken` cannot be read."""
 
     warnings = ()
+    counts: ClassVar[dict[str, int]] = {}
     fingerprint = "coloured"
 
     def __init__(self, count: int, broken: tuple[int, ...] = ()) -> None:

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import PipelineError
+from pipeline.formats.corrections import CorrectedObject, Correction, Corrections, write_corrections
 from pipeline.formats.images import encode_jpeg, encode_label, encode_png
+from pipeline.formats.rle import encode_mask
 from pipeline.training.settings import Composition, TargetSettings
 from pipeline.training.training_set import Archives, TrainingSet, collate
 from pipeline.training.transforms import bounding_box
@@ -71,6 +73,7 @@ def archives(folder: Path, samples: Any = None, **settings: Any) -> Archives:
     )
     memory = {name: settings.pop(name) for name in BOUNDS if name in settings}
     categories = settings.pop("categories", CATEGORIES)
+    memory["corrections"] = settings.pop("corrections", None)
     target = TargetSettings(**settings)
     return Archives(folder, folder, categories=categories, settings=target, **memory)
 
@@ -396,3 +399,99 @@ def test_agreement_that_no_image_has_is_named_and_so_are_missing_labels(tmp_path
     ):
         with pytest.raises(PipelineError, match=complaint):
             Archives(tmp_path / "masks", labels, categories=CATEGORIES, settings=settings)
+
+
+def corrected(sha256: str, *objects: tuple[str, np.ndarray], shape: Any = (40, 30)) -> Correction:
+    found = [CorrectedObject(name, encode_mask(mask)) for name, mask in objects]
+    return Correction(sha256, sha256, shape, found)
+
+
+def correctable(*names: tuple[str, int]) -> Iterator[dict[str, Any]]:
+    """Samples (image, label id) with a mask of their category, and the hash of each image."""
+    for name, label_id in names:
+        sample = shard_sample(name, label_id, box_mask((5, 4, 20, 16)))
+        sample["json"]["sha256"] = name * 64
+        yield sample
+
+
+def corrected_archives(folder: Path, *corrections: Correction, **settings: Any) -> Archives:
+    """Image a in two archives, b and c in one each, e a negative."""
+    write_corrections(folder / "corrections", corrections)
+    samples = correctable(("a", 1), ("a", 2), ("b", 1), ("c", 3), ("e", 0))
+    settings["corrections"] = Corrections(folder / "corrections")
+    return archives(folder / "masks", samples, **settings)
+
+
+LARGE, SMALL = box_mask((2, 2, 20, 20)), box_mask((30, 10, 5, 4))
+
+
+class TestCorrected:
+    def test_an_image_is_what_a_person_says_of_it(self, tmp_path: Path) -> None:
+        truth = corrected("a" * 64, ("bus", LARGE), ("cat", SMALL), ("bus", box_mask((0, 0, 1, 1))))
+        source = corrected_archives(tmp_path, truth)
+        assert source.objects == {1: [0, 2], 3: [0, 3]}
+        sample = source[0]
+        np.testing.assert_array_equal(
+            sample.semantic, 3 * LARGE + SMALL + 3 * box_mask((0, 0, 1, 1))
+        )
+        assert sample.num_instances == 3
+        assert sorted(np.unique(sample.instances)) == [0, 1, 2, 3]
+        np.testing.assert_array_equal(source[1].semantic, sample.semantic)
+        np.testing.assert_array_equal(source[2].semantic, box_mask((5, 4, 20, 16)))
+        assert (source.num_corrected, source.num_corrected_empty) == (1, 0)
+        counts = training_set(source).counts
+        assert counts["archive_images"] == 3  # a once, whatever it shows
+        assert (counts["corrected"], counts["unused_corrections"]) == (1, 0)
+
+    def test_one_without_an_object_is_a_negative_and_one_with_is_none(self, tmp_path: Path) -> None:
+        truths = [corrected("b" * 64), corrected("e" * 64, ("dog", LARGE)), corrected("f" * 64)]
+        source = corrected_archives(tmp_path, *truths)
+        assert source.objects == {1: [0], 2: [1, 4], 3: [3]}
+        assert source.negatives == [2]
+        assert source[2].num_instances == 0
+        assert not source[2].semantic.any()
+        counts = training_set(source).counts
+        assert {name: counts[name] for name in counts if "correct" in name} == {
+            "corrected": 2,
+            "corrected_empty": 1,
+            "unused_corrections": 1,
+        }
+
+    def test_masks_are_resized_and_unknown_names_void(self, tmp_path: Path) -> None:
+        double = np.kron(LARGE, np.ones((2, 2), bool)).astype(bool)
+        tree = np.kron(SMALL, np.ones((2, 2), bool)).astype(bool)
+        truth = corrected("b" * 64, ("dog", double), ("tree", tree), shape=(80, 60))
+        sample = corrected_archives(tmp_path, truth, split_components=True)[2]
+        np.testing.assert_array_equal(sample.semantic, 2 * LARGE - SMALL.astype(int))
+        np.testing.assert_array_equal(sample.instances, LARGE)
+
+    def test_dense_labels_and_agreement_do_not_overrule_it(self, tmp_path: Path) -> None:
+        truth = corrected("b" * 64, ("dog", LARGE))
+        for settings in ({"target": "denseclip"}, {"target": "fused"}):
+            source = corrected_archives(tmp_path, truth, **settings)
+            np.testing.assert_array_equal(source[2].semantic, 2 * LARGE)
+        source = corrected_archives(tmp_path, truth, min_agreement=0.5)
+        assert source.objects == {2: [2]}  # nothing else agrees with its labels
+
+    def test_training_images_show_it_and_are_consistent(self, tmp_path: Path) -> None:
+        truth = corrected(
+            "a" * 64, ("bus", LARGE), ("cat", SMALL), ("tree", box_mask((38, 0, 2, 9)))
+        )
+        source = corrected_archives(tmp_path, truth, corrected("c" * 64))
+        seen = set()
+        for image, semantic, masks in training_set(
+            source, COMPOSITION.model_copy(update={"negative_canvas": 0.5})
+        ):
+            assert image.shape == (32, 32, 3)
+            np.testing.assert_array_equal(masks.any(0), semantic > 0)
+            assert all(len(np.unique(semantic[mask])) <= 1 for mask in masks)
+            seen |= set(np.unique(semantic).tolist())
+        assert seen == {-1, 0, 1, 3}
+
+    def test_those_that_are_used_are_part_of_the_fingerprint(self, tmp_path: Path) -> None:
+        plain = corrected_archives(tmp_path / "0").fingerprint
+        elsewhere = corrected_archives(tmp_path / "1", corrected("f" * 64)).fingerprint
+        first = corrected_archives(tmp_path / "2", corrected("b" * 64)).fingerprint
+        second = corrected_archives(tmp_path / "3", corrected("b" * 64, ("dog", LARGE))).fingerprint
+        assert plain == elsewhere
+        assert len({str(plain), str(first), str(second)}) == 3
