@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -164,6 +164,7 @@ def retrieve(
             sources=list(params.index),
             out_path=out_path,
             categories=session.categories,
+            texts=params.texts,
             background=params.background,
             k=params.k,
             params=params.retrieve,
@@ -228,6 +229,7 @@ def bank(
             sources=list(params.index),
             out_dir=out_dir,
             categories=session.categories,
+            texts=params.texts,
             background=params.background,
             benches={
                 **{f"benches.{name}": bench for name, bench in params.benches.items()},
@@ -262,6 +264,7 @@ def pseudo_label(
             mask_dir=fetch(masks, runtime.cache_dir),
             out_dir=out_dir,
             categories=session.categories,
+            texts=params.texts,
             background=params.background,
             params=params.pseudo_label,
             bank_dir=fetch(bank, runtime.cache_dir) if params.bank else None,
@@ -306,6 +309,7 @@ def train(
             out_dir=out,
             live_dir=live,
             categories=session.categories,
+            texts=params.texts,
             background=params.background,
             params=params.train,
             runtime=runtime,
@@ -350,6 +354,7 @@ def predict_bench(
         params=params.evaluate,
         baseline=baseline(params, alone(model), encoder),
         background=params.background,
+        texts=params.texts if alone(model) else {},
         runtime=runtime,
         stats_path=stats,
         open_vocabulary=open_vocabulary,
@@ -581,7 +586,10 @@ def predict(
     encoder: Encoder = None,
     context: Annotated[
         str | None,
-        typer.Option(help="More names, asked for likewise but drawn black: person,car."),
+        typer.Option(
+            help="More names, asked for likewise but drawn black: person,car. To have them in no "
+            "output, list them under `evaluate.others`."
+        ),
     ] = None,
     confidence: Annotated[
         list[str] | None,
@@ -590,35 +598,56 @@ def predict(
             help="Draw the probability of this name at each pixel: black 0, white 1. Repeatable.",
         ),
     ] = None,
+    min_score: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Leave out objects of a lower score; for all names, in place of "
+            "`evaluate.min_score` and `evaluate.min_scores`.",
+        ),
+    ] = None,
 ) -> None:
-    """Segment images: one overlay and one label map each, and one COCO JSON."""
+    """Segment images: one overlay and one label map each, and one COCO JSON.
+
+    Names of `evaluate.others` compete with those asked for, and their pixels become background;
+    scores of `evaluate.min_scores` are those that objects of a category have at least
+    (docs/categories.md).
+    """
     from pipeline.models.weights.checkpoint import read_checkpoint_config
     from pipeline.models.weights.zoo import resolve_weights
     from pipeline.stages import predict as stage
+    from pipeline.vocabulary.categories import all_texts, texts_for
 
     session: Session = ctx.obj
     try_outputs(folders=[out])
     params, runtime = session.params, session.runtime
     checkpoint = checkpoint or session.checkpoint
     labeller = baseline(params, alone(model), encoder)
+    texts: Mapping[str, Sequence[str]] = params.texts
     asked, others = names(categories), names(context, "--context") or []
     if alone(model):
         asked = session.categories if asked is None else asked
         own = labeller.encoder
     elif asked or others:
-        own = read_checkpoint_config(resolve_weights(checkpoint, runtime.cache_dir)).encoder
+        config = read_checkpoint_config(resolve_weights(checkpoint, runtime.cache_dir))
+        own, texts = config.encoder, config.texts
     for option, listed in (("--categories", asked), ("--context", others)):
         if listed:
-            check_known(listed, own, field=option)
+            check_known(all_texts(listed, texts_for(listed, texts)), own, field=option)
+    evaluate = params.evaluate
+    if min_score is not None:
+        evaluate = evaluate.model_copy(update={"min_score": min_score, "min_scores": {}})
     stage.run(
         inputs=photos,
         categories=asked,
         checkpoint_dir=None if alone(model) else checkpoint,
         out_dir=out,
-        params=params.evaluate,
+        params=evaluate,
         runtime=runtime,
         labeller=labeller,
         background=params.background,
+        texts=params.texts,
         context=others,
         confidence=confidence or [],
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from itertools import groupby
@@ -197,6 +197,7 @@ class BenchRun:
         has_baseline: whether the dense labeller labels the images beside a network.
         baseline: section `pseudo_label`, the dense labeller.
         background: names of label id 0 for it; a checkpoint brings its own.
+        texts: what stands for a category in its prompts, see `Names`.
         batch_size: images that are predicted together.
         warnings: what is odd about the benchmark.
     """
@@ -212,6 +213,7 @@ class BenchRun:
     baseline: PseudoLabelParams
     background: Sequence[str]
     batch_size: int
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
 
@@ -226,6 +228,7 @@ def load_predictor(run: BenchRun, runtime: Runtime) -> BenchPredictor:
         run.baseline,
         categories=run.names,
         background=run.background,
+        texts=run.texts,
         settings=run.settings,
         runtime=runtime,
     )

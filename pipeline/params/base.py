@@ -21,6 +21,7 @@ NumWorkers = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 # Of options that null switches off: unset, they are no part of a recipe, nor of a checkpoint.
 IF_SET: Any = Field(default=None, exclude_if=lambda value: value is None)
+UNLESS_EMPTY: dict[str, Any] = {"exclude_if": lambda value: not value}  # likewise
 # Names of entries become file names and words of commands (dvc.yaml).
 EntryName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Text = Annotated[str, Field(pattern=r"\S")]
@@ -73,6 +74,16 @@ class EncoderParams(Section):
         return "/".join(Path(part).name for part in self.published_as() if part)
 
 
+class CategoryParams(Section):
+    """A category that is asked for in other words than its name; labels and reports have the name.
+
+    All `texts` mean it, and the name itself only if it is one of them.
+    """
+
+    name: Text
+    texts: Annotated[list[Text], Field(min_length=1)]
+
+
 class PredictionParams(Section):
     """How the network's output becomes a prediction.
 
@@ -89,9 +100,17 @@ class PredictionParams(Section):
     pixels have, if there is one: for encoders that outline better than they name.
     `labeller_objects` says what an object of a dense labeller is: all pixels of a category
     (`classes`), or each connected part of them (`components`).
+
+    Of what is found, a part can be left out (docs/categories.md). Objects whose score is below
+    `min_score` are, and those of a category in `min_scores` below that instead. `others` are names
+    that compete with the categories, but whose pixels become background and whose objects go;
+    where no pixel may be background, they have no part.
     """
 
     threshold: Probability = 0.5
+    min_score: Probability | None = IF_SET
+    min_scores: Annotated[dict[Text, Probability], Field(**UNLESS_EMPTY)] = {}
+    others: Annotated[list[Text], Field(**UNLESS_EMPTY)] = []
     suppression: Literal["none", "hard", "linear", "gaussian"] = "hard"
     temperature: Positive = 5.0
     score_resolution: Literal["token", "pixel"] = "token"

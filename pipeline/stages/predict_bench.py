@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 
 from pipeline.benchmarks import Benchmark
 from pipeline.benchmarks.headers import check_headers
@@ -22,6 +23,7 @@ from pipeline.models.weights.zoo import resolve_weights
 from pipeline.params.base import PredictionSettings
 from pipeline.params.benches import BenchParams
 from pipeline.params.sections import EvaluateParams
+from pipeline.vocabulary.categories import texts_for
 
 LABEL_MAP_METRICS = {"semantic", "size"}
 
@@ -37,6 +39,7 @@ def run(
     background: Sequence[str],
     runtime: Runtime,
     stats_path: Path,
+    texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
     open_vocabulary: bool = False,
     with_baseline: bool = True,
     shard_size: int = SHARD_SIZE,
@@ -58,6 +61,8 @@ def run(
         background: names of label id 0 for it; the checkpoint brings its own.
         runtime: device, precision, cache folder, and seed of corruptions.
         stats_path: counts of this run, JSON.
+        texts: what stands for a category in prompts of the dense labeller alone, see `Names`; a
+            checkpoint brings its own, also for the labeller beside it.
         open_vocabulary: score categories that the checkpoint was not trained with.
         with_baseline: let the dense labeller label beside a network.
         shard_size: predictions of a shard.
@@ -77,6 +82,7 @@ def run(
         if not open_vocabulary and names == benchmark.categories:
             _check_categories(bench_name, bench, names, config, checkpoint_dir)
         with_objects = student_of(checkpoint_dir, config).gives_objects
+        texts = config.texts
     metrics = _metrics(bench_name, bench, with_objects=with_objects)
     warnings = [*benchmark.warnings, *check_headers(benchmark)]
     prediction = BenchRun(
@@ -90,6 +96,7 @@ def run(
         has_baseline=with_baseline and not LABEL_MAP_METRICS.isdisjoint(metrics),
         baseline=baseline,
         background=background,
+        texts=texts_for(names, texts),
         batch_size=params.batch_size,
         warnings=warnings,
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -55,6 +56,7 @@ def run(
     stats_path: Path,
     bank_dir: Path | None = None,
     bank: BankParams | None = None,
+    texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
     executor: Executor | None = None,
 ) -> None:
     """Write label shards: `label.png` and `confidence.png` under the keys of the mask shards.
@@ -73,6 +75,7 @@ def run(
         stats_path: counts of this run, JSON.
         bank_dir: the region bank, with `bank`.
         bank: section `bank`; without it labels are the labeller's own.
+        texts: what stands for a category in prompts, see `Names`.
         executor: where shards are made; here by default.
 
     Raises:
@@ -80,7 +83,7 @@ def run(
             encoder that cannot be loaded; a bank of other settings; synonyms of what is no
             category.
     """
-    names = Names(categories, background)
+    names = Names(categories, background, texts)
     check_synonyms(params, names)
     store = open_samples(mask_dir, members=MASK_MEMBERS)
     if len(store) == 0:

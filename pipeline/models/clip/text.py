@@ -5,7 +5,8 @@ Letters: C joint embedding, K categories, P prompts a category.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 from pipeline.errors import PipelineError
 from pipeline.models.clip.encoder import ClipEncoder
 from pipeline.models.clip.names import NAMES_FIELD
+from pipeline.vocabulary.categories import all_texts
 
 SHOWN_LETTERS = 60
 
@@ -48,6 +50,32 @@ def text_embeddings(
     return F.normalize(features.unflatten(0, (len(names), len(templates))).mean(dim=1), dim=-1)
 
 
+def category_embeddings(
+    encoder: ClipEncoder,
+    categories: Sequence[str],
+    templates: Sequence[str],
+    texts: Mapping[str, Sequence[str]],
+) -> Tensor:
+    """Unit embeddings (K, C) of categories: of several texts their mean, normalised.
+
+    Args:
+        encoder: the CLIP.
+        categories: K names.
+        templates: P format strings with one `{}`.
+        texts: what stands for a category, where that is not its name.
+
+    Raises:
+        PipelineError: as `text_embeddings`.
+    """
+    rows = text_embeddings(encoder, all_texts(categories, texts), templates, field="categories")
+    if not texts:
+        return rows
+    parts = rows.split([len(texts.get(name, [name])) for name in categories])
+    return torch.stack(
+        [part[0] if len(part) == 1 else F.normalize(part.mean(dim=0), dim=-1) for part in parts]
+    )
+
+
 def background_embedding(
     encoder: ClipEncoder, names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
@@ -62,17 +90,20 @@ def label_embeddings(
     background: Sequence[str],
     categories: Sequence[str],
     templates: Sequence[str],
+    texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Tensor:
     """Unit embeddings (1 + K, C) by label id: the background's first, then the categories'.
+
+    `texts` are those of `category_embeddings`.
 
     Raises:
         PipelineError: as `check_distinct` and `text_embeddings`.
     """
-    check_distinct(encoder, background=background, categories=categories)
+    check_distinct(encoder, background=background, categories=all_texts(categories, texts))
     return torch.cat(
         [
             background_embedding(encoder, background, templates).unsqueeze(0),
-            text_embeddings(encoder, categories, templates, field="categories"),
+            category_embeddings(encoder, categories, templates, texts),
         ]
     )
 
