@@ -23,7 +23,7 @@ from pipeline.cli.rounds import rounds_app
 from pipeline.cli.selfmask import selfmask_app
 from pipeline.cli.stages import stages_app
 from pipeline.cli.weights import weights_app
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_line
 from pipeline.files import OUT_OF_SPACE
 
 app = typer.Typer(
@@ -52,6 +52,8 @@ BAD_PATH_CODES = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 # Packages whose errors are those of an object store or of the way there.
 STORES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 DVC_EXPERIMENTS = "/.dvc/tmp/exps/"  # in there DVC runs what it does not run in the workspace
+# Lets torch run on the CPU what it has not for the GPU of a Mac; its error names it.
+MPS_FALLBACK = "PYTORCH_ENABLE_MPS_FALLBACK"
 WRONG_USAGE, INTERRUPTED = 2, 130  # exit statuses that Typer chooses
 BEFORE_THE_COMMAND = ("--params", "--executor", "--ray-workers")
 
@@ -71,6 +73,12 @@ def main() -> None:
         raise
     except OSError as error:
         sys.exit(_explain(error))
+    except NotImplementedError as error:
+        if MPS_FALLBACK not in str(error):
+            raise
+        sys.exit(
+            f"error: device: mps: {first_line(error)} Set {MPS_FALLBACK}=1 to run it on the CPU"
+        )
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in STORES:
             raise

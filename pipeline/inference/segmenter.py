@@ -87,7 +87,7 @@ class Segmenter:
             categories: any names; None for those the checkpoint was trained with, which keep the
                 `texts` that they were trained by. A name that was background in training is not
                 any more.
-            device: auto, cpu or cuda.
+            device: auto, cpu, cuda or mps.
             precision: see `make_runtime`.
             settings: see `PredictionSettings`.
             runtime: takes the place of `device` and `precision`.

@@ -152,7 +152,9 @@ class Params(Section):
     `categories` is a shipped set's name or a list, in the order of the label ids, of names and of
     `{name: NAME, texts: [WORDS, ...]}`.
     `background` names what is not asked for; label id 0 is the mean of their text embeddings.
-    `precision` is that of the networks: `auto` is bfloat16 on a GPU and float32 on a CPU; training
+    `device` `auto` is a CUDA device where there is one, else the CPU; `mps`, the GPU of a Mac, has to
+    be asked for.
+    `precision` is that of the networks: `auto` is bfloat16 on CUDA and float32 elsewhere; training
     takes no float16.
     `threads` are those of the networks on the CPU: `auto` is one a core, or $OMP_NUM_THREADS. They
     decide the time and perhaps the last bits of a sum, so DVC does not track them.
@@ -160,7 +162,7 @@ class Params(Section):
 
     k: Count = 500
     seed: Seed = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     categories: str | list[str | CategoryParams]

@@ -44,7 +44,7 @@ CACHE_VERSION = 1
 CACHED_SIZE = struct.Struct("<II")
 # Images after which the cache grows, by device: between two chunks a GPU waits for the next images,
 # but what was computed since the last one is lost when a run is killed.
-MIN_CHUNK = {"cpu": 256, "cuda": 2048}
+MIN_CHUNK = {"cpu": 256, "cuda": 2048, "mps": 256}
 
 
 def run(
