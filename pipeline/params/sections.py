@@ -152,8 +152,8 @@ class Params(Section):
     `categories` is a shipped set's name or a list, in the order of the label ids, of names and of
     `{name: NAME, texts: [WORDS, ...]}`.
     `background` names what is not asked for; label id 0 is the mean of their text embeddings.
-    `device` `auto` is a CUDA device where there is one, else the CPU; `mps`, the GPU of a Mac, has to
-    be asked for.
+    `device` `auto` is a CUDA device where there is one, else the CPU; `mps`, the GPU of a Mac, has
+    to be asked for.
     `precision` is that of the networks: `auto` is bfloat16 on CUDA and float32 elsewhere; training
     takes no float16.
     `threads` are those of the networks on the CPU: `auto` is one a core, or $OMP_NUM_THREADS. They
