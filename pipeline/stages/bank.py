@@ -23,6 +23,7 @@ import torch
 from pipeline.benchmarks.opening import open_benchmark
 from pipeline.engine.batching import equal_size_batches, slices
 from pipeline.engine.cache import BlobCache
+from pipeline.engine.dry_run import DryRun
 from pipeline.engine.parallel import Workers
 from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
@@ -82,7 +83,7 @@ def run(
     runtime: Runtime,
     stats_path: Path,
     texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
-    executor: Executor | None = None,
+    executor: Executor | DryRun | None = None,
 ) -> None:
     """Write the regions of the archive images and of a sample of the others, in Parquet shards.
 

@@ -11,11 +11,17 @@ from types import MappingProxyType
 from pipeline.benchmarks import Benchmark
 from pipeline.benchmarks.headers import check_headers
 from pipeline.benchmarks.opening import open_benchmark
+from pipeline.engine.dry_run import DryRun
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, Job, run_job
 from pipeline.errors import PipelineError, listing
 from pipeline.formats.predictions import SHARD_SIZE
-from pipeline.inference.bench import BenchRun, PredictionMaker, images_to_predict
+from pipeline.inference.bench import (
+    BenchRun,
+    PredictionMaker,
+    cached_predictions,
+    images_to_predict,
+)
 from pipeline.methods.dense import DENSE_LABELLERS, PseudoLabelParams
 from pipeline.methods.students import student_of
 from pipeline.models.weights.checkpoint import CheckpointConfig, read_checkpoint_config
@@ -43,7 +49,7 @@ def run(
     open_vocabulary: bool = False,
     with_baseline: bool = True,
     shard_size: int = SHARD_SIZE,
-    executor: Executor | None = None,
+    executor: Executor | DryRun | None = None,
 ) -> None:
     """Write one prediction for each image of a benchmark, see `pipeline.formats.predictions`.
 
@@ -112,6 +118,7 @@ def run(
         max_error_rate=params.max_error_rate,
         section="evaluate",
         warnings=warnings,
+        cached=cached_predictions(prediction, runtime),
     )
     run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
 

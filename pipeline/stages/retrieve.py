@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipeline.engine.dry_run import DryRun
 from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, LocalExecutor
@@ -329,6 +330,20 @@ def _warn_of_unknown(
         )
         stage_run.warn(text)
         print(f"retrieve: warning: {text}", file=sys.stderr, flush=True)
+
+
+def dry_run(
+    dry: DryRun, *, embeddings_dir: Path, sources: Sequence[str], categories: Sequence[str], k: int
+) -> None:
+    """Say what `run` would do.
+
+    Raises:
+        PipelineError: there are no embeddings, or fewer than k.
+    """
+    source_dirs = [embeddings_dir / name for name in sources]
+    num_images = _count_images(list_embedding_shards(source_dirs))
+    _check_k(k, num_images, source_dirs)
+    dry.items(num_images, text=f", searched for the {k} of each of {len(categories)} categories")
 
 
 def _count_images(shards: list[Path]) -> int:

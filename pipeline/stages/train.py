@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.engine.cache import UseMark
 from pipeline.engine.distributed import Group
+from pipeline.engine.dry_run import DryRun
 from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
@@ -153,6 +154,14 @@ def run(
                 Tally.skip(stage, item, why)  # the stage itself counts iterations
     if group.is_main:
         _remove_state(state_path)
+
+
+def dry_run(dry: DryRun, *, params: StudentParams, cache_dir: Path) -> None:
+    """Say what `run` would do."""
+    states = len(list((cache_dir / "train").glob(f"*/{STATE_NAME}")))
+    cut_off = f"; {states} runs that were cut off can be continued" if states else ""
+    batches = f" of {params.batch_size} images{cut_off}"
+    dry.items(params.iterations, unit="iterations", text=batches)
 
 
 class _LossLog:
