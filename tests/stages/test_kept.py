@@ -173,9 +173,7 @@ def test_a_checkpoint_keeps_the_texts_that_it_was_trained_by(
         Segmenter.load(folder, runtime=runtime)
 
 
-def test_a_dense_labeller_is_asked_by_texts(
-    workspace: Workspace, runtime: Runtime
-) -> None:
+def test_a_dense_labeller_is_asked_by_texts(workspace: Workspace, runtime: Runtime) -> None:
     encoder: EncoderParams = workspace.encoder
     labeller = Labeller.load(
         DenseClipParams(encoder=encoder, templates="name"),

@@ -6,6 +6,7 @@ Letters: C joint embedding, K categories, P prompts a category.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from pipeline.errors import PipelineError
 from pipeline.models.clip.encoder import ClipEncoder
 from pipeline.models.clip.names import NAMES_FIELD
-from pipeline.vocabulary.categories import all_texts
 
 SHOWN_LETTERS = 60
 
@@ -67,13 +67,19 @@ def category_embeddings(
     Raises:
         PipelineError: as `text_embeddings`.
     """
-    rows = text_embeddings(encoder, all_texts(categories, texts), templates, field="categories")
+    own = _texts_of(categories, texts)
+    rows = text_embeddings(encoder, list(chain(*own)), templates, field="categories")
     if not texts:
         return rows
-    parts = rows.split([len(texts.get(name, [name])) for name in categories])
+    parts = rows.split([len(words) for words in own])
     return torch.stack(
         [part[0] if len(part) == 1 else F.normalize(part.mean(dim=0), dim=-1) for part in parts]
     )
+
+
+def _texts_of(categories: Sequence[str], texts: Mapping[str, Sequence[str]]) -> list[Sequence[str]]:
+    """What stands for each category."""
+    return [texts.get(name, [name]) for name in categories]
 
 
 def background_embedding(
@@ -99,7 +105,8 @@ def label_embeddings(
     Raises:
         PipelineError: as `check_distinct` and `text_embeddings`.
     """
-    check_distinct(encoder, background=background, categories=all_texts(categories, texts))
+    listed = list(chain(*_texts_of(categories, texts)))
+    check_distinct(encoder, background=background, categories=listed)
     return torch.cat(
         [
             background_embedding(encoder, background, templates).unsqueeze(0),
