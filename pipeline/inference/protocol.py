@@ -83,7 +83,17 @@ def network_protocol(segmenter: Segmenter, checkpoint_dir: Path) -> dict[str, An
         "templates": config.templates,
         **_texts_protocol(texts_for(segmenter.categories, config.texts)),
         **segmenter.student.protocol(segmenter.settings),
+        **_beyond_the_papers(segmenter.settings),
     }
+
+
+def _beyond_the_papers(settings: PredictionSettings) -> dict[str, Any]:
+    """What refines a network's prediction, named where it is on."""
+    flip = {"flip": True} if settings.flip else {}
+    if (pamr := settings.pamr) is None:
+        return flip
+    # In place of what `bench_protocol` says of those that do not.
+    return {**flip, "refinement": "pamr", "pamr": _in_words(pamr, pamr.model_dump(mode="json"))}
 
 
 def labeller_protocol(labeller: Labeller) -> dict[str, Any]:
