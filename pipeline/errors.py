@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 
 LISTED_NAMES = 8
+UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 class PipelineError(Exception):
@@ -43,3 +44,11 @@ def counted(counts: Mapping[str, int]) -> str:
     """Counts for a message, the largest first: "3 .heic, 1 without extension"."""
     ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     return ", ".join(f"{count} {name}" for name, count in ordered if count)
+
+
+def size_text(num_bytes: int) -> str:
+    """A number of bytes in words: "1.5 GB"."""
+    size, unit = float(num_bytes), 0
+    while size >= 999.95 and unit < len(UNITS) - 1:
+        size, unit = size / 1000, unit + 1
+    return f"{size:.{min(unit, 1)}f} {UNITS[unit]}"

@@ -219,7 +219,7 @@ def resumable_dir(path: Path, key: str) -> Iterator[Path]:
                 shutil.rmtree(retired)
             else:  # killed between two moves
                 retired.replace(path)
-        for other in _leftovers(path, f"[0-9a-f]{{{KEY_DIGITS}}}\\.part"):
+        for other in parts_left(path):
             if other != temporary:
                 shutil.rmtree(other)
         temporary.mkdir(exist_ok=True)
@@ -229,6 +229,14 @@ def resumable_dir(path: Path, key: str) -> Iterator[Path]:
         finally:
             with suppress(OSError):  # not empty, or moved
                 temporary.rmdir()
+
+
+def parts_left(path: Path) -> list[Path]:
+    """What runs that were cut off have left of a folder of `resumable_dir`."""
+    path = _link_target(path)
+    if not path.parent.is_dir():
+        return []
+    return _leftovers(path, f"[0-9a-f]{{{KEY_DIGITS}}}\\.part")
 
 
 def _link_target(path: Path) -> Path:

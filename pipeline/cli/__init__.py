@@ -16,6 +16,7 @@ from pipeline.cli.ablate import ablate_app
 from pipeline.cli.cache import cache_app
 from pipeline.cli.common import PARAMS, ExecutorName, Session
 from pipeline.cli.demo import demo_app
+from pipeline.cli.doctor import doctor_app
 from pipeline.cli.imports import import_app
 from pipeline.cli.plus import plus_app
 from pipeline.cli.reproduce import reproduce_app
@@ -23,7 +24,7 @@ from pipeline.cli.rounds import rounds_app
 from pipeline.cli.selfmask import selfmask_app
 from pipeline.cli.stages import stages_app
 from pipeline.cli.weights import weights_app
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_line
 from pipeline.files import OUT_OF_SPACE
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.add_typer(stages_app)
 app.add_typer(rounds_app)
 app.add_typer(plus_app)
+app.add_typer(doctor_app)
 app.add_typer(reproduce_app)
 app.add_typer(ablate_app)
 app.add_typer(weights_app, name="weights", no_args_is_help=True)
@@ -52,6 +54,8 @@ BAD_PATH_CODES = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 # Packages whose errors are those of an object store or of the way there.
 STORES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 DVC_EXPERIMENTS = "/.dvc/tmp/exps/"  # in there DVC runs what it does not run in the workspace
+# Lets torch run on the CPU what it has not for the GPU of a Mac; its error names it.
+MPS_FALLBACK = "PYTORCH_ENABLE_MPS_FALLBACK"
 WRONG_USAGE, INTERRUPTED = 2, 130  # exit statuses that Typer chooses
 BEFORE_THE_COMMAND = ("--params", "--executor", "--ray-workers")
 
@@ -71,6 +75,12 @@ def main() -> None:
         raise
     except OSError as error:
         sys.exit(_explain(error))
+    except NotImplementedError as error:
+        if MPS_FALLBACK not in str(error):
+            raise
+        sys.exit(
+            f"error: device: mps: {first_line(error)} Set {MPS_FALLBACK}=1 to run it on the CPU"
+        )
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in STORES:
             raise

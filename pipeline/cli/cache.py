@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.errors import size_text
+
 if TYPE_CHECKING:
     from pipeline.engine.cache_store import CacheEntry, Verdict
 
 HEX = re.compile(r"[0-9a-f]{32,64}")
 SHOWN_HEX, SHOWN_NAME, SHOWN_SETTINGS = 8, 20, 60
-UNITS = ("B", "kB", "MB", "GB", "TB")
 ROW = "{:13} {:20} {:>9} {:>9}  {:12}  {}"
 
 cache_app = typer.Typer(
@@ -44,10 +45,10 @@ def status(
     print(ROW.format("kind", "name", "entries", "size", "last used", "settings"))
     for entry in entries:
         print(_row(entry, now=time.time()))
-    print(ROW.format("total", "", "", _size(_bytes(entries)), "", "").rstrip())
+    print(ROW.format("total", "", "", size_text(_bytes(entries)), "", "").rstrip())
     if leftovers:
         print(
-            f"left by killed runs: {len(leftovers)}, {_size(_bytes(leftovers))}; "
+            f"left by killed runs: {len(leftovers)}, {size_text(_bytes(leftovers))}; "
             "`pipeline cache gc` removes those older than an hour"
         )
 
@@ -83,7 +84,7 @@ def gc(
     ):
         print(_line(verdict, dry_run=dry_run), flush=True)
         num_bytes += verdict.entry.num_bytes if verdict.is_removed else 0
-    print(f"{root}: {_size(num_bytes)} {'would be freed' if dry_run else 'freed'}")
+    print(f"{root}: {size_text(num_bytes)} {'would be freed' if dry_run else 'freed'}")
 
 
 def _line(verdict: Verdict, *, dry_run: bool) -> str:
@@ -91,7 +92,7 @@ def _line(verdict: Verdict, *, dry_run: bool) -> str:
     entry = verdict.entry
     return (
         f"{removed if verdict.is_removed else 'kept'} {entry.kind}/{entry.paths[0].name} "
-        f"({_size(entry.num_bytes)}): {verdict.reason}"
+        f"({size_text(entry.num_bytes)}): {verdict.reason}"
     )
 
 
@@ -100,7 +101,7 @@ def _row(entry: CacheEntry, *, now: float) -> str:
         entry.kind,
         _short(entry.name)[:SHOWN_NAME],
         "-" if entry.num_rows is None else entry.num_rows,
-        _size(entry.num_bytes),
+        size_text(entry.num_bytes),
         _ago(now - entry.last_used),
         _summary(entry.settings),
     ).rstrip()
@@ -131,13 +132,6 @@ def _summary(settings: dict[str, Any]) -> str:
 
 def _short(text: str) -> str:
     return text[:SHOWN_HEX] if HEX.fullmatch(text) else text
-
-
-def _size(num_bytes: int) -> str:
-    size, unit = float(num_bytes), 0
-    while size >= 999.95 and unit < len(UNITS) - 1:
-        size, unit = size / 1000, unit + 1
-    return f"{size:.{min(unit, 1)}f} {UNITS[unit]}"
 
 
 def _ago(seconds: float) -> str:

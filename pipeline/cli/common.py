@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from ruamel.yaml import YAML
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, did_you_mean, listing
 from pipeline.files import Location, as_location, check_writable, is_url
 
 if TYPE_CHECKING:  # importing torch takes seconds that `--help` and mistakes need not wait for
@@ -72,13 +72,20 @@ class Session:
             PipelineError: a name that cannot be used, or that an encoder of the params does not
                 know.
         """
-        from pipeline.vocabulary.categories import load_category_set
+        from pipeline.vocabulary.categories import all_texts, check_texts, load_category_set
 
         params = self.params
-        found = load_category_set(params.categories, background=params.background)
+        found = load_category_set(params.category_names, background=params.background)
+        check_texts(found, params.texts, background=params.background)
+        _check_evaluated(params, found)
+        asked = {
+            "categories": all_texts(found, params.texts),
+            "background": params.background,
+            "evaluate.others": params.evaluate.others,
+        }
         for section in ("embed", "pseudo_label", "train"):
             encoder, place = getattr(params, section).encoder, f"{section}.encoder"
-            for key, listed in (("categories", found), ("background", params.background)):
+            for key, listed in asked.items():
                 check_known(listed, encoder, field=f"{self.params_path}: {key}", place=place)
         return found
 
@@ -125,6 +132,32 @@ class Session:
                 f"{self.params_path}: {name!r} is not under `{section}:`; there are: {known}"
             )
         return table[name]
+
+
+def _check_evaluated(params: Params, categories: Sequence[str]) -> None:
+    """Refuse names of section `evaluate` that have no effect.
+
+    Raises:
+        PipelineError: a score of what is no category, here or of a benchmark; others that are
+            categories or repeat each other.
+    """
+    from pipeline.vocabulary.categories import load_category_set, plain_name
+
+    evaluate = params.evaluate
+    asked = {plain_name(name) for name in categories}
+    if evaluate.others:
+        for name in load_category_set(evaluate.others, field="evaluate.others"):
+            if plain_name(name) in asked:
+                raise PipelineError(f"evaluate.others: {name!r} is a category; remove one")
+    if evaluate.min_scores:
+        for bench in params.benches.values():
+            asked |= {plain_name(name) for name in load_category_set(bench.categories)}
+        for name in evaluate.min_scores:
+            if plain_name(name) not in asked:
+                raise PipelineError(
+                    f"evaluate.min_scores: {name!r} is not among the categories; "
+                    f"{did_you_mean(name, categories)}they are: {listing(categories)}"
+                )
 
 
 def location(text: str) -> Any:

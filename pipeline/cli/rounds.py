@@ -106,6 +106,7 @@ def retrain(
         live_dir=out / "live",
         categories=session.categories,
         background=session.params.background,
+        texts=session.params.texts,
         params=targets.model_copy(update=final),
         runtime=session.runtime,
         stats_path=out / "train.json",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +31,7 @@ from pipeline.cli.common import (
     names,
     try_outputs,
 )
+from pipeline.cli.dry_run import DryRunOption, start
 from pipeline.files import read_json
 from pipeline.presets import (
     OWN_IMAGES,
@@ -122,6 +123,7 @@ def embed(
     source: Annotated[str, typer.Option(help="Name of a source under `index:` in the params.")],
     out: Annotated[Any, location("Folder of the Parquet shards, replaced whole.")] = None,
     stats: EntryStatsPath = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Stage 1: embed the images of one source with CLIP, into Parquet shards."""
     from pipeline.engine.remote import publishing
@@ -130,7 +132,11 @@ def embed(
     session: Session = ctx.obj
     out = out or PATHS["embeddings"] / source
     stats = stats or PATHS["stats"] / f"embed-{source}.json"
-    try_outputs(stats, folders=[out])
+    dry = None
+    if dry_run:
+        dry = start("embed", reads={}, writes=[out], stats=stats)
+    else:
+        try_outputs(stats, folders=[out])
     session.categories  # noqa: B018 - names that cannot be used, before the work
     params, runtime = session.params, session.runtime
     with publishing(out, runtime.cache_dir) as out_dir:
@@ -141,7 +147,7 @@ def embed(
             params=params.embed,
             runtime=runtime,
             stats_path=stats,
-            executor=session.executor(),
+            executor=dry or session.executor(),
         )
 
 
@@ -151,20 +157,35 @@ def retrieve(
     embeddings: Annotated[Any, location("Folder of the embeddings.")] = PATHS["embeddings"],
     out: Annotated[Any, location("Parquet file of the archives.")] = PATHS["archives"],
     stats: StatsPath = PATHS["stats"] / "retrieve.json",
+    dry_run: DryRunOption = False,
 ) -> None:
     """Stage 2: retrieve the top-k images of every category: its archive."""
     from pipeline.engine.remote import fetch, publishing
     from pipeline.stages import retrieve as stage
 
     session: Session = ctx.obj
-    try_outputs(stats, out)
+    dry = None
+    if dry_run:
+        dry = start("retrieve", reads={"embed": embeddings}, writes=[out], stats=stats)
+    else:
+        try_outputs(stats, out)
     params, runtime = session.params, session.runtime
+    if dry is not None:
+        stage.dry_run(
+            dry,
+            embeddings_dir=embeddings,
+            sources=list(params.index),
+            categories=session.categories,
+            k=params.k,
+        )
+        return
     with publishing(out, runtime.cache_dir) as out_path:
         stage.run(
             embeddings_dir=fetch(embeddings, runtime.cache_dir),
             sources=list(params.index),
             out_path=out_path,
             categories=session.categories,
+            texts=params.texts,
             background=params.background,
             k=params.k,
             params=params.retrieve,
@@ -181,13 +202,18 @@ def mask(
     archives: Annotated[Any, location("Parquet file of the archives.")] = PATHS["archives"],
     out: Annotated[Any, location("Folder of the mask shards, replaced whole.")] = PATHS["masks"],
     stats: StatsPath = PATHS["stats"] / "mask.json",
+    dry_run: DryRunOption = False,
 ) -> None:
     """Stage 3: make a pseudo-mask for every archive image, into WebDataset shards."""
     from pipeline.engine.remote import fetch, publishing
     from pipeline.stages import mask as stage
 
     session: Session = ctx.obj
-    try_outputs(stats, folders=[out])
+    dry = None
+    if dry_run:
+        dry = start("mask", reads={"retrieve": archives}, writes=[out], stats=stats)
+    else:
+        try_outputs(stats, folders=[out])
     params, runtime = session.params, session.runtime
     with publishing(out, runtime.cache_dir) as out_dir:
         stage.run(
@@ -196,7 +222,7 @@ def mask(
             params=params.mask,
             runtime=runtime,
             stats_path=stats,
-            executor=session.executor(),
+            executor=dry or session.executor(),
         )
 
 
@@ -207,6 +233,7 @@ def bank(
     masks: Annotated[Any, location("Folder of the mask shards.")] = PATHS["masks"],
     out: Annotated[Any, location("Folder of the region bank, replaced whole.")] = PATHS["bank"],
     stats: StatsPath = PATHS["stats"] / "bank.json",
+    dry_run: DryRunOption = False,
 ) -> None:
     """Keep what regions of one's own images look like and mean, for pseudo_label (section `bank`).
 
@@ -217,9 +244,16 @@ def bank(
     from pipeline.stages.mask import MaskMaker
 
     session: Session = ctx.obj
-    try_outputs(stats, folders=[out])
+    dry = None
+    if dry_run:
+        dry = start("bank", reads={"mask": masks, "embed": embeddings}, writes=[out], stats=stats)
+    else:
+        try_outputs(stats, folders=[out])
     params, runtime = session.params, session.runtime
     with publishing(out, runtime.cache_dir) as out_dir:
+        if params.bank is None and dry is not None:
+            print("  items    none: `bank` is null")
+            return
         if params.bank is None:
             stage.write_empty(out_dir=out_dir, stats_path=stats)
             return
@@ -229,6 +263,7 @@ def bank(
             sources=list(params.index),
             out_dir=out_dir,
             categories=session.categories,
+            texts=params.texts,
             background=params.background,
             benches={
                 **{f"benches.{name}": bench for name, bench in params.benches.items()},
@@ -239,7 +274,7 @@ def bank(
             labeller=params.pseudo_label,
             runtime=runtime,
             stats_path=stats,
-            executor=session.executor(),
+            executor=dry or session.executor(),
         )
 
 
@@ -250,26 +285,37 @@ def pseudo_label(
     bank: Annotated[Any, location("Folder of the region bank, where it is on.")] = PATHS["bank"],
     out: Annotated[Any, location("Folder of the label shards, replaced whole.")] = PATHS["labels"],
     stats: StatsPath = PATHS["stats"] / "pseudo_label.json",
+    dry_run: DryRunOption = False,
 ) -> None:
     """Stage 4: label every pixel of the archive images by names, training-free."""
     from pipeline.engine.remote import fetch, publishing
     from pipeline.stages import pseudo_label as stage
 
     session: Session = ctx.obj
-    try_outputs(stats, folders=[out])
+    dry = None
+    if dry_run:
+        dry = start(
+            "pseudo_label",
+            reads={"mask": masks, **({"bank": bank} if session.params.bank else {})},
+            writes=[out],
+            stats=stats,
+        )
+    else:
+        try_outputs(stats, folders=[out])
     params, runtime = session.params, session.runtime
     with publishing(out, runtime.cache_dir) as out_dir:
         stage.run(
             mask_dir=fetch(masks, runtime.cache_dir),
             out_dir=out_dir,
             categories=session.categories,
+            texts=params.texts,
             background=params.background,
             params=params.pseudo_label,
             bank_dir=fetch(bank, runtime.cache_dir) if params.bank else None,
             bank=params.bank,
             runtime=runtime,
             stats_path=stats,
-            executor=session.executor(),
+            executor=dry or session.executor(),
         )
 
 
@@ -286,6 +332,7 @@ def train(
         typer.Option(help="`auto`: continue a run of the same settings that was cut off."),
     ] = "auto",
     stats: StatsPath = PATHS["stats"] / "train.json",
+    dry_run: DryRunOption = False,
 ) -> None:
     """Stage 5: train a student on the pseudo-labels, ZUTIS by default.
 
@@ -297,10 +344,15 @@ def train(
     from pipeline.stages import train as stage
 
     session: Session = ctx.obj
-    try_outputs(stats, folders=[out, live])
     params, runtime = session.params, session.runtime
     labels = labels or params.train.labels
     reads_labels = params.train.needs_labels and labels is not None
+    if dry_run:
+        reads = {"mask": masks, **({"pseudo_label": labels} if reads_labels else {})}
+        dry = start("train", reads=reads, writes=[out, live], stats=stats)
+        stage.dry_run(dry, params=params.train, cache_dir=runtime.cache_dir)
+        return
+    try_outputs(stats, folders=[out, live])
     with process_group(runtime.device) as group:
         stage.run(
             masks_dir=fetch(masks, runtime.cache_dir),
@@ -309,6 +361,7 @@ def train(
             out_dir=out,
             live_dir=live,
             categories=session.categories,
+            texts=params.texts,
             background=params.background,
             params=params.train,
             runtime=runtime,
@@ -330,8 +383,10 @@ def predict_bench(
     open_vocabulary: OpenVocabulary = False,
     corruption: Corruption = None,
     stats: EntryStatsPath = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Stage 6a: predict on a benchmark, into shards that `score` reads."""
+    from pipeline.models.weights.zoo import resolve_weights
     from pipeline.stages import predict_bench as stage
 
     session: Session = ctx.obj
@@ -341,22 +396,29 @@ def predict_bench(
     name = result_name(bench, alone(model), corruption, others=others)
     out = out or PATHS["predictions"] / name
     stats = stats or PATHS["stats"] / f"predict_bench-{name}.json"
-    try_outputs(stats, folders=[out])
     params, runtime = session.params, session.runtime
+    chosen = None if alone(model) else checkpoint or session.checkpoint
+    dry = None
+    if dry_run:
+        reads = {"train": resolve_weights(chosen, runtime.cache_dir)} if chosen else {}
+        dry = start("predict_bench", reads=reads, writes=[out], stats=stats)
+    else:
+        try_outputs(stats, folders=[out])
     stage.run(
         bench_name=bench,
         bench=find_bench(
             params.benches, bench, params_path=session.params_path, root=root, corruption=corruption
         ),
-        checkpoint_dir=None if alone(model) else checkpoint or session.checkpoint,
+        checkpoint_dir=chosen,
         out_dir=out,
         params=params.evaluate,
         baseline=baseline(params, alone(model), encoder),
         background=params.background,
+        texts=params.texts if alone(model) else {},
         runtime=runtime,
         stats_path=stats,
         open_vocabulary=open_vocabulary,
-        executor=session.executor(),
+        executor=dry or session.executor(),
     )
 
 
@@ -373,6 +435,7 @@ def score(
     open_vocabulary: OpenVocabulary = False,
     corruption: Corruption = None,
     stats: EntryStatsPath = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Stage 6b: score predictions on a benchmark: mIoU and mask AP; no network is run.
 
@@ -386,6 +449,13 @@ def score(
     )
     name = result_name(bench, alone(model), corruption, others=others)
     stats = stats or out / "stats" / f"score-{name}.json"
+    predictions = predictions or PATHS["predictions"] / name
+    if dry_run:
+        reads = {f"predict_bench --bench {bench}": predictions}
+        metrics = out / "metrics" / f"{name}.json"
+        dry = start("score", reads=reads, writes=[metrics], stats=stats)
+        stage.dry_run(dry, predictions_dir=predictions)
+        return
     try_outputs(stats, folders=[out])
     params = session.params
     stage.run(
@@ -393,7 +463,7 @@ def score(
         bench=find_bench(
             params.benches, bench, params_path=session.params_path, root=root, corruption=corruption
         ),
-        predictions_dir=predictions or PATHS["predictions"] / name,
+        predictions_dir=predictions,
         out_dir=out,
         background=params.background,
         overlays=params.evaluate.overlays,
@@ -415,6 +485,7 @@ def evaluate(
     encoder: Encoder = None,
     open_vocabulary: OpenVocabulary = False,
     corruption: Corruption = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Stage 6: predict on a benchmark and score: mIoU and mask AP, beside the baseline.
 
@@ -425,7 +496,8 @@ def evaluate(
         ctx.obj, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
     )
     name = result_name(bench, alone(model), corruption, others=others)
-    try_outputs(folders=[out])
+    if not dry_run:
+        try_outputs(folders=[out])
     predict_bench(
         ctx,
         bench,
@@ -437,7 +509,11 @@ def evaluate(
         open_vocabulary=open_vocabulary,
         corruption=corruption,
         stats=out / "stats" / f"predict_bench-{name}.json",
+        dry_run=dry_run,
     )
+    if dry_run:
+        print("then `score`, which runs no network")
+        return
     score(
         ctx,
         bench,
@@ -584,7 +660,10 @@ def predict(
     encoder: Encoder = None,
     context: Annotated[
         str | None,
-        typer.Option(help="More names, asked for likewise but drawn black: person,car."),
+        typer.Option(
+            help="More names, asked for likewise but drawn black: person,car. To have them in no "
+            "output, list them under `evaluate.others`."
+        ),
     ] = None,
     confidence: Annotated[
         list[str] | None,
@@ -593,35 +672,56 @@ def predict(
             help="Draw the probability of this name at each pixel: black 0, white 1. Repeatable.",
         ),
     ] = None,
+    min_score: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Leave out objects of a lower score; for all names, in place of "
+            "`evaluate.min_score` and `evaluate.min_scores`.",
+        ),
+    ] = None,
 ) -> None:
-    """Segment images: one overlay and one label map each, and one COCO JSON."""
+    """Segment images: one overlay and one label map each, and one COCO JSON.
+
+    Names of `evaluate.others` compete with those asked for, and their pixels become background;
+    scores of `evaluate.min_scores` are those that objects of a category have at least
+    (docs/categories.md).
+    """
     from pipeline.models.weights.checkpoint import read_checkpoint_config
     from pipeline.models.weights.zoo import resolve_weights
     from pipeline.stages import predict as stage
+    from pipeline.vocabulary.categories import all_texts, texts_for
 
     session: Session = ctx.obj
     try_outputs(folders=[out])
     params, runtime = session.params, session.runtime
     checkpoint = checkpoint or session.checkpoint
     labeller = baseline(params, alone(model), encoder)
+    texts: Mapping[str, Sequence[str]] = params.texts
     asked, others = names(categories), names(context, "--context") or []
     if alone(model):
         asked = session.categories if asked is None else asked
         own = labeller.encoder
     elif asked or others:
-        own = read_checkpoint_config(resolve_weights(checkpoint, runtime.cache_dir)).encoder
+        config = read_checkpoint_config(resolve_weights(checkpoint, runtime.cache_dir))
+        own, texts = config.encoder, config.texts
     for option, listed in (("--categories", asked), ("--context", others)):
         if listed:
-            check_known(listed, own, field=option)
+            check_known(all_texts(listed, texts_for(listed, texts)), own, field=option)
+    evaluate = params.evaluate
+    if min_score is not None:
+        evaluate = evaluate.model_copy(update={"min_score": min_score, "min_scores": {}})
     stage.run(
         inputs=photos,
         categories=asked,
         checkpoint_dir=None if alone(model) else checkpoint,
         out_dir=out,
-        params=params.evaluate,
+        params=evaluate,
         runtime=runtime,
         labeller=labeller,
         background=params.background,
+        texts=params.texts,
         context=others,
         confidence=confidence or [],
     )

@@ -167,6 +167,15 @@ class BlobCache:
         self._scan()
 
 
+def stored_keys(folder: Path) -> set[str]:
+    """The keys of a cache's folder, which is only read; damaged chunks are passed over."""
+    keys: set[str] = set()
+    for path in sorted(folder.glob("*.parquet")):
+        with suppress(pa.ArrowException, OSError, KeyError):
+            keys.update(pq.read_table(path, columns=["key"])["key"].to_pylist())
+    return keys
+
+
 class UseMark:
     """A shared lock on `in_use.lock` of a folder, whose time tells when the folder was last used.
 

@@ -158,7 +158,7 @@ def _entry(
         last_used=max((stat.st_mtime for stat in marks or stats or _stats_of(paths)), default=0.0),
         is_marked=bool(marks),
         is_leftover=is_leftover,
-        settings=_settings(paths),
+        settings=settings_of(paths),
     )
 
 
@@ -216,7 +216,7 @@ def _rename_as_leftover(path: Path) -> Path:
     return hidden
 
 
-def _settings(paths: Sequence[Path]) -> dict[str, Any]:
+def settings_of(paths: Sequence[Path]) -> dict[str, Any]:
     """What `settings.json` in a folder, or a JSON file among the paths, says of an entry."""
     files = [path / SETTINGS for path in paths] + [p for p in paths if p.suffix == ".json"]
     for path in _existing(files):

@@ -79,12 +79,15 @@ def process_group(device: torch.device) -> Iterator[Group]:
     If the block fails, the process must end: the others wait for it in vain until they are told.
 
     Raises:
-        PipelineError: the launcher's variables make no sense, or there are too few GPUs.
+        PipelineError: the launcher's variables make no sense, there are too few GPUs, or the device
+            cannot be shared.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if size == 1:
         yield Group(device)
         return
+    if device.type == "mps":
+        raise PipelineError("params.yaml: device: mps has one GPU; train without torchrun")
     on_gpu = device.type == "cuda"
     if on_gpu:
         _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))

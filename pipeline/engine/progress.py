@@ -16,6 +16,7 @@ from pipeline.errors import PipelineError, counted, listing
 from pipeline.files import check_writable, claim, write_json
 
 LISTED_SKIPS = 1000
+FINISHED_BEFORE = "finished_before"  # count of the items that an earlier run has done
 # So many errors never fail a stage by their rate: one of a few images is more than any small share.
 FORGIVEN_ERRORS = 1
 SHOWN_OFFENDERS, SHOWN_REASONS = 3, 8

@@ -17,6 +17,7 @@ import torch
 from pipeline.errors import PipelineError
 
 CACHE_VARIABLE = "PIPELINE_CACHE"
+DEVICES = ("cpu", "cuda", "mps")
 # Of autocast; None is plain float32.
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # glibc's malloc.h: options of mallopt.
@@ -57,26 +58,22 @@ def make_runtime(
     """Pick device and precision.
 
     Args:
-        device: auto, cpu or cuda.
-        precision: of the networks: auto (bfloat16 on CUDA, float32 on CPU), float32, bfloat16 or
+        device: auto (cuda where there is one, else cpu), cpu, cuda or mps. On mps, the GPU of a
+            Mac, operations that torch lacks there run on the CPU where $PYTORCH_ENABLE_MPS_FALLBACK
+            is 1 before torch is imported; else they are an error that names the variable.
+        precision: of the networks: auto (bfloat16 on CUDA, float32 elsewhere), float32, bfloat16 or
             float16. What is sensitive stays in float32, and so does text.
         seed: see `Runtime`.
         threads: those of torch on the CPU, in this process from now on; `auto` leaves them as they
             are: one a core, or $OMP_NUM_THREADS.
 
     Raises:
-        PipelineError: `device` is "cuda" where there is none; it or `precision` is not a known
-            name.
+        PipelineError: `device` is not there; it or `precision` is not a known name.
     """
-    has_cuda = torch.cuda.is_available()
-    if device not in ("auto", "cpu", "cuda"):
-        raise PipelineError(f"params.yaml: device: {device!r} is not one of auto, cpu, cuda")
-    if device == "cuda" and not has_cuda:
-        raise PipelineError("params.yaml: device: cuda, but no CUDA device was found; use auto")
+    chosen = _device(device)
     if precision not in ("auto", *PRECISIONS):
         known = ", ".join(("auto", *PRECISIONS))
         raise PipelineError(f"params.yaml: precision: {precision!r} is not one of {known}")
-    chosen = torch.device("cuda" if has_cuda and device != "cpu" else "cpu")
     if precision == "auto":
         precision = "bfloat16" if chosen.type == "cuda" else "float32"
     if threads != "auto":
@@ -89,6 +86,27 @@ def make_runtime(
         seed=seed,
         cache_dir=default_cache_dir(),
     )
+
+
+def _device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        PipelineError: it is not there, or not a known name.
+    """
+    if name not in ("auto", *DEVICES):
+        known = ", ".join(("auto", *DEVICES))
+        raise PipelineError(f"params.yaml: device: {name!r} is not one of {known}")
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise PipelineError("params.yaml: device: cuda, but no CUDA device was found; use auto")
+    if name == "mps" and not torch.backends.mps.is_available():
+        built = torch.backends.mps.is_built()
+        reason = "this Mac has none that torch can use" if built else "this torch has no MPS"
+        raise PipelineError(f"params.yaml: device: mps, but {reason}; use auto")
+    if name == "auto":
+        name = "cuda" if has_cuda else "cpu"
+    return torch.device(name)
 
 
 def seed_generators(seed: int) -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pipeline.engine.batching import slices
-from pipeline.engine.progress import StageRun, Tally
+from pipeline.engine.dry_run import CacheUse, DryRun
+from pipeline.engine.progress import FINISHED_BEFORE, StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, claim, file_versions, refuse_url, resumable_dir, write_json
@@ -71,6 +72,7 @@ class Job:
         left_out: number of files by kind that are no items.
         warnings: what is wrong with the result, see `StageRun.warn`.
         review: is shown what became of all items before the shards are put in place.
+        cached: where results of items lie in the cache, for a dry run.
     """
 
     stage: str
@@ -86,6 +88,7 @@ class Job:
     left_out: Mapping[str, int] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     review: Callable[[StageRun], None] | None = None
+    cached: CacheUse | None = None
 
     def plan(self) -> list[Sequence[Any]]:
         """The items of each shard."""
@@ -160,9 +163,9 @@ def run_job(
     out_dir: Path,
     stats_path: Path,
     runtime: Runtime,
-    executor: Executor | None = None,
+    executor: Executor | DryRun | None = None,
 ) -> dict[str, Any]:
-    """Make a folder of shards with its manifest; returns the manifest.
+    """Make a folder of shards with its manifest; returns the manifest, of a dry run nothing.
 
     Finished shards lie beside `out_dir` until all are there, each with a row of its own: name,
     samples, bytes, SHA-256, and what became of its items. One counts as finished only if it agrees
@@ -181,6 +184,16 @@ def run_job(
     """
     refuse_url(out_dir)
     _check_ours(out_dir)
+    if isinstance(executor, DryRun):
+        executor.shards(
+            job.items,
+            shard_size=job.shard_size,
+            out_dir=out_dir,
+            row_suffix=ROW_SUFFIX,
+            cached=job.cached,
+            cache_dir=runtime.cache_dir,
+        )
+        return {}
     maker = job.load(runtime)
     with (
         closing(maker),
@@ -219,6 +232,7 @@ def _make(
         print(f"{job.stage}: {len(rows)} of {len(tasks)} shards were finished", flush=True)
     for row in rows.values():
         stage.add(Tally.from_dict(row))
+        stage.count_in_run(FINISHED_BEFORE, row["items"])
     open_tasks = [task for task in tasks if task.number not in rows]
     for task, samples, part in executor.run(open_tasks, load=job.load, maker=maker, tally=stage):
         rows[task.number] = _row(task.path, samples, part)

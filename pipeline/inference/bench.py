@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import torch
 from PIL import Image
 
 from pipeline.benchmarks import Benchmark
 from pipeline.benchmarks.corruptions import BenchImageReader
 from pipeline.engine.batching import batches
 from pipeline.engine.cache import BlobCache
+from pipeline.engine.dry_run import CacheUse
 from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.files import digest
@@ -42,6 +44,7 @@ from pipeline.params.benches import BenchParams
 
 # To be raised when predictions change though their settings do not.
 PREDICTION_VERSION = 1
+CACHE_KIND = "predictions"
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,7 @@ class BenchRun:
         has_baseline: whether the dense labeller labels the images beside a network.
         baseline: section `pseudo_label`, the dense labeller.
         background: names of label id 0 for it; a checkpoint brings its own.
+        texts: what stands for a category in its prompts, see `Names`.
         batch_size: images that are predicted together.
         warnings: what is odd about the benchmark.
     """
@@ -212,6 +216,7 @@ class BenchRun:
     baseline: PseudoLabelParams
     background: Sequence[str]
     batch_size: int
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
 
@@ -226,6 +231,7 @@ def load_predictor(run: BenchRun, runtime: Runtime) -> BenchPredictor:
         run.baseline,
         categories=run.names,
         background=run.background,
+        texts=run.texts,
         settings=run.settings,
         runtime=runtime,
     )
@@ -255,12 +261,7 @@ class PredictionMaker:
         self, run: BenchRun, runtime: Runtime, *, predictor: BenchPredictor | None = None
     ) -> None:
         self._run = run
-        self._reader = BenchImageReader(
-            run.bench.corruption,
-            channels=run.bench.corruption_channels,
-            bench_name=run.bench_name,
-            seed=runtime.seed,
-        )
+        self._reader = _image_reader(run, runtime)
         self._predictor = predictor or load_predictor(run, runtime)
         protocol = self._predictor.protocol
         described = bench_protocol(
@@ -279,14 +280,11 @@ class PredictionMaker:
         if run.warnings:
             self.settings["warnings"] = list(run.warnings)
         decides = {
-            "version": PREDICTION_VERSION,
+            **known_settings(run, runtime),
             "predictor": protocol,
             "fingerprints": self._predictor.fingerprints,
-            "settings": run.settings.model_dump(mode="json"),
-            "categories": list(run.categories),
-            "precision": described["precision"],
         }
-        self._cache = BlobCache(runtime.cache_dir / "predictions", decides)
+        self._cache = BlobCache(runtime.cache_dir / CACHE_KIND, decides)
 
     def make(self, items: Sequence[ImageToPredict], path: Path, tally: Tally) -> int:
         """Write the predictions of some images; one that cannot be read has none."""
@@ -336,5 +334,41 @@ class PredictionMaker:
                 tally.advance()
 
     def _key(self, entry: ImageToPredict, data: bytes) -> str:
-        """What a prediction depends on besides the settings."""
-        return digest([sha256(data).hexdigest(), entry.vocabulary, self._reader.tag(entry)])
+        return _prediction_key(self._reader, entry, data)
+
+
+def cached_predictions(run: BenchRun, runtime: Runtime) -> CacheUse:
+    """Where predictions of a run lie in the cache, as far as no network decides it."""
+    reader = _image_reader(run, runtime)
+
+    def key(entry: ImageToPredict) -> str | None:
+        try:
+            return _prediction_key(reader, entry, reader.read(entry))
+        except ImageError:
+            return None
+
+    return CacheUse(CACHE_KIND, known_settings(run, runtime), key)
+
+
+def known_settings(run: BenchRun, runtime: Runtime) -> dict[str, Any]:
+    """What predictions depend on besides predictor and image."""
+    return {
+        "version": PREDICTION_VERSION,
+        "settings": run.settings.model_dump(mode="json"),
+        "categories": list(run.categories),
+        "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
+    }
+
+
+def _image_reader(run: BenchRun, runtime: Runtime) -> BenchImageReader:
+    return BenchImageReader(
+        run.bench.corruption,
+        channels=run.bench.corruption_channels,
+        bench_name=run.bench_name,
+        seed=runtime.seed,
+    )
+
+
+def _prediction_key(reader: BenchImageReader, entry: ImageToPredict, data: bytes) -> str:
+    """What a prediction depends on besides the settings."""
+    return digest([sha256(data).hexdigest(), entry.vocabulary, reader.tag(entry)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
@@ -15,6 +17,7 @@ from pipeline.files import digest
 from pipeline.formats.predictions import Segmentation
 from pipeline.inference.confidence import confidence_map, find_name
 from pipeline.inference.inputs import to_tensor
+from pipeline.inference.kept import kept, others_beside
 from pipeline.methods.dense import (
     DENSE_LABELLERS,
     DenseLabeller,
@@ -27,7 +30,7 @@ from pipeline.models.dense.objects import objects_of_labels
 from pipeline.models.layers.interpolate import upsampled_labels
 from pipeline.models.layers.regions import labels_of_regions
 from pipeline.params.base import PredictionSettings
-from pipeline.vocabulary.categories import Names, unasked_names
+from pipeline.vocabulary.categories import Names, texts_for, unasked_names
 
 
 class Labeller:
@@ -40,6 +43,7 @@ class Labeller:
         settings: size of the input, whether a pixel may be background, and whether objects are
             looked for, and how.
         runtime: device and precision.
+        num_others: how many names beyond those `model` knows besides, see `others_beside`.
 
     Attributes:
         finds_objects: whether they are, and the method can.
@@ -53,6 +57,7 @@ class Labeller:
         params: PseudoLabelParams,
         settings: PredictionSettings,
         runtime: Runtime,
+        num_others: int = 0,
     ) -> None:
         self.names = names
         self.params = params
@@ -60,8 +65,9 @@ class Labeller:
         self.settings = settings
         self.finds_objects = settings.instances and DENSE_LABELLERS[params.method].gives_objects
         self._runtime = runtime
+        self._num_others = num_others
         self._first = 0 if settings.background else 1
-        label_ids = range(self._first, 1 + len(names.categories))
+        label_ids = range(self._first, 1 + len(names.categories) + num_others)
         self._model = model.select(label_ids) if self._first else model
 
     @classmethod
@@ -73,17 +79,27 @@ class Labeller:
         background: Sequence[str],
         settings: PredictionSettings,
         runtime: Runtime,
+        texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> Labeller:
         """Load the method of section `pseudo_label` and embed the names.
 
-        As for a `Segmenter`, a name of the background that is asked for is none.
+        As for a `Segmenter`, a name of the background that is asked for is none. `texts` are those
+        of `Names`.
 
         Raises:
             PipelineError: an encoder that cannot be loaded, or a name that it does not know.
         """
-        names = Names(list(categories), unasked_names(background, categories))
-        model = load_dense_labeller(params, names, runtime)
-        return cls(model, names, params=params, settings=settings, runtime=runtime)
+        others = others_beside(categories, settings)
+        asked = [*categories, *others]
+        names = Names(asked, unasked_names(background, asked), texts_for(categories, texts))
+        return cls(
+            load_dense_labeller(params, names, runtime),
+            replace(names, categories=list(categories)),
+            params=params,
+            settings=settings,
+            runtime=runtime,
+            num_others=len(others),
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -111,17 +127,23 @@ class Labeller:
             ValueError: one of them is not among the names.
         """
         known = list(self.names.categories)
+        others = range(1 + len(known), 1 + len(known) + self._num_others)
         return Labeller(
-            self._all.select([0, *(1 + known.index(name) for name in categories)]),
-            Names(list(categories), self.names.background),
+            self._all.select([0, *(1 + known.index(name) for name in categories), *others]),
+            replace(self.names, categories=list(categories)),
             params=self.params,
             settings=self.settings,
             runtime=self._runtime,
+            num_others=self._num_others,
         )
 
     @torch.no_grad()
     def predict(self, image: Image.Image) -> Segmentation:
         """Label map, and objects if any are looked for, of an RGB image."""
+        return kept(self._predict(image), self.names.categories, self.settings)
+
+    def _predict(self, image: Image.Image) -> Segmentation:
+        """The same with the others, by label ids beyond those of the categories."""
         pixels = to_tensor(image, self.settings, patch_size=self._model.patch_size)
         size = image.height, image.width
         through = self.settings.through(pixels.shape[1:])

@@ -10,12 +10,13 @@ import torch
 
 from pipeline.engine.runtime import Runtime
 from pipeline.files import digest, file_sha256
+from pipeline.inference.kept import kept_protocol, others_beside
 from pipeline.inference.labeller import Labeller
 from pipeline.inference.segmenter import Segmenter
 from pipeline.models.weights.checkpoint import WEIGHTS_NAME, read_checkpoint_config
 from pipeline.params.base import EncoderParams, PredictionSettings
 from pipeline.params.benches import BenchParams
-from pipeline.vocabulary.categories import unasked_names
+from pipeline.vocabulary.categories import texts_for, unasked_names
 
 DIGITS = 12
 # Named where they are another, so that what is known of other predictions reads as before.
@@ -56,6 +57,7 @@ def bench_protocol(
         "corruption": f"{corruption.name} {corruption.level}" if corruption else None,
         "corruption_seed": runtime.seed if corruption else None,
         **_unusual(corruption_channels=bench.corruption_channels if corruption else "rgb"),
+        **kept_protocol(settings),
         "resize_to": settings.resize_to,
         "max_side": settings.max_side,
         "whole_patches": settings.whole_patches,
@@ -70,14 +72,16 @@ def bench_protocol(
 def network_protocol(segmenter: Segmenter, checkpoint_dir: Path) -> dict[str, Any]:
     """How a checkpoint predicts."""
     config = read_checkpoint_config(checkpoint_dir)
+    asked = [*segmenter.categories, *others_beside(segmenter.categories, segmenter.settings)]
     return {
         "model": config.student,
         "encoder": config.encoder.tag,
         "checkpoint": file_sha256(checkpoint_dir / WEIGHTS_NAME)[:DIGITS],
         "step": config.step,
         "open_vocabulary": not set(segmenter.categories) <= set(config.categories),
-        "background": ", ".join(unasked_names(config.background, segmenter.categories)),
+        "background": ", ".join(unasked_names(config.background, asked)),
         "templates": config.templates,
+        **_texts_protocol(texts_for(segmenter.categories, config.texts)),
         **segmenter.student.protocol(segmenter.settings),
         **_beyond_the_papers(segmenter.settings),
     }
@@ -105,9 +109,16 @@ def labeller_protocol(labeller: Labeller) -> dict[str, Any]:
         **{
             name: _in_words(getattr(params, name), value) for name, value in params.recipe().items()
         },
+        **_texts_protocol(texts_for(labeller.names.categories, labeller.names.texts)),
         **windows,
         **refined,
     }
+
+
+def _texts_protocol(texts: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The texts of categories, where any has other words than its name."""
+    lines = (f"{name} {'/'.join(words)}" for name, words in texts.items())
+    return {"texts": ", ".join(lines)} if texts else {}
 
 
 def protocol_lines(settings: Mapping[str, Any]) -> list[str]:

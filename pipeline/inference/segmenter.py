@@ -22,11 +22,12 @@ from pipeline.formats.labels import LabelMap
 from pipeline.formats.predictions import Instance
 from pipeline.inference.confidence import confidence_map, find_name
 from pipeline.inference.inputs import ImageInput, to_rgb, to_tensor
+from pipeline.inference.kept import kept, others_beside
 from pipeline.methods.students import TrainedStudent, trained_student
 from pipeline.models.weights.checkpoint import read_checkpoint_config
 from pipeline.models.weights.zoo import resolve_weights
 from pipeline.params.base import PredictionSettings
-from pipeline.vocabulary.categories import Names, load_category_set, unasked_names
+from pipeline.vocabulary.categories import Names, load_category_set, texts_for, unasked_names
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,18 @@ class Segmenter:
         student: the network, loaded with the categories.
         categories: K names.
         settings: see `PredictionSettings`.
+        num_others: how many names beyond those the network knows besides, see `others_beside`.
     """
 
     def __init__(
-        self, student: TrainedStudent, *, categories: Sequence[str], settings: PredictionSettings
+        self,
+        student: TrainedStudent,
+        *,
+        categories: Sequence[str],
+        settings: PredictionSettings,
+        num_others: int = 0,
     ) -> None:
+        self._num_others = num_others
         self.student = student
         self.categories = list(categories)
         self.settings = settings
@@ -76,9 +84,10 @@ class Segmenter:
         Args:
             checkpoint_dir: folder with `model.safetensors` and `config.json`, or a name of
                 `pipeline weights list` (kind zutis).
-            categories: any names; None for those the checkpoint was trained with. A name that was
-                background in training is not any more.
-            device: auto, cpu or cuda.
+            categories: any names; None for those the checkpoint was trained with, which keep the
+                `texts` that they were trained by. A name that was background in training is not
+                any more.
+            device: auto, cpu, cuda or mps.
             precision: see `make_runtime`.
             settings: see `PredictionSettings`.
             runtime: takes the place of `device` and `precision`.
@@ -93,11 +102,17 @@ class Segmenter:
         categories = load_category_set(
             config.categories if categories is None else list(categories)
         )
-        names = Names(categories, unasked_names(config.background, categories))
+        settings = settings or PredictionSettings()
+        others = others_beside(categories, settings)
+        asked = [*categories, *others]
+        names = Names(
+            asked, unasked_names(config.background, asked), texts_for(categories, config.texts)
+        )
         return cls(
             trained_student(folder, config, names, runtime),
             categories=categories,
-            settings=settings or PredictionSettings(),
+            settings=settings,
+            num_others=len(others),
         )
 
     def select(self, categories: Sequence[str]) -> Segmenter:
@@ -106,9 +121,14 @@ class Segmenter:
         Raises:
             ValueError: one of them is not among `categories`.
         """
-        label_ids = [0, *(1 + self.categories.index(name) for name in categories)]
+        known = len(self.categories)
+        chosen = [1 + self.categories.index(name) for name in categories]
+        others = range(1 + known, 1 + known + self._num_others)
         return Segmenter(
-            self.student.select(label_ids), categories=categories, settings=self.settings
+            self.student.select([0, *chosen, *others]),
+            categories=categories,
+            settings=self.settings,
+            num_others=self._num_others,
         )
 
     def __call__(self, image: ImageInput) -> Prediction:
@@ -131,7 +151,8 @@ class Segmenter:
             sizes = [(pictures[index].height, pictures[index].width) for index in members]
             batch = torch.stack([inputs[index] for index in members])
             found = self.student.predict(batch, sizes, self.settings)
-            for index, (semantic, instances) in zip(members, found, strict=True):
+            for index, everything in zip(members, found, strict=True):
+                semantic, instances = kept(everything, self.categories, self.settings)
                 predictions[index] = Prediction(semantic, instances, self.categories)
         return [predictions[index] for index in range(len(pictures))]
 

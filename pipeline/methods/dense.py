@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self, cast
 
@@ -26,7 +27,7 @@ from pipeline.params.base import (
     Templates,
     Text,
 )
-from pipeline.vocabulary.categories import Names, plain_name
+from pipeline.vocabulary.categories import Names, plain_name, texts_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -363,14 +364,15 @@ DENSE_LABELLERS = {
 def load_dense_labeller(params: PseudoLabelParams, names: Names, runtime: Runtime) -> DenseLabeller:
     """The dense labeller that the params are of, with the options that are on.
 
-    Synonyms of what is no category, or is asked for by itself, are passed over.
+    Each text of a category is a row of its own, and the best one counts, as of synonyms. Synonyms
+    of what is no category, or is asked for by itself, are passed over.
 
     Raises:
         PipelineError: an encoder that cannot be loaded, a name that it does not know, or a method
             or images that `template_choice` cannot use.
     """
     entry = DENSE_LABELLERS[params.method]
-    if not params.options():
+    if not (params.options() or names.texts):
         return entry.load(params, names, runtime)
     from pipeline.models.dense.options import LabellerWithOptions
 
@@ -381,7 +383,7 @@ def load_dense_labeller(params: PseudoLabelParams, names: Names, runtime: Runtim
     if params.template_choice is not None:
         labeller = _with_experts(labeller, params, params.template_choice, asked, runtime)
     windows = None if entry.sees_windows else params.windows
-    return LabellerWithOptions(labeller, params, rows, windows=windows)
+    return LabellerWithOptions(labeller, params, rows, windows=windows, texts=names.texts)
 
 
 def check_synonyms(params: PseudoLabelParams, names: Names) -> None:
@@ -394,6 +396,8 @@ def check_synonyms(params: PseudoLabelParams, names: Names) -> None:
     background = [plain_name(name) for name in names.background]
     for name, others in params.synonyms.items():
         field = f"pseudo_label.synonyms.{name}"
+        if texts_for([name], names.texts):
+            raise PipelineError(f"{field}: {name!r} has `texts` under categories; list them there")
         if plain_name(name) not in categories:
             raise PipelineError(
                 f"{field}: {name!r} is not among the categories; "
@@ -408,18 +412,17 @@ def check_synonyms(params: PseudoLabelParams, names: Names) -> None:
 def _with_synonyms(
     names: Names, synonyms: Mapping[str, Sequence[str]]
 ) -> tuple[Names, list[list[int]]]:
-    """The names and synonyms, and which of these stand for each label id."""
-    taken = {plain_name(name) for name in (*names.categories, *names.background)}
+    """First texts, further ones and synonyms, and which of these stand for each label id."""
+    texts = [list(names.texts.get(name, [name])) for name in names.categories]
+    taken = {plain_name(text) for text in (*chain.from_iterable(texts), *names.background)}
     known = {plain_name(name): others for name, others in synonyms.items()}
-    categories, rows = (
-        list(names.categories),
-        [[number] for number in range(1 + len(names.categories))],
-    )
-    for own, name in zip(rows[1:], names.categories, strict=True):
-        for other in known.get(plain_name(name), []):
-            if plain_name(other) not in taken:
-                categories.append(other)
-                own.append(len(categories))
+    categories = [first for first, *_ in texts]
+    rows = [[number] for number in range(1 + len(categories))]
+    for own, name, (_, *further) in zip(rows[1:], names.categories, texts, strict=True):
+        others = known.get(plain_name(name), [])
+        for text in (*further, *(other for other in others if plain_name(other) not in taken)):
+            categories.append(text)
+            own.append(len(categories))
     return Names(categories, names.background), rows
 
 

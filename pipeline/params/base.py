@@ -23,6 +23,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 # Of options that are off by default: then they are no part of a recipe, nor of a checkpoint.
 IF_SET: Any = Field(default=None, exclude_if=lambda value: value is None)
 IF_ON: Any = Field(default=False, exclude_if=lambda value: not value)
+UNLESS_EMPTY: dict[str, Any] = {"exclude_if": lambda value: not value}
 # Names of entries become file names and words of commands (dvc.yaml).
 ENTRY_NAME = re.compile(r"^\w[\w.-]*$")
 EntryName = Annotated[str, Field(pattern=ENTRY_NAME.pattern)]
@@ -76,6 +77,16 @@ class EncoderParams(Section):
         return "/".join(Path(part).name for part in self.published_as() if part)
 
 
+class CategoryParams(Section):
+    """A category that is asked for in other words than its name; labels and reports have the name.
+
+    All `texts` mean it, and the name itself only if it is one of them.
+    """
+
+    name: Text
+    texts: Annotated[list[Text], Field(min_length=1)]
+
+
 class PamrParams(Section):
     """Refinement by colour in `steps`, among eight neighbours at each distance of `dilations`."""
 
@@ -102,9 +113,17 @@ class PredictionParams(Section):
     of an image with what it says of its mirror image; a proposal is that of the image as it is.
     `pamr` refines a network's probabilities and proposals by colour, at the size of its input.
     Neither is in the papers' evaluation; a dense labeller has a `pamr` of its own.
+
+    Of what is found, a part can be left out (docs/categories.md). Objects whose score is below
+    `min_score` are, and those of a category in `min_scores` below that instead. `others` are names
+    that compete with the categories, but whose pixels become background and whose objects go;
+    where no pixel may be background, they have no part.
     """
 
     threshold: Probability = 0.5
+    min_score: Probability | None = IF_SET
+    min_scores: Annotated[dict[Text, Probability], Field(**UNLESS_EMPTY)] = {}
+    others: Annotated[list[Text], Field(**UNLESS_EMPTY)] = []
     suppression: Literal["none", "hard", "linear", "gaussian"] = "hard"
     temperature: Positive = 5.0
     score_resolution: Literal["token", "pixel"] = "token"

@@ -17,12 +17,14 @@ from pipeline.errors import PipelineError
 from pipeline.methods.dense import DENSE_LABELLERS
 from pipeline.methods.masks import MASK_SOURCES
 from pipeline.methods.students import STUDENTS
-from pipeline.params.base import EntryName, Section
+from pipeline.params.base import CategoryParams, EntryName, Section
 from pipeline.params.benches import ARCHIVES, DATA_FORMATS, FORMATS, BenchParams, TrainingDataParams
 from pipeline.params.sections import Params
 
 AnySection = TypeVar("AnySection", bound=Section)
 Location = tuple[str | int, ...]
+CATEGORY_BRANCH = "CategoryParams"
+SECTION_BRANCHES = ("TaggedFile", CATEGORY_BRANCH)  # of a union with a text
 DATA, BENCH = "data", "bench"  # the keys of `TrainingDataParams`, `BenchParams` in a section
 UNIONS = (BenchParams, get_args(BenchParams)[0], get_args(TrainingDataParams)[0])
 
@@ -201,7 +203,7 @@ def _wrong_format(name: str, key: str, value: Any, *, is_data: bool) -> str:
 
 
 def _is_union_branch(part: str | int) -> bool:
-    return part in ("str", "list[str]", "TaggedFile")
+    return part in (*SECTION_BRANCHES, "str", "list[str]", "list[union[str,CategoryParams]]")
 
 
 def _is_other_branch(location: Location, value: Any) -> bool:
@@ -209,13 +211,15 @@ def _is_other_branch(location: Location, value: Any) -> bool:
     branch = location[-1] if location else ""
     if branch == "str":
         return isinstance(value, list | dict)
-    return branch == "TaggedFile" and not isinstance(value, list | dict)
+    return branch in SECTION_BRANCHES and not isinstance(value, list | dict)
 
 
 def _suggestion(model: Any, location: Location) -> str:
     """Name the closest known key of the section that holds the unknown one."""
-    section = model
-    for part in location[:-1]:
+    section, path = model, location[:-1]
+    if CATEGORY_BRANCH in path:
+        section, path = CategoryParams, path[path.index(CATEGORY_BRANCH) + 1 :]
+    for part in path:
         if _is_union_branch(part):
             continue
         if section in UNIONS:

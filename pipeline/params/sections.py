@@ -15,6 +15,7 @@ from pipeline.methods.masks import MaskParams, SelfMaskParams
 from pipeline.methods.students import DenseClipPlusParams, StudentParams, ZutisParams
 from pipeline.params.base import (
     IF_SET,
+    CategoryParams,
     Count,
     EncoderParams,
     EntryName,
@@ -148,8 +149,12 @@ class RoundParams(Section):
 class Params(Section):
     """All of params.yaml.
 
+    `categories` is a shipped set's name or a list, in the order of the label ids, of names and of
+    `{name: NAME, texts: [WORDS, ...]}`.
     `background` names what is not asked for; label id 0 is the mean of their text embeddings.
-    `precision` is that of the networks: `auto` is bfloat16 on a GPU and float32 on a CPU; training
+    `device` `auto` is a CUDA device where there is one, else the CPU; `mps`, the GPU of a Mac, has
+    to be asked for.
+    `precision` is that of the networks: `auto` is bfloat16 on CUDA and float32 elsewhere; training
     takes no float16.
     `threads` are those of the networks on the CPU: `auto` is one a core, or $OMP_NUM_THREADS. They
     decide the time and perhaps the last bits of a sum, so DVC does not track them.
@@ -157,10 +162,10 @@ class Params(Section):
 
     k: Count = 500
     seed: Seed = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
-    categories: str | list[str]
+    categories: str | list[str | CategoryParams]
     background: Annotated[list[Text], Field(min_length=1)] = ["background"]
     worlds: dict[EntryName, WorldParams] = {}
     index: Annotated[dict[EntryName, SourceParams], Field(min_length=1)]
@@ -175,6 +180,19 @@ class Params(Section):
     evaluate: EvaluateParams = EvaluateParams()
     benches: dict[EntryName, BenchParams] = {}
     audits: dict[EntryName, AuditParams] = {}
+
+    @property
+    def category_names(self) -> str | list[str]:
+        """The shipped set's name, or the names of the list."""
+        if isinstance(self.categories, str):
+            return self.categories
+        return [entry if isinstance(entry, str) else entry.name for entry in self.categories]
+
+    @property
+    def texts(self) -> dict[str, list[str]]:
+        """What stands for a category in prompts, of those that have other words than their name."""
+        entries = [] if isinstance(self.categories, str) else self.categories
+        return {entry.name.strip(): entry.texts for entry in entries if not isinstance(entry, str)}
 
     @field_validator("benches")
     @classmethod

@@ -29,6 +29,22 @@ LINE_HEIGHT = 20
 MARGIN = 6
 OUTLINE = 2
 DRAWN_INSTANCES = 20
+# Of label ids from 1: the first n are far apart for any n, to the normal eye and to those without
+# red or green receptors, and none is grey, dark or like `VOID_COLOUR`.
+SAFE_COLOURS: tuple[Colour, ...] = (
+    (240, 135, 15),
+    (90, 0, 255),
+    (150, 255, 240),
+    (0, 90, 150),
+    (120, 180, 255),
+    (180, 0, 0),
+    (165, 30, 75),
+    (75, 120, 255),
+    (255, 255, 0),
+    (255, 255, 135),
+    (0, 165, 165),
+    (15, 210, 135),
+)
 GOLDEN_RATIO = 0.618034
 FIRST_HUE = 0.02
 # (saturation, value), taken in turn.
@@ -70,14 +86,19 @@ class DrawnInstance(Protocol):
 def colour_map(count: int) -> Pixels:
     """Colours (count, 3) by label id; 0, the background, is black.
 
-    Neighbouring ids lie far apart in hue, and no category is grey or dark, as some are in VOC's own
-    palette, so that all show on grey images.
+    A label id has its colour whatever `count` is, so a category keeps it from run to run as long as
+    its place among the categories stays. The first ones can be told apart with any colour vision;
+    of more than those, neighbouring ids lie far apart in hue. No category is grey or dark, as some
+    are in VOC's own palette, which label maps have as files: so all show on grey images.
     """
-    colours = [(0.0, 0.0, 0.0)]
-    for label_id in range(1, count):
+    colours = np.zeros((max(count, 1), 3))
+    safe = np.array(SAFE_COLOURS)[: max(count - 1, 0)]
+    colours[1 : 1 + len(safe)] = safe
+    for label_id in range(1 + len(SAFE_COLOURS), count):
         hue = (FIRST_HUE + (label_id - 1) * GOLDEN_RATIO) % 1
-        colours.append(colorsys.hsv_to_rgb(hue, *SHADES[(label_id - 1) % len(SHADES)]))
-    return (np.array(colours[:count]).reshape(count, 3) * 255).round().astype(np.uint8)
+        shade = SHADES[(label_id - 1) % len(SHADES)]
+        colours[label_id] = 255 * np.array(colorsys.hsv_to_rgb(hue, *shade))
+    return colours[:count].round().astype(np.uint8)
 
 
 def overlay_semantic(

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.doctor.needs import missing
 from pipeline.errors import PipelineError, did_you_mean, listing
 from pipeline.files import write_bytes, write_json
 from pipeline.params.reading import read_section
 from pipeline.report.inputs import score
 from pipeline.report.published import MetricsFile, OurRow, PublishedResults, PublishedTable
-from pipeline.reproduce.needs import missing
 from pipeline.reproduce.picture import Pair, grid_picture
 from pipeline.reproduce.recipes import REPORTS, Recipe, Step, recipe
 
@@ -125,7 +125,7 @@ class Tables:
 
     def _missing(self, made: Recipe) -> tuple[str, ...]:
         steps = [step for step in made.steps if step.result is None]
-        lines = [line for step in steps for line in missing(step, self._cache_dir)]
+        lines = [str(item) for step in steps for item in missing(step.sections, self._cache_dir)]
         return tuple(dict.fromkeys(lines))
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from pipeline.benchmarks.opening import open_benchmark
 from pipeline.engine.batching import equal_size_batches, slices
 from pipeline.engine.cache import BlobCache
+from pipeline.engine.dry_run import DryRun
 from pipeline.engine.parallel import Workers
 from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
@@ -80,7 +82,8 @@ def run(
     labeller: PseudoLabelParams,
     runtime: Runtime,
     stats_path: Path,
-    executor: Executor | None = None,
+    texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    executor: Executor | DryRun | None = None,
 ) -> None:
     """Write the regions of the archive images and of a sample of the others, in Parquet shards.
 
@@ -102,6 +105,7 @@ def run(
         labeller: section `pseudo_label`.
         runtime: device, precision and cache.
         stats_path: counts of this run, JSON.
+        texts: what stands for a category in prompts, see `Names`.
         executor: where shards are made; here by default.
 
     Raises:
@@ -122,7 +126,7 @@ def run(
             RegionMaker,
             store,
             load_masks if sample else None,
-            Names(categories, background),
+            Names(categories, background, texts),
             params,
             labeller,
         ),

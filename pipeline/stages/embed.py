@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipeline.engine.batching import slices
 from pipeline.engine.cache import BlobCache
+from pipeline.engine.dry_run import CacheUse, DryRun
 from pipeline.engine.parallel import Workers
 from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
@@ -44,7 +45,7 @@ CACHE_VERSION = 1
 CACHED_SIZE = struct.Struct("<II")
 # Images after which the cache grows, by device: between two chunks a GPU waits for the next images,
 # but what was computed since the last one is lost when a run is killed.
-MIN_CHUNK = {"cpu": 256, "cuda": 2048}
+MIN_CHUNK = {"cpu": 256, "cuda": 2048, "mps": 256}
 
 
 def run(
@@ -55,7 +56,7 @@ def run(
     params: EmbedParams,
     runtime: Runtime,
     stats_path: Path,
-    executor: Executor | None = None,
+    executor: Executor | DryRun | None = None,
 ) -> None:
     """Embed all images of a source.
 
@@ -89,6 +90,7 @@ def run(
         suffix=".parquet",
         max_error_rate=params.max_error_rate,
         left_out=left_out,
+        cached=CacheUse("embed", _settings(runtime), _content_key),
     )
     run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
 
@@ -108,11 +110,7 @@ class EmbedMaker:
         encoder = load_clip(
             params.encoder, runtime.device, cache_dir=runtime.cache_dir, field="embed.encoder"
         )
-        self.settings = {
-            "version": CACHE_VERSION,
-            "encoder": encoder.fingerprint(),
-            "precision": str(runtime.amp_dtype),
-        }
+        self.settings = _settings(runtime, encoder=encoder.fingerprint())
         batch_size = params.batch_size
         self._chunk_size = batch_size * -(-MIN_CHUNK[runtime.device.type] // batch_size)
         self._ahead = 2 * batch_size
@@ -140,6 +138,19 @@ class EmbedMaker:
         """Let go of threads and cache."""
         self._workers.close()
         self._cache.close()
+
+
+def _settings(runtime: Runtime, **encoder: str) -> dict[str, object]:
+    """What embeddings depend on besides their image, the encoder where it is loaded."""
+    return {"version": CACHE_VERSION, **encoder, "precision": str(runtime.amp_dtype)}
+
+
+def _content_key(ref: ImageRef) -> str | None:
+    """The key of an image's embedding; None for one that cannot be read."""
+    try:
+        return hashlib.sha256(read_image(ref)).hexdigest()
+    except ImageError:
+        return None
 
 
 @dataclass(slots=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from pipeline.engine.batching import equal_size_batches
 from pipeline.engine.cache import BlobCache
+from pipeline.engine.dry_run import CacheUse, DryRun
 from pipeline.engine.parallel import Workers
 from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
@@ -88,7 +90,7 @@ def run(
     params: MaskParams,
     runtime: Runtime,
     stats_path: Path,
-    executor: Executor | None = None,
+    executor: Executor | DryRun | None = None,
     section: str | None = None,
 ) -> dict[str, Any]:
     """Write one sample for each archive image: `jpg`, `mask.png` and `json`.
@@ -120,16 +122,18 @@ def run(
     rows = read_archives(archives_path)
     if not rows:
         raise PipelineError(f"{archives_path}: no images; run `pipeline retrieve` again")
+    learned = None if isinstance(executor, DryRun) else _learned(rows, params, runtime)
     job = Job(
         "mask",
         rows,
         shard_size=params.shard_size,
-        load=partial(MaskMaker, params, learned=_learned(rows, params, runtime)),
+        load=partial(MaskMaker, params, learned=learned),
         files=[row.path for row in rows],
         remedy="If the images have moved or changed, run `pipeline embed` again",
         max_error_rate=params.max_error_rate,
         section=section,
         review=partial(_review, params.max_components),
+        cached=CacheUse("masks", _settings(params), _content_key),
     )
     return run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
 
@@ -167,14 +171,7 @@ class MaskMaker:
     ) -> None:
         self._params = params
         self._source = load_mask_source(params, runtime, learned)
-        self.settings = {
-            "version": MASK_VERSION,
-            **self._source.settings,
-            "refine": params.refine,
-            "solver_iterations": params.solver_iterations,
-            "solver_scale": params.solver_scale,
-            "short_side": params.short_side,
-        }
+        self.settings = _settings(params, self._source.settings)
         self._cache = BlobCache(runtime.cache_dir / "masks", self.settings)
         if params.max_components is not None:
             self.settings = {**self.settings, "max_components": params.max_components}
@@ -257,6 +254,25 @@ class MaskMaker:
             )
             masks = np.stack([refine(mask) for mask in masks])
         return MaskFile.of(encode_objects(masks))
+
+
+def _settings(
+    params: MaskParams, source: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """What masks depend on besides their image, that of the source where it is loaded."""
+    return {
+        "version": MASK_VERSION,
+        **source,
+        "refine": params.refine,
+        "solver_iterations": params.solver_iterations,
+        "solver_scale": params.solver_scale,
+        "short_side": params.short_side,
+    }
+
+
+def _content_key(row: ArchiveRow) -> str | None:
+    """The key of an image's mask; None for a negative, whose mask is empty."""
+    return None if row.label_id == NEGATIVE_LABEL_ID else row.sha256
 
 
 def _learned(rows: Sequence[ArchiveRow], params: MaskParams, runtime: Runtime) -> bytes | None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import chain, count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import numpy as np
@@ -67,6 +68,7 @@ def run(
     runtime: Runtime,
     labeller: PseudoLabelParams | None = None,
     background: Sequence[str] = ("background",),
+    texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
     context: Sequence[str] = (),
     confidence: Sequence[str] = (),
 ) -> None:
@@ -95,6 +97,7 @@ def run(
         runtime: device and precision.
         labeller: section `pseudo_label`, where there is no checkpoint.
         background: names of label id 0 for it; a checkpoint brings its own.
+        texts: what stands for a category in its prompts, see `Names`; a checkpoint brings its own.
         context: names that are asked for too, but drawn black.
         confidence: those of the names asked for whose probability is drawn.
 
@@ -111,6 +114,7 @@ def run(
         checkpoint_dir=checkpoint_dir,
         labeller=labeller,
         background=background,
+        texts=texts,
         settings=PredictionSettings.of(params),
         runtime=runtime,
     )
@@ -175,6 +179,7 @@ def _load(
     checkpoint_dir: Path | None,
     labeller: PseudoLabelParams | None,
     background: Sequence[str],
+    texts: Mapping[str, Sequence[str]],
     settings: PredictionSettings,
     runtime: Runtime,
 ) -> PhotoSegmenter:
@@ -190,6 +195,7 @@ def _load(
             labeller,
             categories=load_category_set(categories),
             background=background,
+            texts=texts,
             settings=settings,
             runtime=runtime,
         )

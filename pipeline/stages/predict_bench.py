@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 
 from pipeline.benchmarks import Benchmark
 from pipeline.benchmarks.headers import check_headers
 from pipeline.benchmarks.opening import open_benchmark
+from pipeline.engine.dry_run import DryRun
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, Job, run_job
 from pipeline.errors import PipelineError, listing
 from pipeline.formats.predictions import SHARD_SIZE
-from pipeline.inference.bench import BenchRun, PredictionMaker, images_to_predict
+from pipeline.inference.bench import (
+    BenchRun,
+    PredictionMaker,
+    cached_predictions,
+    images_to_predict,
+)
 from pipeline.methods.dense import DENSE_LABELLERS, PseudoLabelParams
 from pipeline.methods.students import student_of
 from pipeline.models.weights.checkpoint import CheckpointConfig, read_checkpoint_config
@@ -22,6 +29,7 @@ from pipeline.models.weights.zoo import resolve_weights
 from pipeline.params.base import PredictionSettings
 from pipeline.params.benches import BenchParams
 from pipeline.params.sections import EvaluateParams
+from pipeline.vocabulary.categories import texts_for
 
 LABEL_MAP_METRICS = {"semantic", "size"}
 
@@ -37,10 +45,11 @@ def run(
     background: Sequence[str],
     runtime: Runtime,
     stats_path: Path,
+    texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
     open_vocabulary: bool = False,
     with_baseline: bool = True,
     shard_size: int = SHARD_SIZE,
-    executor: Executor | None = None,
+    executor: Executor | DryRun | None = None,
 ) -> None:
     """Write one prediction for each image of a benchmark, see `pipeline.formats.predictions`.
 
@@ -58,6 +67,8 @@ def run(
         background: names of label id 0 for it; the checkpoint brings its own.
         runtime: device, precision, cache folder, and seed of corruptions.
         stats_path: counts of this run, JSON.
+        texts: what stands for a category in prompts of the dense labeller alone, see `Names`; a
+            checkpoint brings its own, also for the labeller beside it.
         open_vocabulary: score categories that the checkpoint was not trained with.
         with_baseline: let the dense labeller label beside a network.
         shard_size: predictions of a shard.
@@ -77,6 +88,7 @@ def run(
         if not open_vocabulary and names == benchmark.categories:
             _check_categories(bench_name, bench, names, config, checkpoint_dir)
         with_objects = student_of(checkpoint_dir, config).gives_objects
+        texts = config.texts
     metrics = _metrics(bench_name, bench, with_objects=with_objects)
     warnings = [*benchmark.warnings, *check_headers(benchmark)]
     prediction = BenchRun(
@@ -90,6 +102,7 @@ def run(
         has_baseline=with_baseline and not LABEL_MAP_METRICS.isdisjoint(metrics),
         baseline=baseline,
         background=background,
+        texts=texts_for(names, texts),
         batch_size=params.batch_size,
         warnings=warnings,
     )
@@ -105,6 +118,7 @@ def run(
         max_error_rate=params.max_error_rate,
         section="evaluate",
         warnings=warnings,
+        cached=cached_predictions(prediction, runtime),
     )
     run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pipeline.engine.batching import equal_size_batches, slices
 from pipeline.engine.cache import BlobCache
+from pipeline.engine.dry_run import CacheUse, DryRun
 from pipeline.engine.parallel import Workers
 from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
@@ -55,7 +57,8 @@ def run(
     stats_path: Path,
     bank_dir: Path | None = None,
     bank: BankParams | None = None,
-    executor: Executor | None = None,
+    texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    executor: Executor | DryRun | None = None,
 ) -> None:
     """Write label shards: `label.png` and `confidence.png` under the keys of the mask shards.
 
@@ -73,6 +76,7 @@ def run(
         stats_path: counts of this run, JSON.
         bank_dir: the region bank, with `bank`.
         bank: section `bank`; without it labels are the labeller's own.
+        texts: what stands for a category in prompts, see `Names`.
         executor: where shards are made; here by default.
 
     Raises:
@@ -80,7 +84,7 @@ def run(
             encoder that cannot be loaded; a bank of other settings; synonyms of what is no
             category.
     """
-    names = Names(categories, background)
+    names = Names(categories, background, texts)
     check_synonyms(params, names)
     store = open_samples(mask_dir, members=MASK_MEMBERS)
     if len(store) == 0:
@@ -100,6 +104,11 @@ def run(
         ),
         inputs=store.manifest,
         remedy="Run the mask stage again",
+        cached=CacheUse(
+            "pseudo_label",
+            _settings(names, params, runtime),
+            partial(_content_key, store, with_mask=bank is not None),
+        ),
     )
     run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
 
@@ -143,14 +152,7 @@ class LabelMaker:
         bank: BankUse | None = None,
     ) -> None:
         self._labeller = load_dense_labeller(params, names, runtime)
-        self.settings = {
-            "background": list(names.background),
-            "categories": list(names.categories),
-            "method": params.method,
-            "encoder": params.encoder.model_dump(),
-            **self._labeller.settings,
-            "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
-        }
+        self.settings = _settings(names, params, runtime, self._labeller.settings)
         self._banked: BankLabeller | None = None
         if bank is not None:
             self._banked, self.settings["bank"] = _load_bank(
@@ -211,7 +213,7 @@ class LabelMaker:
 
     def _blobs(self, photos: Sequence[Photo], tally: Tally) -> list[bytes]:
         """Label and confidence of each image, packed."""
-        keys = [sha256(photo.jpeg + photo.mask_png).hexdigest() for photo in photos]
+        keys = [_key(photo) for photo in photos]
         known = {key: blob for key in keys if (blob := self._cache.get(key)) is not None}
         tally.count_in_run("cached", sum(key in known for key in keys))
         new = self._compute(
@@ -254,6 +256,33 @@ class LabelMaker:
         return _pack(
             encode_label(label, self._num_categories), encode_png(encode_confidence(confidence))
         )
+
+
+def _settings(
+    names: Names,
+    params: PseudoLabelParams,
+    runtime: Runtime,
+    labeller: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """What labels depend on besides their image, those of the labeller where it is loaded."""
+    return {
+        "background": list(names.background),
+        "categories": list(names.categories),
+        "method": params.method,
+        "encoder": params.encoder.model_dump(),
+        **labeller,
+        "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
+    }
+
+
+def _key(photo: Photo) -> str:
+    return sha256(photo.jpeg + photo.mask_png).hexdigest()
+
+
+def _content_key(store: SampleStore, number: int, *, with_mask: bool) -> str:
+    """The key of the labels of a sample."""
+    mask = store.member(number, "mask.png") if with_mask else b""
+    return _key(Photo(store.member(number, "jpg"), mask))
 
 
 def _load_bank(

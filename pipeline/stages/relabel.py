@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.engine.dry_run import DryRun
 from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, Job, run_job
@@ -43,7 +44,7 @@ def run(
     evaluate: EvaluateParams,
     runtime: Runtime,
     stats_path: Path,
-    executor: Executor | None = None,
+    executor: Executor | DryRun | None = None,
 ) -> None:
     """Write shards that are mask and label shards in one, of all samples that are not held out.
 

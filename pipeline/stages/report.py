@@ -177,7 +177,7 @@ def _target_maker(params: Params | None) -> TargetMaker | None:
 def _category_names(archives: Sequence[ArchiveRow], params: Params | None) -> list[str]:
     """Names in the order of the label ids from 1."""
     if params is not None:
-        return load_category_set(params.categories, background=params.background)
+        return load_category_set(params.category_names, background=params.background)
     named = {row.label_id: row.category for row in archives if row.label_id > 0}
     return [named.get(label_id, "?") for label_id in range(1, max(named, default=0) + 1)]
 

@@ -6,14 +6,16 @@ ZUTIS section 3.1. Letters: N images of a block, K categories, C embedding lengt
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipeline.engine.dry_run import DryRun
 from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, LocalExecutor
@@ -26,7 +28,7 @@ from pipeline.formats.tables import (
     shard_encoder,
     write_archive_table,
 )
-from pipeline.models.clip import check_distinct, load_clip, text_embeddings
+from pipeline.models.clip import category_embeddings, check_distinct, load_clip, text_embeddings
 from pipeline.params.base import EncoderParams
 from pipeline.params.sections import RetrieveParams
 from pipeline.retrieval.exact import (
@@ -48,6 +50,7 @@ from pipeline.retrieval.ranking import (
     settle_overlaps,
     without,
 )
+from pipeline.vocabulary.categories import Names, all_texts
 from pipeline.vocabulary.prompts import templates
 
 READ_ROWS = 8192
@@ -71,6 +74,7 @@ def run(
     encoder: EncoderParams,
     runtime: Runtime,
     stats_path: Path,
+    texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
     executor: Executor | None = None,
 ) -> None:
     """Retrieve the archive of each category: the images of the greatest inner products.
@@ -98,6 +102,7 @@ def run(
             was not in the cache; and, for at most three categories, `recall_found` of the
             `recall_wanted` images of the exact lists. With a filter also `passed_over`, the images
             that it left out of the lists.
+        texts: what stands for a category in prompts, see `Names`; of several the mean embedding.
         executor: where shards are searched, if not through an index; here by default.
 
     Raises:
@@ -114,29 +119,30 @@ def run(
     shards = list_embedding_shards(source_dirs)
     num_images = _count_images(shards)
     _check_k(k, num_images, source_dirs)
-    texts, background_texts = _text_embeddings(
+    queries, background_queries = _queries(
         shards[0],
-        {"categories": categories, "background": background},
+        Names(categories, background, texts),
         params=params,
         encoder=encoder,
         runtime=runtime,
     )
     size = _list_size(k, num_images, params)
     nearest = NearestNames(
-        np.concatenate([texts, background_texts]), keep_embeddings=params.min_distance is not None
+        np.concatenate([queries, background_queries]),
+        keep_embeddings=params.min_distance is not None,
     )
     with StageRun("retrieve", stats_path=stats_path, total=num_images) as stage_run:
         if params.search == "ivf":
             index = _index(shards, num_images, runtime.cache_dir / "retrieve", stage_run)
             candidates = _search(
-                index, texts, k, size=size, probes=params.probes, nearest=nearest, tally=stage_run
+                index, queries, k, size=size, probes=params.probes, nearest=nearest, tally=stage_run
             )
             near_background = Candidates(0)
         else:
             found = search(
                 shards,
                 SearchTarget(
-                    texts, background_texts, size, params.num_negatives, params.block_rows
+                    queries, background_queries, size, params.num_negatives, params.block_rows
                 ),
                 executor=executor or LocalExecutor(),
                 runtime=runtime,
@@ -326,6 +332,20 @@ def _warn_of_unknown(
         print(f"retrieve: warning: {text}", file=sys.stderr, flush=True)
 
 
+def dry_run(
+    dry: DryRun, *, embeddings_dir: Path, sources: Sequence[str], categories: Sequence[str], k: int
+) -> None:
+    """Say what `run` would do.
+
+    Raises:
+        PipelineError: there are no embeddings, or fewer than k.
+    """
+    source_dirs = [embeddings_dir / name for name in sources]
+    num_images = _count_images(list_embedding_shards(source_dirs))
+    _check_k(k, num_images, source_dirs)
+    dry.items(num_images, text=f", searched for the {k} of each of {len(categories)} categories")
+
+
 def _count_images(shards: list[Path]) -> int:
     """Number of rows with an embedding."""
     return sum(
@@ -343,17 +363,17 @@ def _check_k(k: int, num_images: int, source_dirs: list[Path]) -> None:
         )
 
 
-def _text_embeddings(
+def _queries(
     shard: Path,
-    lists: dict[str, list[str]],
+    names: Names,
     *,
     params: RetrieveParams,
     encoder: EncoderParams,
     runtime: Runtime,
 ) -> list[np.ndarray]:
-    """For each list of N names, unit text embeddings (N, C) of the encoder that made the shards.
+    """Unit text embeddings of categories (K, C), and of the names of the background.
 
-    `lists` has them by the field that they come from.
+    They are of the encoder that made the shards.
     """
     embedded_by, dim = shard_encoder(shard)
     wanted = encoder_name(encoder.model, str(encoder.pretrained))
@@ -368,12 +388,14 @@ def _text_embeddings(
             f"{shard}: embeddings of length {dim}, but {wanted} has {clip.embed_dim}; "
             "run `pipeline embed` again"
         )
-    check_distinct(clip, **lists)
+    texts = all_texts(names.categories, names.texts)
+    check_distinct(clip, categories=texts, background=names.background)
     prompts = templates(params.templates)
-    return [
-        text_embeddings(clip, names, prompts, field=field).float().cpu().contiguous().numpy()
-        for field, names in lists.items()
-    ]
+    found = (
+        category_embeddings(clip, names.categories, prompts, names.texts),
+        text_embeddings(clip, names.background, prompts, field="background"),
+    )
+    return [embeddings.float().cpu().contiguous().numpy() for embeddings in found]
 
 
 def _warn_of_large_k(stage_run: StageRun, k: int, num_categories: int) -> None:

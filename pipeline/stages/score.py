@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.benchmarks.corruptions import BenchImageReader
 from pipeline.benchmarks.headers import check_headers
 from pipeline.benchmarks.opening import open_benchmark
+from pipeline.engine.dry_run import DryRun
 from pipeline.engine.progress import StageRun
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path, write_bytes, write_json
@@ -102,6 +103,15 @@ def run(
         _write_confusion(out_dir / "plots" / f"{name}_confusion", task, board.confusion())
         metrics = board.compute() | {"protocol": described["protocol"]}
         write_json(out_dir / "metrics" / f"{name}.json", metrics)
+
+
+def dry_run(dry: DryRun, *, predictions_dir: Path) -> None:
+    """Say what `run` would do.
+
+    Raises:
+        PipelineError: predictions that are damaged.
+    """
+    dry.items(len(PredictionStore(predictions_dir)))
 
 
 def _described(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.engine.cache import UseMark
 from pipeline.engine.distributed import Group
+from pipeline.engine.dry_run import DryRun
 from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
@@ -56,6 +58,7 @@ def run(
     background: list[str],
     params: StudentParams,
     runtime: Runtime,
+    texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
     resume: bool = True,
     group: Group | None = None,
 ) -> None:
@@ -79,6 +82,8 @@ def run(
         background: names whose mean is the text embedding of label id 0.
         params: section `train`.
         runtime: device, precision, seed.
+        texts: what stands for a category in prompts, see `Names`; of several the mean
+            embedding.
         resume: continue from the last state of a run that was cut off.
         group: the processes that share every batch; they need the same folders. The main one
             writes.
@@ -94,7 +99,7 @@ def run(
         check_writable(Path(out_dir) / WEIGHTS_NAME)
     torch.manual_seed(runtime.seed)
     # What to learn from.
-    names = Names(categories, background)
+    names = Names(categories, background, texts)
     length = params.iterations * params.batch_size
     corrections = Corrections(corrections_dir)
     data = training_data(
@@ -156,6 +161,14 @@ def run(
                 Tally.skip(stage, item, why)  # the stage itself counts iterations
     if group.is_main:
         _remove_state(state_path)
+
+
+def dry_run(dry: DryRun, *, params: StudentParams, cache_dir: Path) -> None:
+    """Say what `run` would do."""
+    states = len(list((cache_dir / "train").glob(f"*/{STATE_NAME}")))
+    cut_off = f"; {states} runs that were cut off can be continued" if states else ""
+    batches = f" of {params.batch_size} images{cut_off}"
+    dry.items(params.iterations, unit="iterations", text=batches)
 
 
 class _LossLog:
@@ -272,6 +285,7 @@ def _state_path(
         ),
         "categories": list(names.categories),
         "background": list(names.background),
+        **_texts(names),
         "seed": runtime.seed,
         "shards": data.fingerprint,
         "encoder": student.fingerprint,
@@ -447,10 +461,17 @@ def _checkpoint_config(
         "encoder": params.encoder.model_dump(mode="json"),
         "categories": list(names.categories),
         "background": list(names.background),
+        **_texts(names),
         "templates": params.templates,
         "seed": seed,
         "train": params.model_dump(mode="json"),
     }
+
+
+def _texts(names: Names) -> dict[str, Any]:
+    """The entry `texts` of settings, where a category has other words than its name."""
+    texts = {name: list(words) for name, words in names.texts.items()}
+    return {"texts": texts} if texts else {}
 
 
 def _check_finite(loss: float, step: int) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import html
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ftfy import fix_text
@@ -73,6 +73,43 @@ def load_category_set(
     return names
 
 
+def check_texts(
+    categories: Sequence[str],
+    texts: Mapping[str, Sequence[str]],
+    *,
+    background: Sequence[str] = ("background",),
+    field: str = "categories",
+) -> None:
+    """Refuse texts of which an encoder could not tell two categories apart.
+
+    Args:
+        categories: names as `load_category_set` gives them.
+        texts: see `Names`.
+        background: names of label id 0.
+        field: where they come from, for the messages.
+
+    Raises:
+        PipelineError: as of names; see `load_category_set`.
+    """
+    if texts:
+        load_category_set(
+            all_texts(categories, texts), background=background, field=f"{field}: texts"
+        )
+
+
+def all_texts(categories: Sequence[str], texts: Mapping[str, Sequence[str]]) -> list[str]:
+    """The texts of all categories in their order, of one without any its name; see `Names`."""
+    return [text for name in categories for text in texts.get(name, [name])]
+
+
+def texts_for(
+    categories: Sequence[str], texts: Mapping[str, Sequence[str]]
+) -> dict[str, Sequence[str]]:
+    """Those of the texts that some names have, however these are written."""
+    known = {plain_name(name): words for name, words in texts.items()}
+    return {name: known[plain] for name in categories if (plain := plain_name(name)) in known}
+
+
 def plain_name(name: str) -> str:
     """A name as the tokenizers of CLIPs clean it, in lower case.
 
@@ -123,7 +160,10 @@ class Names:
     Attributes:
         categories: K names by label id from 1.
         background: names that label id 0 stands for.
+        texts: what stands for a category in prompts, of those that have other words than their
+            name.
     """
 
     categories: Sequence[str]
     background: Sequence[str] = ("background",)
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)

@@ -265,3 +265,10 @@ def test_a_single_error_is_no_rate(tmp_path: Path) -> None:
         ):
             for number in range(count):
                 stage.skip(f"{number}.jpg", "truncated")
+
+
+def test_the_gpu_of_a_mac_is_used_only_where_it_is_and_is_asked_for() -> None:
+    if not torch.backends.mps.is_available():
+        with pytest.raises(PipelineError, match=r"^params\.yaml: device: mps, but .*; use auto$"):
+            make_runtime(device="mps")
+    assert make_runtime(device="auto").device.type != "mps"

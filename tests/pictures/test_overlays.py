@@ -50,6 +50,60 @@ def test_colours_differ_and_are_never_grey() -> None:
     assert viz.colour_map(0).shape == (0, 3)
 
 
+# What is left of linear RGB without red and without green receptors (Machado et al., 2009).
+PROTANOPIA = (
+    (0.152286, 1.052583, -0.204868),
+    (0.114503, 0.786281, 0.099216),
+    (-0.003882, -0.048116, 1.051998),
+)
+DEUTERANOPIA = (
+    (0.367322, 0.860646, -0.227968),
+    (0.280085, 0.672501, 0.047413),
+    (-0.011820, 0.042940, 0.968881),
+)
+TO_XYZ = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
+WHITE = (0.9505, 1.0, 1.089)
+
+
+def seen(colours: np.ndarray, vision: np.ndarray) -> np.ndarray:
+    """CIELAB (K, 3) of sRGB colours (K, 3) to eyes that `vision` (3, 3) describes."""
+    rgb = colours / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = np.clip(linear @ vision.T, 0, 1) @ np.array(TO_XYZ).T / WHITE
+    curve = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    x, y, z = curve.T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+
+
+def nearest(colours: np.ndarray, vision: np.ndarray) -> float:
+    """The least distance of two colours; 2.3 is just noticeable, side by side."""
+    lab = seen(colours, vision)
+    distances = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
+    return float(distances[np.triu_indices(len(lab), 1)].min())
+
+
+@pytest.mark.parametrize("vision", [np.eye(3), PROTANOPIA, DEUTERANOPIA])
+def test_twelve_categories_are_told_apart_with_any_colour_vision(vision: np.ndarray) -> None:
+    colours = viz.colour_map(13)[1:]
+    assert nearest(colours, np.array(vision)) > 25
+    # Nor are they like void, background, or what lies below them.
+    greys = np.repeat(np.arange(0, 256, 15), 3).reshape(-1, 3)
+    for grey_or_void in (*greys, np.array(viz.VOID_COLOUR)):
+        assert min(nearest(np.stack([colour, grey_or_void]), np.eye(3)) for colour in colours) > 20
+
+
+def test_red_and_green_are_not_told_apart_by_the_simulated_eyes() -> None:
+    red_and_olive = np.array([(163, 0, 0), (114, 108, 0)])
+    assert nearest(red_and_olive, np.eye(3)) > 50
+    assert nearest(red_and_olive, np.array(DEUTERANOPIA)) < 25
+
+
+def test_a_label_id_keeps_its_colour_whatever_comes_after_it() -> None:
+    few, many = viz.colour_map(4), viz.colour_map(300)
+    assert few.tolist() == many[:4].tolist()
+    assert viz.colour_map(1).tolist() == [[0, 0, 0]]
+
+
 def test_semantic_colours_labels_only() -> None:
     labels = quadrants([0, 1, 2, IGNORE_INDEX])
     picture = viz.overlay_semantic(grey(96, 96), labels, viz.colour_map(3))

@@ -13,6 +13,7 @@ from pipeline.models.clip.open_clip_towers import ClipVit
 from pipeline.models.clip.stitching import Windows
 from pipeline.models.clip.text import (
     background_embedding,
+    category_embeddings,
     check_distinct,
     label_embeddings,
     text_embeddings,
@@ -32,6 +33,7 @@ __all__ = [
     "Windows",
     "background_embedding",
     "build_clip",
+    "category_embeddings",
     "check_distinct",
     "clip_config",
     "dense_tower",

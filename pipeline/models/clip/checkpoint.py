@@ -37,5 +37,6 @@ def checkpoint_clip(
         background=names.background,
         categories=names.categories,
         templates=TEMPLATE_SETS[config.templates],
+        texts=names.texts,
     )
     return clip, text

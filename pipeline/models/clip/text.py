@@ -5,7 +5,9 @@ Letters: C joint embedding, K categories, P prompts a category.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +50,38 @@ def text_embeddings(
     return F.normalize(features.unflatten(0, (len(names), len(templates))).mean(dim=1), dim=-1)
 
 
+def category_embeddings(
+    encoder: ClipEncoder,
+    categories: Sequence[str],
+    templates: Sequence[str],
+    texts: Mapping[str, Sequence[str]],
+) -> Tensor:
+    """Unit embeddings (K, C) of categories: of several texts their mean, normalised.
+
+    Args:
+        encoder: the CLIP.
+        categories: K names.
+        templates: P format strings with one `{}`.
+        texts: what stands for a category, where that is not its name.
+
+    Raises:
+        PipelineError: as `text_embeddings`.
+    """
+    own = _texts_of(categories, texts)
+    rows = text_embeddings(encoder, list(chain(*own)), templates, field="categories")
+    if not texts:
+        return rows
+    parts = rows.split([len(words) for words in own])
+    return torch.stack(
+        [part[0] if len(part) == 1 else F.normalize(part.mean(dim=0), dim=-1) for part in parts]
+    )
+
+
+def _texts_of(categories: Sequence[str], texts: Mapping[str, Sequence[str]]) -> list[Sequence[str]]:
+    """What stands for each category."""
+    return [texts.get(name, [name]) for name in categories]
+
+
 def background_embedding(
     encoder: ClipEncoder, names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
@@ -62,17 +96,21 @@ def label_embeddings(
     background: Sequence[str],
     categories: Sequence[str],
     templates: Sequence[str],
+    texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Tensor:
     """Unit embeddings (1 + K, C) by label id: the background's first, then the categories'.
+
+    `texts` are those of `category_embeddings`.
 
     Raises:
         PipelineError: as `check_distinct` and `text_embeddings`.
     """
-    check_distinct(encoder, background=background, categories=categories)
+    listed = list(chain(*_texts_of(categories, texts)))
+    check_distinct(encoder, background=background, categories=listed)
     return torch.cat(
         [
             background_embedding(encoder, background, templates).unsqueeze(0),
-            text_embeddings(encoder, categories, templates, field="categories"),
+            category_embeddings(encoder, categories, templates, texts),
         ]
     )
 

@@ -58,7 +58,7 @@ def objects_of_labels(
     means = weights.flatten(1) @ F.normalize(features, dim=0).cpu().flatten(1).T
     texts = text.cpu()[[label_id for label_id, _, _ in places]]
     cosines = F.cosine_similarity(means, texts)
-    categories = (temperature * cosines).sigmoid().double().tolist()
+    categories = (temperature * cosines).sigmoid().cpu().double().tolist()
     height, width = labels.shape
     found = [
         Instance(

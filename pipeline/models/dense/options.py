@@ -5,7 +5,8 @@ Letters: B images, K label ids, R rows of text, C features, H W pixels, h w grid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -33,6 +34,7 @@ class LabellerWithOptions:
         params: the options.
         rows: the rows of each of K label ids, the first of them its own name's.
         windows: of `params`; None where the labeller sees to them itself.
+        texts: what stands for a category in prompts, see `Names`; they are in the settings.
         background: place of the background among the K, None where no pixel may be background.
     """
 
@@ -43,19 +45,23 @@ class LabellerWithOptions:
         rows: Sequence[Sequence[int]],
         *,
         windows: WindowParams | None,
+        texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
         background: int | None = 0,
     ) -> None:
         self._labeller = labeller
         self._params = params
         self._rows = rows
         self._windows = windows
+        self._texts = texts
         self._background = background
         self.patch_size = labeller.patch_size
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those of the labeller, and the options that are on."""
-        return {**self._labeller.settings, **self._params.options()}
+        """Those of the labeller, the options that are on, and texts if there are any."""
+        texts = {"texts": {name: list(words) for name, words in self._texts.items()}}
+        options = self._params.options()
+        return {**self._labeller.settings, **options, **(texts if self._texts else {})}
 
     @property
     def logit_scale(self) -> float | None:
@@ -81,6 +87,7 @@ class LabellerWithOptions:
             self._params,
             [[next(places) for _ in self._rows[label_id]] for label_id in chosen],
             windows=self._windows,
+            texts=self._texts,
             background=chosen.index(self._background) if self._background in chosen else None,
         )
 

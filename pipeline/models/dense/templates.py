@@ -101,7 +101,7 @@ def choose_templates(
         for number, said in enumerate(_classified(labeller, classifiers, image)):
             logs = (scale * said).log_softmax(dim=1)
             named = logs.argmax(dim=1).flatten().cpu()
-            entropies = -(logs.exp() * logs).sum(dim=1).flatten().double().cpu()
+            entropies = -(logs.exp() * logs).sum(dim=1).flatten().cpu().double()
             entropy[number].index_add_(0, named, entropies)
             count[number] += named.bincount(minlength=num_labels)
     means = torch.where(count > 0, entropy / count, torch.inf)

@@ -244,6 +244,7 @@ def fresh_plus(
         background=names.background,
         categories=names.categories,
         templates=templates(params.templates),
+        texts=names.texts,
     )
     network, architecture = _fresh_network(params, names, text.shape[1], runtime.cache_dir)
     hasher = hashlib.sha256()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class CheckpointConfig:
         templates: name of the prompt templates of its text embeddings.
         step: training steps made.
         logit_scale: factor of the logits in the cross-entropy that it was trained with.
+        texts: what stands for a category in prompts, see `pipeline.vocabulary.categories.Names`.
     """
 
     student: str
@@ -62,6 +63,7 @@ class CheckpointConfig:
     templates: str
     step: int
     logit_scale: float = 1.0
+    texts: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 def read_checkpoint_config(checkpoint_dir: Path) -> CheckpointConfig:
@@ -89,6 +91,7 @@ def read_checkpoint_config(checkpoint_dir: Path) -> CheckpointConfig:
             templates=str(content["templates"]),
             step=int(content["step"]),
             logit_scale=float(content.get("logit_scale", 1.0)),
+            texts={name: _names(words) for name, words in content.get("texts", {}).items()},
         )
     except KeyError as error:
         raise PipelineError(f"{path}: entry {error.args[0]!r} is missing; train again") from None
@@ -97,7 +100,7 @@ def read_checkpoint_config(checkpoint_dir: Path) -> CheckpointConfig:
             f"{path}: encoder: {content['encoder']}: expected as model a name, as pretrained a "
             "name or {tag: TAG, file: PATH}"
         ) from None
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise PipelineError(f"{path}: not the settings of a checkpoint ({error})") from None
     if config.templates not in TEMPLATE_SETS:
         raise PipelineError(

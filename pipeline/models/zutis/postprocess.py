@@ -154,7 +154,7 @@ def instance_predictions(
     occupied = [i for i, crop in enumerate(crops) if crop is not None]
     masks = [crop for crop in crops if crop is not None]
     label_ids = labels[candidates].cpu().numpy()[occupied]
-    final_scores = scores[candidates].double().cpu().numpy()[occupied]
+    final_scores = scores[candidates].cpu().double().numpy()[occupied]
     if suppression != "none":
         decay = partial(_decay, suppression=suppression, max_overlap=max_overlap, sigma=sigma)
         for label_id in np.unique(label_ids):

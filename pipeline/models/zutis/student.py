@@ -47,6 +47,7 @@ class ZutisStudent:
             background=names.background,
             categories=names.categories,
             templates=templates(params.templates),
+            texts=names.texts,
         )
         architecture = _architecture(params, clip)
         self.config: dict[str, Any] = {

@@ -1,0 +1,102 @@
+"""What params ask for that is not there: data, weights, files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.models.weights.zoo import PublishedWeights, is_cached, manifest, published_clip
+from pipeline.params.base import EncoderParams
+
+URL = "://"
+WEIGHTS_KEYS = ("weights", "backbone_weights", "checkpoint")
+SUFFIXES = (".json", ".pt", ".pth", ".bin", ".safetensors", ".onnx")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something that is not there.
+
+    Attributes:
+        kind: what it is.
+        name: its path, or the name of published weights.
+        entry: these; None for a file or folder of one's own.
+    """
+
+    kind: Literal["data", "weights"]
+    name: str
+    entry: PublishedWeights | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+def missing(sections: Any, cache_dir: Path) -> list[Missing]:
+    """What params read that is not there, each thing once, in their order.
+
+    Args:
+        sections: params as plain values: sections by name.
+        cache_dir: the cache folder, with copies of published weights.
+    """
+    found = {str(item): item for item in _missing(sections, cache_dir)}
+    return list(found.values())
+
+
+def encoders(sections: Any) -> Iterator[EncoderParams]:
+    """All encoders that params name."""
+    if isinstance(sections, Mapping):
+        if sections.keys() >= {"model", "pretrained"}:
+            yield EncoderParams.model_validate(dict(sections))
+            return
+        sections = list(sections.values())
+    if isinstance(sections, list):
+        for item in sections:
+            yield from encoders(item)
+
+
+def _missing(value: Any, cache_dir: Path) -> Iterator[Missing]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _missing(item, cache_dir)
+    if not isinstance(value, Mapping):
+        return
+    if value.keys() >= {"model", "pretrained"}:
+        yield from _missing_encoder(EncoderParams.model_validate(dict(value)), cache_dir)
+        return
+    for key, item in value.items():
+        if key == "root" and not (URL in item or Path(item).is_dir()):
+            yield Missing("data", str(item))
+        elif key in WEIGHTS_KEYS and isinstance(item, str):
+            yield from _missing_weights(item, cache_dir)
+        else:
+            yield from _missing(item, cache_dir)
+
+
+def _missing_weights(name: str, cache_dir: Path) -> Iterator[Missing]:
+    if Path(name).exists():
+        return
+    entry = manifest().get(name)
+    if entry is None:
+        yield Missing("weights", name)
+        return
+    yield from _missing_entry(entry, cache_dir)
+    if encoder := entry.architecture.get("encoder"):
+        yield from _missing_encoder(EncoderParams(**encoder), cache_dir)
+
+
+def _missing_encoder(encoder: EncoderParams, cache_dir: Path) -> Iterator[Missing]:
+    """Tags that the manifest does not know are open_clip's to download."""
+    model, tag = encoder.published_as()
+    for file in (model, getattr(encoder.pretrained, "file", tag)):
+        if Path(file).suffix in SUFFIXES and not Path(file).exists():
+            yield Missing("weights", file)
+    entry = published_clip(model, tag) or manifest().get(tag or model)
+    if entry is not None:
+        yield from _missing_entry(entry, cache_dir)
+
+
+def _missing_entry(entry: PublishedWeights, cache_dir: Path) -> Iterator[Missing]:
+    if not is_cached(entry, cache_dir):
+        yield Missing("weights", entry.name, entry)
