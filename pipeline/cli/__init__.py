@@ -17,6 +17,7 @@ from pipeline.cli.cache import cache_app
 from pipeline.cli.common import PARAMS, ExecutorName, Session
 from pipeline.cli.demo import demo_app
 from pipeline.cli.imports import import_app
+from pipeline.cli.new import new_app
 from pipeline.cli.plus import plus_app
 from pipeline.cli.reproduce import reproduce_app
 from pipeline.cli.rounds import rounds_app
@@ -25,6 +26,7 @@ from pipeline.cli.stages import stages_app
 from pipeline.cli.weights import weights_app
 from pipeline.errors import PipelineError
 from pipeline.files import OUT_OF_SPACE
+from pipeline.workspace.making import refuse_other_version
 
 app = typer.Typer(
     name="pipeline",
@@ -36,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(new_app)
 app.add_typer(stages_app)
 app.add_typer(rounds_app)
 app.add_typer(plus_app)
@@ -143,4 +146,6 @@ def _options(
     if params != PARAMS and {"PIPELINE_PARAMS", "DVC_STAGE"} <= os.environ.keys():
         raise PipelineError(f"PIPELINE_PARAMS: {params}: DVC tracks {PARAMS}; unset the variable")
     _refuse_experiment_that_dvc_loses(Path.cwd())
+    if "DVC_STAGE" in os.environ:
+        refuse_other_version(Path.cwd())
     ctx.obj = Session(params_path=params, executor_name=executor, ray_workers=ray_workers)

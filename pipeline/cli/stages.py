@@ -25,9 +25,9 @@ from pipeline.cli.common import (
     MasksPath,
     Session,
     StatsPath,
-    check_known,
     location,
     names,
+    preset_names,
     try_outputs,
 )
 from pipeline.files import read_json
@@ -36,7 +36,6 @@ from pipeline.presets import (
     bench_text,
     list_benches,
     list_presets,
-    preset_text,
     write_preset,
 )
 
@@ -102,14 +101,9 @@ def init(
         for name, summary in list_presets():
             print(f"{name:28} {summary}")
         return
-    from pipeline.params.reading import parse_params
-
     session: Session = ctx.obj
     path = out or session.params_path
-    listed = names(categories)
-    if listed is not None:
-        content = YAML(typ="safe", pure=True).load(preset_text(preset))
-        check_known(listed, parse_params(content).embed.encoder, field="--categories")
+    listed = preset_names(categories, preset)
     write_preset(preset, path, images=images, categories=listed, force=force)
     first = "" if path == PARAMS else f"make it {PARAMS}, which DVC reads, then "
     print(f"{path} written from preset {preset}; now {first}run: dvc repro")
