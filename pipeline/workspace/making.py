@@ -28,6 +28,7 @@ DEMO, DEMO_MODELS = "demo", "models/demo"
 CODE = "pipeline/"
 LAID_OUT = ("models", "reports")  # folders that git keeps by pieces, see .gitignore
 KEPT = ".gitkeep"
+FIRST_COMMIT = "A workspace, by pipeline new"
 HEAD = """\
 The DAG, as `pipeline new` writes it. `worlds`, `index`, `rounds`, `benches`, `plus` and `audits` of
 params.yaml make stages an entry. Every stage depends on the version of the package, {version_file};
@@ -112,23 +113,41 @@ def refuse_other_version(folder: Path) -> None:
 def start_dvc(folder: Path) -> list[str]:
     """Initialise git and DVC in a workspace that has neither.
 
+    A repository that is made gets a first commit, without which DVC knows no experiments.
+
     Returns:
         What was done, or what is to be done by hand, a line each.
+
+    Raises:
+        PipelineError: git or DVC refuses, with what it said.
     """
-    notes = []
     has_git = shutil.which("git") is not None
-    if not has_git:
-        notes.append("no git here, so DVC works without it: no history, no experiments")
-    elif not _is_tracked(folder):
+    is_new = has_git and not _is_tracked(folder)
+    if is_new:
         _call(folder, "git", "init", "--quiet")
-        notes.append("git initialised; nothing is committed yet")
-    if (folder / ".dvc").is_dir():
-        return notes
+    notes = [] if (folder / ".dvc").is_dir() else [_start_dvc_alone(folder, has_git=has_git)]
+    if is_new:
+        _call(folder, "git", "add", "--all")
+        _call(folder, "git", *_identity(folder), "commit", "--quiet", "-m", FIRST_COMMIT)
+        return [*notes, "git initialised, with a first commit"]
+    if has_git:
+        return [*notes, "git: this folder is in a repository; nothing is committed"]
+    return [*notes, "no git here, so DVC works without it: no history, no experiments"]
+
+
+def _start_dvc_alone(folder: Path, *, has_git: bool) -> str:
     options = ["--no-scm"] if not has_git else [] if (folder / ".git").exists() else ["--subdir"]
     dvc = (sys.executable, "-m", "dvc")
     _call(folder, *dvc, "init", "--quiet", *options)
     _call(folder, *dvc, "config", "core.analytics", "false")
-    return [*notes, "DVC initialised, its analytics off"]
+    return "DVC initialised, its analytics off"
+
+
+def _identity(folder: Path) -> list[str]:
+    """Options of git that name an author where the user has named none."""
+    command = ["git", "config", "user.email"]
+    known = subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode == 0
+    return [] if known else ["-c", "user.name=pipeline", "-c", "user.email=pipeline@localhost"]
 
 
 def shipped_files() -> dict[str, Path]:
