@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from ruamel.yaml import YAML
 
 from pipeline.cli.benches import (
     alone,
@@ -25,19 +24,14 @@ from pipeline.cli.common import (
     MasksPath,
     Session,
     StatsPath,
+    check_known,
     location,
     names,
     preset_names,
     try_outputs,
 )
 from pipeline.files import read_json
-from pipeline.presets import (
-    OWN_IMAGES,
-    bench_text,
-    list_benches,
-    list_presets,
-    write_preset,
-)
+from pipeline.presets import OWN_IMAGES, bench_text, list_benches, list_presets, write_preset
 
 NAMES_HELP = """Category names between commas, quoted as in CSV: '"hammer, claw",saw'"""
 Resume = Literal["auto", "never"]
