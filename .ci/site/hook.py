@@ -40,11 +40,16 @@ LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave entries of `nav` out that have no file."""
+    """Leave entries of `nav` out that have no file, and sections without entries."""
     known = {path.name for path in (ROOT / DOCS).glob("*.md")} | {*GENERATED, *OUTSIDE.values()}
-    for section in config.nav or []:
-        for title, entries in section.items():
-            section[title] = [entry for entry in entries if _file(entry) in known]
+    sections = {
+        title: entries for section in config.nav or [] for title, entries in section.items()
+    }
+    found = {
+        title: [entry for entry in entries if _file(entry) in known]
+        for title, entries in sections.items()
+    }
+    config.nav = [{title: entries} for title, entries in found.items() if entries]
     return config
 
 

@@ -33,7 +33,7 @@ def _command(command: Any, path: str, level: int) -> Iterator[str]:
     records = [(param, param.get_help_record(context)) for param in command.params]
     rows = [_row(param, record) for param, record in records if record]
     if rows:
-        yield "| | |\n|---|---|"
+        yield "| argument or option | what it is |\n|---|---|"
         yield "\n".join(rows) + "\n"
     for name, child in getattr(command, "commands", {}).items():
         if not child.hidden:
@@ -41,10 +41,7 @@ def _command(command: Any, path: str, level: int) -> Iterator[str]:
 
 
 def _row(param: Any, record: tuple[str, str]) -> str:
-    names, text = (_cell(part) for part in record)
+    names, text = (" ".join(part.split()) for part in record)
     variable = f" Also ${param.envvar}." if getattr(param, "envvar", None) else ""
-    return f"| `{names}` | {html.escape(text, quote=False)}{variable} |"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    cell = html.escape(text, quote=False).replace("|", "\\|")
+    return f"| `{names}` | {cell}{variable} |"
