@@ -39,7 +39,9 @@ def new(
     start: Annotated[
         bool, typer.Option("--init/--no-init", help="Initialise git and DVC there.")
     ] = True,
-    force: Annotated[bool, typer.Option(help="Overwrite files that are there.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Overwrite files that are there, none of data/.")
+    ] = False,
     upgrade: Annotated[
         bool, typer.Option(help="Only bring dvc.yaml and the version to the installed package.")
     ] = False,

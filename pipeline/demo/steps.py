@@ -37,11 +37,10 @@ def draw_archives(archives_path: Path, masks_dir: Path, out: Path) -> None:
     """
     store = open_samples(masks_dir)
     ranked = _ranked(archives_path, store)
-    chosen = _spread(sorted(ranked), ARCHIVES)
-    pictures = [
-        _image(store, index) for label_id in chosen for index in ranked[label_id][:PER_ARCHIVE]
-    ]
-    _write(pictures, out, columns=PER_ARCHIVE)
+    chosen = [ranked[label_id] for label_id in _spread(sorted(ranked), ARCHIVES)]
+    columns = min(PER_ARCHIVE, *map(len, chosen))
+    pictures = [_image(store, index) for archive in chosen for index in archive[:columns]]
+    _write(pictures, out, columns=columns)
 
 
 def draw_labels(archives_path: Path, masks_dir: Path, labels_dir: Path, out: Path) -> None:
@@ -59,7 +58,7 @@ def draw_labels(archives_path: Path, masks_dir: Path, labels_dir: Path, out: Pat
     ]
     dense = [labels.get(store.keys[index])[0] for _, index in chosen]
     rows = [images, _painted(images, masks), _painted(images, dense)]
-    _write([_scaled(picture) for row in rows for picture in row], out, columns=SAMPLES)
+    _write([_scaled(picture) for row in rows for picture in row], out, columns=len(chosen))
 
 
 def draw_training(data: TrainingData, out: Path) -> None:

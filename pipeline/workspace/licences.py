@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,6 +152,7 @@ def _reason(component: Component) -> str:
     )
 
 
+@cache
 def _installed(root: str) -> dict[str, importlib.metadata.Distribution]:
     """Installed packages that one needs without extras, itself among them, by canonical name."""
     found: dict[str, importlib.metadata.Distribution] = {}

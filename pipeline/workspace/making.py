@@ -15,7 +15,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline import __version__
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listing
 from pipeline.files import given_path, write_bytes
 from pipeline.presets import filled_preset
 
@@ -26,6 +26,7 @@ VERSION_FILE = "pipeline.version"
 DAG = "dvc.yaml"
 DEMO, DEMO_MODELS = "demo", "models/demo"
 CODE = "pipeline/"
+DATA = "data/"
 LAID_OUT = ("models", "reports")  # folders that git keeps by pieces, see .gitignore
 KEPT = ".gitkeep"
 FIRST_COMMIT = "A workspace, by pipeline new"
@@ -51,7 +52,7 @@ def make_workspace(
         preset: name of a preset.
         images: folder of unlabelled images, for presets of own photos.
         categories: names, for presets of own photos.
-        force: overwrite files that are there.
+        force: overwrite files that are there, but for those below data/.
 
     Returns:
         What was written, relative to `folder`.
@@ -61,11 +62,15 @@ def make_workspace(
     """
     images = given_path(images).absolute() if images else None
     params = filled_preset(preset, images=images, categories=categories)
-    files = dict(_files(preset, params))
+    files = {
+        name: data
+        for name, data in _files(preset, params)
+        if not (name.startswith(DATA) and (folder / name).exists())
+    }
     found = [name for name in files if (folder / name).exists()]
     if found and not force:
         raise PipelineError(
-            f"{folder}: has {', '.join(sorted(found))} already; --force overwrites, "
+            f"{folder}: has {listing(found)} already; --force overwrites, "
             "--upgrade renews dvc.yaml alone"
         )
     _write(folder, files)
