@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 LISTED_NAMES = 8
 UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -30,8 +31,10 @@ def first_line(error: Exception) -> str:
 
 
 def install_command(extra: str) -> str:
-    """What installs the packages of an extra, for a message; it is run in the project's folder."""
-    return f"pip install -c requirements.lock -e '.[{extra}]'"
+    """What installs the packages of an extra, for a message; in a clone it is run in its folder."""
+    if (Path(__file__).parents[1] / "requirements.lock").is_file():
+        return f"pip install -c requirements.lock -e '.[{extra}]'"
+    return f"pip install 'zutis-pipeline[{extra}]'"
 
 
 def listing(names: Sequence[str], shown: int = LISTED_NAMES) -> str:

@@ -147,7 +147,7 @@ def test_a_default_path_is_one_of_the_paths_file() -> None:
         if isinstance(option.default, Path)
     ]
     assert len(defaults) > len(PATHS)
-    for default in {*defaults} - {Path("docs/demo.png"), Path("data/work")}:
+    for default in {*defaults} - {Path("docs/demo.png"), Path("docs/steps"), Path("data/work")}:
         assert any(default.is_relative_to(path) for path in known), default
 
 
@@ -241,6 +241,7 @@ def test_no_dep_is_idle(stage: str) -> None:
 def test_every_data_file_of_the_package_belongs_to_a_module() -> None:
     known = [Path(path) for entries in PACKAGE_DATA.values() for path in entries]
     known += [Path("pipeline/presets"), Path("pipeline/py.typed"), Path(PATHS_YAML)]
+    known += [Path("pipeline/workspace")]
     for path in (ROOT / "pipeline").rglob("*"):
         if path.is_file() and path.suffix not in (".py", ".pyc"):
             relative = path.relative_to(ROOT)

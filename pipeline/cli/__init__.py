@@ -18,6 +18,8 @@ from pipeline.cli.common import PARAMS, ExecutorName, Session
 from pipeline.cli.demo import demo_app
 from pipeline.cli.doctor import doctor_app
 from pipeline.cli.imports import import_app
+from pipeline.cli.licences import licences_app
+from pipeline.cli.new import new_app
 from pipeline.cli.plus import plus_app
 from pipeline.cli.reproduce import reproduce_app
 from pipeline.cli.rounds import rounds_app
@@ -26,6 +28,7 @@ from pipeline.cli.stages import stages_app
 from pipeline.cli.weights import weights_app
 from pipeline.errors import PipelineError, first_line
 from pipeline.files import OUT_OF_SPACE
+from pipeline.workspace.making import refuse_other_version
 
 app = typer.Typer(
     name="pipeline",
@@ -37,6 +40,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(new_app)
+app.add_typer(licences_app)
 app.add_typer(stages_app)
 app.add_typer(rounds_app)
 app.add_typer(plus_app)
@@ -153,4 +158,6 @@ def _options(
     if params != PARAMS and {"PIPELINE_PARAMS", "DVC_STAGE"} <= os.environ.keys():
         raise PipelineError(f"PIPELINE_PARAMS: {params}: DVC tracks {PARAMS}; unset the variable")
     _refuse_experiment_that_dvc_loses(Path.cwd())
+    if "DVC_STAGE" in os.environ:
+        refuse_other_version(Path.cwd())
     ctx.obj = Session(params_path=params, executor_name=executor, ray_workers=ray_workers)

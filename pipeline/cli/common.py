@@ -216,6 +216,22 @@ def names(text: str | None, option: str = "--categories") -> list[str] | None:
     return load_category_set(rows[0] if rows else [], field=option)
 
 
+def preset_names(text: str | None, preset: str) -> list[str] | None:
+    """Names of `--categories` for a preset, see `names`.
+
+    Raises:
+        PipelineError: also if the preset is unknown, or its encoder does not know a name.
+    """
+    listed = names(text)
+    if listed is not None:
+        from pipeline.params.reading import parse_params
+        from pipeline.presets import preset_text
+
+        content = YAML(typ="safe", pure=True).load(preset_text(preset))
+        check_known(listed, parse_params(content).embed.encoder, field="--categories")
+    return listed
+
+
 def check_known(
     categories: Sequence[str], encoder: EncoderParams, *, field: str, place: str = "encoder"
 ) -> None:

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.common import PATHS, EntryStatsPath, Session, try_outputs
+from pipeline.cli.common import PATHS, EntryStatsPath, MasksPath, Session, try_outputs
+
+NUM_COMPOSED = 100  # training images that there could be; the first few are drawn
 
 demo_app = typer.Typer(help="The embedded default: its drawn world and its tiny networks.")
 
@@ -53,6 +55,32 @@ def picture(
         out,
         bench=session.entry("benches", bench),
     )
+
+
+@demo_app.command()
+def steps(
+    ctx: typer.Context,
+    out: Annotated[
+        Path, typer.Option(help="Folder of archives.png, labels.png and training.png.")
+    ] = Path("docs/steps"),
+    archives: Annotated[Path, typer.Option(help="Parquet file of the archives.")] = PATHS[
+        "archives"
+    ],
+    masks: MasksPath = PATHS["masks"],
+    labels: Annotated[Path, typer.Option(help="Folder of the label shards.")] = PATHS["labels"],
+) -> None:
+    """Draw the documentation's pictures of what the stages make."""
+    from pipeline.demo.steps import draw_archives, draw_labels, draw_training
+    from pipeline.methods.students import TrainingInputs, training_data
+    from pipeline.vocabulary.categories import Names
+
+    session: Session = ctx.obj
+    try_outputs(folders=[out])
+    draw_archives(archives, masks, out / "archives.png")
+    draw_labels(archives, masks, labels, out / "labels.png")
+    names = Names(session.categories, session.params.background)
+    inputs = TrainingInputs(masks, labels, names, NUM_COMPOSED, session.runtime)
+    draw_training(training_data(session.params.train, inputs), out / "training.png")
 
 
 @demo_app.command()

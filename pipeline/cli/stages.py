@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from ruamel.yaml import YAML
 
 from pipeline.cli.benches import (
     alone,
@@ -29,18 +28,12 @@ from pipeline.cli.common import (
     check_known,
     location,
     names,
+    preset_names,
     try_outputs,
 )
 from pipeline.cli.dry_run import DryRunOption, start
 from pipeline.files import read_json
-from pipeline.presets import (
-    OWN_IMAGES,
-    bench_text,
-    list_benches,
-    list_presets,
-    preset_text,
-    write_preset,
-)
+from pipeline.presets import OWN_IMAGES, bench_text, list_benches, list_presets, write_preset
 
 NAMES_HELP = """Category names between commas, quoted as in CSV: '"hammer, claw",saw'"""
 Resume = Literal["auto", "never"]
@@ -104,14 +97,9 @@ def init(
         for name, summary in list_presets():
             print(f"{name:28} {summary}")
         return
-    from pipeline.params.reading import parse_params
-
     session: Session = ctx.obj
     path = out or session.params_path
-    listed = names(categories)
-    if listed is not None:
-        content = YAML(typ="safe", pure=True).load(preset_text(preset))
-        check_known(listed, parse_params(content).embed.encoder, field="--categories")
+    listed = preset_names(categories, preset)
     write_preset(preset, path, images=images, categories=listed, force=force)
     first = "" if path == PARAMS else f"make it {PARAMS}, which DVC reads, then "
     print(f"{path} written from preset {preset}; now {first}run: dvc repro")

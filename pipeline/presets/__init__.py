@@ -82,8 +82,24 @@ def write_preset(
     """Write a preset to `out`; `images` and `categories` fill in the presets of own photos.
 
     Raises:
-        PipelineError: unknown preset, `out` exists and `force` is off, `images` is no folder, or
-            `images` or `categories` given with another preset.
+        PipelineError: as `filled_preset`, or `out` exists and `force` is off.
+    """
+    text = filled_preset(name, images=images, categories=categories)
+    if out.is_dir():
+        raise PipelineError(f"{out}: is a folder; name the file, such as {out / 'params.yaml'}")
+    if out.exists() and not force:
+        raise PipelineError(f"{out}: exists already; add --force to overwrite it")
+    write_bytes(out, text.encode())
+
+
+def filled_preset(
+    name: str, *, images: Path | None = None, categories: list[str] | None = None
+) -> str:
+    """Content of a preset's params file, with `images` and `categories` in the place of its own.
+
+    Raises:
+        PipelineError: unknown preset, `images` is no folder, or `images` or `categories` given with
+            another preset than one of own photos.
     """
     text = preset_text(name)
     if (images or categories) and name not in OWN_IMAGES:
@@ -93,11 +109,7 @@ def write_preset(
         images = given_path(images)
         if not images.is_dir():
             raise PipelineError(f"--images: {images}: no such folder")
-    if out.is_dir():
-        raise PipelineError(f"{out}: is a folder; name the file, such as {out / 'params.yaml'}")
-    if out.exists() and not force:
-        raise PipelineError(f"{out}: exists already; add --force to overwrite it")
-    write_bytes(out, _filled_in(text, images, categories).encode())
+    return _filled_in(text, images, categories)
 
 
 def _summaries(folder: Path) -> list[tuple[str, str]]:
