@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.exporters.items import ExportedImage, ExportedObject
-from pipeline.exporters.parts import JsonRows, plain_facts, write_image
+from pipeline.exporters.parts import JsonRows, all_facts, write_image
 from pipeline.formats.rle import encode_mask
 
 IMAGE_MEDIA = 2  # datumaro's number of this kind of medium
@@ -35,7 +35,7 @@ class Datumaro:
                 "annotations": [
                     _annotation(number, found) for number, found in enumerate(image.objects)
                 ],
-                "attr": plain_facts(image),
+                "attr": all_facts(image),
                 "image": {"path": image.name, "size": [image.height, image.width]},
             }
         )

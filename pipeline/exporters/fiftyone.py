@@ -12,10 +12,8 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from pipeline.exporters.items import ExportedImage, ExportedObject
-from pipeline.exporters.parts import JsonRows, crop_mask, is_plain, plain_facts, write_image
+from pipeline.exporters.parts import JsonRows, all_facts, crop_mask, write_image
 from pipeline.files import write_bytes, write_json
 from pipeline.formats.images import encode_label, encode_png
 from pipeline.formats.labels import LABEL_TYPE
@@ -24,10 +22,10 @@ SCRIPT = "open_fiftyone.py"
 
 
 class Fiftyone:
-    """Writes `images/NAME`, label maps, `samples.json`, `categories.json` and a script.
+    """Writes `images/NAME`, `semantic/NAME`, `samples.json`, `categories.json` and a script.
 
-    Fields of a sample are `instances` and `semantic`, and each fact under its name: numbers and
-    texts, objects, or label maps. The split is a tag.
+    Fields of a sample are `instances`, `semantic`, `truth` and each fact under its name; the split
+    is a tag.
     """
 
     def __init__(self, folder: Path, categories: Sequence[str]) -> None:
@@ -37,19 +35,19 @@ class Fiftyone:
 
     def add(self, image: ExportedImage) -> None:
         write_image(self._folder / "images", image)
-        known = {"instances": image.objects, "semantic": image.semantic, **image.facts}
-        labels = {
-            field: self._labels(image, field, value)
-            for field, value in known.items()
-            if value is not None and not is_plain(value)
-        }
+        objects = {"instances": image.objects, "truth": image.truth}
         self._samples.add(
             {
                 "image": f"images/{image.name}",
                 "size": [image.width, image.height],
                 "split": image.split,
-                "facts": plain_facts(image),
-                "labels": labels,
+                "facts": all_facts(image),
+                "objects": {
+                    field: [self._object(item) for item in items]
+                    for field, items in objects.items()
+                    if items is not None
+                },
+                "semantic": self._semantic(image),
             }
         )
 
@@ -60,12 +58,12 @@ class Fiftyone:
         write_bytes(self._folder / SCRIPT, script)
         return f"python {self._folder}/{SCRIPT}"
 
-    def _labels(self, image: ExportedImage, field: str, value: Any) -> Any:
-        """Objects as they stand in the file; the path of a label map that is written beside it."""
-        if not isinstance(value, np.ndarray):
-            return [self._object(found) for found in value]
-        path = PurePosixPath("labels", field, image.name).with_suffix(".png").as_posix()
-        ids = value.astype(LABEL_TYPE)  # 65535, void, is -1 there
+    def _semantic(self, image: ExportedImage) -> str | None:
+        """The path of the label map, which is written there."""
+        if image.semantic is None:
+            return None
+        path = PurePosixPath("semantic", image.name).with_suffix(".png").as_posix()
+        ids = image.semantic.astype(LABEL_TYPE)  # 65535, void, is -1 there
         write_bytes(self._folder / path, encode_label(ids, len(self._categories)))
         return path
 

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.exporters.items import ExportedImage
-from pipeline.exporters.parts import as_json, plain_facts
+from pipeline.exporters.items import ExportedImage, ExportedObject
+from pipeline.exporters.parts import all_facts, as_json
 from pipeline.formats.images import encode_label, encode_png
 from pipeline.formats.labels import LABEL_TYPE
 
@@ -24,6 +24,7 @@ OBJECT = pa.struct([("mask", PICTURE), ("category", pa.int64()), ("score", pa.fl
 COLUMNS = {
     "image": PICTURE,
     "objects": pa.list_(OBJECT),
+    "truth": pa.list_(OBJECT),
     "semantic": PICTURE,
     "name": pa.string(),
     "facts": pa.string(),
@@ -34,7 +35,8 @@ class Hf:
     """Writes `data/SPLIT-NUMBER.parquet`, see `Exporter`.
 
     Columns: `image`; `objects`, each with `mask` (0 and 255), `category` (a label id, 0 is
-    background) and `score`; `semantic`, a label map or null; `name`; `facts`, JSON.
+    background) and `score`; `truth`, the same of true objects, or null; `semantic`, a label map or
+    null; `name`; `facts`, JSON.
     """
 
     def __init__(self, folder: Path, categories: Sequence[str]) -> None:
@@ -58,20 +60,13 @@ class Hf:
         return self._splits[split]
 
     def _row(self, image: ExportedImage) -> dict[str, Any]:
-        objects = [
-            {
-                "mask": _picture(encode_png(found.mask)),
-                "category": found.category,
-                "score": found.score,
-            }
-            for found in image.objects
-        ]
         return {
             "image": _picture(image.data, image.name),
-            "objects": objects,
+            "objects": [_object(item) for item in image.objects],
+            "truth": None if image.truth is None else [_object(item) for item in image.truth],
             "semantic": self._semantic(image),
             "name": image.name,
-            "facts": as_json(plain_facts(image)),
+            "facts": as_json(all_facts(image)),
         }
 
     def _semantic(self, image: ExportedImage) -> dict[str, Any] | None:
@@ -120,6 +115,11 @@ class _Split:
         return pq.ParquetWriter(path, self._schema)
 
 
+def _object(item: ExportedObject) -> dict[str, Any]:
+    mask = _picture(encode_png(item.mask))
+    return {"mask": mask, "category": item.category, "score": item.score}
+
+
 def _picture(data: bytes, path: str | None = None) -> dict[str, Any]:
     return {"bytes": data, "path": path}
 
@@ -130,9 +130,11 @@ def _schema(categories: Sequence[str]) -> pa.Schema:
     text = {"dtype": "string", "_type": "Value"}
     category = {"names": ["background", *categories], "_type": "ClassLabel"}
     score = {"dtype": "float32", "_type": "Value"}
+    objects = [{"mask": image, "category": category, "score": score}]
     features = {
         "image": image,
-        "objects": [{"mask": image, "category": category, "score": score}],
+        "objects": objects,
+        "truth": objects,
         "semantic": image,
         "name": text,
         "facts": text,

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from pipeline.exporters.brush import encode_brush
 from pipeline.exporters.items import ExportedImage, ExportedObject
-from pipeline.exporters.parts import JsonRows, plain_facts, write_image
+from pipeline.exporters.parts import JsonRows, all_facts, write_image
 from pipeline.pictures.overlays import colour_map
 
 IMAGE, LABEL = "image", "label"  # names of the config's tags, which results repeat
@@ -79,7 +79,7 @@ class LabelStudio:
 
 def _meta(image: ExportedImage) -> dict[str, Any]:
     """Columns of Label Studio's table of tasks."""
-    return {"name": image.name, "split": image.split, **plain_facts(image)}
+    return {"name": image.name, "split": image.split, **all_facts(image)}
 
 
 def _config(categories: Sequence[str]) -> ElementTree.Element:

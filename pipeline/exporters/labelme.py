@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.exporters.items import ExportedImage, ExportedObject
-from pipeline.exporters.parts import crop_mask, plain_facts, write_image
+from pipeline.exporters.parts import all_facts, crop_mask, write_image
 from pipeline.files import write_json
 from pipeline.formats.images import encode_png
 
@@ -36,7 +36,7 @@ class Labelme:
             "imageData": None,
             "imageHeight": image.height,
             "imageWidth": image.width,
-            **plain_facts(image),
+            **all_facts(image),
         }
         write_json(path.with_suffix(".json"), label_file)
 

@@ -57,12 +57,11 @@ def _sample(fo: Any, row: dict[str, Any]) -> Any:
     sample = fo.Sample(filepath=str(FOLDER / row["image"]), tags=[row["split"]])
     for field, fact in row["facts"].items():
         sample[field] = fact
-    for field, labels in row["labels"].items():
-        sample[field] = (
-            fo.Segmentation(mask_path=str(FOLDER / labels))
-            if isinstance(labels, str)
-            else fo.Detections(detections=[_detection(fo, found, row["size"]) for found in labels])
-        )
+    for field, items in row["objects"].items():
+        detections = [_detection(fo, found, row["size"]) for found in items]
+        sample[field] = fo.Detections(detections=detections)
+    if row["semantic"] is not None:
+        sample["semantic"] = fo.Segmentation(mask_path=str(FOLDER / row["semantic"]))
     return sample
 
 

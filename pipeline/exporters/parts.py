@@ -41,15 +41,9 @@ def write_image(folder: Path, image: ExportedImage) -> Path:
     return path
 
 
-def plain_facts(image: ExportedImage) -> dict[str, Any]:
-    """Where an image came from, and those of its facts that are numbers and texts."""
-    kept = {key: fact for key, fact in image.facts.items() if is_plain(fact)}
-    return {"source": image.source, **kept} if image.source else kept
-
-
-def is_plain(fact: Any) -> bool:
-    """Whether a fact is a number or a text."""
-    return isinstance(fact, str | int | float | bool)
+def all_facts(image: ExportedImage) -> dict[str, Any]:
+    """Where an image came from, and its facts."""
+    return {"source": image.source, **image.facts}
 
 
 class JsonRows:

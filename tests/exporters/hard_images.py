@@ -51,7 +51,8 @@ def hard_images() -> list[ExportedImage]:
         objects=objects,
         semantic=semantic,
         source="photos/IMG 1.jpg",
-        facts={"rank": 3, "similarity": 0.25, "truth": objects[:1], "truth_semantic": semantic},
+        facts={"rank": 3, "similarity": 0.25, "archives": [{"rank": 3}, {"rank": 7}]},
+        truth=objects[:1],
     )
     empty = ExportedImage(
         name="größe 100%25#?&.v1.png",

@@ -32,7 +32,7 @@ def test_fiftyone_samples_hold_objects_label_maps_and_facts(tmp_path: Path) -> N
         assert (tmp_path / sample["image"]).read_bytes() == image.data
         assert sample["size"] == [image.width, image.height]
         assert sample["split"] == image.split
-        for found, expected in zip(sample["labels"]["instances"], image.objects, strict=True):
+        for found, expected in zip(sample["objects"]["instances"], image.objects, strict=True):
             left, top, width, height = found["box"]
             mask = np.zeros((image.height, image.width), dtype=bool)
             crop = decode_png(base64.b64decode(found["mask"])) > 0
@@ -41,13 +41,13 @@ def test_fiftyone_samples_hold_objects_label_maps_and_facts(tmp_path: Path) -> N
             assert found["label"] == CATEGORIES[expected.category - 1]
             assert found["score"] == expected.score
     first = samples[0]
-    assert first["facts"] == {"source": "photos/IMG 1.jpg", "rank": 3, "similarity": 0.25}
-    assert [found["label"] for found in first["labels"]["truth"]] == ["cat"]
-    for field in ("semantic", "truth_semantic"):
-        labels = decode_label((tmp_path / first["labels"][field]).read_bytes())
-        assert np.array_equal(labels, images[0].semantic.astype(np.int16))
+    assert first["facts"] == {"source": "photos/IMG 1.jpg", **images[0].facts}
+    assert [found["label"] for found in first["objects"]["truth"]] == ["cat"]
+    assert "truth" not in samples[1]["objects"]
+    labels = decode_label((tmp_path / first["semantic"]).read_bytes())
+    assert np.array_equal(labels, images[0].semantic.astype(np.int16))
     assert (labels[0] == VOID).all()
-    assert "semantic" not in samples[2]["labels"]
+    assert samples[2]["semantic"] is None
     assert json.loads((tmp_path / "categories.json").read_text(encoding="utf-8")) == list(
         CATEGORIES
     )

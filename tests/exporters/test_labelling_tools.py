@@ -59,7 +59,6 @@ def test_labelme_shows_scores_as_descriptions_and_facts_of_the_image(tmp_path: P
     label_file = json.loads(path.read_text(encoding="utf-8"))
     assert [shape["description"] for shape in label_file["shapes"]][::4] == ["score 0.8750", ""]
     assert (label_file["rank"], label_file["source"]) == (3, "photos/IMG 1.jpg")
-    assert "truth" not in label_file
 
 
 def test_labelme_itself_reads_the_masks(tmp_path: Path) -> None:
