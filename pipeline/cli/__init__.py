@@ -16,6 +16,7 @@ from pipeline.cli.ablate import ablate_app
 from pipeline.cli.cache import cache_app
 from pipeline.cli.common import PARAMS, ExecutorName, Session
 from pipeline.cli.demo import demo_app
+from pipeline.cli.export import export_app
 from pipeline.cli.imports import import_app
 from pipeline.cli.plus import plus_app
 from pipeline.cli.reproduce import reproduce_app
@@ -37,6 +38,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(stages_app)
+app.add_typer(export_app)
 app.add_typer(rounds_app)
 app.add_typer(plus_app)
 app.add_typer(reproduce_app)

@@ -79,7 +79,17 @@ def network_protocol(segmenter: Segmenter, checkpoint_dir: Path) -> dict[str, An
         "background": ", ".join(unasked_names(config.background, segmenter.categories)),
         "templates": config.templates,
         **segmenter.student.protocol(segmenter.settings),
+        **_beyond_the_papers(segmenter.settings),
     }
+
+
+def _beyond_the_papers(settings: PredictionSettings) -> dict[str, Any]:
+    """What refines a network's prediction, named where it is on."""
+    flip = {"flip": True} if settings.flip else {}
+    if (pamr := settings.pamr) is None:
+        return flip
+    # In place of what `bench_protocol` says of those that do not.
+    return {**flip, "refinement": "pamr", "pamr": _in_words(pamr, pamr.model_dump(mode="json"))}
 
 
 def labeller_protocol(labeller: Labeller) -> dict[str, Any]:

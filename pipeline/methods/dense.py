@@ -18,6 +18,7 @@ from pipeline.params.base import (
     Count,
     EncoderParams,
     NumWorkers,
+    PamrParams,
     Positive,
     Probability,
     RelaxedPath,
@@ -100,13 +101,6 @@ class WindowParams(Section):
                 "take at most the side, such as half of it"
             )
         return self
-
-
-class PamrParams(Section):
-    """Refinement by colour in `steps`, among eight neighbours at each distance of `dilations`."""
-
-    dilations: Annotated[list[Count], Field(min_length=1)] = [8, 16]
-    steps: Count = 10
 
 
 class TemplateChoiceParams(Section):

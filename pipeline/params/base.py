@@ -19,8 +19,9 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 NumWorkers = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-# Of options that null switches off: unset, they are no part of a recipe, nor of a checkpoint.
+# Of options that are off by default: then they are no part of a recipe, nor of a checkpoint.
 IF_SET: Any = Field(default=None, exclude_if=lambda value: value is None)
+IF_ON: Any = Field(default=False, exclude_if=lambda value: not value)
 # Names of entries become file names and words of commands (dvc.yaml).
 EntryName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Text = Annotated[str, Field(pattern=r"\S")]
@@ -73,6 +74,13 @@ class EncoderParams(Section):
         return "/".join(Path(part).name for part in self.published_as() if part)
 
 
+class PamrParams(Section):
+    """Refinement by colour in `steps`, among eight neighbours at each distance of `dilations`."""
+
+    dilations: Annotated[list[Count], Field(min_length=1)] = [8, 16]
+    steps: Count = 10
+
+
 class PredictionParams(Section):
     """How the network's output becomes a prediction.
 
@@ -88,7 +96,10 @@ class PredictionParams(Section):
     `region_majority` gives a connected region of foreground the category that more than half of its
     pixels have, if there is one: for encoders that outline better than they name.
     `labeller_objects` says what an object of a dense labeller is: all pixels of a category
-    (`classes`), or each connected part of them (`components`).
+    (`classes`), or each connected part of them (`components`). `flip` averages what a network says
+    of an image with what it says of its mirror image; a proposal is that of the image as it is.
+    `pamr` refines a network's probabilities and proposals by colour, at the size of its input.
+    Neither is in the papers' evaluation; a dense labeller has a `pamr` of its own.
     """
 
     threshold: Probability = 0.5
@@ -101,6 +112,8 @@ class PredictionParams(Section):
     upsampling: Literal["direct", "published"] = "direct"
     region_majority: bool = False
     labeller_objects: Literal["classes", "components"] = "classes"
+    flip: bool = IF_ON
+    pamr: PamrParams | None = IF_SET
 
 
 class PredictionSettings(PredictionParams):

@@ -10,7 +10,7 @@ from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
 from pipeline.files import atomic_path, write_json
 from pipeline.formats.shards import open_samples
-from pipeline.inference.held_out import agreement, load_trained, split
+from pipeline.inference.held_out import Agreement, agreement, load_trained, split
 from pipeline.methods.students import TrainParams
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from pipeline.params.base import PredictionSettings
@@ -77,11 +77,7 @@ def run(
             for folder in (params.after, candidate_dir)
         )
         drift = after.drift_from(before)
-        reasons = []
-        if after.miou < before.miou:
-            reasons.append("the agreement has fallen")
-        if drift > params.drift_tolerance:
-            reasons.append(f"drift_tolerance is {params.drift_tolerance:.0%}")
+        reasons = _reasons_against(before, after, params)
         facts = (
             f"agreement on {len(held_out)} held-out images {after.miou:.2%}, before it "
             f"{before.miou:.2%}; shares of categories moved by {drift:.2%}"
@@ -108,6 +104,16 @@ def run(
                 "held_out_images": len(held_out),
             },
         )
+
+
+def _reasons_against(before: Agreement, after: Agreement, params: RoundParams) -> list[str]:
+    """Why the new checkpoint is not kept; none if it is."""
+    reasons = []
+    if after.miou < before.miou:
+        reasons.append("the agreement has fallen")
+    if after.drift_from(before) > params.drift_tolerance:
+        reasons.append(f"drift_tolerance is {params.drift_tolerance:.0%}")
+    return reasons
 
 
 def _put(checkpoint_dir: Path, out_dir: Path) -> None:

@@ -34,13 +34,12 @@ from pipeline.inference.inputs import to_tensor
 from pipeline.inference.segmenter import Prediction, Segmenter
 from pipeline.methods.dense import (
     DenseClipParams,
-    PamrParams,
     PseudoLabelParams,
     WindowParams,
     load_dense_labeller,
 )
 from pipeline.models.layers.regions import majority_of_regions
-from pipeline.params.base import EncoderParams, PredictionSettings
+from pipeline.params.base import EncoderParams, PamrParams, PredictionSettings
 from pipeline.params.benches import CocoBench, CubBench, VocBench
 from pipeline.params.sections import EvaluateParams
 from pipeline.scoring.confusion import ConfusionMatrix
@@ -337,6 +336,23 @@ def test_the_protocol_names_the_options_that_are_on(
     assert {line for line in after if line.startswith(("sliding_window", "refinement"))} == (
         {*network} if network else {*options[-2:]}
     )
+
+
+def test_the_protocol_names_what_refines_the_network_and_not_the_labeller_beside_it(
+    bench: Bench, tmp_path: Path
+) -> None:
+    bench.write(from_predictions(bench))
+    before = bench.evaluate(tmp_path / "before")
+    params = EvaluateParams(overlays=1, flip=True, pamr=PamrParams(dilations=[1, 2], steps=3))
+    after = bench.evaluate(tmp_path / "after", params=params)
+    assert set(after["protocol"]) ^ set(before["protocol"]) == {
+        "refinement: none",
+        "flip: True",
+        "refinement: pamr",
+        "pamr: dilations 1/2, steps 3",
+    }
+    assert after["baseline_miou"] == before["baseline_miou"]
+    assert after["miou"] != before["miou"]
 
 
 @pytest.mark.parametrize(("denseclip", "prefix"), [(False, "baseline_"), (True, "")])

@@ -11,18 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.formats.images import ImageError, decode_label, load_image
 from pipeline.formats.sources import list_images
-from pipeline.inference.inputs import input_size
+from pipeline.inference.inputs import input_size, to_tensor
 from pipeline.inference.labeller import Labeller
 from pipeline.inference.segmenter import Segmenter
 from pipeline.methods.dense import DenseClipParams
-from pipeline.params.base import EncoderParams, PredictionSettings
+from pipeline.models.layers.interpolate import upsample
+from pipeline.models.layers.pamr import refine
+from pipeline.params.base import EncoderParams, PamrParams, PredictionSettings
 from pipeline.params.sections import EvaluateParams
 from pipeline.params.sources import SourceParams
 from pipeline.stages import predict
@@ -464,10 +466,65 @@ def test_params_become_settings_of_a_prediction() -> None:
         "whole_patches": True,
         "upsampling": "published",
         "region_majority": True,
+        "flip": True,
+        "pamr": PamrParams(dilations=[2], steps=3),
     }
     assert PredictionSettings.of(EvaluateParams(**changed)) == PredictionSettings(**changed)
     assert not changed.items() & PredictionSettings().model_dump().items()
     assert PredictionSettings.of(EvaluateParams()) == PredictionSettings()
+
+
+def test_what_refines_a_prediction_is_off_and_then_no_part_of_its_settings() -> None:
+    assert not {"flip", "pamr"} & PredictionSettings().model_dump().keys()
+    assert not {"flip", "pamr"} & EvaluateParams().model_dump().keys()
+
+
+@pytest.mark.parametrize("size", [(48, 48), (64, 32), (8, 8)])
+def test_with_flip_a_mirrored_image_has_the_mirrored_prediction(
+    checkpoint_dir: Path, runtime: Runtime, size: tuple[int, int]
+) -> None:
+    image = noise_image(3, *size)
+    mirrored = ImageOps.mirror(image)
+    differs = []
+    for is_on in (False, True):
+        segmenter = Segmenter.load(
+            checkpoint_dir, runtime=runtime, settings=PredictionSettings(flip=is_on)
+        )
+        found, other = (segmenter(each).semantic for each in (image, mirrored))
+        differs.append((found != other[:, ::-1]).mean())
+    assert differs[1] <= 0.001  # where two names are as likely, rounding decides
+    assert size == (8, 8) or differs[0] > 0.01
+
+
+@pytest.mark.parametrize("size", [(48, 40), (9, 50), (1, 1)])
+def test_pamr_refines_labels_and_proposals_by_colour(
+    checkpoint_dir: Path, runtime: Runtime, size: tuple[int, int]
+) -> None:
+    image, pamr = noise_image(4, *size), PamrParams(dilations=[1, 3], steps=4)
+    plain, refining = (
+        Segmenter.load(
+            checkpoint_dir,
+            runtime=runtime,
+            settings=PredictionSettings(threshold=0.4, suppression="none", pamr=each),
+        )
+        for each in (None, pamr)
+    )
+    before, after = plain(image), refining(image)
+    pixels = to_tensor(image, plain.settings, patch_size=plain.student.patch_size)[None]
+    scores = upsample(plain.student.scores(pixels), pixels.shape[-2:])
+    probabilities = (plain.student.logit_scale * scores).softmax(dim=1)
+    expected = upsample(refine(probabilities, pixels, dilations=[1, 3], steps=4), size[::-1])
+    np.testing.assert_array_equal(after.semantic, expected.argmax(dim=1)[0])
+    assert after.semantic.shape == size[::-1]
+    # What an object is called, and how sure that is, was decided before.
+    of_labels = [{(i.label_id, i.score) for i in found.instances} for found in (before, after)]
+    assert of_labels[1] <= of_labels[0]
+    if size == (48, 40):
+        assert (before.semantic != after.semantic).any()
+        assert any(
+            (a.mask != b.mask).any()
+            for a, b in zip(before.instances, after.instances, strict=False)
+        )
 
 
 def test_scores_and_remainders_are_settings_of_the_segmenter(

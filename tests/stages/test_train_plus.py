@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.benchmarks.voc import VocWriter
 from pipeline.errors import PipelineError
 from pipeline.inference.segmenter import Segmenter
 from pipeline.methods.students import DenseClipPlusParams
+from pipeline.models.layers.interpolate import upsample
+from pipeline.models.layers.pamr import refine
 from pipeline.models.layers.regions import majority_of_regions
-from pipeline.params.base import EncoderParams, PredictionSettings
+from pipeline.params.base import EncoderParams, PamrParams, PredictionSettings
 from pipeline.params.benches import VocBench
 from pipeline.params.sources import SourceParams
 from tests.conftest import encoded_image, noise_image
@@ -124,6 +127,24 @@ def test_a_region_takes_what_most_of_it_has_where_that_is_asked_for(
     assert len(np.unique(maps[0])) == 2  # all is foreground, and so one region
     np.testing.assert_array_equal(maps[1], majority_of_regions(maps[0]))
     assert len(np.unique(maps[1])) == 1
+
+
+def test_flip_and_pamr_refine_what_it_predicts(
+    shards: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    root = run(shards, tmp_path, plus(encoder, data="archives"))
+    image, pamr = noise_image(1, 40, 56), PamrParams(dilations=[1, 2], steps=3)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    segmenter = Segmenter.load(root / "zutis", device="cpu")
+    scores = segmenter.student.scores(pixels)
+    mirrored = segmenter.student.scores(pixels.flip(-1)).flip(-1)
+    for settings, mean in (
+        (PredictionSettings(pamr=pamr), scores),
+        (PredictionSettings(pamr=pamr, flip=True), (scores + mirrored) / 2),
+    ):
+        refined = refine(upsample(mean, (56, 40)).softmax(dim=1), pixels, dilations=[1, 2], steps=3)
+        segmenter = Segmenter.load(root / "zutis", settings=settings, device="cpu")
+        np.testing.assert_array_equal(segmenter(image).semantic, refined.argmax(dim=1)[0])
 
 
 def test_without_a_row_for_background_nothing_is_background(

@@ -8,7 +8,7 @@ Letters: B images, N = 1 + h w tokens (class token first), C joint space, h w pa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +43,6 @@ class AttentionLabeller(ClipLabeller):
         super().__init__(encoder, text, params)
         self._tower = clip_vit(encoder, params.method)
         self._features = FEATURES[params.method]
-
-    def with_text(self, text: Tensor) -> Self:
-        """The same with other unit rows (K, C)."""
-        return type(self)(self.encoder, text, self.params).eval()
 
     @torch.no_grad()
     def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,7 @@ class ClipLabeller(nn.Module):
 
     def with_text(self, text: Tensor) -> Self:
         """The same with other unit rows (K, C)."""
-        raise NotImplementedError
+        return type(self)(self.encoder, text, self.params).eval()
 
     def select(self, label_ids: Sequence[int]) -> Self:
         """The same for some label ids, in this order."""
@@ -115,12 +115,7 @@ class ClipLabeller(nn.Module):
 
     def embed(self, names: Names, templates: Sequence[str]) -> Tensor:
         """Unit rows (1 + K, C) of names in some templates, see `label_embeddings`."""
-        return label_embeddings(
-            self.encoder,
-            background=names.background,
-            categories=names.categories,
-            templates=templates,
-        )
+        return _embed(self.encoder, names, templates)
 
     def scores(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w), see `forward`."""
@@ -179,10 +174,6 @@ class DenseClip(ClipLabeller):
         """Factor of the scores in their softmax; None after key smoothing."""
         return self.params.logit_scale if self.params.key_smoothing is None else None
 
-    def with_text(self, text: Tensor) -> Self:
-        """The same with other unit rows (K, C)."""
-        return type(self)(self.encoder, text, self.params).eval()
-
     @torch.no_grad()
     def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scores as `forward` gives them, and the features (B, C, h, w) behind them, float32."""
@@ -218,13 +209,13 @@ def load_encoder_and_text(
     encoder = load_clip(
         params.encoder, runtime.device, cache_dir=runtime.cache_dir, field="pseudo_label.encoder"
     )
-    text = label_embeddings(
-        encoder,
-        background=names.background,
-        categories=names.categories,
-        templates=templates(params.templates),
+    return encoder, _embed(encoder, names, templates(params.templates))
+
+
+def _embed(encoder: ClipEncoder, names: Names, templates: Sequence[str]) -> Tensor:
+    return label_embeddings(
+        encoder, background=names.background, categories=names.categories, templates=templates
     )
-    return encoder, text
 
 
 def dense_features(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pipeline.models.dense.labels import labels_one_by_one
-from pipeline.models.dense.pamr import refine
 from pipeline.models.dense.windows import cut_windows, joined, joined_features, over_windows
 from pipeline.models.layers.interpolate import upsample
+from pipeline.models.layers.pamr import refined
 
 if TYPE_CHECKING:
     from pipeline.methods.dense import (
@@ -103,9 +103,7 @@ class LabellerWithOptions:
         size = images.shape[-2:]
         scores, *features = self._seen_in_windows(images, with_features=with_features)
         if (pamr := self._params.pamr) is not None:
-            scores = refine(
-                upsample(scores, size), images, dilations=pamr.dilations, steps=pamr.steps
-            )
+            scores = refined(scores, images, pamr)
         if self._has_threshold:
             scores = with_threshold(
                 upsample(scores, size),

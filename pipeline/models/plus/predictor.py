@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import PipelineError, first_line
+from pipeline.formats.labels import LabelMap
 from pipeline.formats.predictions import Segmentation
 from pipeline.models.clip.checkpoint import checkpoint_clip
 from pipeline.models.layers.interpolate import upsampled_labels
+from pipeline.models.layers.pamr import refined_labels
 from pipeline.models.layers.regions import labels_of_regions, regions_protocol
 from pipeline.models.plus.network import PlusNetwork, build_plus
 from pipeline.models.plus.student import LABEL_0
@@ -138,14 +140,31 @@ class PlusPredictor:
     ) -> list[Segmentation]:
         """Label maps at `sizes` (H, W) of images (B, 3, H', W') in [0, 1]; no objects."""
         first = 0 if settings.background and self._label_0 != "none" else 1
-        through = settings.through(images.shape[-2:])
+        images = images.to(self._runtime.device)
+        logits = self._logits(images, first)
+        if settings.flip:
+            logits = (logits + self._logits(images.flip(-1), first).flip(-1)) / 2
         return [
-            Segmentation(
-                labels_of_regions(upsampled_labels(one[None], *through, size)[0], first, settings),
-                [],
-            )
-            for one, size in zip(self._logits(images, first), sizes, strict=True)
+            Segmentation(self._label_map(one[None], image[None], size, first, settings), [])
+            for one, image, size in zip(logits, images, sizes, strict=True)
         ]
+
+    def _label_map(
+        self,
+        logits: Tensor,
+        image: Tensor,
+        size: tuple[int, int],
+        first: int,
+        settings: PredictionSettings,
+    ) -> LabelMap:
+        """Of one image (1, 3, H', W')."""
+        if settings.pamr is None:
+            labels = upsampled_labels(logits, *settings.through(image.shape[-2:]), size)
+        else:
+            labels = refined_labels(
+                logits, image, size, scale=self.logit_scale, params=settings.pamr
+            )
+        return labels_of_regions(labels[0], first, settings)
 
     @torch.no_grad()
     def scores(self, images: Tensor) -> Tensor:

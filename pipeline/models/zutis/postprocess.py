@@ -104,6 +104,7 @@ def instance_predictions(
     sigma: float = 0.5,
     min_score: float = 0.001,
     score_resolution: ScoreResolution = "token",
+    refined_probs: Tensor | None = None,
 ) -> list[Instance]:
     """Labelled, scored and suppressed instances of one image.
 
@@ -126,6 +127,8 @@ def instance_predictions(
             over the proposal thresholded on the token grid, another region than the final mask.
             "pixel": over the final mask. The paper does not say (Algorithm 1 leaves upsampling out
             "for readability").
+        refined_probs: (Q, h', w') what the final masks are made of; None for `mask_probs`. Labels
+            and scores stay those of `mask_probs`.
 
     Returns:
         Instances by falling score, of equals the earlier query first.
@@ -146,7 +149,8 @@ def instance_predictions(
     # Background and empty masks influence no other mask, so they can go before suppression.
     candidates = (labels != BACKGROUND).nonzero()[:, 0]
     target_size = size or (mask_probs.shape[1], mask_probs.shape[2])
-    crops = _crops(mask_probs[candidates].float().cpu(), target_size, threshold)
+    final_probs = mask_probs if refined_probs is None else refined_probs
+    crops = _crops(final_probs[candidates].float().cpu(), target_size, threshold)
     occupied = [i for i, crop in enumerate(crops) if crop is not None]
     masks = [crop for crop in crops if crop is not None]
     label_ids = labels[candidates].cpu().numpy()[occupied]

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import PipelineError, first_line
 from pipeline.formats.labels import LabelMap
 from pipeline.formats.predictions import Instance, Segmentation
 from pipeline.models.clip.checkpoint import checkpoint_clip
+from pipeline.models.layers.pamr import refined, refined_labels
 from pipeline.models.layers.regions import labels_of_regions, regions_protocol
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
 from pipeline.models.weights.weights import hash_tensors, load_state, load_strict
@@ -104,17 +106,26 @@ class ZutisPredictor:
         self, images: Tensor, sizes: Sequence[tuple[int, int]], settings: PredictionSettings
     ) -> list[Segmentation]:
         """Predictions at `sizes` (H, W) of images (B, 3, H', W') in [0, 1]."""
-        with self._runtime.autocast():
-            output = self._network(images.to(self._runtime.device))
-        mask_probs = output.mask_logits[:, -1].float().sigmoid()
-        patch_tokens = output.patch_tokens.float()
+        images = images.to(self._runtime.device)
+        mask_probs, patch_tokens = self._see(images)
+        if settings.flip:
+            mirrored = self._see(images.flip(-1))[1].flip(2)
+            patch_tokens = F.normalize(patch_tokens + mirrored, dim=-1)
         return [
             Segmentation(
-                self._label_map(tokens, size, settings),
-                self._instances(probs, tokens, size, settings) if settings.instances else [],
+                self._label_map(tokens, image, size, settings),
+                self._instances(probs, tokens, image, size, settings) if settings.instances else [],
             )
-            for probs, tokens, size in zip(mask_probs, patch_tokens, sizes, strict=True)
+            for probs, tokens, image, size in zip(
+                mask_probs, patch_tokens, images, sizes, strict=True
+            )
         ]
+
+    def _see(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Proposals (B, Q, h, w) of the last decoder layer, and patch tokens (B, h, w, C)."""
+        with self._runtime.autocast():
+            output = self._network(images)
+        return output.mask_logits[:, -1].float().sigmoid(), output.patch_tokens.float()
 
     @torch.no_grad()
     def scores(self, images: Tensor) -> Tensor:
@@ -135,19 +146,36 @@ class ZutisPredictor:
         }
 
     def _label_map(
-        self, patch_tokens: Tensor, size: tuple[int, int], settings: PredictionSettings
+        self,
+        patch_tokens: Tensor,
+        image: Tensor,
+        size: tuple[int, int],
+        settings: PredictionSettings,
     ) -> LabelMap:
         first = 0 if settings.background else 1
-        semantic = semantic_prediction(patch_tokens[None], self._text[first:], size)[0]
-        return labels_of_regions(semantic, first, settings)
+        tokens, text = patch_tokens[None], self._text[first:]
+        if settings.pamr is None:
+            semantic = semantic_prediction(tokens, text, size)
+        else:
+            semantic = refined_labels(
+                semantic_logits(tokens, text),
+                image[None],
+                size,
+                scale=self.logit_scale,
+                params=settings.pamr,
+            )
+        return labels_of_regions(semantic[0], first, settings)
 
     def _instances(
         self,
         mask_probs: Tensor,
         patch_tokens: Tensor,
+        image: Tensor,
         size: tuple[int, int],
         settings: PredictionSettings,
     ) -> list[Instance]:
+        pamr = settings.pamr
+        finer = None if pamr is None else refined(mask_probs[None], image[None], pamr)[0]
         return instance_predictions(
             mask_probs,
             patch_tokens,
@@ -157,4 +185,5 @@ class ZutisPredictor:
             temperature=settings.temperature,
             suppression=settings.suppression,
             score_resolution=settings.score_resolution,
+            refined_probs=finer,
         )

@@ -24,7 +24,7 @@ from pipeline.methods.dense import (
     load_dense_labeller,
 )
 from pipeline.models.clip import label_embeddings, load_clip
-from pipeline.models.dense.pamr import refine
+from pipeline.models.layers.pamr import refine
 from pipeline.params.base import EncoderParams
 from pipeline.params.reading import parse_params
 from pipeline.vocabulary.categories import Names

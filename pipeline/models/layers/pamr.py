@@ -13,8 +13,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.models.layers.interpolate import upsample, upsampled_labels
+from pipeline.params.base import PamrParams
+
 AROUND = [place for place in product((-1, 0, 1), repeat=2) if place != (0, 0)]
 STD_EPS, STD_SCALE = 1e-8, 0.1
+
+
+def refined(maps: Tensor, images: Tensor, params: PamrParams) -> Tensor:
+    """Maps (B, K, h, w) brought to the size of images (B, 3, H, W), and refined there."""
+    maps = upsample(maps, images.shape[-2:])
+    return refine(maps, images, dilations=params.dilations, steps=params.steps)
+
+
+def refined_labels(
+    scores: Tensor, images: Tensor, *sizes: Sequence[int], scale: float, params: PamrParams
+) -> Tensor:
+    """Label ids (B, H, W) whose refined probability is the largest, of equals the first.
+
+    Args:
+        scores: (B, K, h, w) float32.
+        images: (B, 3, H', W') of which they are.
+        sizes: of resizings after the refinement, the last one (H, W).
+        scale: factor of the scores in their softmax.
+        params: how they are refined.
+    """
+    probabilities = (scale * upsample(scores, images.shape[-2:])).softmax(dim=1)
+    return upsampled_labels(refined(probabilities, images, params), *sizes)
 
 
 def refine(scores: Tensor, images: Tensor, *, dilations: Sequence[int], steps: int) -> Tensor:
