@@ -18,6 +18,7 @@ from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent
 BATCH = 1000  # samples that are held at a time
+AFTER_EDGE = 1e-3  # pixels
 
 
 def main() -> None:
@@ -66,13 +67,28 @@ def _sample(fo: Any, row: dict[str, Any]) -> Any:
 
 
 def _detection(fo: Any, found: dict[str, Any], size: list[int]) -> Any:
-    left, top, width, height = found["box"]
     with Image.open(io.BytesIO(base64.b64decode(found["mask"]))) as png:
         mask = np.array(png) > 0
-    box = [left / size[0], top / size[1], width / size[0], height / size[1]]
     return fo.Detection(
-        label=found["label"], bounding_box=box, mask=mask, confidence=found["score"]
+        label=found["label"],
+        bounding_box=relative_box(found["box"], size),
+        mask=mask,
+        confidence=found["score"],
     )
+
+
+def relative_box(box: list[int], size: list[int]) -> list[float]:
+    """Left, top, width, height as shares of an image's width and height.
+
+    FiftyOne multiplies them and rounds down, so that a corner must not lie just before its pixel.
+    """
+    left, top, width, height = box
+    return [
+        (left + AFTER_EDGE) / size[0],
+        (top + AFTER_EDGE) / size[1],
+        width / size[0],
+        height / size[1],
+    ]
 
 
 def _options() -> argparse.Namespace:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline.exporters.fiftyone import Fiftyone
 from pipeline.exporters.hf import Hf
+from pipeline.exporters.open_fiftyone import relative_box
 from pipeline.formats.images import decode_label, decode_png
 from tests.exporters.hard_images import CATEGORIES, HEIGHT, WIDTH, written
 
@@ -87,6 +88,15 @@ for sample in dataset:
     seen.append({"masks": masks, "rank": sample["rank"]})
 print(json.dumps(seen))
 """
+
+
+@pytest.mark.parametrize("side", [1, 7, 41, 96, 333])
+def test_boxes_for_fiftyone_begin_and_end_at_their_pixels(side: int) -> None:
+    for start in range(side):
+        for extent in range(1, side - start + 1):
+            x, _, width, _ = relative_box([start, 0, extent, 1], [side, 1])
+            ends = int(side * x), int(side * min(x + width, 1))  # as FiftyOne computes them
+            assert ends == (start, start + extent)
 
 
 def test_hf_has_typed_parquet_files_a_split(tmp_path: Path) -> None:
