@@ -18,6 +18,7 @@ from pipeline.errors import PipelineError
 from pipeline.exporters.images import as_jpeg
 from pipeline.exporters.items import ExportedImage
 from pipeline.exporters.maps import label_map, object_map
+from pipeline.files import native_path
 
 LABELMAP = "labelmap.txt"
 MOST = VOID - 1
@@ -56,7 +57,7 @@ class Voc:
         if lost := len(image.objects) - len(kept):
             self.counts["objects_without_pixels"] += lost
         self._writer.add(
-            stem,
+            str(native_path(stem)),
             as_jpeg(image.name, image.data),
             np.where(labels == NOT_SAID, VOID, labels),
             np.where(labels == NOT_SAID, VOID, numbers[places]),
