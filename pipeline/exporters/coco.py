@@ -54,8 +54,8 @@ class Coco:
     def finish(self) -> str:
         for file in self._files.values():
             file.close()
-        name = next(iter(split for _, split in self._files), "train")
-        path = self._folder / RLES / f"instances_{name}.json"
+        split = min(split for _, split in self._files)
+        path = self._folder / RLES / f"instances_{split}.json"
         return f'python -c "from pycocotools.coco import COCO; COCO({str(path)!r})"'
 
     def _annotation(self, item: ExportedObject) -> dict[str, Any]:

@@ -72,4 +72,4 @@ class Png16:
         ]
         content = {"categories": categories, "images": self._images}
         write_json(self._folder / LISTED, content)
-        return f"numpy.asarray(PIL.Image.open({str(self._folder / INSTANCES)!r} + '/NAME.png'))"
+        return f"any reader of 16-bit PNGs, such as Pillow: {self._folder / INSTANCES}"
