@@ -133,6 +133,6 @@ def _archives(session: Session, masks: Path, labels: Path | None) -> Source:
     return ArchiveMasks(masks, session.categories, labels_dir=labels)
 
 
-def _export_onnx(session: Session, out: Path) -> None:
+def _export_onnx(session: Session, out: Path) -> None:  # noqa: ARG001
     """A checkpoint as an ONNX file."""
-    raise PipelineError("--to onnx: not yet")
+    raise PipelineError("--to onnx: not there yet")

@@ -1,6 +1,7 @@
 """COCO: `images/`, masks as RLE in `annotations/`, and as polygons in `annotations_polygons/`.
 
-Both folders have `instances_SPLIT.json`, with the same ids.
+Both folders have `instances_SPLIT.json`, with the same ids. What COCO does not know: an image has
+`source` and the `sha256` of the file that it came from, an annotation a `score`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, TextIO
 
 from pipeline.exporters.items import ExportedImage, ExportedObject
 from pipeline.exporters.polygons import polygons
+from pipeline.files import native_path
 from pipeline.formats.rle import coco_annotation, encode_mask
 
 IMAGES, RLES, POLYGONS = "images", "annotations", "annotations_polygons"
@@ -30,12 +32,14 @@ class Coco:
 
     def add(self, image: ExportedImage) -> None:
         self._num_images += 1
-        (self._folder / IMAGES / image.name).write_bytes(image.data)
+        (self._folder / IMAGES / native_path(image.name)).write_bytes(image.data)
         entry = {
             "id": self._num_images,
             "file_name": image.name,
             "width": image.width,
             "height": image.height,
+            "source": image.source,
+            "sha256": image.facts.get("sha256", ""),
         }
         rles, outlines = self._file(RLES, image.split), self._file(POLYGONS, image.split)
         rles.images.append(entry)
@@ -50,8 +54,8 @@ class Coco:
     def finish(self) -> str:
         for file in self._files.values():
             file.close()
-        name = next(iter(split for _, split in self._files), "train")
-        path = self._folder / RLES / f"instances_{name}.json"
+        split = min(split for _, split in self._files)
+        path = self._folder / RLES / f"instances_{split}.json"
         return f'python -c "from pycocotools.coco import COCO; COCO({str(path)!r})"'
 
     def _annotation(self, item: ExportedObject) -> dict[str, Any]:

@@ -125,7 +125,9 @@ def _chosen(
 
 def _words(labels: LabelMap) -> NDArray[np.uint16]:
     """Label ids of 16 bits without a sign."""
-    return np.where(labels == IGNORE_INDEX, WORD_IGNORE, labels).astype(np.uint16)
+    words = labels.astype(np.uint16)
+    words[labels == IGNORE_INDEX] = WORD_IGNORE
+    return words
 
 
 def _described(image: ExportedImage) -> dict[str, Any]:
@@ -174,4 +176,4 @@ def _say(out_dir: Path, tally: Tally, counts: Mapping[str, int], opened_by: str)
     print(f"export: {tally.items} images, {len(tally.skipped)} skipped, {numbers}: {out_dir}")
     for entry in tally.skipped[:3]:
         print(f"  skipped {entry['item']}: {entry['reason']}")
-    print(f"open it with: {opened_by}")
+    print(f"opened by {opened_by}")

@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.errors import PipelineError
 from pipeline.exporters.items import ExportedImage
 from pipeline.exporters.maps import label_map, object_map
-from pipeline.files import write_json
+from pipeline.files import native_path, write_json
 from pipeline.formats.images import encode_png
 
 IMAGES, INSTANCES, SEMANTIC, LISTED = "images", "instances", "semantic", "instances.json"
@@ -41,9 +41,9 @@ class Png16:
             )
         name = f"{PurePosixPath(image.name).stem}.png"
         numbers = object_map(image)
-        (self._folder / IMAGES / image.name).write_bytes(image.data)
-        (self._folder / INSTANCES / name).write_bytes(encode_png(numbers))
-        (self._folder / SEMANTIC / name).write_bytes(encode_png(label_map(image)))
+        (self._folder / IMAGES / native_path(image.name)).write_bytes(image.data)
+        (self._folder / INSTANCES / native_path(name)).write_bytes(encode_png(numbers))
+        (self._folder / SEMANTIC / native_path(name)).write_bytes(encode_png(label_map(image)))
         areas = np.bincount(numbers.ravel(), minlength=len(image.objects) + 1).tolist()
         self._images.append(
             {
@@ -72,4 +72,4 @@ class Png16:
         ]
         content = {"categories": categories, "images": self._images}
         write_json(self._folder / LISTED, content)
-        return f"numpy.asarray(PIL.Image.open({str(self._folder / INSTANCES)!r} + '/NAME.png'))"
+        return f"any reader of 16-bit PNGs, such as Pillow: {self._folder / INSTANCES}"

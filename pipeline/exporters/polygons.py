@@ -89,14 +89,14 @@ def _joined(outline: Polygon, rings: Sequence[Polygon]) -> Polygon:
 def _rings(mask: NDArray[np.bool_]) -> Iterator[Polygon]:
     """The closed ways along the edges of a mask, each from its top left corner to the right.
 
-    The corners of a row, from the left, are ends of horizontal edges in pairs, those of a column of
-    vertical ones. Where two pixels touch at a corner alone, it is there twice, and the ways keep the
-    pixels apart.
+    The corners of a row, from the left, are ends of horizontal edges in pairs, those of a column
+    of vertical ones. Where two pixels touch at a corner alone, it is there twice, and the ways keep
+    the pixels apart.
     """
     y, x, is_falling = _corners(mask)
     count = len(x)
     across = np.arange(count) ^ 1  # the other end of the horizontal edge
-    # Both copies of a double corner keep their order in the column if the pixels lie \, else not.
+    # The copies of a double corner keep their order in its column where its pixels fall.
     order = np.lexsort((np.where(is_falling, np.arange(count), -np.arange(count)), y, x))
     along = np.empty(count, np.int64)
     along[order] = order[np.arange(count) ^ 1]
@@ -117,7 +117,7 @@ def _rings(mask: NDArray[np.bool_]) -> Iterator[Polygon]:
 def _corners(
     mask: NDArray[np.bool_],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Rows and columns of the corners, sorted by both, and whether one is of two pixels that lie \\.
+    """Rows and columns of the corners, sorted by both, and where two pixels fall from the left.
 
     A corner has one or three pixels around it, or two across, and then is there twice.
     """

@@ -73,15 +73,15 @@ class Entry(NamedTuple):
 
 
 class Source(Protocol):
-    """Results to export.
+    """Results to export."""
 
-    Attributes:
-        categories: names in the order of the label ids from 1.
-        origin: what the results are and what made them, for the manifest.
-    """
+    @property
+    def categories(self) -> Sequence[str]:
+        """Names in the order of the label ids from 1."""
 
-    categories: Sequence[str]
-    origin: Mapping[str, Any]
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """What the results are and what made them, for the manifest."""
 
     def __len__(self) -> int: ...
 
@@ -229,7 +229,8 @@ class BenchPredictions:
 class ArchiveMasks:
     """The archives' images, with pseudo-masks and perhaps dense labels; see `Source`.
 
-    An image in several archives comes once, with the objects of each. Negatives have no object.
+    An image in several archives comes once, with the objects of each, under its key, which is the
+    same in every run. Negatives have no object.
     """
 
     def __init__(
@@ -254,7 +255,7 @@ class ArchiveMasks:
         self.origin = {
             "kind": "pseudo-labels of the archives",
             "path": masks_dir.as_posix(),
-            **{name: value for name, value in _settings(self._samples).items()},
+            **_settings(self._samples),
             **({} if labels_dir is None else {"labels": labels_dir.as_posix()}),
         }
 
@@ -267,8 +268,7 @@ class ArchiveMasks:
             name = described["path"]
             if described.get("member") is not None:
                 name = f"{name}:{described['member']}"
-            stem = PurePosixPath(described.get("member") or described["path"]).stem
-            yield Entry(name, stem, partial(self._read, places))
+            yield Entry(name, described["key"], partial(self._read, places))
 
     def _read(self, places: Sequence[int]) -> Found:
         objects: list[ExportedObject] = []

@@ -18,10 +18,11 @@ from pipeline.errors import PipelineError
 from pipeline.exporters.images import as_jpeg
 from pipeline.exporters.items import ExportedImage
 from pipeline.exporters.maps import label_map, object_map
+from pipeline.files import native_path
+from pipeline.formats.images import WORD_IGNORE
 
 LABELMAP = "labelmap.txt"
 MOST = VOID - 1
-NOT_SAID = 65535
 
 
 class Voc:
@@ -56,10 +57,10 @@ class Voc:
         if lost := len(image.objects) - len(kept):
             self.counts["objects_without_pixels"] += lost
         self._writer.add(
-            stem,
+            str(native_path(stem)),
             as_jpeg(image.name, image.data),
-            np.where(labels == NOT_SAID, VOID, labels),
-            np.where(labels == NOT_SAID, VOID, numbers[places]),
+            np.where(labels == WORD_IGNORE, VOID, labels),
+            np.where(labels == WORD_IGNORE, VOID, numbers[places]),
         )
 
     def finish(self) -> str:
@@ -72,4 +73,4 @@ class Voc:
             for name, colour in zip([*names, "void"], colours, strict=True)
         )
         (self._folder / LABELMAP).write_text(text, encoding="utf-8")
-        return f"a benchmark of format voc (docs/papers.md), root {self._folder}; {CLASSES}/*.png"
+        return f"any reader of PASCAL VOC: {self._folder / CLASSES}, ids as in {LABELMAP}"

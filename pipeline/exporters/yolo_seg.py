@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pipeline.exporters.items import ExportedImage, ExportedObject
 from pipeline.exporters.polygons import one_polygon
+from pipeline.files import native_path
 
 DATA = "data.yaml"
 
@@ -30,10 +31,10 @@ class YoloSeg:
             self._splits.add(image.split)
             images.mkdir(parents=True)
             labels.mkdir(parents=True)
-        (images / image.name).write_bytes(image.data)
+        name = native_path(image.name)
+        (images / name).write_bytes(image.data)
         text = "".join(_line(item, image) for item in image.objects)
-        name = PurePosixPath(image.name).with_suffix(".txt").name
-        (labels / name).write_text(text, encoding="utf-8")
+        (labels / name.with_suffix(".txt")).write_text(text, encoding="utf-8")
 
     def finish(self) -> str:
         # Ultralytics asks for both splits, and finds them beside the file where `path` is left out.
