@@ -17,6 +17,7 @@ from pipeline.cli.cache import cache_app
 from pipeline.cli.common import PARAMS, ExecutorName, Session
 from pipeline.cli.demo import demo_app
 from pipeline.cli.doctor import doctor_app
+from pipeline.cli.export import export_app
 from pipeline.cli.imports import import_app
 from pipeline.cli.licences import licences_app
 from pipeline.cli.new import new_app
@@ -43,6 +44,7 @@ app = typer.Typer(
 app.add_typer(new_app)
 app.add_typer(licences_app)
 app.add_typer(stages_app)
+app.add_typer(export_app)
 app.add_typer(rounds_app)
 app.add_typer(plus_app)
 app.add_typer(doctor_app)

@@ -40,7 +40,9 @@ class ExportedImage:
             None where there are only objects.
         split: `train` or `val`.
         source: where the image came from: a path, or an item of an index dataset.
-        facts: what else is known, such as an archive's `rank` and `similarity`.
+        facts: what else is known, such as an archive's `rank` and `similarity`; always `sha256`,
+            that of the image's own file.
+        truth: the true objects; None where they are not known.
     """
 
     name: str
@@ -52,10 +54,14 @@ class ExportedImage:
     split: str = "train"
     source: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    truth: Sequence[ExportedObject] | None = None
 
 
 class Exporter(Protocol):
-    """A format while it is written; made with `(folder, categories)`, the folder being empty."""
+    """A format while it is written; made with `(folder, categories)`, the folder being empty.
+
+    What it has to leave out, it may count in an attribute `counts`, a mapping of names.
+    """
 
     def __init__(self, folder: Path, categories: Sequence[str]) -> None: ...
 

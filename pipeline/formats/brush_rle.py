@@ -4,6 +4,7 @@ The code is a list of bytes. Its bits, the highest of a byte first: 32 of the nu
 the bits of a value less 1, four times 4 of the bits of a run's length less 1; then runs: a bit that
 says whether one value is repeated, 2 that say which of the four lengths follows, the length less 1,
 and the value, or as many values as are in the run. (The format is that of `@thi.ng/rle-pack`.)
+What is written here has runs of one value only, four equal ones a pixel: 0, or 255 inside.
 """
 
 from __future__ import annotations
@@ -13,9 +14,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+RUN_BITS = (3, 4, 8, 16)
 CHANNELS, ALPHA = 4, 3
 OPAQUE = 128
+INSIDE = 255
 VALUE_BITS = 8
+LONGEST_RUN = 1 << RUN_BITS[-1]
+
+
+def encode_brush(mask: NDArray[np.bool_]) -> list[int]:
+    """Bytes of the code of a mask (H, W) with at least one pixel in all."""
+    values = mask.ravel()
+    starts = np.concatenate(([0], np.flatnonzero(values[1:] != values[:-1]) + 1))
+    lengths = np.diff(starts, append=values.size) * CHANNELS
+    bits = [
+        f"{values.size * CHANNELS:032b}{VALUE_BITS - 1:05b}",
+        *(f"{size - 1:04b}" for size in RUN_BITS),
+    ]
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        value = INSIDE if values[start] else 0
+        whole, rest = divmod(length, LONGEST_RUN)
+        bits += [_run(LONGEST_RUN, value)] * whole
+        if rest:
+            bits.append(_run(rest, value))
+    text = "".join(bits)
+    text += "0" * (-len(text) % 8)
+    return list(int(text, 2).to_bytes(len(text) // 8, "big"))
+
+
+def _run(length: int, value: int) -> str:
+    """Bits of a run of one value, its length in the fewest bits that hold it."""
+    which = next(i for i, bits in enumerate(RUN_BITS) if length <= 1 << bits)
+    return f"1{which:02b}{length - 1:0{RUN_BITS[which]}b}{value:0{VALUE_BITS}b}"
 
 
 def decode_brush(code: Any, size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO
@@ -19,14 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline import __version__
 from pipeline.benchmarks.voc import VOID, encode_index_png
 from pipeline.engine.batching import batches
 from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError, counted
+from pipeline.exporters.naming import UniqueNames
 from pipeline.files import (
     atomic_path,
     check_writable,
+    file_sha256,
     given_path,
     native_path,
     read_json,
@@ -42,7 +45,7 @@ from pipeline.inference.labeller import Labeller
 from pipeline.inference.photos import LabellerOfPhotos, PhotoSegmenter
 from pipeline.inference.segmenter import Prediction, Segmenter
 from pipeline.methods.dense import PseudoLabelParams
-from pipeline.models.weights.checkpoint import read_checkpoint_config
+from pipeline.models.weights.checkpoint import WEIGHTS_NAME, read_checkpoint_config
 from pipeline.models.weights.zoo import resolve_weights
 from pipeline.params.base import PredictionSettings
 from pipeline.params.sections import EvaluateParams
@@ -79,10 +82,11 @@ def run(
 
     `predictions.json` is a COCO file: images (an id from 1, width, height, file_name, and
     `overlay` and `labels`, the pictures' names), annotations (ids from 1, RLE with text counts, box
-    x y width height, area, score), categories (ids from 1, in the order asked for), and `skipped`,
-    the images that could not be read. Pictures of confidence are `confidence/CATEGORY/NAME.png`,
-    grey, at the image's size, 255 where the model is sure of the category; an image's `confidence`
-    names them by category. `stats.json` counts other files by kind, as `left_out`, and names as
+    x y width height, area, score), categories (ids from 1, in the order asked for), `skipped`, the
+    images that could not be read, and `info`: version and checkpoint with the hash of its weights,
+    or dense labeller. Pictures of confidence are `confidence/CATEGORY/NAME.png`, grey, at the
+    image's size, 255 where the model is sure of the category; an image's `confidence` names them by
+    category. `stats.json` counts other files by kind, as `left_out`, and names as
     `never_predicted` the categories without a pixel in any label map. The outputs of
     an earlier run are replaced when everything is done.
 
@@ -132,7 +136,7 @@ def run(
     ):
         stage.left_out.update(left_out)
         output = _CocoWriter(file)
-        names = _UniqueNames()
+        names = UniqueNames()
         predicted = Predicted(segmenter.categories)
         for batch in batches(_load_images(paths, stage), params.batch_size):
             predictions = segmenter.predict([image for _, image in batch])
@@ -154,7 +158,9 @@ def run(
                 f"{stage.skipped[0]['item']}: {stage.skipped[0]['reason']}"
             )
         stage.note("never_predicted", predicted.never())
-        output.finish(segmenter.categories, stage.skipped)
+        output.finish(
+            segmenter.categories, stage.skipped, info=_made_by(checkpoint_dir, labeller, runtime)
+        )
 
 
 def _asked(
@@ -202,9 +208,20 @@ def _load(
     )
 
 
+def _made_by(
+    checkpoint_dir: Path | None, labeller: PseudoLabelParams | None, runtime: Runtime
+) -> dict[str, str]:
+    """What predicts, and the version of this package."""
+    info = {"version": __version__}
+    if checkpoint_dir is not None:
+        weights = resolve_weights(checkpoint_dir, runtime.cache_dir) / WEIGHTS_NAME
+        return info | {"checkpoint": str(checkpoint_dir), "weights": file_sha256(weights)}
+    return info | ({"model": labeller.method} if labeller else {})
+
+
 def _folder_names(categories: Sequence[str]) -> dict[str, str]:
     """A folder's name for each category, in which it can be recognised."""
-    names = _UniqueNames()
+    names = UniqueNames()
     return {
         category: names.take(re.sub(r"\W+", "_", category)[:FOLDER_LENGTH].strip("_") or "name")
         for category in dict.fromkeys(categories)
@@ -346,20 +363,6 @@ def _draw_confidence(probability: NDArray[np.float32]) -> Image.Image:
     return Image.fromarray((255 * probability).round().astype(np.uint8))
 
 
-class _UniqueNames:
-    """File names that differ even where upper and lower case are the same."""
-
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
-
-    def take(self, stem: str) -> str:
-        """`stem`, or with the first free number from 2."""
-        candidates = chain([stem], (f"{stem}_{number}" for number in count(2)))
-        name = next(name for name in candidates if name.casefold() not in self._taken)
-        self._taken.add(name.casefold())
-        return name
-
-
 class _CocoWriter:
     """Writes a COCO file as predictions come; only the entries of the images are kept."""
 
@@ -403,7 +406,13 @@ class _CocoWriter:
             )
             self._file.write(json.dumps(annotation))
 
-    def finish(self, categories: Sequence[str], skipped: Sequence[dict[str, str]]) -> None:
+    def finish(
+        self,
+        categories: Sequence[str],
+        skipped: Sequence[dict[str, str]],
+        *,
+        info: Mapping[str, str],
+    ) -> None:
         """Write what is left and close the JSON object."""
         listed = [{"id": number, "name": name} for number, name in enumerate(categories, start=1)]
         for name, values in (
@@ -413,4 +422,4 @@ class _CocoWriter:
         ):
             lines = ",\n".join(json.dumps(value, ensure_ascii=False) for value in values)
             self._file.write(f'\n],\n"{name}": [\n{lines}')
-        self._file.write("\n]}\n")
+        self._file.write(f'\n],\n"info": {json.dumps(info, ensure_ascii=False)}}}\n')

@@ -1,0 +1,138 @@
+"""`pipeline export`: results in the files that other tools read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.benches import find_bench
+from pipeline.cli.common import PATHS, MasksPath, Session
+from pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.exporters.sources import Source
+
+export_app = typer.Typer()
+ONNX = "onnx"
+
+
+@export_app.command()
+def export(
+    ctx: typer.Context,
+    predictions: Annotated[
+        Path | None,
+        typer.Argument(
+            help="What `predict --out` wrote; with --bench, what `predict_bench` wrote."
+        ),
+    ] = None,
+    *,
+    to: Annotated[str, typer.Option(help="A format: docs/export.md, or `--to list`.")],
+    out: Annotated[
+        Path | None, typer.Option(help="What is written: a folder, of onnx a file.")
+    ] = None,
+    bench: Annotated[
+        str | None, typer.Option(help="Predictions of this benchmark: data/predictions/BENCH.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the benchmark's data, where not its own.")
+    ] = None,
+    archives: Annotated[bool, typer.Option(help="The archives' images with pseudo-masks.")] = False,
+    masks: MasksPath = PATHS["masks"],
+    labels: Annotated[
+        Path | None, typer.Option(help="With --archives: dense labels as label maps: data/labels.")
+    ] = None,
+    min_score: Annotated[
+        float, typer.Option(min=0, max=1, help="Leave out objects that score less.")
+    ] = 0.0,
+    split: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the images for validation, chosen by content; default: 0.1 of "
+            "yolo-seg, none of others.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
+) -> None:
+    """Predictions or pseudo-labels as COCO, YOLO, VOC and others; a checkpoint as ONNX.
+
+    `pipeline export PREDICTIONS --to coco --out DIR`, `--bench voc` or `--archives` in place of
+    PREDICTIONS. The folder is written whole or not at all, and its manifest.json says what was
+    exported from what.
+    """
+    from pipeline.exporters.outputs import check_file, check_folder
+    from pipeline.exporters.registry import FORMATS, find_format
+
+    if to == "list":
+        for name, known in FORMATS.items():
+            print(f"{name:14} {known.summary}")
+        return
+    if out is None:
+        raise PipelineError("--out: missing; name the folder to write")
+    if to == ONNX:
+        check_file(out, force=force)
+        _export_onnx(ctx.obj, out)
+        return
+    find_format(to)
+    _check_sources(predictions, bench, archives, labels)
+    check_folder(out, force=force)
+    from pipeline.exporters import export as exporter
+
+    session: Session = ctx.obj
+    exporter.run(
+        source=_archives(session, masks, labels)
+        if archives
+        else _predictions(session, predictions, bench, root),
+        format_name=to,
+        out_dir=out,
+        min_score=min_score,
+        val_share=split,
+    )
+
+
+def _check_sources(
+    predictions: Path | None, bench: str | None, archives: bool, labels: Path | None
+) -> None:
+    """Refuse no source, and two."""
+    if archives == (predictions is not None or bench is not None):
+        raise PipelineError(
+            "export: name one source: the folder that `predict --out` wrote, --bench NAME, or "
+            "--archives"
+        )
+    if labels is not None and not archives:
+        raise PipelineError("--labels: has a meaning with --archives only; leave it out")
+
+
+def _predictions(
+    session: Session, folder: Path | None, bench: str | None, root: Path | None
+) -> Source:
+    from pipeline.exporters.sources import BenchPredictions, PhotoPredictions
+    from pipeline.files import given_path
+
+    if bench is None:
+        assert folder is not None  # `_check_sources`
+        return PhotoPredictions(given_path(folder))
+    from pipeline.benchmarks.opening import open_benchmark
+
+    params = session.params
+    entry = find_bench(params.benches, bench, params_path=session.params_path, root=root)
+    return BenchPredictions(
+        given_path(folder) if folder else PATHS["predictions"] / bench,
+        open_benchmark(bench, entry, params.background),
+        name=bench,
+        truth="instance" in entry.metrics,
+    )
+
+
+def _archives(session: Session, masks: Path, labels: Path | None) -> Source:
+    from pipeline.exporters.sources import ArchiveMasks
+
+    return ArchiveMasks(masks, session.categories, labels_dir=labels)
+
+
+def _export_onnx(session: Session, out: Path) -> None:  # noqa: ARG001
+    """A checkpoint as an ONNX file."""
+    raise PipelineError("--to onnx: not there yet")
