@@ -225,8 +225,11 @@ def corrections(
         stats_path=stats,
         skip_empty=skip_empty,
     )
+    listed = session.params.categories
+    if not isinstance(listed, str):
+        listed = session.categories
     print(f"{out}: for {session.params_path}:")
-    print("\n".join(importer.params_lines(bench, out, session.params.categories)))
+    print("\n".join(importer.params_lines(bench, out, listed)))
 
 
 def _bench_folder(session: Session, name: str, out: Path | None, *, force: bool) -> Path:
