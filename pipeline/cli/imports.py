@@ -225,9 +225,7 @@ def corrections(
         stats_path=stats,
         skip_empty=skip_empty,
     )
-    listed = session.params.categories
-    if not isinstance(listed, str):
-        listed = session.categories
+    listed = session.params.category_names
     print(f"{out}: for {session.params_path}:")
     print("\n".join(importer.params_lines(bench, out, listed)))
 
