@@ -13,9 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 FOLDER = Path(__file__).resolve().parent
 BATCH = 1000  # samples that are held at a time
 AFTER_EDGE = 1e-3  # pixels
@@ -23,9 +20,11 @@ AFTER_EDGE = 1e-3  # pixels
 
 def main() -> None:
     """Make the dataset, if there is none yet, and open it in a browser."""
-    import fiftyone as fo
-
     options = _options()
+    try:
+        import fiftyone as fo
+    except ImportError as error:
+        sys.exit(f"{error}; pip install fiftyone")
     dataset = fo.load_dataset(options.name) if fo.dataset_exists(options.name) else None
     if dataset is not None and dataset.info.get("folder") != str(FOLDER):
         sys.exit(
@@ -67,6 +66,9 @@ def _sample(fo: Any, row: dict[str, Any]) -> Any:
 
 
 def _detection(fo: Any, found: dict[str, Any], size: list[int]) -> Any:
+    import numpy as np
+    from PIL import Image
+
     with Image.open(io.BytesIO(base64.b64decode(found["mask"]))) as png:
         mask = np.array(png) > 0
     return fo.Detection(
