@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import html
 from collections.abc import Collection, Sequence
@@ -71,6 +72,22 @@ def load_category_set(
             fault = twice if other.lower() == name.lower() else same
             raise PipelineError(f"{field}: {name!r} {fault}; remove one")
     return names
+
+
+def split_names(text: str, field: str) -> list[str]:
+    """Names between commas, quoted as in CSV.
+
+    Raises:
+        PipelineError: a quote that is not closed.
+    """
+    try:
+        rows = list(csv.reader([text], skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        raise PipelineError(
+            f"{field}: {text}: not names between commas ({error}); a name with a comma or a "
+            'quote is written as in CSV: "hammer, claw",saw'
+        ) from None
+    return rows[0] if rows else []
 
 
 def plain_name(name: str) -> str:
