@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
@@ -79,8 +80,7 @@ def _serve_alone(
     source: SegmenterSource, listener: socket.socket, limits: Limits, threads: int
 ) -> None:
     server = _make_server(source, limits, threads)
-    _announce(listener, 1, threads)
-    _run(server, listener)
+    _run(server, listener, lambda: _announce(listener, 1, threads))
 
 
 def _make_server(source: SegmenterSource, limits: Limits, threads: int) -> _Server:
@@ -106,9 +106,19 @@ def _make_server(source: SegmenterSource, limits: Limits, threads: int) -> _Serv
 class _Server(uvicorn.Server):
     """uvicorn's, which at its end also waits for requests that are about to come."""
 
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.when_started: Callable[[], None] = lambda: None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; then tell."""
+        await super().startup(sockets)
+        self.when_started()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take in who has connected, refuse others, let the former send; then finish."""
-        await asyncio.sleep(0)  # a turn of the loop accepts whoever waits
+        for _ in range(2):  # turns of the loop: one sees who waits, the next has accepted them
+            await asyncio.sleep(0)
         for server in self.servers:
             server.close()
         await asyncio.sleep(0.01)  # connections that were accepted just now
@@ -121,10 +131,19 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _run(server: _Server, listener: socket.socket) -> None:
-    """Until a signal, which uvicorn would raise again afterwards: that would end us by it."""
+def _run(server: _Server, listener: socket.socket, when_started: Callable[[], None]) -> None:
+    """Until a signal.
+
+    uvicorn raises it once more afterwards, for the handlers that it found: the default one would
+    end us by it.
+    """
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, end)
+    server.when_started = when_started
     server.run(sockets=[listener])
 
 
@@ -223,10 +242,9 @@ def _work(
     source: SegmenterSource, listener: socket.socket, limits: Limits, threads: int, ready: Event
 ) -> None:
     """A worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         server = _make_server(source, limits, threads)
     except PipelineError as error:
         sys.exit(f"error: {error}")
-    ready.set()
-    _run(server, listener)
+    _run(server, listener, ready.set)
