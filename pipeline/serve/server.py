@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -84,9 +85,10 @@ def _serve_alone(
 
 
 def _make_server(source: SegmenterSource, limits: Limits, threads: int) -> _Server:
+    segmenter = source.load(threads)
     from pipeline.serve.app import make_app
 
-    app = make_app(source.load(threads), source, limits)
+    app = make_app(segmenter, source, limits)
     config = uvicorn.Config(
         app,
         http="h11",
@@ -242,9 +244,18 @@ def _work(
     source: SegmenterSource, listener: socket.socket, limits: Limits, threads: int, ready: Event
 ) -> None:
     """A worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # Ctrl-C is for the parent, which ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         server = _make_server(source, limits, threads)
     except PipelineError as error:
         sys.exit(f"error: {error}")
     _run(server, listener, ready.set)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -57,12 +57,3 @@ class SlowSource:
     def with_names(self, segmenter: object, names: Sequence[str]) -> SlowSegmenter:
         del segmenter, names
         raise PipelineError("categories: only its own")
-
-
-@dataclass(frozen=True)
-class BrokenSource(SlowSource):
-    """One that cannot be loaded."""
-
-    def load(self, threads: int) -> SlowSegmenter:
-        del threads
-        raise PipelineError("weights: no such file")
