@@ -10,10 +10,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
+from pathlib import Path
 
 import uvicorn
 
@@ -21,9 +22,10 @@ from pipeline.errors import PipelineError
 from pipeline.serve.options import Address, Limits, SegmenterSource
 
 BACKLOG = 1024
-HEAD_S = 2.0  # that an open connection has for its request when the server ends
+HEAD_S = 5.0  # that an open connection has for its request when the server ends
 GRACE_S = 5.0  # beyond the timeout of a request, until those in flight are given up
 POLL_S = 0.2
+TURNS = 3  # of the loop: one sees who waits, the next accepts, the third sets up
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -119,11 +121,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take in who has connected, refuse others, let the former send; then finish."""
-        for _ in range(2):  # turns of the loop: one sees who waits, the next has accepted them
-            await asyncio.sleep(0)
-        for server in self.servers:
-            server.close()
-        await asyncio.sleep(0.01)  # connections that were accepted just now
+        await _stop_listening(sockets or [])
         give_up = time.monotonic() + HEAD_S
         while time.monotonic() < give_up and any(
             getattr(connection, "cycle", None) is None
@@ -131,6 +129,22 @@ class _Server(uvicorn.Server):
         ):
             await asyncio.sleep(0.01)
         await super().shutdown(sockets)
+
+
+async def _stop_listening(listeners: Sequence[socket.socket]) -> None:
+    """Accept whoever waits, then nobody any more.
+
+    asyncio drops a connection whose server is closed before it has set up the connection, so the
+    servers stay open, with nothing to listen to in the place of their sockets.
+    """
+    for _ in range(TURNS):
+        await asyncio.sleep(0)
+    with Path(os.devnull).open("rb") as nothing:
+        for listener in listeners:
+            asyncio.get_running_loop().remove_reader(listener)
+            os.dup2(nothing.fileno(), listener.fileno())
+    for _ in range(TURNS):
+        await asyncio.sleep(0)
 
 
 def _run(server: _Server, listener: socket.socket, when_started: Callable[[], None]) -> None:
