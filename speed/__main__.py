@@ -1,4 +1,4 @@
-"""python -m speed: the table of ratios, and `speed/results/bench.json`."""
+"""python -m speed: the table of ratios, and `speed/results/bench.json`; `python -m speed serve`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ REPORT = Path("speed/results/bench.json")
 
 def main() -> int:
     """Run the benches; exit status 1 if two sides do not agree, or one of them fails."""
+    if sys.argv[1:2] == ["serve"]:
+        from speed.serving import main as load_service
+
+        return load_service(sys.argv[2:])
     options = _options()
     use_threads(options.threads)
     # Only now: NumPy and torch read the number of threads when they are imported.

@@ -25,6 +25,7 @@ from pipeline.cli.plus import plus_app
 from pipeline.cli.reproduce import reproduce_app
 from pipeline.cli.rounds import rounds_app
 from pipeline.cli.selfmask import selfmask_app
+from pipeline.cli.serve import serve_app
 from pipeline.cli.stages import stages_app
 from pipeline.cli.weights import weights_app
 from pipeline.errors import PipelineError, first_line
@@ -49,6 +50,7 @@ app.add_typer(rounds_app)
 app.add_typer(plus_app)
 app.add_typer(doctor_app)
 app.add_typer(reproduce_app)
+app.add_typer(serve_app)
 app.add_typer(ablate_app)
 app.add_typer(weights_app, name="weights", no_args_is_help=True)
 app.add_typer(cache_app, name="cache", no_args_is_help=True)

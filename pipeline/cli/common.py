@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -196,7 +195,7 @@ def names(text: str | None, option: str = "--categories") -> list[str] | None:
     """
     if text is None:
         return None
-    from pipeline.vocabulary.categories import category_set_names, load_category_set
+    from pipeline.vocabulary.categories import category_set_names, load_category_set, split_names
 
     sets = category_set_names()
     if text.strip() in sets:
@@ -206,14 +205,7 @@ def names(text: str | None, option: str = "--categories") -> list[str] | None:
             f"{option}: {text!r} is no category set; did you mean {close[0]}? There are: "
             f"{', '.join(sets)}"
         )
-    try:
-        rows = list(csv.reader([text], skipinitialspace=True, strict=True))
-    except csv.Error as error:
-        raise PipelineError(
-            f"{option}: {text}: not names between commas ({error}); a name with a comma or a "
-            'quote is written as in CSV: "hammer, claw",saw'
-        ) from None
-    return load_category_set(rows[0] if rows else [], field=option)
+    return load_category_set(split_names(text, option), field=option)
 
 
 def preset_names(text: str | None, preset: str) -> list[str] | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,8 @@ class Instance:
         crop: (y1 - y0 + 1, x1 - x0 + 1) boolean, its mask within the box.
         bbox_xyxy: x0, y0, x1, y1 of the outermost mask pixels, both ends inclusive.
         size: (H, W) of the image.
+        embedding: (C,) unit mean of the network's features inside, by which objects of two images
+            are compared; None where there is none. It is not stored.
     """
 
     label_id: int
@@ -51,6 +53,7 @@ class Instance:
     crop: NDArray[np.bool_]
     bbox_xyxy: tuple[int, int, int, int]
     size: tuple[int, int]
+    embedding: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
 
     @property
     def mask(self) -> NDArray[np.bool_]:

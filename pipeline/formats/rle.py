@@ -84,6 +84,15 @@ def intersect(first: Rle, second: Rle) -> Rle:
     return _with_text(coco_mask.merge([_with_bytes(first), _with_bytes(second)], intersect=True))
 
 
+def mask_ious(first: Sequence[Rle], second: Sequence[Rle]) -> NDArray[np.float64]:
+    """IoU (M, N) of masks; 0 of two from images of different sizes."""
+    if not first or not second:
+        return np.zeros((len(first), len(second)))
+    no_crowd = [0] * len(second)
+    ious = coco_mask.iou([*map(_with_bytes, first)], [*map(_with_bytes, second)], no_crowd)
+    return np.maximum(np.asarray(ious, dtype=np.float64), 0)
+
+
 def mask_area(rle: Rle) -> int:
     """Number of pixels of a run-length coded mask."""
     return int(coco_mask.area(_with_bytes(rle)))

@@ -163,6 +163,10 @@ class TrainedStudent(Protocol):
     logit_scale: float
 
     @property
+    def network(self) -> nn.Module:
+        """What several of these may share, whatever their names."""
+
+    @property
     def fingerprint(self) -> str:
         """Of what its names became; with the checkpoint it decides the predictions."""
 

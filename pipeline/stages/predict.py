@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline import __version__
-from pipeline.benchmarks.voc import VOID, encode_index_png
 from pipeline.engine.batching import batches
 from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
@@ -36,10 +35,10 @@ from pipeline.files import (
     replace_dir,
     utf8_text,
 )
-from pipeline.formats.images import EXTENSIONS, ImageError, encode_label, load_image
+from pipeline.formats.images import EXTENSIONS, ImageError, load_image
 from pipeline.formats.labels import Predicted
-from pipeline.formats.rle import coco_annotation, encode_crop
 from pipeline.formats.sources import image_files
+from pipeline.inference.coco import category_entries, encode_label_map, object_annotation
 from pipeline.inference.confidence import find_name
 from pipeline.inference.labeller import Labeller
 from pipeline.inference.photos import LabellerOfPhotos, PhotoSegmenter
@@ -57,7 +56,6 @@ LABELS = "labels"
 CONFIDENCE = "confidence"
 PREDICTIONS = "predictions.json"
 STATS = "stats.json"
-SCORE_DIGITS = 6
 FOLDER_LENGTH = 60
 
 
@@ -144,7 +142,7 @@ def run(
                 name = f"{names.take(path.stem)}.png"
                 _draw(image, prediction, context_ids).save(overlay_dir / native_path(name))
                 predicted.add(prediction.semantic)
-                data = _encode(prediction)
+                data = encode_label_map(prediction)
                 (labels_dir / native_path(name)).write_bytes(data)
                 for category, folder in drawn.items():
                     picture = _draw_confidence(segmenter.confidence(image, category))
@@ -350,14 +348,6 @@ def _draw(image: Image.Image, prediction: Prediction, context: Collection[int]) 
     )
 
 
-def _encode(prediction: Prediction) -> bytes:
-    """PNG file of a label map."""
-    count = len(prediction.categories)
-    if count < VOID:
-        return encode_index_png(prediction.semantic)
-    return encode_label(prediction.semantic, count)
-
-
 def _draw_confidence(probability: NDArray[np.float32]) -> Image.Image:
     """Grey: black for 0, white for 1."""
     return Image.fromarray((255 * probability).round().astype(np.uint8))
@@ -397,12 +387,8 @@ class _CocoWriter:
         for instance in prediction.instances:
             self._file.write(",\n" if self._num_annotations else "\n")
             self._num_annotations += 1
-            annotation = coco_annotation(
-                encode_crop(instance.crop, instance.bbox_xyxy, instance.size),
-                annotation_id=self._num_annotations,
-                image_id=image_id,
-                category_id=instance.label_id,
-                score=round(instance.score, SCORE_DIGITS),
+            annotation = object_annotation(
+                instance, annotation_id=self._num_annotations, image_id=image_id
             )
             self._file.write(json.dumps(annotation))
 
@@ -414,10 +400,9 @@ class _CocoWriter:
         info: Mapping[str, str],
     ) -> None:
         """Write what is left and close the JSON object."""
-        listed = [{"id": number, "name": name} for number, name in enumerate(categories, start=1)]
         for name, values in (
             ("images", self._images),
-            ("categories", listed),
+            ("categories", category_entries(categories)),
             ("skipped", skipped),
         ):
             lines = ",\n".join(json.dumps(value, ensure_ascii=False) for value in values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import html
 from collections.abc import Collection, Mapping, Sequence
@@ -108,6 +109,22 @@ def texts_for(
     """Those of the texts that some names have, however these are written."""
     known = {plain_name(name): words for name, words in texts.items()}
     return {name: known[plain] for name in categories if (plain := plain_name(name)) in known}
+
+
+def split_names(text: str, field: str) -> list[str]:
+    """Names between commas, quoted as in CSV.
+
+    Raises:
+        PipelineError: a quote that is not closed.
+    """
+    try:
+        rows = list(csv.reader([text], skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        raise PipelineError(
+            f"{field}: {text}: not names between commas ({error}); a name with a comma or a "
+            'quote is written as in CSV: "hammer, claw",saw'
+        ) from None
+    return rows[0] if rows else []
 
 
 def plain_name(name: str) -> str:

@@ -116,6 +116,11 @@ class PlusPredictor:
         self._runtime = runtime
 
     @property
+    def network(self) -> PlusNetwork:
+        """It, in eval mode."""
+        return self._network
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the text embeddings."""
         hasher = hashlib.sha256()

@@ -138,7 +138,7 @@ def instance_predictions(
     """
     if suppression not in get_args(Suppression):
         raise ValueError(f"suppression {suppression!r} is none of {get_args(Suppression)}")
-    labels, scores = _label_proposals(
+    labels, scores, embeddings = _label_proposals(
         mask_probs.float(),
         patch_tokens.float(),
         text_embeddings.float(),
@@ -155,6 +155,7 @@ def instance_predictions(
     masks = [crop for crop in crops if crop is not None]
     label_ids = labels[candidates].cpu().numpy()[occupied]
     final_scores = scores[candidates].cpu().double().numpy()[occupied]
+    final_embeddings = embeddings[candidates].cpu().numpy()[occupied]
     if suppression != "none":
         decay = partial(_decay, suppression=suppression, max_overlap=max_overlap, sigma=sigma)
         for label_id in np.unique(label_ids):
@@ -170,6 +171,7 @@ def instance_predictions(
             crop=masks[i].inside,
             bbox_xyxy=masks[i].bbox_xyxy,
             size=target_size,
+            embedding=final_embeddings[i],
         )
         for i in order
     ]
@@ -183,8 +185,8 @@ def _label_proposals(
     size: tuple[int, int] | None,
     threshold: float,
     temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """Label id and score of every proposal at `size` (None: on the token grid), both (Q,).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Label id, score (Q,) and embedding (Q, C) of every proposal at `size` (None: on the grid).
 
     The mask score is the mean probability inside the mask; the category score the sigmoid of the
     scaled cosine between the mean embedding inside the mask and the text. An empty mask is
@@ -196,7 +198,7 @@ def _label_proposals(
     embeddings = coverage.flatten(1) @ patch_tokens.flatten(0, 1) / area[:, None]
     embeddings = embeddings / (embeddings.norm(dim=1, keepdim=True) + EPSILON)
     similarity, labels = (embeddings @ text_embeddings.T).max(dim=1)
-    return labels, mask_scores * (temperature * similarity).sigmoid()
+    return labels, mask_scores * (temperature * similarity).sigmoid(), embeddings
 
 
 def _regions(

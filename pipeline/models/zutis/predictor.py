@@ -85,6 +85,11 @@ class ZutisPredictor:
         self._runtime = runtime
 
     @property
+    def network(self) -> Zutis:
+        """It, in eval mode."""
+        return self._network
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the text embeddings."""
         hasher = hashlib.sha256()

@@ -1,0 +1,1 @@
+"""A segmenter behind HTTP: an image in, COCO JSON out."""
