@@ -93,6 +93,7 @@ def retrain(
     train.run(
         masks_dir=relabelled,
         labels_dir=relabelled,
+        review_path=PATHS["review_labels"],
         out_dir=out / CANDIDATE,
         live_dir=out / "live",
         categories=session.categories,

@@ -148,6 +148,9 @@ def embed(
 def retrieve(
     ctx: typer.Context,
     embeddings: Annotated[Any, location("Folder of the embeddings.")] = PATHS["embeddings"],
+    review: Annotated[
+        Path, typer.Option(help="CSV file of the images dropped from archives (`pipeline app`).")
+    ] = PATHS["review_archives"],
     out: Annotated[Any, location("Parquet file of the archives.")] = PATHS["archives"],
     stats: StatsPath = PATHS["stats"] / "retrieve.json",
 ) -> None:
@@ -170,6 +173,7 @@ def retrieve(
             encoder=params.embed.encoder,
             runtime=runtime,
             stats_path=stats,
+            review_path=review,
             executor=session.executor(),
         )
 
@@ -277,6 +281,9 @@ def train(
     ctx: typer.Context,
     masks: Annotated[Any, location("Folder of the mask shards.")] = PATHS["masks"],
     labels: Annotated[Any, location("Folder of the label shards; default: train.labels.")] = None,
+    review: Annotated[
+        Path, typer.Option(help="CSV file of labels accepted and rejected (`pipeline app`).")
+    ] = PATHS["review_labels"],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = PATHS["checkpoint"],
     live: Annotated[Path, typer.Option(help="Folder of the loss curves.")] = PATHS["live"],
     resume: Annotated[
@@ -303,6 +310,7 @@ def train(
         stage.run(
             masks_dir=fetch(masks, runtime.cache_dir),
             labels_dir=fetch(labels, runtime.cache_dir) if reads_labels else None,
+            review_path=review,
             out_dir=out,
             live_dir=live,
             categories=session.categories,

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, Self
 
 from pydantic import BeforeValidator, model_validator
 
 from pipeline.errors import PipelineError
 from pipeline.formats.predictions import Segmentation
+from pipeline.formats.review import Review
 from pipeline.methods.dense import DenseClipParams, DenseClipRecipe
 from pipeline.params.base import (
     Count,
@@ -139,6 +141,7 @@ class TrainingInputs(NamedTuple):
         names: categories and background.
         length: number of training images.
         runtime: its seed is that of all draws.
+        review: what a person thinks of the labels of archive images.
     """
 
     masks_dir: Path
@@ -146,6 +149,7 @@ class TrainingInputs(NamedTuple):
     names: Names
     length: int
     runtime: Runtime
+    review: Review = MappingProxyType({})
 
 
 class TrainedStudent(Protocol):
@@ -407,6 +411,7 @@ def pasted_samples(params: TrainParams, inputs: TrainingInputs) -> TrainingData:
         inputs.labels_dir,
         categories=inputs.names.categories,
         settings=params,
+        review=inputs.review,
     )
     return TrainingSet(archives, params, seed=inputs.runtime.seed, length=inputs.length)
 
@@ -431,6 +436,7 @@ def _whole_images(params: DenseClipPlusParams, inputs: TrainingInputs) -> Traini
             categories=names.categories,
             background=params.background != "none",
             confidence_threshold=params.confidence_threshold,
+            review=inputs.review,
         )
     elif isinstance(data, SourceParams):
         pool = SourcePool("train.data", data, field="train.data")

@@ -24,6 +24,7 @@ from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.files import check_writable, digest, refuse_url, write_bytes
+from pipeline.formats.review import LABEL_VERDICTS, read_review
 from pipeline.methods.students import (
     MicroBatch,
     Student,
@@ -47,6 +48,7 @@ def run(
     *,
     masks_dir: Path,
     labels_dir: Path | None = None,
+    review_path: Path | None = None,
     out_dir: Path,
     live_dir: Path,
     stats_path: Path,
@@ -67,6 +69,8 @@ def run(
     Args:
         masks_dir: mask shards.
         labels_dir: label shards, joined to them by key; only targets of dense labels need any.
+        review_path: what a person thinks of the labels (`pipeline.formats.review`): an image whose
+            labels are rejected is left out, and counted. None: nothing.
         out_dir: folder of the checkpoint: model.safetensors and config.json, rewritten whole every
             `checkpoint_every` iterations and at the end.
         live_dir: DVCLive's folder: metrics.json and plots/metrics/*.tsv.
@@ -81,7 +85,7 @@ def run(
 
     Raises:
         PipelineError: the shards do not fit the params, the batch cannot be shared evenly, the
-            precision is float16, or training diverges.
+            precision is float16, training diverges, or a line of `review_path` is malformed.
     """
     group = group or Group(runtime.device)
     _check_precision(runtime)
@@ -92,7 +96,10 @@ def run(
     # What to learn from.
     names = Names(categories, background)
     length = params.iterations * params.batch_size
-    data = training_data(params, TrainingInputs(masks_dir, labels_dir, names, length, runtime))
+    review = read_review(review_path, LABEL_VERDICTS) if review_path else {}
+    data = training_data(
+        params, TrainingInputs(masks_dir, labels_dir, names, length, runtime, review)
+    )
     with StageRun(
         "train",
         stats_path=stats_path,

@@ -7,9 +7,10 @@ A pool gives RGB images with label maps (H, W): 0 background, k the k-th categor
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipeline.files import digest
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import ImageError, load_image
 from pipeline.formats.labels import BACKGROUND, IGNORE_INDEX, LABEL_TYPE, UNLABELLED, LabelMap
+from pipeline.formats.review import LabelReview, Review
 from pipeline.formats.shards import open_samples, read_manifest
 from pipeline.formats.sources import SourceSpec, image_name, list_images, read_image
 from pipeline.training.augmentation import augment
@@ -49,6 +51,10 @@ class Pool(Protocol):
     def warnings(self) -> Sequence[str]:
         """What is odd about it."""
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What is counted of it besides its images."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Labelled:
@@ -71,13 +77,13 @@ class ArchivePool:
         categories: names by label id from 1, which the labels must be of.
         background: whether label id 0 is one of those that are trained; else it is void.
         confidence_threshold: pixels of less confidence are void.
+        review: decisions about labels; an image whose labels are rejected in any of its archives is
+            left out.
 
     Raises:
         PipelineError: shards are missing or damaged, hold no sample, belong to other categories or
             lack an image.
     """
-
-    warnings: Sequence[str] = ()
 
     def __init__(
         self,
@@ -87,9 +93,15 @@ class ArchivePool:
         categories: Sequence[str],
         background: bool = True,
         confidence_threshold: float = 0.0,
+        review: Review = MappingProxyType({}),
     ) -> None:
         self._store = open_samples(masks_dir, members=("jpg",))
         first = {_image_key(key): index for index, key in reversed([*enumerate(self._store.keys)])}
+        decided = LabelReview(review, self._store.keys, categories)
+        for index in decided.rejected:
+            first.pop(_image_key(self._store.keys[index]), None)
+        self.counts: Mapping[str, int] = decided.counts
+        self.warnings: Sequence[str] = decided.warnings
         self._indices = sorted(first.values())
         if not self._indices:
             raise PipelineError(f"{masks_dir}: no samples; run the mask stage again")
@@ -102,6 +114,8 @@ class ArchivePool:
         self.fingerprint = [
             shard["sha256"] for folder in folders for shard in read_manifest(folder)["shards"]
         ]
+        if decided.rejected:
+            self.fingerprint.append(digest(sorted(decided.rejected)))
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -135,6 +149,7 @@ class SourcePool:
     """
 
     warnings: Sequence[str] = ()
+    counts: Mapping[str, int] = MappingProxyType({})
 
     def __init__(
         self,
@@ -182,6 +197,8 @@ class AnnotatedPool:
     Raises:
         PipelineError: an unseen name is no category, or the set has none of the categories.
     """
+
+    counts: Mapping[str, int] = MappingProxyType({})
 
     def __init__(
         self,
@@ -269,6 +286,7 @@ class JointPool:
         self._ends = np.cumsum([len(pool) for pool in pools], dtype=np.int64)
         self.fingerprint = [pool.fingerprint for pool in pools]
         self.warnings = [text for pool in pools for text in pool.warnings]
+        self.counts = {name: count for pool in pools for name, count in pool.counts.items()}
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._ends.size else 0
@@ -321,7 +339,7 @@ class PlusSet(Dataset[Composed]):
         self._augmentation = augmentation
         self._seed = seed
         self._length = length
-        self.counts = {"images": len(pool)}
+        self.counts = {"images": len(pool), **pool.counts}
         self.warnings = list(pool.warnings)
         self.fingerprint = pool.fingerprint
         # Shared, so that worker processes can tell of theirs.

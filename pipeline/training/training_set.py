@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +22,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.errors import PipelineError, listing
+from pipeline.files import digest
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import ImageError, load_image
 from pipeline.formats.labels import BACKGROUND, agreement
 from pipeline.formats.objects import decode_objects
+from pipeline.formats.review import LabelReview, Review
 from pipeline.formats.shards import open_samples, read_manifest
 from pipeline.training.copy_paste import Canvas, Cutout, copy_paste, cut_out, make_canvas
 from pipeline.training.settings import Composition, TargetSettings
@@ -117,6 +120,7 @@ class Archives:
             none.
         categories: names by label id, from 1.
         settings: what training sees of a sample.
+        review: decisions about labels; samples whose labels are rejected are left out.
         sample_bytes: decoded samples kept in memory.
         mask_bytes: packed pseudo-masks kept in memory.
 
@@ -127,7 +131,8 @@ class Archives:
         disagreeing: label id -> number of samples left out by `min_agreement`.
         short: the categories of these, each with the number of samples that are left.
         unseen: categories without an object.
-        fingerprint: of the shards.
+        review: the decisions about these samples.
+        fingerprint: of the shards, and of the samples that are rejected.
 
     Raises:
         PipelineError: shards are missing or damaged, belong to other categories or images, or no
@@ -141,6 +146,7 @@ class Archives:
         *,
         categories: Sequence[str],
         settings: TargetSettings,
+        review: Review = MappingProxyType({}),
         sample_bytes: int = SAMPLE_BYTES,
         mask_bytes: int = MASK_BYTES,
     ) -> None:
@@ -149,6 +155,7 @@ class Archives:
         self._settings = settings
         self._labels = self._open_labels(labels_dir, categories) if settings.needs_labels else None
         self._label_ids = [self._label_id(i, categories) for i in range(len(self._store))]
+        self.review = LabelReview(review, self._store.keys, categories)
         self.objects: dict[int, list[int]] = {}
         self.negatives: list[int] = []
         self.num_empty = 0
@@ -166,14 +173,18 @@ class Archives:
         self.fingerprint = [
             shard["sha256"] for folder in folders for shard in read_manifest(folder)["shards"]
         ]
+        if self.review.rejected:
+            self.fingerprint.append(digest(sorted(self.review.rejected)))
         if not self.objects and self.disagreeing:
             raise PipelineError(
                 f"train.min_agreement: {settings.min_agreement:g} leaves none of "
                 f"{self.disagreeing.total()} images; lower it, or look at the dense labels"
             )
         if not self.objects:
+            rejected = len(self.review.rejected)
+            but = f", {rejected} rejected ones aside," if rejected else ""
             raise PipelineError(
-                f"{masks_dir}: none of {len(self._store)} samples has an object in its "
+                f"{masks_dir}: none of {len(self._store)} samples{but} has an object in its "
                 "pseudo-mask; look at the settings of the mask stage"
             )
 
@@ -203,6 +214,8 @@ class Archives:
     def _sort(self, free_for_samples: int, free_for_masks: int) -> None:
         """Tell samples with an object from those without, and keep the first ones in memory."""
         for index, label_id in enumerate(self._label_ids):
+            if index in self.review.rejected:
+                continue
             if label_id == BACKGROUND:
                 self.negatives.append(index)
             else:
@@ -349,8 +362,9 @@ class TrainingSet(Dataset[Composed]):
             "archive_images": len(self._all_objects),
             "negatives": len(archives.negatives),
             "empty_masks": archives.num_empty,
+            **archives.review.counts,
         }
-        self.warnings = []
+        self.warnings = archives.review.warnings
         if archives.disagreeing:
             self.counts["disagreeing"] = archives.disagreeing.total()
             self.warnings.append(
