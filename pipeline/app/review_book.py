@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from pipeline.errors import PipelineError
 from pipeline.files import claim
 from pipeline.formats.review import Decision, Review, Reviewed, read_review, write_review
 
@@ -50,11 +51,15 @@ class ReviewBook:
             before = self._write(changes)
             self._undo.append(before)
 
-    def undo(self) -> Changes | None:
-        """Undo the last step that is not undone yet; what has changed by that, None if nothing."""
+    def undo(self) -> Changes:
+        """Undo the last step that is not undone yet; what has changed by that.
+
+        Raises:
+            PipelineError: there is none; else as `change`.
+        """
         with self._lock:
             if not self._undo:
-                return None
+                raise PipelineError("nothing to undo since the app was started")
             changes = self._undo[-1]
             self._write(changes)
             self._undo.pop()
@@ -72,3 +77,11 @@ class ReviewBook:
                     review[item] = decision
             write_review(self.path, review)
         return before
+
+
+def listed(changes: Changes) -> list[dict[str, str | None]]:
+    """Changes as JSON: what each image's verdict is now, or none."""
+    return [
+        {"category": category, "key": key, "verdict": decision.verdict if decision else None}
+        for (category, key), decision in changes.items()
+    ]

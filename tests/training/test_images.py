@@ -7,7 +7,7 @@ import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -283,6 +283,7 @@ class Coloured:
     """A pool of images that are their number; those of `broken` cannot be read."""
 
     warnings = ()
+    counts: ClassVar[dict[str, int]] = {}
     fingerprint = "coloured"
 
     def __init__(self, count: int, broken: tuple[int, ...] = ()) -> None:
