@@ -253,13 +253,7 @@ class ArchivesView:
                 "places": places,
                 "images": len(places),
                 "dropped": dropped.get(name, 0),
-                "cells": dict(
-                    zip(
-                        PURITY_COLUMNS,
-                        cells.get(name, [NO_VALUE] * len(PURITY_COLUMNS)),
-                        strict=True,
-                    )
-                ),
+                "cells": dict(zip(PURITY_COLUMNS, cells.get(name, unknown), strict=True)),
             }
             for (label_id, places), name in zip(table.places.items(), names, strict=True)
         ]
