@@ -210,7 +210,7 @@ class ArchivesView:
     def change(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Drop images of a category, or take them back."""
         category, verdict, images = (body.get(name) for name in ("category", "verdict", "images"))
-        known = {NEGATIVES, *self._categories}
+        known = [NEGATIVES, *self._categories]
         if category not in known or verdict not in (DROP, None) or not isinstance(images, list):
             raise PipelineError("not a change to archives; load the page again")
         if not 0 < len(images) <= MAX_CHANGES:

@@ -44,14 +44,13 @@ class LabelsView:
         self._site = site
         self._categories = list(workspace.categories)
         self._book = ReviewBook(workspace.paths["review_labels"], LABEL_VERDICTS)
-        self._labels_manifest = labels_dir / MANIFEST
         self._samples: Opened[Samples] = Opened(
             [masks_dir / MANIFEST],
             partial(Samples, masks_dir, labels_dir, self._categories),
             stage="pipeline mask",
         )
         self._labelled: Opened[Samples] = Opened(
-            [masks_dir / MANIFEST, self._labels_manifest],
+            [masks_dir / MANIFEST, labels_dir / MANIFEST],
             partial(Samples, masks_dir, labels_dir, self._categories),
             stage="pipeline pseudo_label",
         )
@@ -177,7 +176,8 @@ class LabelsView:
 
     def _newest(self) -> tuple[Samples, str]:
         """The samples, with dense labels if there are any, and their version."""
-        opened = self._labelled if self._labels_manifest.is_file() else self._samples
+        has_both = self._samples.is_there and self._labelled.is_there
+        opened = self._labelled if has_both else self._samples
         return opened.get(), opened.version
 
     def _survey(self, samples: Samples) -> Survey[SampleRow]:

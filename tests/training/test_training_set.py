@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.errors import PipelineError
 from pipeline.formats.images import encode_jpeg, encode_label, encode_png
+from pipeline.formats.review import Decision, Reviewed
 from pipeline.training.settings import Composition, TargetSettings
 from pipeline.training.training_set import Archives, TrainingSet, collate
 from pipeline.training.transforms import bounding_box
@@ -71,8 +72,9 @@ def archives(folder: Path, samples: Any = None, **settings: Any) -> Archives:
     )
     memory = {name: settings.pop(name) for name in BOUNDS if name in settings}
     categories = settings.pop("categories", CATEGORIES)
+    review = settings.pop("review", {})
     target = TargetSettings(**settings)
-    return Archives(folder, folder, categories=categories, settings=target, **memory)
+    return Archives(folder, folder, categories=categories, settings=target, review=review, **memory)
 
 
 def training_set(source: Archives, composition: Composition = COMPOSITION) -> TrainingSet:
@@ -396,3 +398,41 @@ def test_agreement_that_no_image_has_is_named_and_so_are_missing_labels(tmp_path
     ):
         with pytest.raises(PipelineError, match=complaint):
             Archives(tmp_path / "masks", labels, categories=CATEGORIES, settings=settings)
+
+
+def test_rejected_samples_are_left_out_and_counted(tmp_path: Path) -> None:
+    review = {
+        Reviewed("cat", "plain0"): Decision("reject"),
+        Reviewed("dog", "plain0"): Decision("accept"),
+        Reviewed("background", "negative"): Decision("reject"),
+        Reviewed("bus", "gone"): Decision("reject"),
+    }
+    whole = archives(tmp_path / "shards")
+    found = archives(tmp_path / "shards", review=review)
+    assert whole.objects[1][0] not in found.objects[1]
+    assert found.objects[1] == whole.objects[1][1:]
+    assert found.objects[2] == whole.objects[2]
+    assert found.negatives == []
+    assert found.fingerprint != whole.fingerprint
+    composition = COMPOSITION.model_copy(update={"negative_canvas": 0.0})
+    data = training_set(found, composition)
+    assert data.counts == {
+        "archive_images": 8,
+        "negatives": 0,
+        "empty_masks": 1,
+        "rejected": 2,
+        "unknown_reviews": 1,
+    }
+    assert [text for text in data.warnings if "bus gone" in text]
+
+
+def test_accepted_samples_change_nothing_that_is_trained(tmp_path: Path) -> None:
+    review = {Reviewed("cat", "plain0"): Decision("accept")}
+    whole, found = archives(tmp_path / "a"), archives(tmp_path / "b", review=review)
+    assert (found.objects, found.fingerprint) == (whole.objects, whole.fingerprint)
+
+
+def test_rejecting_everything_is_an_error_that_says_so(tmp_path: Path) -> None:
+    samples = [shard_sample("one", 1, box_mask((2, 2, 20, 20)))]
+    with pytest.raises(PipelineError, match="none of 1 samples, 1 rejected ones aside, has"):
+        archives(tmp_path / "a", samples, review={Reviewed("cat", "one"): Decision("reject")})
