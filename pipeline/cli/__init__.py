@@ -13,6 +13,7 @@ import typer
 
 from pipeline import __version__
 from pipeline.cli.ablate import ablate_app
+from pipeline.cli.app import view_app
 from pipeline.cli.cache import cache_app
 from pipeline.cli.common import PARAMS, ExecutorName, Session
 from pipeline.cli.demo import demo_app
@@ -52,6 +53,7 @@ app.add_typer(doctor_app)
 app.add_typer(reproduce_app)
 app.add_typer(serve_app)
 app.add_typer(ablate_app)
+app.add_typer(view_app)
 app.add_typer(weights_app, name="weights", no_args_is_help=True)
 app.add_typer(cache_app, name="cache", no_args_is_help=True)
 app.add_typer(import_app, name="import", no_args_is_help=True)

@@ -102,6 +102,7 @@ def retrain(
         masks_dir=relabelled,
         labels_dir=relabelled,
         corrections_dir=corrections,
+        review_path=PATHS["review_labels"],
         out_dir=out / CANDIDATE,
         live_dir=out / "live",
         categories=session.categories,

@@ -143,6 +143,9 @@ def embed(
 def retrieve(
     ctx: typer.Context,
     embeddings: Annotated[Any, location("Folder of the embeddings.")] = PATHS["embeddings"],
+    review: Annotated[
+        Path, typer.Option(help="CSV file of the images dropped from archives (`pipeline app`).")
+    ] = PATHS["review_archives"],
     out: Annotated[Any, location("Parquet file of the archives.")] = PATHS["archives"],
     stats: StatsPath = PATHS["stats"] / "retrieve.json",
     dry_run: DryRunOption = False,
@@ -180,6 +183,7 @@ def retrieve(
             encoder=params.embed.encoder,
             runtime=runtime,
             stats_path=stats,
+            review_path=review,
             executor=session.executor(),
         )
 
@@ -313,6 +317,9 @@ def train(
     masks: Annotated[Any, location("Folder of the mask shards.")] = PATHS["masks"],
     labels: Annotated[Any, location("Folder of the label shards; default: train.labels.")] = None,
     corrections: CorrectionsPath = PATHS["corrections"],
+    review: Annotated[
+        Path, typer.Option(help="CSV file of labels accepted and rejected (`pipeline app`).")
+    ] = PATHS["review_labels"],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = PATHS["checkpoint"],
     live: Annotated[Path, typer.Option(help="Folder of the loss curves.")] = PATHS["live"],
     resume: Annotated[
@@ -346,6 +353,7 @@ def train(
             masks_dir=fetch(masks, runtime.cache_dir),
             labels_dir=fetch(labels, runtime.cache_dir) if reads_labels else None,
             corrections_dir=corrections,
+            review_path=review,
             out_dir=out,
             live_dir=live,
             categories=session.categories,

@@ -157,7 +157,7 @@ class PredictionStore:
         place = self._places.get(_key(number))
         if place is None:
             return None
-        prediction = _from_sample(self._samples[place])
+        prediction = prediction_of(self._samples[place])
         if prediction.image_id != image_id:
             raise PipelineError(
                 f"{self._dir}: prediction {number} is of image {prediction.image_id}, but the "
@@ -210,7 +210,8 @@ def _to_sample(number: int, image_id: str, encoded: bytes) -> StoredSample:
     return sample
 
 
-def _from_sample(sample: StoredSample) -> StoredPrediction:
+def prediction_of(sample: StoredSample) -> StoredPrediction:
+    """The prediction that a sample of a shard holds."""
     return StoredPrediction(
         image_id=json.loads(sample["json"])["image_id"],
         labels=decode_label(sample[LABEL]),

@@ -200,7 +200,7 @@ class SampleStore:
         for entry in self.manifest["shards"]:
             path = shard_dir / entry["name"]
             check_shard(path, entry)
-            for key, spans in _index_tar(path).items():
+            for key, spans in index_tar(path).items():
                 members = members or frozenset(spans)
                 _check_members(path, key, members - spans.keys())
                 self.keys.append(key)
@@ -317,8 +317,14 @@ def _check_unique(shard_dir: Path, keys: Sequence[str]) -> None:
         raise PipelineError(f"{shard_dir}: sample {twice[0]} is there twice; {AGAIN}")
 
 
-def _index_tar(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Sample key -> member name -> (offset, size); a key ends at the first dot."""
+def index_tar(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Sample key -> member name -> (offset, size), in the shard's order; only headers are read.
+
+    A key ends at the first dot.
+
+    Raises:
+        PipelineError: a tar that is cut off, or a member that is none of a sample.
+    """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         for file_name, offset, size in tar_members(path):

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, Self
 
 from pydantic import BeforeValidator, model_validator
 
 from pipeline.errors import PipelineError
 from pipeline.formats.predictions import Segmentation
+from pipeline.formats.review import Review
 from pipeline.methods.dense import DenseClipParams, DenseClipRecipe
 from pipeline.params.base import (
     Count,
@@ -141,6 +143,7 @@ class TrainingInputs(NamedTuple):
         length: number of training images.
         runtime: its seed is that of all draws.
         corrections: what a person has corrected, of images of the masks' archives.
+        review: what a person thinks of the labels of archive images.
     """
 
     masks_dir: Path
@@ -149,6 +152,7 @@ class TrainingInputs(NamedTuple):
     length: int
     runtime: Runtime
     corrections: Corrections | None = None
+    review: Review = MappingProxyType({})
 
 
 class TrainedStudent(Protocol):
@@ -415,6 +419,7 @@ def pasted_samples(params: TrainParams, inputs: TrainingInputs) -> TrainingData:
         categories=inputs.names.categories,
         settings=params,
         corrections=inputs.corrections,
+        review=inputs.review,
     )
     return TrainingSet(archives, params, seed=inputs.runtime.seed, length=inputs.length)
 
@@ -440,6 +445,7 @@ def _whole_images(params: DenseClipPlusParams, inputs: TrainingInputs) -> Traini
             background=params.background != "none",
             confidence_threshold=params.confidence_threshold,
             corrections=inputs.corrections,
+            review=inputs.review,
         )
     elif isinstance(data, SourceParams):
         pool = SourcePool("train.data", data, field="train.data")

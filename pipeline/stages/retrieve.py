@@ -20,6 +20,7 @@ from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, LocalExecutor
 from pipeline.errors import PipelineError, listing
+from pipeline.formats.review import ARCHIVE_VERDICTS, NEGATIVES, read_review, unknown_warning
 from pipeline.formats.tables import (
     STATUS_OK,
     encoder_name,
@@ -50,13 +51,13 @@ from pipeline.retrieval.ranking import (
     settle_overlaps,
     without,
 )
+from pipeline.retrieval.review import DroppedImages
 from pipeline.vocabulary.categories import Names, all_texts
 from pipeline.vocabulary.prompts import templates
 
 READ_ROWS = 8192
 SPARE_CANDIDATES = 64
 RECALL_SAMPLE = 3
-NEGATIVES = "background"
 # With a filter, so many times k images of each category are looked at, and this many at least.
 LOOKED_AT, LEAST_LOOKED_AT = 4, 1024
 IMAGE_COLUMNS = ["key", "source", "path", "member", "offset", "width", "height", "sha256"]
@@ -75,6 +76,7 @@ def run(
     runtime: Runtime,
     stats_path: Path,
     texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    review_path: Path | None = None,
     executor: Executor | None = None,
 ) -> None:
     """Retrieve the archive of each category: the images of the greatest inner products.
@@ -101,14 +103,17 @@ def run(
             also `ivf_lists` of the index, of which `ivf_probes` were searched, `ivf_built`: 1 if it
             was not in the cache; and, for at most three categories, `recall_found` of the
             `recall_wanted` images of the exact lists. With a filter also `passed_over`, the images
-            that it left out of the lists.
+            that it left out of the lists. With decisions in `review_path` also `reviewed`, those
+            about an image of the index, and `unknown_reviews`, the others.
         texts: what stands for a category in prompts, see `Names`; of several the mean embedding.
+        review_path: images that a person has dropped from a category (`pipeline.formats.review`):
+            they are not in its list, and the next ones move up. None: none.
         executor: where shards are searched, if not through an index; here by default.
 
     Raises:
         PipelineError: fewer than k images are embedded, or by another encoder than `encoder`; a
             shard is damaged; negatives are wanted of an approximate search; a filter leaves
-            nothing.
+            nothing; a line of `review_path` is malformed.
     """
     if params.search == "ivf" and params.num_negatives:
         raise PipelineError(
@@ -127,6 +132,10 @@ def run(
         runtime=runtime,
     )
     size = _list_size(k, num_images, params)
+    review = read_review(review_path, ARCHIVE_VERDICTS) if review_path else {}
+    dropped = DroppedImages(review, shards, categories)
+    looked_at = min(num_images, size + dropped.most)
+    num_negatives = params.num_negatives and params.num_negatives + dropped.total
     nearest = NearestNames(
         np.concatenate([queries, background_queries]),
         keep_embeddings=params.min_distance is not None,
@@ -135,14 +144,20 @@ def run(
         if params.search == "ivf":
             index = _index(shards, num_images, runtime.cache_dir / "retrieve", stage_run)
             candidates = _search(
-                index, queries, k, size=size, probes=params.probes, nearest=nearest, tally=stage_run
+                index,
+                queries,
+                k,
+                size=looked_at,
+                probes=params.probes,
+                nearest=nearest,
+                tally=stage_run,
             )
             near_background = Candidates(0)
         else:
             found = search(
                 shards,
                 SearchTarget(
-                    queries, background_queries, size, params.num_negatives, params.block_rows
+                    queries, background_queries, looked_at, num_negatives, params.block_rows
                 ),
                 executor=executor or LocalExecutor(),
                 runtime=runtime,
@@ -151,14 +166,32 @@ def run(
             candidates, near_background = found.candidates, found.near_background
         _check_k(k, stage_run.items, source_dirs)
         images = _Images(shards, [*candidates, near_background])
-        rankings = [images.ranked(found) for found in candidates]
+        rankings = [
+            dropped.of_category(images.ranked(found), category, size)
+            for category, found in zip(categories, candidates, strict=True)
+        ]
         if params.search == "exact":
             for positions, embeddings in embeddings_at(shards, np.unique(_positions(rankings))):
                 nearest.add(positions, embeddings)
         lists = _filtered(rankings, nearest, k, params, stage_run)
-        _check_filtered(stage_run, categories, rankings, lists, nearest, k=k, params=params)
+        dropped_in = review_path if review else None
+        _check_filtered(
+            stage_run,
+            categories,
+            rankings,
+            lists,
+            nearest,
+            k=k,
+            params=params,
+            dropped_in=dropped_in,
+        )
+        if dropped_in:
+            stage_run.count("reviewed", dropped.num_known)
+            stage_run.count("unknown_reviews", len(dropped.unknown))
+            if dropped.unknown:
+                stage_run.warn(unknown_warning(dropped_in, dropped.unknown, "the index"))
         negatives = _negatives(
-            images.ranked(near_background),
+            dropped.of_negatives(images.ranked(near_background)),
             lists,
             params.num_negatives,
             contested=params.overlap == "best",
@@ -271,11 +304,16 @@ def _check_filtered(
     *,
     k: int,
     params: RetrieveParams,
+    dropped_in: Path | None,
 ) -> None:
-    """Warn of lists that the filters leave short; refuse to go on without any image."""
+    """Warn of lists that filters and dropped images leave short; refuse to go on without any."""
+    if not any(map(len, rankings)):
+        raise PipelineError(f"{dropped_in}: drops every image from every category; remove lines")
     if not any(map(len, lists)):
         greatest = max(
-            float(nearest.margins(ranking, name).max()) for name, ranking in enumerate(rankings)
+            float(nearest.margins(ranking, name).max())
+            for name, ranking in enumerate(rankings)
+            if len(ranking)
         )
         raise PipelineError(
             f"params.yaml: retrieve.min_margin: {params.min_margin:g} leaves no image of any "
@@ -290,6 +328,7 @@ def _check_filtered(
             for field in ("min_margin", "min_distance")
             if (value := getattr(params, field)) is not None
         ]
+        filters += [f"the images dropped in {dropped_in}"] if dropped_in else []
         stage_run.warn(
             f"{' and '.join(filters)} leave less than k: {k} images for {listing(short)}; lower "
             "them, or add images"
@@ -320,7 +359,8 @@ def _warn_of_unknown(
     unknown = [
         f"{name} {mean:.4f}"
         for name, ranking in zip(categories, rankings, strict=True)
-        if (mean := float(ranking.similarities[:k].mean(dtype=np.float64))) <= level
+        if len(ranking)
+        and (mean := float(ranking.similarities[:k].mean(dtype=np.float64))) <= level
     ]
     if unknown:
         text = (

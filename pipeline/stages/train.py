@@ -27,6 +27,7 @@ from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.files import check_writable, digest, refuse_url, write_bytes
 from pipeline.formats.corrections import Corrections
+from pipeline.formats.review import LABEL_VERDICTS, read_review
 from pipeline.methods.students import (
     MicroBatch,
     Student,
@@ -51,6 +52,7 @@ def run(
     masks_dir: Path,
     labels_dir: Path | None = None,
     corrections_dir: Path | None = None,
+    review_path: Path | None = None,
     out_dir: Path,
     live_dir: Path,
     stats_path: Path,
@@ -74,6 +76,8 @@ def run(
         labels_dir: label shards, joined to them by key; only targets of dense labels need any.
         corrections_dir: masks that a person has corrected, in place of the pseudo-labels of these
             images; None, or no such folder: none.
+        review_path: what a person thinks of the labels (`pipeline.formats.review`): an image whose
+            labels are rejected is left out, and counted. None: nothing.
         out_dir: folder of the checkpoint: model.safetensors and config.json, rewritten whole every
             `checkpoint_every` iterations and at the end.
         live_dir: DVCLive's folder: metrics.json and plots/metrics/*.tsv.
@@ -90,7 +94,7 @@ def run(
 
     Raises:
         PipelineError: the shards do not fit the params, the batch cannot be shared evenly, the
-            precision is float16, or training diverges.
+            precision is float16, training diverges, or a line of `review_path` is malformed.
     """
     group = group or Group(runtime.device)
     _check_precision(runtime)
@@ -101,9 +105,11 @@ def run(
     # What to learn from.
     names = Names(categories, background, texts)
     length = params.iterations * params.batch_size
+    review = read_review(review_path, LABEL_VERDICTS) if review_path else {}
     corrections = Corrections(corrections_dir)
     data = training_data(
-        params, TrainingInputs(masks_dir, labels_dir, names, length, runtime, corrections)
+        params,
+        TrainingInputs(masks_dir, labels_dir, names, length, runtime, corrections, review),
     )
     with StageRun(
         "train",

@@ -25,6 +25,7 @@ from pipeline.formats.corrections import Corrections, fingerprint
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import ImageError, load_image
 from pipeline.formats.labels import BACKGROUND, IGNORE_INDEX, LABEL_TYPE, UNLABELLED, LabelMap
+from pipeline.formats.review import LabelReview, Review
 from pipeline.formats.shards import open_samples, read_manifest
 from pipeline.formats.sources import SourceSpec, image_name, list_images, read_image
 from pipeline.training.augmentation import augment
@@ -80,13 +81,13 @@ class ArchivePool:
         background: whether label id 0 is one of those that are trained; else it is void.
         confidence_threshold: pixels of less confidence are void.
         corrections: what a person has corrected, by the SHA-256 of the image's file.
+        review: decisions about labels; an image whose labels are rejected in any of its archives is
+            left out.
 
     Raises:
         PipelineError: shards are missing or damaged, hold no sample, belong to other categories or
             lack an image.
     """
-
-    warnings: Sequence[str] = ()
 
     def __init__(
         self,
@@ -97,9 +98,17 @@ class ArchivePool:
         background: bool = True,
         confidence_threshold: float = 0.0,
         corrections: Corrections | None = None,
+        review: Review = MappingProxyType({}),
     ) -> None:
         self._store = open_samples(masks_dir, members=("jpg",))
         first = {_image_key(key): index for index, key in reversed([*enumerate(self._store.keys)])}
+        decided = LabelReview(review, self._store.keys, categories)
+        self._corrections = (corrections or Corrections()).of_samples(self._store)
+        # What a person has corrected stands in place of labels that may have been rejected.
+        for index in decided.rejected - self._corrections.keys():
+            first.pop(_image_key(self._store.keys[index]), None)
+        self.counts: Mapping[str, int] = decided.counts
+        self.warnings: Sequence[str] = decided.warnings
         self._indices = sorted(first.values())
         if not self._indices:
             raise PipelineError(f"{masks_dir}: no samples; run the mask stage again")
@@ -113,16 +122,17 @@ class ArchivePool:
             shard["sha256"] for folder in folders for shard in read_manifest(folder)["shards"]
         ]
         self._by_name = {name: label_id for label_id, name in enumerate(categories, start=1)}
-        self._corrections = (corrections or Corrections()).of_samples(self._store)
         if self._corrections:
             self.fingerprint.append(fingerprint(self._corrections.values()))
-        self.counts: Mapping[str, int] = {}
         if corrections:
             corrected = {it.sha256 for it in self._corrections.values()}
             self.counts = {
+                **decided.counts,
                 "corrected": len(corrected),
                 "unused_corrections": len(corrections) - len(corrected),
             }
+        if decided.rejected:
+            self.fingerprint.append(digest(sorted(decided.rejected)))
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +23,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.errors import PipelineError, listing
+from pipeline.files import digest
 from pipeline.formats.corrections import Corrections, fingerprint, further_samples
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import ImageError, load_image
 from pipeline.formats.labels import BACKGROUND, agreement
 from pipeline.formats.objects import decode_objects
+from pipeline.formats.review import LabelReview, Review
 from pipeline.formats.shards import open_samples, read_manifest
 from pipeline.training.copy_paste import Canvas, Cutout, copy_paste, cut_out, make_canvas
 from pipeline.training.settings import Composition, TargetSettings
@@ -122,6 +125,7 @@ class Archives:
         categories: names by label id, from 1.
         settings: what training sees of a sample.
         corrections: what a person has corrected, by the SHA-256 of the image's file.
+        review: decisions about labels; samples whose labels are rejected are left out.
         sample_bytes: decoded samples kept in memory.
         mask_bytes: packed pseudo-masks kept in memory.
 
@@ -134,7 +138,9 @@ class Archives:
         unseen: categories without an object.
         num_corrected: corrected images, num_corrected_empty those of them without an object.
         num_unused_corrections: those of images that are not among the samples.
-        fingerprint: of the shards, and of the corrections of their images.
+        review: the decisions about these samples.
+        fingerprint: of the shards, of the corrections of their images, and of the samples that are
+            rejected.
 
     Raises:
         PipelineError: shards are missing or damaged, belong to other categories or images, or no
@@ -149,6 +155,7 @@ class Archives:
         categories: Sequence[str],
         settings: TargetSettings,
         corrections: Corrections | None = None,
+        review: Review = MappingProxyType({}),
         sample_bytes: int = SAMPLE_BYTES,
         mask_bytes: int = MASK_BYTES,
     ) -> None:
@@ -163,6 +170,7 @@ class Archives:
         self.num_corrected = len({it.sha256 for it in self._corrections.values()})
         self.num_unused_corrections = len(corrections) - self.num_corrected
         self.num_corrected_empty = 0
+        self.review = LabelReview(review, self._store.keys, categories)
         self.objects: dict[int, list[int]] = {}
         self.negatives: list[int] = []
         self.num_empty = 0
@@ -182,14 +190,18 @@ class Archives:
         ]
         if self._corrections:
             self.fingerprint.append(fingerprint(self._corrections.values()))
+        if self.review.rejected:
+            self.fingerprint.append(digest(sorted(self.review.rejected)))
         if not self.objects and self.disagreeing:
             raise PipelineError(
                 f"train.min_agreement: {settings.min_agreement:g} leaves none of "
                 f"{self.disagreeing.total()} images; lower it, or look at the dense labels"
             )
         if not self.objects:
+            rejected = len(self.review.rejected)
+            but = f", {rejected} rejected ones aside," if rejected else ""
             raise PipelineError(
-                f"{masks_dir}: none of {len(self._store)} samples has an object in its "
+                f"{masks_dir}: none of {len(self._store)} samples{but} has an object in its "
                 "pseudo-mask; look at the settings of the mask stage"
             )
 
@@ -222,8 +234,10 @@ class Archives:
         for index, label_id in enumerate(self._label_ids):
             if index in further:
                 continue
-            if index in self._corrections:
+            if index in self._corrections:  # in place of labels that may have been rejected
                 self._add_corrected(index)
+            elif index in self.review.rejected:
+                continue
             elif label_id == BACKGROUND:
                 self.negatives.append(index)
             else:
@@ -389,8 +403,9 @@ class TrainingSet(Dataset[Composed]):
             "archive_images": len(self._all_objects),
             "negatives": len(archives.negatives),
             "empty_masks": archives.num_empty,
+            **archives.review.counts,
         }
-        self.warnings = []
+        self.warnings = archives.review.warnings
         if archives.num_corrected or archives.num_unused_corrections:
             self.counts |= {
                 "corrected": archives.num_corrected,

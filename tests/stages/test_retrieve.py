@@ -17,6 +17,7 @@ from pipeline.engine.progress import Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import LocalExecutor, Task
 from pipeline.errors import PipelineError
+from pipeline.formats.review import Decision, Reviewed, write_review
 from pipeline.formats.tables import (
     ArchiveRow,
     embedding_bytes,
@@ -89,7 +90,10 @@ def run(
     """Function that runs the stage and returns the archives and the stats."""
 
     def run_retrieve(
-        k: int, categories: list[str] = CATEGORIES, **params: Any
+        k: int,
+        categories: list[str] = CATEGORIES,
+        review_path: Path | None = None,
+        **params: Any,
     ) -> tuple[list[ArchiveRow], dict[str, Any]]:
         retrieve.run(
             embeddings_dir=tmp_path / "embeddings",
@@ -104,6 +108,7 @@ def run(
             encoder=encoder,
             runtime=runtime,
             stats_path=tmp_path / "stats.json",
+            review_path=review_path,
             executor=request.param,
         )
         stats = json.loads((tmp_path / "stats.json").read_text())
@@ -699,3 +704,115 @@ def test_names_that_the_encoder_hardly_knows_are_said(
     write_shards("a/00000", list(all_texts), list("01234"))
     assert "hardly knows" not in str(run(1)[1].get("warnings"))
     assert "hardly" not in capsys.readouterr().err
+
+
+class TestReview:
+    """Images that a person has dropped from archives."""
+
+    @pytest.fixture
+    def decide(self, tmp_path: Path) -> Callable[..., Path]:
+        """Function that writes decisions (category, key) and returns the file."""
+
+        def write(*dropped: tuple[str, str]) -> Path:
+            path = tmp_path / "review.csv"
+            decisions = {Reviewed(*item): Decision("drop") for item in dropped}
+            write_review(path, decisions)
+            return path
+
+        return write
+
+    def test_the_next_images_move_up(
+        self,
+        run: Callable,
+        write_shards: Callable,
+        texts: np.ndarray,
+        rng: np.random.Generator,
+        decide: Callable,
+    ) -> None:
+        embeddings, keys = random_index(rng, 90)
+        write_shards("a/00000", list(embeddings[:40]), keys[:40])
+        write_shards("b/00000", list(embeddings[40:]), keys[40:])
+        best = numpy_top_k(embeddings, keys, texts, 90)
+        review = decide(("cat", best[0][0]), ("cat", best[0][2]), ("cat", best[0][60]))
+        rows, stats = run(5, review_path=review)
+        expected = [best[0][place] for place in (1, 3, 4, 5, 6)]
+        assert keys_by_category(rows) == [expected, best[1][:5], best[2][:5]]
+        assert [row.rank for row in rows] == [1, 2, 3, 4, 5] * 3
+        assert stats["counts"]["reviewed"] == 3
+        assert stats["counts"]["unknown_reviews"] == 0
+        assert "warnings" not in stats
+
+    @pytest.mark.parametrize("params", [{"search": "ivf", "probes": 8}, {"min_distance": 0.01}])
+    def test_they_move_up_however_images_are_found(
+        self,
+        run: Callable,
+        write_shards: Callable,
+        rng: np.random.Generator,
+        decide: Callable,
+        params: dict[str, Any],
+    ) -> None:
+        embeddings, keys = random_index(rng, 90)
+        write_shards("a/00000", list(embeddings), keys)
+        before = keys_by_category(run(6, **params)[0])
+        review = decide(*(("dog", key) for key in before[1][:2]))
+        after = keys_by_category(run(6, review_path=review, **params)[0])
+        assert after[1][:4] == before[1][2:]
+        assert len(after[1]) == 6
+        assert after[0] == before[0]
+
+    def test_a_dropped_image_is_no_negative_and_another_category_may_have_it(
+        self, run: Callable, write_shards: Callable, rng: np.random.Generator, decide: Callable
+    ) -> None:
+        embeddings, keys = random_index(rng, 60)
+        write_shards("a/00000", list(embeddings), keys)
+        params = {"overlap": "best", "num_negatives": 10}
+        before, _ = run(4, **params)
+        negatives = [row.key for row in before if row.label_id == 0]
+        wanted = [row.key for row in before if row.category == "dog"]
+        review = decide(("cat", negatives[1]), ("background", negatives[3]), ("cat", wanted[0]))
+        after, stats = run(4, review_path=review, **params)
+        kept = [row.key for row in after if row.label_id == 0]
+        assert kept[:8] == [key for key in negatives if key not in (negatives[1], negatives[3])]
+        assert len(kept) == 10
+        assert [row.key for row in after if row.category == "dog"] == wanted
+        assert stats["counts"]["reviewed"] == 3
+
+    def test_nothing_decided_changes_no_byte(
+        self, run: Callable, write_shards: Callable, rng: np.random.Generator, tmp_path: Path
+    ) -> None:
+        embeddings, keys = random_index(rng, 50)
+        write_shards("a/00000", list(embeddings), keys)
+        made = []
+        for review in (None, tmp_path / "missing.csv", tmp_path / "empty.csv"):
+            if review and review.name == "empty.csv":
+                write_review(review, {})
+            run(7, num_negatives=5, review_path=review)
+            made.append([(tmp_path / it).read_bytes() for it in ("archives.parquet", "stats.json")])
+        assert made[0] == made[1] == made[2]
+
+    def test_what_is_not_there_is_counted_and_warned_of(
+        self, run: Callable, write_shards: Callable, rng: np.random.Generator, decide: Callable
+    ) -> None:
+        embeddings, keys = random_index(rng, 20)
+        write_shards("a/00000", list(embeddings), keys)
+        review = decide(("cat", keys[0]), ("cat", "nowhere"), ("cow", keys[1]))
+        rows, stats = run(3, review_path=review)
+        assert len(rows) == 9
+        assert stats["counts"]["reviewed"] == 1
+        assert stats["counts"]["unknown_reviews"] == 2
+        (warning,) = stats["warnings"]
+        assert warning.startswith(f"{review}: 2 of its lines name no image of the index: ")
+
+    def test_a_short_list_says_why_and_an_empty_one_is_no_archive(
+        self, run: Callable, write_shards: Callable, rng: np.random.Generator, decide: Callable
+    ) -> None:
+        embeddings, keys = random_index(rng, 5)
+        write_shards("a/00000", list(embeddings), keys)
+        rows, stats = run(5, review_path=decide(*(("cat", key) for key in keys)))
+        assert [len(part) for part in keys_by_category(rows)] == [0, 5, 5]
+        assert any(
+            "review.csv leave less than k: 5 images for cat 0" in it for it in stats["warnings"]
+        )
+        everything = [(name, key) for name in CATEGORIES for key in keys]
+        with pytest.raises(PipelineError, match="drops every image from every category"):
+            run(5, review_path=decide(*everything))

@@ -22,6 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.formats.corrections import CorrectedObject, Correction, Corrections, write_corrections
 from pipeline.formats.images import ImageError, encode_jpeg, encode_label, encode_png
 from pipeline.formats.labels import IGNORE_INDEX, LABEL_TYPE, UNLABELLED
+from pipeline.formats.review import Decision, Reviewed
 from pipeline.formats.rle import encode_mask
 from pipeline.params.benches import CubBench, IndexPngBench, VocBench
 from pipeline.params.sources import SourceParams
@@ -140,6 +141,20 @@ class TestArchivePool:
         assert pool.counts == {"corrected": 1, "unused_corrections": 1}
         assert (plain.counts, len(pool)) == ({}, 2)
         assert pool.fingerprint != plain.fingerprint
+
+    def test_an_image_rejected_in_any_archive_is_left_out(self, tmp_path: Path) -> None:
+        folder = write_archives(tmp_path / "masks", "b_1", "a_1", "b_2", "c_0")
+        review = {
+            Reviewed("dog", "b"): Decision("reject"),
+            Reviewed("cat", "a"): Decision("accept"),
+            Reviewed("cat", "z"): Decision("reject"),
+        }
+        whole = ArchivePool(folder, categories=CATEGORIES)
+        pool = ArchivePool(folder, categories=CATEGORIES, review=review)
+        assert [pool.name(index) for index in range(len(pool))] == ["a_1", "c_0"]
+        assert pool.counts == {"rejected": 1, "unknown_reviews": 1}
+        assert whole.counts == {}
+        assert pool.fingerprint != whole.fingerprint
 
     def test_an_empty_folder_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(PipelineError, match="no samples; run the mask stage again"):

@@ -12,6 +12,7 @@ from PIL import Image
 from pipeline.errors import PipelineError
 from pipeline.formats.corrections import CorrectedObject, Correction, Corrections, write_corrections
 from pipeline.formats.images import encode_jpeg, encode_label, encode_png
+from pipeline.formats.review import Decision, Reviewed
 from pipeline.formats.rle import encode_mask
 from pipeline.training.settings import Composition, TargetSettings
 from pipeline.training.training_set import Archives, TrainingSet, collate
@@ -74,8 +75,9 @@ def archives(folder: Path, samples: Any = None, **settings: Any) -> Archives:
     memory = {name: settings.pop(name) for name in BOUNDS if name in settings}
     categories = settings.pop("categories", CATEGORIES)
     memory["corrections"] = settings.pop("corrections", None)
+    review = settings.pop("review", {})
     target = TargetSettings(**settings)
-    return Archives(folder, folder, categories=categories, settings=target, **memory)
+    return Archives(folder, folder, categories=categories, settings=target, review=review, **memory)
 
 
 def training_set(source: Archives, composition: Composition = COMPOSITION) -> TrainingSet:
@@ -443,6 +445,13 @@ class TestCorrected:
         assert counts["archive_images"] == 3  # a once, whatever it shows
         assert (counts["corrected"], counts["unused_corrections"]) == (1, 0)
 
+    def test_it_stands_in_place_of_labels_that_were_rejected(self, tmp_path: Path) -> None:
+        review = {Reviewed("cat", name): Decision("reject") for name in ("b", "c")}
+        truth = corrected("b" * 64, ("dog", LARGE))
+        source = corrected_archives(tmp_path, truth, review=review)
+        assert 2 in source.objects[2]
+        np.testing.assert_array_equal(source[2].semantic, 2 * LARGE)
+
     def test_one_without_an_object_is_a_negative_and_one_with_is_none(self, tmp_path: Path) -> None:
         truths = [corrected("b" * 64), corrected("e" * 64, ("dog", LARGE)), corrected("f" * 64)]
         source = corrected_archives(tmp_path, *truths)
@@ -495,3 +504,41 @@ class TestCorrected:
         second = corrected_archives(tmp_path / "3", corrected("b" * 64, ("dog", LARGE))).fingerprint
         assert plain == elsewhere
         assert len({str(plain), str(first), str(second)}) == 3
+
+
+def test_rejected_samples_are_left_out_and_counted(tmp_path: Path) -> None:
+    review = {
+        Reviewed("cat", "plain0"): Decision("reject"),
+        Reviewed("dog", "plain0"): Decision("accept"),
+        Reviewed("background", "negative"): Decision("reject"),
+        Reviewed("bus", "gone"): Decision("reject"),
+    }
+    whole = archives(tmp_path / "shards")
+    found = archives(tmp_path / "shards", review=review)
+    assert whole.objects[1][0] not in found.objects[1]
+    assert found.objects[1] == whole.objects[1][1:]
+    assert found.objects[2] == whole.objects[2]
+    assert found.negatives == []
+    assert found.fingerprint != whole.fingerprint
+    composition = COMPOSITION.model_copy(update={"negative_canvas": 0.0})
+    data = training_set(found, composition)
+    assert data.counts == {
+        "archive_images": 8,
+        "negatives": 0,
+        "empty_masks": 1,
+        "rejected": 2,
+        "unknown_reviews": 1,
+    }
+    assert [text for text in data.warnings if "bus gone" in text]
+
+
+def test_accepted_samples_change_nothing_that_is_trained(tmp_path: Path) -> None:
+    review = {Reviewed("cat", "plain0"): Decision("accept")}
+    whole, found = archives(tmp_path / "a"), archives(tmp_path / "b", review=review)
+    assert (found.objects, found.fingerprint) == (whole.objects, whole.fingerprint)
+
+
+def test_rejecting_everything_is_an_error_that_says_so(tmp_path: Path) -> None:
+    samples = [shard_sample("one", 1, box_mask((2, 2, 20, 20)))]
+    with pytest.raises(PipelineError, match="none of 1 samples, 1 rejected ones aside, has"):
+        archives(tmp_path / "a", samples, review={Reviewed("cat", "one"): Decision("reject")})

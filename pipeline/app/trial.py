@@ -1,0 +1,220 @@
+"""Photos that are tried: segmented in memory, kept until a few others have come."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.app.opened import MissingError
+from pipeline.app.pictures import draw_confidence
+from pipeline.app.workspace import Workspace
+from pipeline.benchmarks.voc import VOID, encode_index_png
+from pipeline.errors import PipelineError
+from pipeline.formats.images import ImageError, encode_jpeg, encode_label, encode_png, load_image
+from pipeline.formats.rle import coco_annotation, encode_crop
+from pipeline.pictures.overlays import (
+    colour_map,
+    displayed,
+    grid,
+    overlay_instances,
+    overlay_semantic,
+)
+from pipeline.pictures.report import fit_image
+from pipeline.vocabulary.categories import load_category_set
+
+if TYPE_CHECKING:
+    from pipeline.inference.segmenter import Prediction, Segmenter
+
+MAX_PIXELS = 40_000_000
+MAX_SIDE = 1280
+MAX_NAMES = 200
+KEPT_TRIALS, KEPT_SEGMENTERS = 6, 2
+SCORE_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A photo with what was found in it.
+
+    Attributes:
+        token: its name in addresses.
+        image: RGB, as it was segmented.
+        original_size: (width, height) of the photo.
+        prediction: label map and objects.
+        segmenter: what made it.
+    """
+
+    token: str
+    image: Image.Image
+    original_size: tuple[int, int]
+    prediction: Prediction
+    segmenter: Segmenter = field(repr=False)
+
+
+class Trials:
+    """Segments photos, one at a time, and remembers the last few.
+
+    Args:
+        workspace: whose checkpoint segments.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._working = threading.Lock()
+        self._trials: OrderedDict[str, Trial] = OrderedDict()
+        self._segmenters: OrderedDict[tuple[str, ...], Segmenter] = OrderedDict()
+        self._version = 0
+
+    def segment(self, data: bytes, names: Sequence[str]) -> Trial:
+        """Find some names in a photo.
+
+        A photo larger than `MAX_SIDE` is reduced to that first.
+
+        Args:
+            data: its file.
+            names: any names that the encoder knows; none for those of the training.
+
+        Raises:
+            PipelineError: no photo, too large a one, a name that cannot be used, or no checkpoint.
+        """
+        try:
+            photo = load_image(data, max_pixels=MAX_PIXELS)
+        except ImageError as error:
+            raise PipelineError(
+                f"the photo cannot be used: {error}; take a JPEG, PNG or WebP of at most "
+                f"{MAX_PIXELS // 10**6} megapixels"
+            ) from None
+        if len(names) > MAX_NAMES:
+            raise PipelineError(f"{len(names)} names, at most {MAX_NAMES}")
+        image = fit_image(photo, MAX_SIDE)
+        with self._working:
+            segmenter = self._segmenter(names)
+            prediction = segmenter.predict([image])[0]
+            token = secrets.token_urlsafe(12)
+            trial = Trial(token, image, photo.size, prediction, segmenter)
+            self._trials[token] = trial
+            while len(self._trials) > KEPT_TRIALS:
+                self._trials.popitem(last=False)
+        return trial
+
+    def get(self, token: str) -> Trial:
+        """A photo of the last few.
+
+        Raises:
+            MissingError: it is none of them.
+        """
+        trial = self._trials.get(token)
+        if trial is None:
+            raise MissingError("this photo is no longer kept; drop it again")
+        return trial
+
+    def confidence(self, trial: Trial, name: str) -> bytes:
+        """PNG of the probability of one name at each pixel.
+
+        Raises:
+            PipelineError: it is none of the names asked for.
+        """
+        with self._working:
+            probability = trial.segmenter.confidence(trial.image, name)
+        return encode_png(np.asarray(displayed(draw_confidence(probability))))
+
+    def _segmenter(self, names: Sequence[str]) -> Segmenter:
+        """The network of the checkpoint in force for some names; the last ones stay loaded."""
+        from pipeline.inference.segmenter import Segmenter
+        from pipeline.models.weights.checkpoint import WEIGHTS_NAME
+        from pipeline.params.base import PredictionSettings
+
+        folder = self._workspace.checkpoint
+        weights = folder / WEIGHTS_NAME
+        if not weights.is_file():
+            raise MissingError(f"{weights}: not made yet; run `pipeline train` first")
+        if weights.stat().st_mtime_ns != self._version:
+            self._segmenters.clear()
+            self._version = weights.stat().st_mtime_ns
+        key = tuple(names)
+        if key not in self._segmenters:
+            self._segmenters[key] = Segmenter.load(
+                folder,
+                categories=load_category_set(list(names), field="names") if names else None,
+                settings=PredictionSettings.of(self._workspace.params.evaluate),
+                runtime=self._workspace.runtime(),
+            )
+        self._segmenters.move_to_end(key)
+        while len(self._segmenters) > KEPT_SEGMENTERS:
+            self._segmenters.popitem(last=False)
+        return self._segmenters[key]
+
+
+def draw_objects(trial: Trial, threshold: float) -> Image.Image:
+    """The objects of this score or more over the photo."""
+    kept = [item for item in trial.prediction.instances if item.score >= threshold]
+    return overlay_instances(np.asarray(trial.image), kept, names=trial.prediction.categories)
+
+
+def draw_semantic(trial: Trial) -> Image.Image:
+    """The label map over the photo, with a legend."""
+    names = trial.prediction.categories
+    palette = colour_map(len(names) + 1)
+    return overlay_semantic(
+        np.asarray(trial.image), trial.prediction.semantic, palette, names=names
+    )
+
+
+def overlay_file(trial: Trial, threshold: float) -> bytes:
+    """PNG of objects and label map side by side, as `pipeline predict` draws them."""
+    picture = grid([draw_objects(trial, threshold), draw_semantic(trial)], columns=2)
+    return encode_png(np.asarray(picture))
+
+
+def labels_file(trial: Trial) -> bytes:
+    """PNG of the label map, as `pipeline predict` writes it."""
+    count = len(trial.prediction.categories)
+    if count < VOID:
+        return encode_index_png(trial.prediction.semantic)
+    return encode_label(trial.prediction.semantic, count)
+
+
+def coco_file(trial: Trial, threshold: float) -> bytes:
+    """COCO JSON of the objects of this score or more."""
+    kept = [item for item in trial.prediction.instances if item.score >= threshold]
+    names = trial.prediction.categories
+    content: dict[str, Any] = {
+        "images": [
+            {
+                "id": 1,
+                "file_name": "photo",
+                "width": trial.image.width,
+                "height": trial.image.height,
+            }
+        ],
+        "annotations": [
+            coco_annotation(
+                encode_crop(item.crop, item.bbox_xyxy, item.size),
+                annotation_id=place,
+                image_id=1,
+                category_id=item.label_id,
+                score=round(item.score, SCORE_DIGITS),
+            )
+            for place, item in enumerate(kept, start=1)
+        ],
+        "categories": [{"id": place, "name": name} for place, name in enumerate(names, start=1)],
+    }
+    return json.dumps(content, ensure_ascii=False).encode()
+
+
+def picture_file(trial: Trial, what: str, threshold: float) -> bytes:
+    """JPEG of one of `objects`, `semantic` and `image`."""
+    drawn: dict[str, Callable[[], Image.Image]] = {
+        "objects": lambda: draw_objects(trial, threshold),
+        "semantic": lambda: draw_semantic(trial),
+        "image": lambda: displayed(np.asarray(trial.image)),
+    }
+    return encode_jpeg(drawn[what](), quality=92)

@@ -1,0 +1,164 @@
+"""View "try": a photo, any names, and what the network makes of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from pipeline.app.site import Site, TooLargeError, read_body, routes_of, threshold_of
+from pipeline.app.trial import (
+    MAX_PIXELS,
+    Trial,
+    Trials,
+    coco_file,
+    labels_file,
+    overlay_file,
+    picture_file,
+)
+from pipeline.app.workspace import Workspace
+from pipeline.errors import PipelineError
+
+MAX_UPLOAD_BYTES = 32 * 2**20
+NAMES_HEADER = "x-names"
+PICTURES = ("objects", "semantic", "image")
+FILES = {
+    "overlay.png": "image/png",
+    "labels.png": "image/png",
+    "coco.json": "application/json",
+}
+
+
+class TryView:
+    """The page, the upload, and pictures and files of what came out.
+
+    Args:
+        site: what the views share.
+        workspace: what is looked at.
+    """
+
+    def __init__(self, site: Site, workspace: Workspace) -> None:
+        self._site = site
+        self._workspace = workspace
+        self._trials = Trials(workspace)
+
+    def routes(self) -> list[Route]:
+        """All addresses of the view."""
+        reading = partial(self._site.reading, "try")
+        return [
+            *routes_of(
+                {
+                    "/try": reading(self.page),
+                    "/try/{token}/confidence": reading(self.confidence),
+                    "/try/{token}/pictures/{what}": reading(self.picture),
+                    "/try/{token}/files/{name}": reading(self.file),
+                }
+            ),
+            Route("/try", self.upload, methods=["POST"]),
+        ]
+
+    def page(self, request: Request) -> Response:
+        """Where a photo is dropped."""
+        del request
+        return self._site.page(
+            "try",
+            view="try",
+            names=", ".join(map(_quoted, self._workspace.categories)),
+            max_mb=MAX_UPLOAD_BYTES // 2**20,
+            max_megapixels=MAX_PIXELS // 10**6,
+            checkpoint=str(self._workspace.checkpoint),
+        )
+
+    async def upload(self, request: Request) -> Response:
+        """Segment the photo in the body by the names in a header."""
+        try:
+            data = await read_body(request, MAX_UPLOAD_BYTES)
+            names = split_names(unquote(request.headers.get(NAMES_HEADER, "")))
+            trial = await run_in_threadpool(self._trials.segment, data, names)
+        except PipelineError as error:
+            status = 413 if isinstance(error, TooLargeError) else 400
+            return JSONResponse({"error": str(error)}, status)
+        return JSONResponse(_described(trial))
+
+    def picture(self, request: Request) -> Response:
+        """A picture of a photo that was tried."""
+        trial, what = self._trial(request), request.path_params["what"]
+        if what not in PICTURES:
+            raise PipelineError(f"picture {what!r}: expected {', '.join(PICTURES)}")
+        data = picture_file(trial, what, threshold_of(request.query_params))
+        return Response(data, media_type="image/jpeg")
+
+    def confidence(self, request: Request) -> Response:
+        """How sure the network is of one name, pixel by pixel."""
+        name = request.query_params.get("name", "")
+        data = self._trials.confidence(self._trial(request), name)
+        return Response(data, media_type="image/png")
+
+    def file(self, request: Request) -> Response:
+        """A file to keep."""
+        trial, name = self._trial(request), request.path_params["name"]
+        if name not in FILES:
+            raise PipelineError(f"file {name!r}: expected {', '.join(FILES)}")
+        threshold = threshold_of(request.query_params)
+        makers = {
+            "overlay.png": partial(overlay_file, trial, threshold),
+            "labels.png": partial(labels_file, trial),
+            "coco.json": partial(coco_file, trial, threshold),
+        }
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        return Response(makers[name](), media_type=FILES[name], headers=headers)
+
+    def _trial(self, request: Request) -> Trial:
+        return self._trials.get(str(request.path_params["token"]))
+
+
+def split_names(text: str) -> list[str]:
+    """Names between commas or on lines, quoted as in CSV.
+
+    Raises:
+        PipelineError: a quote that is not closed.
+    """
+    try:
+        rows = list(csv.reader(text.splitlines(), skipinitialspace=True, strict=True))
+    except csv.Error:
+        raise PipelineError(
+            'names: a quote is not closed; a name with a comma is written "hammer, claw"'
+        ) from None
+    return [name.strip() for row in rows for name in row if name.strip()]
+
+
+def _quoted(name: str) -> str:
+    return json.dumps(name, ensure_ascii=False) if "," in name else name
+
+
+def _described(trial: Trial) -> Mapping[str, Any]:
+    """What the script shows of a photo besides pictures."""
+    labels = trial.prediction.semantic
+    values, counts = np.unique(labels, return_counts=True)
+    names = ["background", *trial.prediction.categories]
+    return {
+        "token": trial.token,
+        "width": trial.image.width,
+        "height": trial.image.height,
+        "original": list(trial.original_size),
+        "names": trial.prediction.categories,
+        "present": [
+            {"name": names[value], "label_id": value, "share": count / labels.size}
+            for value, count in sorted(
+                zip(values.tolist(), counts.tolist(), strict=True), key=lambda pair: -pair[1]
+            )
+        ],
+        "objects": [
+            {"name": names[item.label_id], "label_id": item.label_id, "score": item.score}
+            for item in trial.prediction.instances
+        ],
+    }
