@@ -33,6 +33,12 @@ FORMATS = {
     "yolo-seg": Format("yolo_seg:YoloSeg", "Ultralytics' segmentation data, ready to train", 0.1),
     "voc": Format("voc:Voc", "PASCAL VOC's palette PNGs of classes and objects"),
     "png16": Format("png16:Png16", "16-bit PNGs of objects and label ids, and one JSON"),
+    "labelme": Format("labelme:Labelme", "labelme's JSON beside the images, objects as masks"),
+    "label-studio": Format("label_studio:LabelStudio", "Label Studio's tasks with brush masks"),
+    "cvat": Format("cvat:Cvat", "CVAT for images 1.1, objects as masks"),
+    "datumaro": Format("datumaro:Datumaro", "Datumaro's own JSON"),
+    "fiftyone": Format("fiftyone:Fiftyone", "a dataset for FiftyOne, and the script that opens it"),
+    "hf": Format("hf:Hf", "Parquet with images and masks, for Hugging Face's `datasets`"),
 }
 
 
