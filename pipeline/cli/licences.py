@@ -28,8 +28,8 @@ Made by `pipeline licences --all --markdown`, in a folder without `params.yaml`.
 packages and authors declare, which is no legal advice. Packages are those that this one needs, and
 what of its extras is installed.
 
-In a workspace `pipeline licences` shows the weights and data of its run. With `--commercial` it ends
-with status 1 and the reasons if a part forbids commercial use, or does not say; `--accept NAME` is
+In a workspace `pipeline licences` shows the weights and data of its run. With `--commercial` it
+ends with status 1 and the reasons if a part forbids commercial use, or does not say; `--accept NAME` is
 for parts whose terms you know, such as your own photos."""
 
 
