@@ -30,6 +30,7 @@ from pipeline.cli.common import (
     names,
     try_outputs,
 )
+from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.presets import (
     OWN_IMAGES,
@@ -566,7 +567,9 @@ def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 @stages_app.command()
 def predict(
     ctx: typer.Context,
-    photos: Annotated[list[Path], typer.Argument(help="Image files or folders of images.")],
+    photos: Annotated[
+        list[Path], typer.Argument(help="Image files or folders of images; or videos.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of overlays and predictions.json.")],
     categories: Annotated[
         str | None,
@@ -590,13 +593,30 @@ def predict(
             help="Draw the probability of this name at each pixel: black 0, white 1. Repeatable.",
         ),
     ] = None,
+    video: Annotated[
+        bool, typer.Option("--video", help="Folders hold the frames of a video each.")
+    ] = False,
+    every: Annotated[int, typer.Option(min=1, help="Of a video, each so-manieth frame.")] = 1,
+    fps: Annotated[
+        float, typer.Option(min=0.001, help="Frames a second of a --video folder.")
+    ] = 25,
 ) -> None:
-    """Segment images: one overlay and one label map each, and one COCO JSON."""
+    """Segment images: one overlay and one label map each, and one COCO JSON.
+
+    Of a video (CLIP.mp4, or a folder with --video) objects are followed: see docs/video.md.
+    """
+    from pipeline.formats.video import is_video
     from pipeline.models.weights.checkpoint import read_checkpoint_config
     from pipeline.models.weights.zoo import resolve_weights
     from pipeline.stages import predict as stage
 
     session: Session = ctx.obj
+    if video or any(map(is_video, photos)):
+        _refuse_for_video(model=model, encoder=encoder, context=context, confidence=confidence)
+        _predict_video(
+            session, photos, out, names(categories), checkpoint=checkpoint, every=every, fps=fps
+        )
+        return
     try_outputs(folders=[out])
     params, runtime = session.params, session.runtime
     checkpoint = checkpoint or session.checkpoint
@@ -621,4 +641,41 @@ def predict(
         background=params.background,
         context=others,
         confidence=confidence or [],
+    )
+
+
+def _refuse_for_video(**options: object) -> None:
+    for name, value in options.items():
+        if value:
+            raise PipelineError(f"--{name}: is for images; leave it out for a video")
+
+
+def _predict_video(
+    session: Session,
+    clips: list[Path],
+    out: Path,
+    categories: list[str] | None,
+    *,
+    checkpoint: Path | None,
+    every: int,
+    fps: float,
+) -> None:
+    from pipeline.models.weights.checkpoint import read_checkpoint_config
+    from pipeline.models.weights.zoo import resolve_weights
+    from pipeline.stages import predict_video as stage
+
+    try_outputs(folders=[out])
+    params, runtime = session.params, session.runtime
+    folder = resolve_weights(checkpoint or session.checkpoint, runtime.cache_dir)
+    if categories:
+        check_known(categories, read_checkpoint_config(folder).encoder, field="--categories")
+    stage.run(
+        inputs=clips,
+        categories=categories,
+        checkpoint_dir=folder,
+        out_dir=out,
+        params=params.evaluate,
+        runtime=runtime,
+        every=every,
+        rate=fps,
     )
