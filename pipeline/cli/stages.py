@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -32,6 +32,7 @@ from pipeline.cli.common import (
     try_outputs,
 )
 from pipeline.cli.dry_run import DryRunOption, start
+from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.presets import OWN_IMAGES, bench_text, list_benches, list_presets, write_preset
 
@@ -72,6 +73,9 @@ Corruption = Annotated[
 ]
 
 OWN_PRESETS = ", ".join(f"`{name}`" for name in OWN_IMAGES)
+
+if TYPE_CHECKING:
+    from pipeline.params.sections import EvaluateParams
 
 stages_app = typer.Typer()
 
@@ -641,7 +645,9 @@ def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 @stages_app.command()
 def predict(
     ctx: typer.Context,
-    photos: Annotated[list[Path], typer.Argument(help="Image files or folders of images.")],
+    photos: Annotated[
+        list[Path], typer.Argument(help="Image files or folders of images; or videos.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of overlays and predictions.json.")],
     categories: Annotated[
         str | None,
@@ -677,19 +683,44 @@ def predict(
             "`evaluate.min_score` and `evaluate.min_scores`.",
         ),
     ] = None,
+    video: Annotated[
+        bool, typer.Option("--video", help="Folders hold the frames of a video each.")
+    ] = False,
+    every: Annotated[int, typer.Option(min=1, help="Of a video, every Nth frame.")] = 1,
+    fps: Annotated[
+        float, typer.Option(min=0.001, help="Frames a second of a --video folder.")
+    ] = 25,
 ) -> None:
     """Segment images: one overlay and one label map each, and one COCO JSON.
 
     Names of `evaluate.others` compete with those asked for, and their pixels become background;
     scores of `evaluate.min_scores` are those that objects of a category have at least
-    (docs/categories.md).
+    (docs/categories.md). Of a video (CLIP.mp4, or a folder with --video) objects are followed: see
+    docs/video.md.
     """
+    from pipeline.formats.video import is_video
     from pipeline.models.weights.checkpoint import read_checkpoint_config
     from pipeline.models.weights.zoo import resolve_weights
     from pipeline.stages import predict as stage
     from pipeline.vocabulary.categories import all_texts, texts_for
 
     session: Session = ctx.obj
+    evaluate = session.params.evaluate
+    if min_score is not None:
+        evaluate = evaluate.model_copy(update={"min_score": min_score, "min_scores": {}})
+    if video or any(map(is_video, photos)):
+        _refuse_for_video(model=model, encoder=encoder, context=context, confidence=confidence)
+        _predict_video(
+            session,
+            photos,
+            out,
+            names(categories),
+            checkpoint=checkpoint,
+            evaluate=evaluate,
+            every=every,
+            fps=fps,
+        )
+        return
     try_outputs(folders=[out])
     params, runtime = session.params, session.runtime
     checkpoint = checkpoint or session.checkpoint
@@ -705,9 +736,6 @@ def predict(
     for option, listed in (("--categories", asked), ("--context", others)):
         if listed:
             check_known(all_texts(listed, texts_for(listed, texts)), own, field=option)
-    evaluate = params.evaluate
-    if min_score is not None:
-        evaluate = evaluate.model_copy(update={"min_score": min_score, "min_scores": {}})
     stage.run(
         inputs=photos,
         categories=asked,
@@ -720,4 +748,41 @@ def predict(
         texts=params.texts,
         context=others,
         confidence=confidence or [],
+    )
+
+
+def _refuse_for_video(**options: object) -> None:
+    for name, value in options.items():
+        if value:
+            raise PipelineError(f"--{name}: is for images; leave it out for a video")
+
+
+def _predict_video(
+    session: Session,
+    clips: list[Path],
+    out: Path,
+    categories: list[str] | None,
+    *,
+    checkpoint: Path | None,
+    evaluate: EvaluateParams,
+    every: int,
+    fps: float,
+) -> None:
+    from pipeline.models.weights.checkpoint import read_checkpoint_config
+    from pipeline.models.weights.zoo import resolve_weights
+    from pipeline.stages import predict_video as stage
+
+    try_outputs(folders=[out])
+    folder = resolve_weights(checkpoint or session.checkpoint, session.runtime.cache_dir)
+    if categories:
+        check_known(categories, read_checkpoint_config(folder).encoder, field="--categories")
+    stage.run(
+        inputs=clips,
+        categories=categories,
+        checkpoint_dir=folder,
+        out_dir=out,
+        params=evaluate,
+        runtime=session.runtime,
+        every=every,
+        rate=fps,
     )

@@ -70,7 +70,8 @@ class Tracker:
         linked = assign(affinities(self._alive, instances, rles), threshold=self._threshold)
         ids = []
         for number, (instance, rle) in enumerate(zip(instances, rles, strict=True)):
-            track = self._alive[linked[number]] if number in linked else self._start(instance, rle)
+            row = linked.get(number)
+            track = self._start(instance, rle) if row is None else self._alive[row]
             track.last, track.rle, track.embedding = self._frame, rle, instance.embedding
             track.frames += 1
             ids.append(track.track_id)
