@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from pipeline.errors import PipelineError, listing
-from pipeline.models.dense.labels import probability
 from pipeline.vocabulary.categories import plain_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def find_name(name: str, categories: Sequence[str], *, field: str = "confidence") -> int:
@@ -45,6 +47,8 @@ def confidence_map(
         scale: factor of the scores in their softmax; None where they are probabilities.
         through: (H, W) of resizings of the scores before that.
     """
+    from pipeline.models.dense.labels import probability
+
     size = (image.height, image.width)
     found = probability(scores.float(), number, size, scale=scale, through=through)
     return np.asarray(found[0].cpu().numpy(), dtype=np.float32)
