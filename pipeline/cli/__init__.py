@@ -16,6 +16,7 @@ from pipeline.cli.ablate import ablate_app
 from pipeline.cli.cache import cache_app
 from pipeline.cli.common import PARAMS, ExecutorName, Session
 from pipeline.cli.demo import demo_app
+from pipeline.cli.export import export_app
 from pipeline.cli.imports import import_app
 from pipeline.cli.plus import plus_app
 from pipeline.cli.reproduce import reproduce_app
@@ -41,6 +42,7 @@ app.add_typer(rounds_app)
 app.add_typer(plus_app)
 app.add_typer(reproduce_app)
 app.add_typer(ablate_app)
+app.add_typer(export_app)
 app.add_typer(weights_app, name="weights", no_args_is_help=True)
 app.add_typer(cache_app, name="cache", no_args_is_help=True)
 app.add_typer(import_app, name="import", no_args_is_help=True)

@@ -136,7 +136,8 @@ def cubic_weights(length: Tensor, side: int, *, scale: Tensor) -> Tensor:
     Returns:
         (m, n) float32, rows of sum 1.
     """
-    places = (torch.arange(length, device=length.device) + 0.5) / scale - 0.5
+    targets = torch.arange(length, device=length.device)  # type: ignore[call-overload]
+    places = (targets + 0.5) / scale - 0.5
     first = places.floor()
     t = places - first
     a = CUBIC_COEFFICIENT

@@ -48,3 +48,11 @@ def dense_tower(visual: nn.Module) -> DenseTower:
 def _trunk_name(trunk: nn.Module) -> str:
     pooling = getattr(trunk, "global_pool", None)
     return type(trunk).__name__ + (f" (pooling {pooling!r})" if isinstance(pooling, str) else "")
+
+
+def grows_in_graph(tower: DenseTower) -> bool:
+    """Whether a graph traced with images of one size is right for all sizes.
+
+    timm's ViTs resize their positions by what no graph has (bicubic, antialiased).
+    """
+    return not isinstance(tower, timm_towers.TimmVit)

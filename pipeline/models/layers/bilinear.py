@@ -28,7 +28,7 @@ class Taps(NamedTuple):
 
     def at(self, cells: slice) -> Taps:
         """The taps of some of the target cells."""
-        return Taps(*(values[cells] for values in self))
+        return Taps(self.lower[cells], self.upper[cells], self.upper_weight[cells])
 
 
 def bilinear_taps(length: int, new_length: int) -> Taps:
