@@ -28,6 +28,7 @@ from pipeline.cli.common import (
     check_known,
     location,
     names,
+    refuse_with_onnx,
     try_outputs,
 )
 from pipeline.files import read_json
@@ -42,6 +43,13 @@ from pipeline.presets import (
 
 NAMES_HELP = """Category names between commas, quoted as in CSV: '"hammer, claw",saw'"""
 Resume = Literal["auto", "never"]
+OnnxPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--onnx",
+        help="A file of `pipeline export --to onnx` in place of a checkpoint; needs no torch.",
+    ),
+]
 ArchivesPath = Annotated[Path, typer.Option(help="Parquet file of the archives.")]
 LabelsPath = Annotated[Path, typer.Option(help="Folder of the label shards.")]
 CheckpointPath = Annotated[
@@ -590,14 +598,32 @@ def predict(
             help="Draw the probability of this name at each pixel: black 0, white 1. Repeatable.",
         ),
     ] = None,
+    onnx: OnnxPath = None,
 ) -> None:
     """Segment images: one overlay and one label map each, and one COCO JSON."""
-    from pipeline.models.weights.checkpoint import read_checkpoint_config
-    from pipeline.models.weights.zoo import resolve_weights
     from pipeline.stages import predict as stage
 
     session: Session = ctx.obj
     try_outputs(folders=[out])
+    if onnx is not None:
+        refuse_with_onnx(checkpoint=checkpoint, model=model, encoder=encoder)
+        from pipeline.params.sections import EvaluateParams
+
+        stage.run(
+            inputs=photos,
+            categories=names(categories),
+            checkpoint_dir=None,
+            out_dir=out,
+            params=EvaluateParams(),
+            runtime=None,
+            context=names(context, "--context") or [],
+            confidence=confidence or [],
+            onnx_path=onnx,
+        )
+        return
+    from pipeline.models.weights.checkpoint import read_checkpoint_config
+    from pipeline.models.weights.zoo import resolve_weights
+
     params, runtime = session.params, session.runtime
     checkpoint = checkpoint or session.checkpoint
     labeller = baseline(params, alone(model), encoder)

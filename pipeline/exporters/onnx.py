@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +33,7 @@ from pipeline.formats.onnx_graph import (
     THRESHOLD,
 )
 from pipeline.inference.onnx import OnnxNetwork, OnnxSegmenter, check_settings
-from pipeline.inference.onnx_file import INSTALL, OnnxInfo
+from pipeline.inference.onnx_file import ERRORS_ALONE, INSTALL, OnnxInfo
 from pipeline.inference.segmenter import Segmenter
 from pipeline.models.weights.checkpoint import (
     WEIGHTS_NAME,
@@ -258,20 +260,33 @@ def _quantised(model: bytes) -> bytes:
         options = SessionOptions()
         options.graph_optimization_level = GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(folded)
+        options.log_severity_level = ERRORS_ALONE
         InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        quantize_dynamic(
-            folded,
-            small,
-            op_types_to_quantize=LINEAR,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-        )
+        with _without_warnings():
+            quantize_dynamic(
+                folded,
+                small,
+                op_types_to_quantize=LINEAR,
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+            )
         return small.read_bytes()
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """No advice on the root logger, which asks for what has been done."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _describe(model: Any, info: OnnxInfo) -> None:
     """Metadata of a model, in place."""
     model.producer_name, model.producer_version = PRODUCER, info.version
+    del model.metadata_props[:]  # what the quantiser left
     for name, value in info.to_props().items():
         model.metadata_props.add(key=name, value=value)
 

@@ -69,7 +69,8 @@ class OnnxInfo(Section):
                 "export --to onnx` wrote"
             )
         try:
-            return cls.model_validate({name: json.loads(text) for name, text in props.items()})
+            own = {name: json.loads(props[name]) for name in cls.model_fields if name in props}
+            return cls.model_validate(own)
         except ValidationError as error:
             place = ".".join(map(str, error.errors()[0]["loc"]))
         except ValueError:

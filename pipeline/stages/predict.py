@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,6 @@ from PIL import Image
 from pipeline.benchmarks.voc import VOID, encode_index_png
 from pipeline.engine.batching import batches
 from pipeline.engine.progress import StageRun
-from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError, counted
 from pipeline.files import (
     atomic_path,
@@ -37,16 +36,16 @@ from pipeline.formats.labels import Predicted
 from pipeline.formats.rle import coco_annotation, encode_crop
 from pipeline.formats.sources import image_files
 from pipeline.inference.confidence import find_name
-from pipeline.inference.labeller import Labeller
 from pipeline.inference.photos import LabellerOfPhotos, PhotoSegmenter
-from pipeline.inference.segmenter import Prediction, Segmenter
-from pipeline.methods.dense import PseudoLabelParams
-from pipeline.models.weights.checkpoint import read_checkpoint_config
-from pipeline.models.weights.zoo import resolve_weights
+from pipeline.inference.prediction import Prediction
 from pipeline.params.base import PredictionSettings
 from pipeline.params.sections import EvaluateParams
 from pipeline.pictures.overlays import colour_map, grid, overlay_instances, overlay_semantic
 from pipeline.vocabulary.categories import load_category_set, plain_name
+
+if TYPE_CHECKING:  # torch, without which a network in ONNX's format predicts
+    from pipeline.engine.runtime import Runtime
+    from pipeline.methods.dense import PseudoLabelParams
 
 OVERLAYS = "overlays"
 LABELS = "labels"
@@ -64,11 +63,12 @@ def run(
     checkpoint_dir: Path | None,
     out_dir: Path,
     params: EvaluateParams,
-    runtime: Runtime,
+    runtime: Runtime | None,
     labeller: PseudoLabelParams | None = None,
     background: Sequence[str] = ("background",),
     context: Sequence[str] = (),
     confidence: Sequence[str] = (),
+    onnx_path: Path | None = None,
 ) -> None:
     """Write `overlays/NAME.png`, `labels/NAME.png`, `predictions.json` and `stats.json`.
 
@@ -92,11 +92,13 @@ def run(
         out_dir: made if absent; pictures that this stage made, here or elsewhere below the
             inputs, are never taken as inputs.
         params: section `evaluate` of params.yaml.
-        runtime: device and precision.
+        runtime: device and precision; None with `onnx_path`, which needs no torch.
         labeller: section `pseudo_label`, where there is no checkpoint.
         background: names of label id 0 for it; a checkpoint brings its own.
         context: names that are asked for too, but drawn black.
         confidence: those of the names asked for whose probability is drawn.
+        onnx_path: a network that was exported, in place of a checkpoint; of its names and with its
+            own settings, whatever `params` say.
 
     Raises:
         PipelineError: a path that does not exist, no image, none that can be read, a checkpoint or
@@ -106,14 +108,19 @@ def run(
     left_out: Counter[str] = Counter()
     paths = list_inputs(inputs, left_out)
     _check_out(out_dir)
-    segmenter = _load(
-        _asked(categories, context, checkpoint_dir, runtime),
-        checkpoint_dir=checkpoint_dir,
-        labeller=labeller,
-        background=background,
-        settings=PredictionSettings.of(params),
-        runtime=runtime,
-    )
+    if onnx_path is not None:
+        segmenter = _load_onnx(onnx_path, categories, context)
+    elif runtime is None:
+        raise ValueError("runtime: a checkpoint and a dense labeller need one")
+    else:
+        segmenter = _load(
+            _asked(categories, context, checkpoint_dir, runtime),
+            checkpoint_dir=checkpoint_dir,
+            labeller=labeller,
+            background=background,
+            settings=PredictionSettings.of(params),
+            runtime=runtime,
+        )
     places = [find_name(name, segmenter.categories, field="--confidence") for name in confidence]
     drawn = _folder_names([segmenter.categories[place] for place in places])
     context_ids = [1 + find_name(name, segmenter.categories, field="--context") for name in context]
@@ -153,6 +160,16 @@ def run(
         output.finish(segmenter.categories, stage.skipped)
 
 
+def _load_onnx(
+    path: Path, categories: Sequence[str] | None, context: Sequence[str]
+) -> PhotoSegmenter:
+    from pipeline.inference.onnx import OnnxSegmenter
+
+    segmenter = OnnxSegmenter.load(path)
+    asked = segmenter.categories if categories is None else categories
+    return segmenter.select(_with_context(asked, context))
+
+
 def _asked(
     categories: Sequence[str] | None,
     context: Sequence[str],
@@ -161,10 +178,16 @@ def _asked(
 ) -> list[str] | None:
     """The categories, and those names of the context that are none; None for the trained ones."""
     if categories is None and context and checkpoint_dir is not None:
+        from pipeline.models.weights.checkpoint import read_checkpoint_config
+        from pipeline.models.weights.zoo import resolve_weights
+
         folder = resolve_weights(checkpoint_dir, runtime.cache_dir)
         categories = read_checkpoint_config(folder).categories
-    if categories is None:
-        return None
+    return None if categories is None else _with_context(categories, context)
+
+
+def _with_context(categories: Sequence[str], context: Sequence[str]) -> list[str]:
+    """The categories, and those names of the context that are none."""
     known = {plain_name(name) for name in categories}
     return [*categories, *(name for name in context if plain_name(name) not in known)]
 
@@ -179,6 +202,9 @@ def _load(
     runtime: Runtime,
 ) -> PhotoSegmenter:
     """A checkpoint, or the dense labeller where there is none."""
+    from pipeline.inference.labeller import Labeller
+    from pipeline.inference.segmenter import Segmenter
+
     if checkpoint_dir is not None:
         return Segmenter.load(
             checkpoint_dir, categories=categories, settings=settings, runtime=runtime
