@@ -332,6 +332,7 @@ def predict_bench(
     root: BenchRoot = None,
     model: Model = None,
     encoder: Encoder = None,
+    onnx: OnnxPath = None,
     open_vocabulary: OpenVocabulary = False,
     corruption: Corruption = None,
     stats: EntryStatsPath = None,
@@ -341,7 +342,13 @@ def predict_bench(
 
     session: Session = ctx.obj
     others = differences(
-        session, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
+        session,
+        bench,
+        checkpoint,
+        model=model,
+        encoder=encoder,
+        open_vocabulary=open_vocabulary,
+        onnx=onnx,
     )
     name = result_name(bench, alone(model), corruption, others=others)
     out = out or PATHS["predictions"] / name
@@ -353,7 +360,7 @@ def predict_bench(
         bench=find_bench(
             params.benches, bench, params_path=session.params_path, root=root, corruption=corruption
         ),
-        checkpoint_dir=None if alone(model) else checkpoint or session.checkpoint,
+        checkpoint_dir=None if alone(model) or onnx else checkpoint or session.checkpoint,
         out_dir=out,
         params=params.evaluate,
         baseline=baseline(params, alone(model), encoder),
@@ -362,6 +369,7 @@ def predict_bench(
         stats_path=stats,
         open_vocabulary=open_vocabulary,
         executor=session.executor(),
+        onnx_path=onnx,
     )
 
 
@@ -375,6 +383,7 @@ def score(
     root: BenchRoot = None,
     model: Model = None,
     encoder: Encoder = None,
+    onnx: OnnxPath = None,
     open_vocabulary: OpenVocabulary = False,
     corruption: Corruption = None,
     stats: EntryStatsPath = None,
@@ -387,7 +396,13 @@ def score(
 
     session: Session = ctx.obj
     others = differences(
-        session, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
+        session,
+        bench,
+        checkpoint,
+        model=model,
+        encoder=encoder,
+        open_vocabulary=open_vocabulary,
+        onnx=onnx,
     )
     name = result_name(bench, alone(model), corruption, others=others)
     stats = stats or out / "stats" / f"score-{name}.json"
@@ -418,6 +433,7 @@ def evaluate(
     root: BenchRoot = None,
     model: Model = None,
     encoder: Encoder = None,
+    onnx: OnnxPath = None,
     open_vocabulary: OpenVocabulary = False,
     corruption: Corruption = None,
 ) -> None:
@@ -427,7 +443,13 @@ def evaluate(
     what differs from it is in the name of a result (docs/results.md).
     """
     others = differences(
-        ctx.obj, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
+        ctx.obj,
+        bench,
+        checkpoint,
+        model=model,
+        encoder=encoder,
+        open_vocabulary=open_vocabulary,
+        onnx=onnx,
     )
     name = result_name(bench, alone(model), corruption, others=others)
     try_outputs(folders=[out])
@@ -439,6 +461,7 @@ def evaluate(
         root=root,
         model=model,
         encoder=encoder,
+        onnx=onnx,
         open_vocabulary=open_vocabulary,
         corruption=corruption,
         stats=out / "stats" / f"predict_bench-{name}.json",
@@ -452,6 +475,7 @@ def evaluate(
         root=root,
         model=model,
         encoder=encoder,
+        onnx=onnx,
         open_vocabulary=open_vocabulary,
         corruption=corruption,
     )

@@ -16,8 +16,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def find_name(name: str, categories: Sequence[str], *, field: str = "confidence") -> int:
-    """The place of a name among those asked for, however it is written.
+def find_name(
+    name: str,
+    categories: Sequence[str],
+    *,
+    field: str = "confidence",
+    among: str = "the names asked for",
+) -> int:
+    """The place of a name among some others, by default those asked for, however it is written.
 
     Raises:
         PipelineError: it is none of them; they are listed.
@@ -25,7 +31,7 @@ def find_name(name: str, categories: Sequence[str], *, field: str = "confidence"
     places = {plain_name(known): place for place, known in enumerate(categories)}
     if (place := places.get(plain_name(name))) is None:
         raise PipelineError(
-            f"{field}: {name!r} is not among the names asked for: {listing(categories)}"
+            f"{field}: {name!r} is not among {among}: {listing(categories)}"
         )
     return place
 

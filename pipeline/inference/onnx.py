@@ -128,9 +128,11 @@ class OnnxSegmenter:
         settings: PredictionSettings | None = None,
     ) -> None:
         known = network.info.categories
-        places = [find_name(name, known, field="--categories") for name in categories or known]
+        asked = known if categories is None else categories
+        field = f"--onnx {network.path}"
+        places = [find_name(name, known, field=field, among="its names") for name in asked]
         self.network = network
-        self.categories = [known[place] for place in places]
+        self.categories = list(asked)
         self.settings = settings or network.info.settings
         check_settings(self.settings)
         self._label_ids = [BACKGROUND, *(1 + place for place in places)]
@@ -151,6 +153,11 @@ class OnnxSegmenter:
         """A segmenter for some of the file's categories, which shares the network."""
         return OnnxSegmenter(self.network, categories=categories, settings=self.settings)
 
+    @property
+    def finds_objects(self) -> bool:
+        """Whether predictions have objects."""
+        return self.settings.instances and self.network.finds_objects
+
     def __call__(self, image: ImageInput) -> Prediction:
         """Segment one image: a path, a PIL image, or (H, W, 3) uint8 RGB.
 
@@ -163,18 +170,17 @@ class OnnxSegmenter:
         """Segment several images; those whose inputs are of one size share a run."""
         pictures = [to_rgb(image) for image in images]
         inputs = [self._input(picture) for picture in pictures]
-        with_objects = self.settings.instances and self.network.finds_objects
         predictions: dict[int, Prediction] = {}
         for members in equal_size_batches(
             range(len(inputs)), len(inputs), size_of=lambda index: inputs[index].shape
         ):
             batch = np.stack([inputs[index] for index in members])
-            outputs = self._run(batch, with_objects=with_objects)
+            outputs = self._run(batch, with_objects=self.finds_objects)
             for row, index in enumerate(members):
                 size = (pictures[index].height, pictures[index].width)
                 one = {name: values[row] for name, values in outputs.items()}
                 semantic = self._label_map(one[SEMANTIC_LOGITS], batch.shape[2:], size)
-                objects = self._instances(one, size) if with_objects else []
+                objects = self._instances(one, size) if self.finds_objects else []
                 predictions[index] = Prediction(semantic, objects, self.categories)
         return [predictions[index] for index in range(len(pictures))]
 
