@@ -170,11 +170,6 @@ def _check(
     graph: StudentGraph, student: str, size: tuple[int, int] | None, *, text_input: bool
 ) -> None:
     """Refuse what has no form in the format."""
-    if size is None and not graph.any_size:
-        raise PipelineError(
-            "--size: this student's graph is of one size; say which, as HEIGHTxWIDTH, such as "
-            "--size 384x384"
-        )
     if size is not None and min(size) < graph.smallest:
         raise PipelineError(
             f"--size: {size[0]}x{size[1]}: no side may be below {graph.smallest} pixels"
@@ -376,5 +371,5 @@ def _accept(comparison: Comparison, path: Path) -> None:
         return
     raise PipelineError(
         f"{path}: not written: {comparison.describe()}; at most {MAX_DIFFERENCE:g} and at least "
-        f"{100 * MIN_AGREEMENT:g} % were expected. Try --size, and another torch or onnxruntime"
+        f"{100 * MIN_AGREEMENT:g} % were expected; try another torch or onnxruntime"
     )

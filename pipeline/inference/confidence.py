@@ -30,9 +30,7 @@ def find_name(
     """
     places = {plain_name(known): place for place, known in enumerate(categories)}
     if (place := places.get(plain_name(name))) is None:
-        raise PipelineError(
-            f"{field}: {name!r} is not among {among}: {listing(categories)}"
-        )
+        raise PipelineError(f"{field}: {name!r} is not among {among}: {listing(categories)}")
     return place
 
 

@@ -181,12 +181,13 @@ class TrainedStudent(Protocol):
         """What decides a prediction, in the words of a protocol."""
 
     def graph(self) -> StudentGraph:
-        """Network and text as one function of tensors, for export."""
+        """Network and text as one function of tensors, for export; PipelineError where not."""
 
 
 class StudentGraph(Protocol):
-    """A module (`nn.Module`) that can be traced; called with the inputs that it has, in this order:
-    images, text or None for its own, and those of `settings`.
+    """A module (`nn.Module`) in evaluation mode, whose trace is right for images of any size.
+
+    It is called with images, text or None for its own, and what `settings` names.
 
     Attributes:
         outputs: names of what it returns, and of their axes, see `pipeline.formats.onnx_graph`.
@@ -195,7 +196,6 @@ class StudentGraph(Protocol):
         takes_text: whether other text makes a difference.
         mean, std: of R, G, B in [0, 1]: what it does to images first.
         smallest: side in pixels below which the graph takes no image.
-        any_size: whether the graph of one size is that of all.
     """
 
     outputs: Mapping[str, tuple[str, ...]]
@@ -205,7 +205,6 @@ class StudentGraph(Protocol):
     mean: list[float]
     std: list[float]
     smallest: int
-    any_size: bool
 
     def __call__(self, images: Tensor, text: Tensor | None, *settings: Tensor) -> Any:
         """Its outputs, alone or a tuple of them."""

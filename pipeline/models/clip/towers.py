@@ -50,9 +50,15 @@ def _trunk_name(trunk: nn.Module) -> str:
     return type(trunk).__name__ + (f" (pooling {pooling!r})" if isinstance(pooling, str) else "")
 
 
-def grows_in_graph(tower: DenseTower) -> bool:
-    """Whether a graph traced with images of one size is right for all sizes.
+def check_in_graph(tower: DenseTower) -> None:
+    """Refuse a tower of which no graph can be made for other programs.
 
-    timm's ViTs resize their positions by what no graph has (bicubic, antialiased).
+    Raises:
+        PipelineError: it is a ViT of timm, which resizes its positions as no operator of ONNX does
+            (bicubic, antialiased).
     """
-    return not isinstance(tower, timm_towers.TimmVit)
+    if isinstance(tower, timm_towers.TimmVit):
+        raise PipelineError(
+            f"encoder: {tower.describe()}: has no form in ONNX, which lacks an operator for its "
+            "position embeddings; docs/deploy.md says which encoders have one"
+        )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from pipeline.errors import PipelineError
 from pipeline.formats.onnx_graph import SEMANTIC_OUTPUTS
 from pipeline.models.plus.heads import PSPNet
 from pipeline.models.plus.network import PlusNetwork
@@ -21,6 +22,9 @@ class PlusGraph(nn.Module):
         network: in evaluation mode.
         text: (1 + K, C) unit rows by label id, the background's first.
         scores: images and text -> logits (B, 1 + K, h, w), by this network.
+
+    Raises:
+        PipelineError: the head has no form as a graph.
     """
 
     outputs: Mapping[str, tuple[str, ...]] = SEMANTIC_OUTPUTS
@@ -31,6 +35,11 @@ class PlusGraph(nn.Module):
         self, network: PlusNetwork, text: Tensor, scores: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
         super().__init__()
+        if isinstance(network.head, PSPNet):
+            raise PipelineError(
+                "head: pspnet: has no form in ONNX, which lacks an operator for means over parts "
+                "of a map; train another head"
+            )
         self.network = network
         self.register_buffer("text", text, persistent=False)
         self._scores = scores
@@ -38,8 +47,7 @@ class PlusGraph(nn.Module):
         self.std: list[float] = network.std.flatten().tolist()
         self.takes_text = network.classifier is None
         self.smallest: int = network.backbone.strides[-1]
-        # Means over parts of a map are of one size in a graph.
-        self.any_size = not isinstance(network.head, PSPNet)
+        self.eval()
 
     def forward(self, images: Tensor, text: Tensor | None) -> Tensor:
         """What `pipeline.formats.onnx_graph` says of images (B, 3, H, W) in [0, 1].

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.formats.onnx_graph import OBJECT_OUTPUTS, TEMPERATURE, THRESHOLD
-from pipeline.models.clip.towers import grows_in_graph
+from pipeline.models.clip.towers import check_in_graph
 from pipeline.models.zutis.network import Zutis
 from pipeline.models.zutis.postprocess import EPSILON, semantic_logits
 
@@ -22,6 +22,9 @@ class ZutisGraph(nn.Module):
     Args:
         network: in evaluation mode.
         text: (1 + K, C) unit rows by label id, the background's first.
+
+    Raises:
+        PipelineError: the encoder has no form as a graph.
     """
 
     outputs: Mapping[str, tuple[str, ...]] = OBJECT_OUTPUTS
@@ -31,12 +34,13 @@ class ZutisGraph(nn.Module):
 
     def __init__(self, network: Zutis, text: Tensor) -> None:
         super().__init__()
+        check_in_graph(network.tower)
         self.network = network
         self.register_buffer("text", text, persistent=False)
         self.mean: list[float] = network.mean.flatten().tolist()
         self.std: list[float] = network.std.flatten().tolist()
         self.smallest: int = network.tower.patch_size
-        self.any_size = grows_in_graph(network.tower)
+        self.eval()
 
     def forward(
         self, images: Tensor, text: Tensor | None, threshold: Tensor, temperature: Tensor
