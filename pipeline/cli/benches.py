@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ruamel.yaml import YAML
 
-from pipeline.cli.common import PHOTO_CLIP, Session
+from pipeline.cli.common import PHOTO_CLIP, Session, refuse_with_onnx
 from pipeline.errors import PipelineError
 from pipeline.presets import bench_text, list_benches
 
@@ -155,6 +155,7 @@ def differences(
     model: str | None,
     encoder: str | None,
     open_vocabulary: bool,
+    onnx: Path | None = None,
 ) -> list[str]:
     """What tells an evaluation from that of the run, besides dense labeller and corruption.
 
@@ -162,11 +163,16 @@ def differences(
     with an open vocabulary: its categories, where they are not the benchmark's. Of another one: the
     name of its folder, its student and its encoder where they are not those of `train`, and its
     categories likewise; without one it is the run's. A category set goes by its name, another list
-    by its length and hash.
+    by its length and hash. Of a network in ONNX's format: the name of its file.
 
     Raises:
-        PipelineError: see `baseline`, and a checkpoint that cannot be read.
+        PipelineError: see `baseline` and `refuse_with_onnx`, and a checkpoint that cannot be read.
     """
+    if onnx is not None:
+        refuse_with_onnx(
+            checkpoint=checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
+        )
+        return [onnx.stem]
     labeller = alone(model)
     if labeller is not None or encoder is not None:
         usual = baseline(session.params, labeller).encoder

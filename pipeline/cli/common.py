@@ -185,6 +185,18 @@ def try_outputs(*files: Location, folders: Sequence[Location] = ()) -> None:
                 check_writable(path, folder=is_folder)
 
 
+def refuse_with_onnx(**options: object) -> None:
+    """Refuse options of networks that are loaded by torch beside `--onnx`.
+
+    Raises:
+        PipelineError: one of them is given; the message names it.
+    """
+    for name, value in options.items():
+        if value:
+            option = name.replace("_", "-")
+            raise PipelineError(f"--onnx: the file is the network; leave --{option} out")
+
+
 def names(text: str | None, option: str = "--categories") -> list[str] | None:
     """Names of an option such as `--categories`: separated by commas, quoted as in CSV.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.benches import find_bench
-from pipeline.cli.common import PATHS, MasksPath, Session
+from pipeline.cli.common import PATHS, MasksPath, Session, check_known, names
+from pipeline.cli.stages import NAMES_HELP, CheckpointPath
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -55,6 +57,22 @@ def export(
             "yolo-seg, none of others.",
         ),
     ] = None,
+    checkpoint: CheckpointPath = None,
+    categories: Annotated[
+        str | None, typer.Option(help=f"Of onnx: {NAMES_HELP}; default: the trained ones.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEIGHTxWIDTH", help="Of onnx: take images of this size alone; default: any."
+        ),
+    ] = None,
+    text_input: Annotated[
+        bool, typer.Option("--text-input", help="Of onnx: let text embeddings be an input.")
+    ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Of onnx: weights of linear layers in 8 bits.")
+    ] = False,
     force: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
 ) -> None:
     """Predictions or pseudo-labels as COCO, YOLO, VOC and others; a checkpoint as ONNX.
@@ -73,9 +91,33 @@ def export(
     if out is None:
         raise PipelineError("--out: missing; name the folder to write")
     if to == ONNX:
+        _refuse_for_onnx(
+            predictions=predictions,
+            bench=bench,
+            root=root,
+            archives=archives,
+            labels=labels,
+            min_score=min_score,
+            split=split,
+        )
         check_file(out, force=force)
-        _export_onnx(ctx.obj, out)
+        _export_onnx(
+            ctx.obj,
+            out,
+            checkpoint=checkpoint,
+            categories=categories,
+            size=size,
+            text_input=text_input,
+            int8=int8,
+        )
         return
+    _refuse_but_for_onnx(
+        checkpoint=checkpoint,
+        categories=categories,
+        size=size,
+        text_input=text_input,
+        int8=int8,
+    )
     find_format(to)
     _check_sources(predictions, bench, archives, labels)
     check_folder(out, force=force)
@@ -133,6 +175,75 @@ def _archives(session: Session, masks: Path, labels: Path | None) -> Source:
     return ArchiveMasks(masks, session.categories, labels_dir=labels)
 
 
-def _export_onnx(session: Session, out: Path) -> None:  # noqa: ARG001
+def _refuse_for_onnx(**options: object) -> None:
+    """A network is made of a checkpoint alone."""
+    for name, value in options.items():
+        if value:
+            raise PipelineError(
+                f"{_as_option(name)}: has no meaning with --to onnx, which writes a network; leave "
+                "it out"
+            )
+
+
+def _refuse_but_for_onnx(**options: object) -> None:
+    for name, value in options.items():
+        if value:
+            raise PipelineError(
+                f"{_as_option(name)}: has a meaning with --to onnx only; leave it out"
+            )
+
+
+def _as_option(name: str) -> str:
+    return name.upper() if name == "predictions" else f"--{name.replace('_', '-')}"
+
+
+def _export_onnx(
+    session: Session,
+    out: Path,
+    *,
+    checkpoint: Path | None,
+    categories: str | None,
+    size: str | None,
+    text_input: bool,
+    int8: bool,
+) -> None:
     """A checkpoint as an ONNX file."""
-    raise PipelineError("--to onnx: not there yet")
+    shape = _parse_size(size)
+    asked = names(categories)
+    params = session.params
+    checkpoint = checkpoint or session.checkpoint
+    from pipeline.exporters.onnx import export_onnx
+    from pipeline.models.weights.checkpoint import read_checkpoint_config
+    from pipeline.models.weights.zoo import resolve_weights
+    from pipeline.params.base import PredictionSettings
+
+    cache_dir = session.runtime.cache_dir
+    if asked:
+        encoder = read_checkpoint_config(resolve_weights(checkpoint, cache_dir)).encoder
+        check_known(asked, encoder, field="--categories")
+    comparison = export_onnx(
+        checkpoint,
+        out,
+        settings=PredictionSettings.of(params.evaluate),
+        cache_dir=cache_dir,
+        categories=asked,
+        size=shape,
+        text_input=text_input,
+        int8=int8,
+    )
+    print(f"{out} written; {comparison.describe()}")
+    print(f"without torch: pipeline predict PHOTO... --onnx {out} --out DIR")
+
+
+def _parse_size(text: str | None) -> tuple[int, int] | None:
+    """Height and width of HEIGHTxWIDTH.
+
+    Raises:
+        PipelineError: it is not of that form.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if match is None:
+        raise PipelineError(f"--size: {text!r}; expected HEIGHTxWIDTH, such as 384x512")
+    return int(match[1]), int(match[2])

@@ -29,6 +29,7 @@ from pipeline.cli.common import (
     location,
     names,
     preset_names,
+    refuse_with_onnx,
     try_outputs,
 )
 from pipeline.cli.dry_run import DryRunOption, start
@@ -38,6 +39,13 @@ from pipeline.presets import OWN_IMAGES, bench_text, list_benches, list_presets,
 
 NAMES_HELP = """Category names between commas, quoted as in CSV: '"hammer, claw",saw'"""
 Resume = Literal["auto", "never"]
+OnnxPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--onnx",
+        help="A file of `pipeline export --to onnx` in place of a checkpoint; needs no torch.",
+    ),
+]
 ArchivesPath = Annotated[Path, typer.Option(help="Parquet file of the archives.")]
 LabelsPath = Annotated[Path, typer.Option(help="Folder of the label shards.")]
 CheckpointPath = Annotated[
@@ -380,6 +388,7 @@ def predict_bench(
     root: BenchRoot = None,
     model: Model = None,
     encoder: Encoder = None,
+    onnx: OnnxPath = None,
     open_vocabulary: OpenVocabulary = False,
     corruption: Corruption = None,
     stats: EntryStatsPath = None,
@@ -391,7 +400,13 @@ def predict_bench(
 
     session: Session = ctx.obj
     others = differences(
-        session, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
+        session,
+        bench,
+        checkpoint,
+        model=model,
+        encoder=encoder,
+        open_vocabulary=open_vocabulary,
+        onnx=onnx,
     )
     name = result_name(bench, alone(model), corruption, others=others)
     out = out or PATHS["predictions"] / name
@@ -409,7 +424,7 @@ def predict_bench(
         bench=find_bench(
             params.benches, bench, params_path=session.params_path, root=root, corruption=corruption
         ),
-        checkpoint_dir=chosen,
+        checkpoint_dir=None if onnx else chosen,
         out_dir=out,
         params=params.evaluate,
         baseline=baseline(params, alone(model), encoder),
@@ -419,6 +434,7 @@ def predict_bench(
         stats_path=stats,
         open_vocabulary=open_vocabulary,
         executor=dry or session.executor(),
+        onnx_path=onnx,
     )
 
 
@@ -432,6 +448,7 @@ def score(
     root: BenchRoot = None,
     model: Model = None,
     encoder: Encoder = None,
+    onnx: OnnxPath = None,
     open_vocabulary: OpenVocabulary = False,
     corruption: Corruption = None,
     stats: EntryStatsPath = None,
@@ -445,7 +462,13 @@ def score(
 
     session: Session = ctx.obj
     others = differences(
-        session, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
+        session,
+        bench,
+        checkpoint,
+        model=model,
+        encoder=encoder,
+        open_vocabulary=open_vocabulary,
+        onnx=onnx,
     )
     name = result_name(bench, alone(model), corruption, others=others)
     stats = stats or out / "stats" / f"score-{name}.json"
@@ -483,6 +506,7 @@ def evaluate(
     root: BenchRoot = None,
     model: Model = None,
     encoder: Encoder = None,
+    onnx: OnnxPath = None,
     open_vocabulary: OpenVocabulary = False,
     corruption: Corruption = None,
     dry_run: DryRunOption = False,
@@ -493,7 +517,13 @@ def evaluate(
     what differs from it is in the name of a result (docs/results.md).
     """
     others = differences(
-        ctx.obj, bench, checkpoint, model=model, encoder=encoder, open_vocabulary=open_vocabulary
+        ctx.obj,
+        bench,
+        checkpoint,
+        model=model,
+        encoder=encoder,
+        open_vocabulary=open_vocabulary,
+        onnx=onnx,
     )
     name = result_name(bench, alone(model), corruption, others=others)
     if not dry_run:
@@ -506,6 +536,7 @@ def evaluate(
         root=root,
         model=model,
         encoder=encoder,
+        onnx=onnx,
         open_vocabulary=open_vocabulary,
         corruption=corruption,
         stats=out / "stats" / f"predict_bench-{name}.json",
@@ -523,6 +554,7 @@ def evaluate(
         root=root,
         model=model,
         encoder=encoder,
+        onnx=onnx,
         open_vocabulary=open_vocabulary,
         corruption=corruption,
     )
@@ -683,6 +715,7 @@ def predict(
             "`evaluate.min_score` and `evaluate.min_scores`.",
         ),
     ] = None,
+    onnx: OnnxPath = None,
     video: Annotated[
         bool, typer.Option("--video", help="Folders hold the frames of a video each.")
     ] = False,
@@ -699,8 +732,6 @@ def predict(
     docs/video.md.
     """
     from pipeline.formats.video import is_video
-    from pipeline.models.weights.checkpoint import read_checkpoint_config
-    from pipeline.models.weights.zoo import resolve_weights
     from pipeline.stages import predict as stage
     from pipeline.vocabulary.categories import all_texts, texts_for
 
@@ -722,6 +753,25 @@ def predict(
         )
         return
     try_outputs(folders=[out])
+    if onnx is not None:
+        refuse_with_onnx(checkpoint=checkpoint, model=model, encoder=encoder)
+        from pipeline.params.sections import EvaluateParams
+
+        stage.run(
+            inputs=photos,
+            categories=names(categories),
+            checkpoint_dir=None,
+            out_dir=out,
+            params=EvaluateParams(min_score=min_score),
+            runtime=None,
+            context=names(context, "--context") or [],
+            confidence=confidence or [],
+            onnx_path=onnx,
+        )
+        return
+    from pipeline.models.weights.checkpoint import read_checkpoint_config
+    from pipeline.models.weights.zoo import resolve_weights
+
     params, runtime = session.params, session.runtime
     checkpoint = checkpoint or session.checkpoint
     labeller = baseline(params, alone(model), encoder)

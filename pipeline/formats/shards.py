@@ -16,8 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from webdataset.writer import TarWriter
-
 from pipeline.errors import PipelineError
 from pipeline.files import Location, file_sha256, read_json, write_json
 
@@ -258,6 +256,8 @@ def write_tar(path: Path, samples: Iterable[Mapping[str, Any]]) -> int:
         ValueError: a key is used twice or has other characters than 0-9 A-Z a-z _ and -, or a
             member is not bytes.
     """
+    from webdataset.writer import TarWriter
+
     seen: set[str] = set()
     with path.open("wb") as file:
         with TarWriter(file, user="", group="", encoder=False, mtime=0) as writer:

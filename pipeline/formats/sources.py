@@ -18,12 +18,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
-from webdataset.shardlists import expand_urls
 
 from pipeline.errors import PipelineError, counted
 from pipeline.files import Location, as_location, is_url, stored_location, utf8_text
@@ -38,6 +35,10 @@ from pipeline.formats.images import (
 )
 from pipeline.formats.shards import TAR_BLOCK
 from pipeline.formats.tars import TarMember, find_members
+
+if TYPE_CHECKING:  # folders of images need neither Parquet nor tars
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 # What lies beside images and is none: never opened, never counted.
 COMPANIONS = {
@@ -458,6 +459,8 @@ def _hint(others: Counter[str]) -> str:
 
 def _expand(field: str, pattern: str) -> list[str]:
     """The patterns that braces stand for, each fit for `Path.glob`."""
+    from webdataset.shardlists import expand_urls
+
     where = f"{field}.pattern: {pattern!r}"
     try:
         patterns = expand_urls(pattern)
@@ -496,6 +499,8 @@ def image_column(schema: pa.Schema, path: Path) -> str:
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
         return index >= 0 and _holds_bytes(kind.field(index).type)
@@ -553,6 +558,8 @@ def _row_group_of(path: Path, row: int) -> tuple[int, int]:
 
 
 def _open_parquet(path: Location) -> pq.ParquetFile:
+    import pyarrow.parquet as pq
+
     return pq.ParquetFile(path.open("rb") if is_url(path) else utf8_text(str(path), path))
 
 

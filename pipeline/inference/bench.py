@@ -30,10 +30,13 @@ from pipeline.formats.predictions import (
 )
 from pipeline.formats.rle import RleObject, encode_crop
 from pipeline.inference.labeller import Labeller
+from pipeline.inference.onnx import OnnxSegmenter
+from pipeline.inference.prediction import Prediction
 from pipeline.inference.protocol import (
     bench_protocol,
     labeller_protocol,
     network_protocol,
+    onnx_protocol,
     protocol_lines,
 )
 from pipeline.inference.segmenter import Segmenter
@@ -130,14 +133,8 @@ class NetworkPredictor:
         self, image_ids: Sequence[str], images: Sequence[Image.Image]
     ) -> list[StoredPrediction]:
         with_objects = self.segmenter.settings.instances
-        predictions = [
-            StoredPrediction(
-                image_id,
-                labels=prediction.semantic,
-                objects=_encoded(prediction.instances) if with_objects else None,
-            )
-            for image_id, prediction in zip(image_ids, self.segmenter.predict(images), strict=True)
-        ]
+        found = self.segmenter.predict(images)
+        predictions = _stored(image_ids, found, with_objects=with_objects)
         if self.baseline is None:
             return predictions
         beside = LabellerPredictor(self.baseline).predict(image_ids, images)
@@ -145,6 +142,30 @@ class NetworkPredictor:
             replace(prediction, baseline=below.labels, baseline_objects=below.objects)
             for prediction, below in zip(predictions, beside, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class OnnxPredictor:
+    """A network in ONNX's format, alone."""
+
+    segmenter: OnnxSegmenter
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        return onnx_protocol(self.segmenter)
+
+    @property
+    def fingerprints(self) -> list[str]:
+        return [self.segmenter.network.sha256]
+
+    def select(self, categories: Sequence[str]) -> OnnxPredictor:
+        return OnnxPredictor(self.segmenter.select(categories))
+
+    def predict(
+        self, image_ids: Sequence[str], images: Sequence[Image.Image]
+    ) -> list[StoredPrediction]:
+        found = self.segmenter.predict(images)
+        return _stored(image_ids, found, with_objects=self.segmenter.finds_objects)
 
 
 @dataclass(frozen=True)
@@ -178,6 +199,19 @@ class LabellerPredictor:
         ]
 
 
+def _stored(
+    image_ids: Sequence[str], predictions: Sequence[Prediction], *, with_objects: bool
+) -> list[StoredPrediction]:
+    return [
+        StoredPrediction(
+            image_id,
+            labels=prediction.semantic,
+            objects=_encoded(prediction.instances) if with_objects else None,
+        )
+        for image_id, prediction in zip(image_ids, predictions, strict=True)
+    ]
+
+
 def _encoded(objects: Iterable[Instance]) -> list[RleObject]:
     return [
         RleObject(item.label_id, encode_crop(item.crop, item.bbox_xyxy, item.size), item.score)
@@ -196,6 +230,7 @@ class BenchRun:
         names: all names that any image asks for.
         metrics: what is scored, which decides what is predicted.
         checkpoint_dir: folder of a checkpoint, or None for the dense labeller alone.
+        onnx_path: a network in ONNX's format in place of both.
         settings: how predictions are made.
         has_baseline: whether the dense labeller labels the images beside a network.
         baseline: section `pseudo_label`, the dense labeller.
@@ -218,14 +253,19 @@ class BenchRun:
     batch_size: int
     texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    onnx_path: Path | None = None
 
 
 def load_predictor(run: BenchRun, runtime: Runtime) -> BenchPredictor:
-    """Load a checkpoint, or a dense labeller where there is none.
+    """Load a checkpoint, or a dense labeller where there is none, or a network in ONNX's format.
 
     Raises:
-        PipelineError: see `Segmenter.load` and `Labeller.load`.
+        PipelineError: see `Segmenter.load`, `Labeller.load` and `OnnxSegmenter.load`.
     """
+    if run.onnx_path is not None:
+        return OnnxPredictor(
+            OnnxSegmenter.load(run.onnx_path, categories=run.names, settings=run.settings)
+        )
     load_labeller = partial(
         Labeller.load,
         run.baseline,

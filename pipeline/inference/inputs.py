@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from pipeline.formats.images import ImageError, as_rgb, load_image
 from pipeline.params.base import PredictionSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROUNDING = 1e-6
 ImageInput = Image.Image | Path | str | NDArray[np.uint8]
@@ -53,12 +55,22 @@ def _half_up(value: float) -> int:
 ROUND = {"down": _floor, "half_up": _half_up}
 
 
-def to_tensor(image: Image.Image, settings: PredictionSettings, *, patch_size: int) -> Tensor:
-    """Network input (3, H', W') float32 in [0, 1] of an RGB image."""
+def to_pixels(
+    image: Image.Image, settings: PredictionSettings, *, patch_size: int
+) -> NDArray[np.uint8]:
+    """An RGB image at the size of the network's input, (H', W', 3)."""
     size = input_size(image.width, image.height, settings, patch_size=patch_size)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return np.array(image)
+
+
+def to_tensor(image: Image.Image, settings: PredictionSettings, *, patch_size: int) -> Tensor:
+    """Network input (3, H', W') float32 in [0, 1] of an RGB image."""
+    import torch
+
+    pixels = to_pixels(image, settings, patch_size=patch_size)
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 def to_rgb(image: ImageInput) -> Image.Image:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.inference.labeller import Labeller
-from pipeline.inference.segmenter import Prediction
+from pipeline.inference.prediction import Prediction
+
+if TYPE_CHECKING:  # a network may run where torch is not
+    from pipeline.inference.labeller import Labeller
 
 
 class PhotoSegmenter(Protocol):

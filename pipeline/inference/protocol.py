@@ -12,7 +12,9 @@ from pipeline.engine.runtime import Runtime
 from pipeline.files import digest, file_sha256
 from pipeline.inference.kept import kept_protocol, others_beside
 from pipeline.inference.labeller import Labeller
+from pipeline.inference.onnx import OnnxSegmenter
 from pipeline.inference.segmenter import Segmenter
+from pipeline.models.layers.regions import regions_protocol
 from pipeline.models.weights.checkpoint import WEIGHTS_NAME, read_checkpoint_config
 from pipeline.params.base import EncoderParams, PredictionSettings
 from pipeline.params.benches import BenchParams
@@ -84,6 +86,28 @@ def network_protocol(segmenter: Segmenter, checkpoint_dir: Path) -> dict[str, An
         **_texts_protocol(texts_for(segmenter.categories, config.texts)),
         **segmenter.student.protocol(segmenter.settings),
         **_beyond_the_papers(segmenter.settings),
+    }
+
+
+def onnx_protocol(segmenter: OnnxSegmenter) -> dict[str, Any]:
+    """How a network in ONNX's format predicts."""
+    info, settings = segmenter.network.info, segmenter.settings
+    # In place of what `bench_protocol` says of torch.
+    return {
+        "model": info.student,
+        "encoder": info.encoder,
+        "checkpoint": info.checkpoint[:DIGITS],
+        "step": info.step,
+        "open_vocabulary": False,
+        "background": ", ".join(info.background),
+        "templates": info.templates,
+        "threshold": settings.threshold,
+        "temperature": settings.temperature,
+        "suppression": settings.suppression,
+        "score_resolution": settings.score_resolution,
+        **regions_protocol(settings),
+        "onnx": segmenter.network.sha256[:DIGITS],
+        "precision": "int8" if info.int8 else "float32",
     }
 
 

@@ -9,7 +9,6 @@ prediction.semantic                       # (H, W) label ids, 0 is background
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,31 +17,15 @@ from numpy.typing import NDArray
 
 from pipeline.engine.batching import equal_size_batches
 from pipeline.engine.runtime import Runtime, make_runtime
-from pipeline.formats.labels import LabelMap
-from pipeline.formats.predictions import Instance
 from pipeline.inference.confidence import confidence_map, find_name
 from pipeline.inference.inputs import ImageInput, to_rgb, to_tensor
 from pipeline.inference.kept import kept, others_beside
+from pipeline.inference.prediction import Prediction
 from pipeline.methods.students import TrainedStudent, trained_student
 from pipeline.models.weights.checkpoint import read_checkpoint_config
 from pipeline.models.weights.zoo import resolve_weights
 from pipeline.params.base import PredictionSettings
 from pipeline.vocabulary.categories import Names, load_category_set, texts_for, unasked_names
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The segmentation of one image, at its own size.
-
-    Attributes:
-        semantic: (H, W) int16 label ids, 0 is background.
-        instances: objects by falling score.
-        categories: names in the order of the label ids from 1.
-    """
-
-    semantic: LabelMap
-    instances: list[Instance]
-    categories: list[str] = field(repr=False)
 
 
 class Segmenter:

@@ -191,6 +191,35 @@ class TrainedStudent(Protocol):
     def protocol(self, settings: PredictionSettings) -> dict[str, Any]:
         """What decides a prediction, in the words of a protocol."""
 
+    def graph(self) -> StudentGraph:
+        """Network and text as one function of tensors, for export; PipelineError where not."""
+
+
+class StudentGraph(Protocol):
+    """A module (`nn.Module`) in evaluation mode, whose trace is right for images of any size.
+
+    It is called with images, text or None for its own, and what `settings` names.
+
+    Attributes:
+        outputs: names of what it returns, and of their axes, see `pipeline.formats.onnx_graph`.
+        settings: names of further inputs: scalars.
+        text: (1 + K, C) its own.
+        takes_text: whether other text makes a difference.
+        mean, std: of R, G, B in [0, 1]: what it does to images first.
+        smallest: side in pixels below which the graph takes no image.
+    """
+
+    outputs: Mapping[str, tuple[str, ...]]
+    settings: tuple[str, ...]
+    text: Tensor
+    takes_text: bool
+    mean: list[float]
+    std: list[float]
+    smallest: int
+
+    def __call__(self, images: Tensor, text: Tensor | None, *settings: Tensor) -> Any:
+        """Its outputs, alone or a tuple of them."""
+
 
 class StudentParams(Section):
     """Stage 5: a student on the pseudo-labels, by the method that `student` names.

@@ -13,7 +13,7 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,6 @@ from PIL import Image
 from pipeline import __version__
 from pipeline.engine.batching import batches
 from pipeline.engine.progress import StageRun
-from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError, counted
 from pipeline.exporters.naming import UniqueNames
 from pipeline.files import (
@@ -40,16 +39,16 @@ from pipeline.formats.labels import Predicted
 from pipeline.formats.sources import image_files
 from pipeline.inference.coco import category_entries, encode_label_map, object_annotation
 from pipeline.inference.confidence import find_name
-from pipeline.inference.labeller import Labeller
 from pipeline.inference.photos import LabellerOfPhotos, PhotoSegmenter
-from pipeline.inference.segmenter import Prediction, Segmenter
-from pipeline.methods.dense import PseudoLabelParams
-from pipeline.models.weights.checkpoint import WEIGHTS_NAME, read_checkpoint_config
-from pipeline.models.weights.zoo import resolve_weights
+from pipeline.inference.prediction import Prediction
 from pipeline.params.base import PredictionSettings
 from pipeline.params.sections import EvaluateParams
 from pipeline.pictures.overlays import colour_map, grid, overlay_instances, overlay_semantic
 from pipeline.vocabulary.categories import load_category_set, plain_name
+
+if TYPE_CHECKING:  # torch, without which a network in ONNX's format predicts
+    from pipeline.engine.runtime import Runtime
+    from pipeline.methods.dense import PseudoLabelParams
 
 OVERLAYS = "overlays"
 LABELS = "labels"
@@ -66,12 +65,13 @@ def run(
     checkpoint_dir: Path | None,
     out_dir: Path,
     params: EvaluateParams,
-    runtime: Runtime,
+    runtime: Runtime | None,
     labeller: PseudoLabelParams | None = None,
     background: Sequence[str] = ("background",),
     texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
     context: Sequence[str] = (),
     confidence: Sequence[str] = (),
+    onnx_path: Path | None = None,
 ) -> None:
     """Write `overlays/NAME.png`, `labels/NAME.png`, `predictions.json` and `stats.json`.
 
@@ -96,12 +96,14 @@ def run(
         out_dir: made if absent; pictures that this stage made, here or elsewhere below the
             inputs, are never taken as inputs.
         params: section `evaluate` of params.yaml.
-        runtime: device and precision.
+        runtime: device and precision; None with `onnx_path`, which needs no torch.
         labeller: section `pseudo_label`, where there is no checkpoint.
         background: names of label id 0 for it; a checkpoint brings its own.
         texts: what stands for a category in its prompts, see `Names`; a checkpoint brings its own.
         context: names that are asked for too, but drawn black.
         confidence: those of the names asked for whose probability is drawn.
+        onnx_path: a network that was exported, in place of a checkpoint; of its names and with its
+            own settings, whatever `params` say but for `min_score`.
 
     Raises:
         PipelineError: a path that does not exist, no image, none that can be read, a checkpoint or
@@ -111,15 +113,20 @@ def run(
     left_out: Counter[str] = Counter()
     paths = list_inputs(inputs, left_out)
     _check_out(out_dir)
-    segmenter = _load(
-        _asked(categories, context, checkpoint_dir, runtime),
-        checkpoint_dir=checkpoint_dir,
-        labeller=labeller,
-        background=background,
-        texts=texts,
-        settings=PredictionSettings.of(params),
-        runtime=runtime,
-    )
+    if onnx_path is not None:
+        segmenter = _load_onnx(onnx_path, categories, context, params.min_score)
+    elif runtime is None:
+        raise ValueError("runtime: a checkpoint and a dense labeller need one")
+    else:
+        segmenter = _load(
+            _asked(categories, context, checkpoint_dir, runtime),
+            checkpoint_dir=checkpoint_dir,
+            labeller=labeller,
+            background=background,
+            texts=texts,
+            settings=PredictionSettings.of(params),
+            runtime=runtime,
+        )
     places = [find_name(name, segmenter.categories, field="--confidence") for name in confidence]
     drawn = _folder_names([segmenter.categories[place] for place in places])
     context_ids = [1 + find_name(name, segmenter.categories, field="--context") for name in context]
@@ -157,8 +164,23 @@ def run(
             )
         stage.note("never_predicted", predicted.never())
         output.finish(
-            segmenter.categories, stage.skipped, info=_made_by(checkpoint_dir, labeller, runtime)
+            segmenter.categories,
+            stage.skipped,
+            info=_made_by(checkpoint_dir, labeller, runtime, onnx_path),
         )
+
+
+def _load_onnx(
+    path: Path, categories: Sequence[str] | None, context: Sequence[str], min_score: float | None
+) -> PhotoSegmenter:
+    from pipeline.inference.onnx import OnnxSegmenter
+
+    segmenter = OnnxSegmenter.load(path)
+    if min_score is not None:
+        of_all = {"min_score": min_score, "min_scores": {}}
+        segmenter.settings = segmenter.settings.model_copy(update=of_all)
+    asked = segmenter.categories if categories is None else categories
+    return segmenter.select(_with_context(asked, context))
 
 
 def _asked(
@@ -169,10 +191,16 @@ def _asked(
 ) -> list[str] | None:
     """The categories, and those names of the context that are none; None for the trained ones."""
     if categories is None and context and checkpoint_dir is not None:
+        from pipeline.models.weights.checkpoint import read_checkpoint_config
+        from pipeline.models.weights.zoo import resolve_weights
+
         folder = resolve_weights(checkpoint_dir, runtime.cache_dir)
         categories = read_checkpoint_config(folder).categories
-    if categories is None:
-        return None
+    return None if categories is None else _with_context(categories, context)
+
+
+def _with_context(categories: Sequence[str], context: Sequence[str]) -> list[str]:
+    """The categories, and those names of the context that are none."""
     known = {plain_name(name) for name in categories}
     return [*categories, *(name for name in context if plain_name(name) not in known)]
 
@@ -188,6 +216,9 @@ def _load(
     runtime: Runtime,
 ) -> PhotoSegmenter:
     """A checkpoint, or the dense labeller where there is none."""
+    from pipeline.inference.labeller import Labeller
+    from pipeline.inference.segmenter import Segmenter
+
     if checkpoint_dir is not None:
         return Segmenter.load(
             checkpoint_dir, categories=categories, settings=settings, runtime=runtime
@@ -207,11 +238,19 @@ def _load(
 
 
 def _made_by(
-    checkpoint_dir: Path | None, labeller: PseudoLabelParams | None, runtime: Runtime
+    checkpoint_dir: Path | None,
+    labeller: PseudoLabelParams | None,
+    runtime: Runtime | None,
+    onnx_path: Path | None,
 ) -> dict[str, str]:
     """What predicts, and the version of this package."""
     info = {"version": __version__}
-    if checkpoint_dir is not None:
+    if onnx_path is not None:
+        return info | {"onnx": str(onnx_path), "weights": file_sha256(onnx_path)}
+    if checkpoint_dir is not None and runtime is not None:
+        from pipeline.models.weights.checkpoint import WEIGHTS_NAME
+        from pipeline.models.weights.zoo import resolve_weights
+
         weights = resolve_weights(checkpoint_dir, runtime.cache_dir) / WEIGHTS_NAME
         return info | {"checkpoint": str(checkpoint_dir), "weights": file_sha256(weights)}
     return info | ({"model": labeller.method} if labeller else {})

@@ -22,6 +22,7 @@ from pipeline.inference.bench import (
     cached_predictions,
     images_to_predict,
 )
+from pipeline.inference.onnx import OnnxNetwork
 from pipeline.methods.dense import DENSE_LABELLERS, PseudoLabelParams
 from pipeline.methods.students import student_of
 from pipeline.models.weights.checkpoint import CheckpointConfig, read_checkpoint_config
@@ -50,6 +51,7 @@ def run(
     with_baseline: bool = True,
     shard_size: int = SHARD_SIZE,
     executor: Executor | DryRun | None = None,
+    onnx_path: Path | None = None,
 ) -> None:
     """Write one prediction for each image of a benchmark, see `pipeline.formats.predictions`.
 
@@ -73,6 +75,7 @@ def run(
         with_baseline: let the dense labeller label beside a network.
         shard_size: predictions of a shard.
         executor: where predictions are made; here by default.
+        onnx_path: a network that was exported, in place of a checkpoint and without baseline.
 
     Raises:
         PipelineError: a benchmark that lacks a part or has photos and masks of different sizes, a
@@ -82,7 +85,9 @@ def run(
     benchmark = open_benchmark(bench_name, bench, background)
     names = _asked_names(benchmark)
     with_objects = DENSE_LABELLERS[baseline.method].gives_objects
-    if checkpoint_dir is not None:
+    if onnx_path is not None:
+        with_objects, with_baseline = OnnxNetwork.load(onnx_path).finds_objects, False
+    elif checkpoint_dir is not None:
         checkpoint_dir = resolve_weights(checkpoint_dir, runtime.cache_dir)
         config = read_checkpoint_config(checkpoint_dir)
         if not open_vocabulary and names == benchmark.categories:
@@ -105,6 +110,7 @@ def run(
         texts=texts_for(names, texts),
         batch_size=params.batch_size,
         warnings=warnings,
+        onnx_path=onnx_path,
     )
     entries = images_to_predict(benchmark)
     job = Job(

@@ -36,6 +36,7 @@ from pipeline.models.clip.tower import (
     Facet,
     as_maps,
     as_rows,
+    grid_of,
     whole_patches,
 )
 
@@ -73,7 +74,7 @@ class OpenClipVit:
         images = whole_patches(images, self.patch_size)
         tokens, grid = embed_patches(self.visual, images, position_resize="grid")
         last: Tensor = self.visual.transformer(tokens)[:, 1:]
-        return last.transpose(1, 2).unflatten(2, grid)
+        return grid_of(last.transpose(1, 2), grid)
 
     def patch_features(self, images: Tensor, *, layer: int, facet: Facet) -> Tensor:
         """Keys or output of a block."""
@@ -261,7 +262,7 @@ class ClipResnet:
     def _values(self, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
         pool = self.visual.attnpool
         values: Tensor = pool.c_proj(pool.v_proj(tokens)).transpose(1, 2)
-        return values.unflatten(2, grid)
+        return grid_of(values, grid)
 
 
 class CocaVit(OpenClipVit):

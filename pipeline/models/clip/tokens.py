@@ -16,6 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.models.clip.stem import ConvStem
 
 PositionResize = Literal["scale", "size", "grid"]
+CUBIC_COEFFICIENT = -0.75  # torch's
 
 
 class VisionTower(Protocol):
@@ -45,7 +46,7 @@ def vision_tower(encoder: nn.Module) -> VisionTower:
             "transformer (for example ViT-B-16) is needed here"
         )
     tower = cast(VisionTower, encoder)
-    num_patches = tower.positional_embedding.shape[0] - 1
+    num_patches = len(tower.positional_embedding) - 1
     if round(num_patches**0.5) ** 2 != num_patches:
         raise PipelineError(
             f"encoder {type(encoder).__name__} has {num_patches} patch positions, which is not a "
@@ -86,6 +87,9 @@ def resize_positions(
         (1 + h * w, D) in the dtype of the input; the class token's row is unchanged.
     """
     class_position, patch_positions = positional_embedding[:1], positional_embedding[1:]
+    if torch.onnx.is_in_onnx_export():
+        resized = _resize_in_graph(patch_positions, height, width, mode=mode)
+        return torch.cat((class_position, resized))
     if mode == "size" and height * width == len(patch_positions):
         return positional_embedding
     side = round(len(patch_positions) ** 0.5)
@@ -97,6 +101,53 @@ def resize_positions(
         grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
     resized = grid.flatten(2)[0].T.to(positional_embedding.dtype)
     return torch.cat((class_position, resized))
+
+
+def _resize_in_graph(
+    patch_positions: Tensor, height: int, width: int, *, mode: PositionResize
+) -> Tensor:
+    """Patch rows (h * w, D) of `resize_positions` for a graph whose h and w change at each call.
+
+    Bicubic interpolation is linear, so each axis is a product with a matrix made of its length.
+    """
+    side = round(len(patch_positions) ** 0.5)
+    rows, columns = torch.as_tensor(height), torch.as_tensor(width)
+    if mode == "size":
+        # What is left alone is what resizing to the native grid gives.
+        is_native = rows * columns == len(patch_positions)
+        rows, columns = (torch.where(is_native, side, length) for length in (rows, columns))
+    slip = 0.1 if mode == "scale" else 0.0
+    by_row, by_column = (
+        cubic_weights(length, side, scale=(length + slip) / side) for length in (rows, columns)
+    )
+    grid = patch_positions.float().unflatten(0, (side, side))
+    tall = (by_row @ grid.flatten(1)).unflatten(1, (side, -1))
+    return (by_column @ tall).flatten(0, 1).to(patch_positions.dtype)
+
+
+def cubic_weights(length: Tensor, side: int, *, scale: Tensor) -> Tensor:
+    """The matrix of torch's bicubic interpolation along one axis, from basic operations.
+
+    Args:
+        length: target cells m, an integer scalar.
+        side: source cells n.
+        scale: scalar; a target cell is 1 / scale source cells wide.
+
+    Returns:
+        (m, n) float32, rows of sum 1.
+    """
+    targets = torch.arange(length, device=length.device)  # type: ignore[call-overload]
+    places = (targets + 0.5) / scale - 0.5
+    first = places.floor()
+    t = places - first
+    a = CUBIC_COEFFICIENT
+    # The cubic of the two inner neighbours, and that of the two outer ones, by their distance.
+    inner = [((a + 2) * x - (a + 3)) * x * x + 1 for x in (t, 1 - t)]
+    outer = [((a * x - 5 * a) * x + 8 * a) * x - 4 * a for x in (t + 1, 2 - t)]
+    weights = torch.stack((outer[0], *inner, outer[1]), dim=1)
+    neighbours = first[:, None] + torch.arange(-1, 3, device=length.device)
+    is_source = neighbours.clamp(0, side - 1)[..., None] == torch.arange(side, device=length.device)
+    return (weights[..., None] * is_source).sum(1)
 
 
 def embed_patches(
@@ -126,7 +177,7 @@ def embed_patches(
         )
     patches = tower.conv1(images)
     height, width = patches.shape[-2:]
-    class_token = tower.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
+    class_token = tower.class_embedding.to(patches.dtype).expand(images.shape[0], 1, -1)
     tokens = torch.cat((class_token, patches.flatten(2).transpose(1, 2)), dim=1)
     positions = resize_positions(tower.positional_embedding, height, width, mode=position_resize)
     return tower.ln_pre(tokens + positions.to(tokens.dtype)), (height, width)
@@ -151,4 +202,5 @@ def encode_patches(
     tower = vision_tower(encoder)
     tokens, (height, width) = embed_patches(encoder, images, position_resize=position_resize)
     tokens = tower.transformer(tokens)[:, 1:]
-    return tower.ln_post(tokens).unflatten(1, (height, width))
+    # Not `unflatten`, which an exported graph would hold with the sizes of one image.
+    return tower.ln_post(tokens).reshape(tokens.shape[0], height, width, tokens.shape[2])

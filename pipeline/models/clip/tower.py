@@ -5,6 +5,7 @@ Letters: B images, H W pixels, h w grid of positions, D width of the map, C join
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -132,4 +133,10 @@ def as_rows(maps: Tensor) -> Tensor:
 def as_maps(rows: Tensor, like: Tensor) -> Tensor:
     """Positions (B h w, C) as maps (B, C, h, w), of the batch and grid of another map."""
     batch, _, height, width = like.shape
-    return rows.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+    return rows.reshape(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def grid_of(sequence: Tensor, grid: Sequence[int]) -> Tensor:
+    """Positions (B, D, h w) as a map (B, D, h, w), also in a graph that takes any h and w."""
+    # `unflatten` would hold the sizes of the image that the graph was traced with.
+    return sequence.reshape(sequence.shape[0], sequence.shape[1], grid[0], grid[1])

@@ -48,3 +48,17 @@ def dense_tower(visual: nn.Module) -> DenseTower:
 def _trunk_name(trunk: nn.Module) -> str:
     pooling = getattr(trunk, "global_pool", None)
     return type(trunk).__name__ + (f" (pooling {pooling!r})" if isinstance(pooling, str) else "")
+
+
+def check_in_graph(tower: DenseTower) -> None:
+    """Refuse a tower of which no graph can be made for other programs.
+
+    Raises:
+        PipelineError: it is a ViT of timm, which resizes its positions as no operator of ONNX does
+            (bicubic, antialiased).
+    """
+    if isinstance(tower, timm_towers.TimmVit):
+        raise PipelineError(
+            f"encoder: {tower.describe()}: has no form in ONNX, which lacks an operator for its "
+            "position embeddings; docs/deploy.md says which encoders have one"
+        )

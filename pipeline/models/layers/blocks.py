@@ -20,7 +20,8 @@ class Attention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` over (B, N, D): same weights, names and values.
 
     In training, queries, keys and values stay views of one projection; torch's own module copies
-    them to sequence-first order and back. In evaluation torch's module has a path of its own.
+    them to sequence-first order and back. In evaluation torch's module has a path of its own. A
+    graph is made of the path of training, which takes any number of tokens.
     """
 
     def __init__(self, dim: int, num_heads: int, *, device: str | None = None) -> None:
@@ -48,7 +49,8 @@ class Attention(nn.MultiheadAttention):
             **options: as for torch's module, which takes over if more is wanted than the result.
         """
         needs_weights = options.pop("need_weights", True)
-        if not self.training or needs_weights or any(v is not None for v in options.values()):
+        takes_own_path = self.training or torch.onnx.is_in_onnx_export()
+        if not takes_own_path or needs_weights or any(v is not None for v in options.values()):
             return super().forward(query, key, value, need_weights=needs_weights, **options)
         inputs = (query, key, value)
         projected = [

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import ndimage
-from torch import Tensor
 
 from pipeline.formats.labels import LabelMap, label_map
 from pipeline.params.base import PredictionSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def labels_of_regions(numbers: Tensor, first: int, settings: PredictionSettings) -> LabelMap:
@@ -39,6 +40,8 @@ def majority_of_regions(labels: LabelMap) -> LabelMap:
     Returns:
         (H, W) label ids of the same type.
     """
+    from scipy import ndimage
+
     regions, num_regions = ndimage.label(labels > 0)
     num_labels = int(labels.max(initial=0)) + 1
     pairs = regions.ravel() * num_labels + labels.ravel()

@@ -18,6 +18,7 @@ from pipeline.models.clip.checkpoint import checkpoint_clip
 from pipeline.models.layers.interpolate import upsampled_labels
 from pipeline.models.layers.pamr import refined_labels
 from pipeline.models.layers.regions import labels_of_regions, regions_protocol
+from pipeline.models.plus.graph import PlusGraph
 from pipeline.models.plus.network import PlusNetwork, build_plus
 from pipeline.models.plus.student import LABEL_0
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
@@ -170,6 +171,24 @@ class PlusPredictor:
                 logits, image, size, scale=self.logit_scale, params=settings.pamr
             )
         return labels_of_regions(labels[0], first, settings)
+
+    def graph(self) -> PlusGraph:
+        """See `pipeline.methods.students.TrainedStudent`."""
+        label_ids = list(range(len(self._label_ids)))
+        rows = None if self._rows is None else [self._rows[i] for i in self._label_ids]
+
+        def scores(images: Tensor, text: Tensor) -> Tensor:
+            return PlusPredictor(
+                self._network,
+                text,
+                label_ids=label_ids,
+                label_0=self._label_0,
+                rows=rows,
+                architecture=self._architecture,
+                runtime=self._runtime,
+            ).scores(images)
+
+        return PlusGraph(self._network, self._text[self._label_ids], scores)
 
     @torch.no_grad()
     def scores(self, images: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from pipeline.models.layers.perceptron import Perceptron
 from pipeline.models.weights.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 TokenNorm = Literal["map", "token", "none"]
+LAYER_NORM_EPS = 1e-5  # torch's
 
 
 class ZutisOutput(NamedTuple):
@@ -163,7 +164,9 @@ class Zutis(nn.Module):
         - "none": no layer norm, as in equation 4 of the paper and in CLIP. Algorithm 1 has one
           and does not say over what.
         """
-        if self.token_norm != "none":
+        if self.token_norm == "map" and torch.onnx.is_in_onnx_export():
+            projected = _norm_of_map(projected)
+        elif self.token_norm != "none":
             spanned = projected.shape[1:] if self.token_norm == "map" else projected.shape[-1:]
             projected = F.layer_norm(projected, spanned)
         return projected / (projected.norm(dim=-1, keepdim=True) + 1e-7)
@@ -180,6 +183,13 @@ class Zutis(nn.Module):
         super().train(mode)
         self.encoder.train(mode and not self.tower.stays_in_eval)
         return self
+
+
+def _norm_of_map(projected: Tensor) -> Tensor:
+    """Layer norm of tokens (B, h, w, C) over (h, w, C), for a graph in which h and w may change."""
+    centred = projected - projected.mean((1, 2, 3), keepdim=True)
+    variance = (centred * centred).mean((1, 2, 3), keepdim=True)
+    return centred / (variance + LAYER_NORM_EPS).sqrt()
 
 
 def _twice_as_large(tokens: Tensor) -> Tensor:

@@ -5,10 +5,7 @@ Letters: B batch, Q queries, N kept queries, K categories, C text space, H W pix
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,28 +15,24 @@ from torch import Tensor
 
 from pipeline.formats.predictions import Instance
 from pipeline.models.layers.interpolate import Taps, bilinear_taps, interpolate, upsample
+from pipeline.models.zutis.instances import (
+    EPSILON,
+    MAX_OVERLAP,
+    MIN_SCORE,
+    SIGMA,
+    Crop,
+    Suppression,
+    crop_of,
+    near,
+    occupied,
+    suppressed_instances,
+)
 
-Suppression = Literal["none", "hard", "linear", "gaussian"]
 ScoreResolution = Literal["token", "pixel"]
 
 BACKGROUND = 0
-EPSILON = 1e-7
 CATEGORY_CHUNK = 64
 MASK_CHUNK = 16
-
-
-@dataclass(frozen=True)
-class _Crop:
-    """A mask that is not empty, cut out along its box: rows `top` and columns `left` onwards."""
-
-    top: int
-    left: int
-    inside: NDArray[np.bool_]
-
-    @property
-    def bbox_xyxy(self) -> tuple[int, int, int, int]:
-        height, width = self.inside.shape
-        return self.left, self.top, self.left + width - 1, self.top + height - 1
 
 
 def semantic_logits(
@@ -100,9 +93,9 @@ def instance_predictions(
     threshold: float = 0.5,
     temperature: float = 5.0,
     suppression: Suppression = "hard",
-    max_overlap: float = 0.3,
-    sigma: float = 0.5,
-    min_score: float = 0.001,
+    max_overlap: float = MAX_OVERLAP,
+    sigma: float = SIGMA,
+    min_score: float = MIN_SCORE,
     score_resolution: ScoreResolution = "token",
     refined_probs: Tensor | None = None,
 ) -> list[Instance]:
@@ -136,8 +129,6 @@ def instance_predictions(
     Raises:
         ValueError: `suppression` is unknown.
     """
-    if suppression not in get_args(Suppression):
-        raise ValueError(f"suppression {suppression!r} is none of {get_args(Suppression)}")
     labels, scores, embeddings = _label_proposals(
         mask_probs.float(),
         patch_tokens.float(),
@@ -151,30 +142,17 @@ def instance_predictions(
     target_size = size or (mask_probs.shape[1], mask_probs.shape[2])
     final_probs = mask_probs if refined_probs is None else refined_probs
     crops = _crops(final_probs[candidates].float().cpu(), target_size, threshold)
-    occupied = [i for i, crop in enumerate(crops) if crop is not None]
-    masks = [crop for crop in crops if crop is not None]
-    label_ids = labels[candidates].cpu().numpy()[occupied]
-    final_scores = scores[candidates].cpu().double().numpy()[occupied]
-    final_embeddings = embeddings[candidates].cpu().numpy()[occupied]
-    if suppression != "none":
-        decay = partial(_decay, suppression=suppression, max_overlap=max_overlap, sigma=sigma)
-        for label_id in np.unique(label_ids):
-            members = np.flatnonzero(label_ids == label_id)
-            final_scores[members] = _suppressed_scores(
-                [masks[i] for i in members], final_scores[members], decay, min_score=min_score
-            )
-    order = [i for i in np.argsort(-final_scores, kind="stable") if final_scores[i] >= 0]
-    return [
-        Instance(
-            label_id=int(label_ids[i]),
-            score=float(final_scores[i]),
-            crop=masks[i].inside,
-            bbox_xyxy=masks[i].bbox_xyxy,
-            size=target_size,
-            embedding=final_embeddings[i],
-        )
-        for i in order
-    ]
+    return suppressed_instances(
+        crops,
+        labels[candidates].cpu().numpy(),
+        scores[candidates].cpu().double().numpy(),
+        target_size,
+        embeddings=embeddings[candidates].cpu().numpy(),
+        suppression=suppression,
+        max_overlap=max_overlap,
+        sigma=sigma,
+        min_score=min_score,
+    )
 
 
 def _label_proposals(
@@ -226,7 +204,7 @@ def _regions(
     return area, mass, coverage
 
 
-def _crops(mask_probs: Tensor, size: tuple[int, int], threshold: float) -> list[_Crop | None]:
+def _crops(mask_probs: Tensor, size: tuple[int, int], threshold: float) -> list[Crop | None]:
     """Proposals (N, h, w), upsampled to `size` and thresholded; None for an empty mask.
 
     A pixel can exceed the threshold only next to a token that reaches it, so no other is computed.
@@ -236,90 +214,22 @@ def _crops(mask_probs: Tensor, size: tuple[int, int], threshold: float) -> list[
         for cells, pixels in zip(mask_probs.shape[-2:], size, strict=True)
     )
     reached = (mask_probs >= threshold).numpy()
-    boxes = zip(_near(_any(reached, 2), rows), _near(_any(reached, 1), columns), strict=True)
+    boxes = zip(
+        _near(occupied(reached, 2), rows), _near(occupied(reached, 1), columns), strict=True
+    )
     wide = upsample(mask_probs[:, None], (mask_probs.shape[1], size[1]))[:, 0]
     return [
         _crop(probs[:, box[1]], rows.at(box[0]), box[0].start, box[1].start, threshold)
-        if occupied
+        if is_reached
         else None
-        for probs, occupied, box in zip(wide, _any(reached, (1, 2)), boxes, strict=True)
+        for probs, is_reached, box in zip(wide, occupied(reached, (1, 2)), boxes, strict=True)
     ]
 
 
 def _near(reached: NDArray[np.bool_], taps: Taps) -> list[slice]:
-    """For each mask, the target cells that take from a `reached` source cell, (N, cells).
-
-    An axis that shrinks may skip all of them; then one cell stands for none.
-    """
-    first = reached.argmax(1)
-    last = reached.shape[1] - 1 - reached[:, ::-1].argmax(1)
-    start = np.searchsorted(taps.upper.numpy(), first).clip(max=len(taps.lower) - 1)
-    stop = np.searchsorted(taps.lower.numpy(), last, side="right")
-    ends = np.stack((start, np.maximum(stop, start + 1)), axis=1)
-    return [slice(*pair) for pair in ends.tolist()]
+    return near(reached, taps.lower.numpy(), taps.upper.numpy())
 
 
-def _crop(probs: Tensor, rows: Taps, top: int, left: int, threshold: float) -> _Crop | None:
+def _crop(probs: Tensor, rows: Taps, top: int, left: int, threshold: float) -> Crop | None:
     """The mask of columns (h, w') that are upsampled already; `top` and `left` are its place."""
-    inside = (interpolate(probs, rows, dim=0) > threshold).numpy()
-    occupied_rows = _any(inside, 1)
-    if not occupied_rows.any():
-        return None
-    box = _extent(occupied_rows), _extent(_any(inside, 0))
-    # A copy: the crop outlives the pixels around it.
-    return _Crop(top + box[0].start, left + box[1].start, inside[box].copy())
-
-
-def _any(occupied: NDArray[np.bool_], axis: int | tuple[int, int]) -> NDArray[np.bool_]:
-    return np.asarray(np.logical_or.reduce(occupied, axis=axis))
-
-
-def _extent(occupied: NDArray[np.bool_]) -> slice:
-    """From the first to the last True; there is one."""
-    places = np.flatnonzero(occupied)
-    return slice(int(places[0]), int(places[-1]) + 1)
-
-
-def _suppressed_scores(
-    masks: list[_Crop],
-    scores: NDArray[np.float64],
-    decay: Callable[[NDArray[np.float64]], NDArray[np.float64]],
-    *,
-    min_score: float,
-) -> NDArray[np.float64]:
-    """Take the best remaining mask, weaken the others by it, and so on; -1 where dropped."""
-    scores, result = scores.copy(), np.full_like(scores, -1.0)
-    boxes = np.array([mask.bbox_xyxy for mask in masks])
-    areas = np.array([np.count_nonzero(mask.inside) for mask in masks])
-    remaining = np.ones(len(scores), dtype=bool)
-    while remaining.any():
-        best = int(np.argmax(np.where(remaining, scores, -np.inf)))
-        result[best] = scores[best]
-        remaining[best] = False
-        touching = ((boxes[:, :2] <= boxes[best, 2:]) & (boxes[best, :2] <= boxes[:, 2:])).all(1)
-        others = np.flatnonzero(remaining & touching)
-        shared = np.array([_shared_pixels(masks[best], masks[i]) for i in others], dtype=np.int64)
-        scores[others] *= decay(shared / (areas[best] + areas[others] - shared + EPSILON))
-        remaining &= scores > min_score
-    return result
-
-
-def _shared_pixels(first: _Crop, second: _Crop) -> int:
-    """Pixels of both masks, whose boxes intersect."""
-    a, b = first.bbox_xyxy, second.bbox_xyxy
-    x0, y0, x1, y1 = max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
-    part, other = (
-        mask.inside[y0 - mask.top : y1 - mask.top + 1, x0 - mask.left : x1 - mask.left + 1]
-        for mask in (first, second)
-    )
-    return int(np.count_nonzero(part & other))
-
-
-def _decay(
-    iou: NDArray[np.float64], *, suppression: Suppression, max_overlap: float, sigma: float
-) -> NDArray[np.float64]:
-    """Factor on the score of a mask that overlaps a better one by `iou`."""
-    if suppression == "gaussian":
-        return np.exp(-(iou**2) / sigma)
-    lowered = 1 - iou if suppression == "linear" else np.zeros_like(iou)
-    return np.where(iou > max_overlap, lowered, 1.0)
+    return crop_of((interpolate(probs, rows, dim=0) > threshold).numpy(), top, left)

@@ -20,6 +20,7 @@ from pipeline.models.layers.regions import labels_of_regions, regions_protocol
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
 from pipeline.models.weights.weights import hash_tensors, load_state, load_strict
 from pipeline.models.zutis.build import build_zutis
+from pipeline.models.zutis.graph import ZutisGraph
 from pipeline.models.zutis.network import Zutis
 from pipeline.models.zutis.postprocess import (
     instance_predictions,
@@ -138,6 +139,10 @@ class ZutisPredictor:
         with self._runtime.autocast():
             output = self._network(images.to(self._runtime.device))
         return semantic_logits(output.patch_tokens.float(), self._text)
+
+    def graph(self) -> ZutisGraph:
+        """See `pipeline.methods.students.TrainedStudent`."""
+        return ZutisGraph(self._network, self._text)
 
     def protocol(self, settings: PredictionSettings) -> dict[str, Any]:
         """The architecture, and how proposals become objects."""
