@@ -48,6 +48,7 @@ TIMES = "reports/times"  # of the last runs, and no output
 CORE = ("errors.py", "files.py", "params", "cli")
 # Files of the package that are data of a module, by the module that reads them.
 PACKAGE_DATA = {
+    "pipeline/app/site.py": ["pipeline/app/static", "pipeline/app/templates"],
     "pipeline/ablations/definitions.py": ["pipeline/presets/ablations"],
     "pipeline/vocabulary/categories.py": ["pipeline/vocabulary/category_sets"],
     "pipeline/models/clip/photo_clip/assemble.py": ["pipeline/models/clip/photo_clip"],
