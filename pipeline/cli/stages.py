@@ -351,6 +351,8 @@ def train(
     from pipeline.stages import train as stage
 
     session: Session = ctx.obj
+    if not dry_run:
+        try_outputs(stats, folders=[out, live])
     params, runtime = session.params, session.runtime
     labels = labels or params.train.labels
     reads_labels = params.train.needs_labels and labels is not None
@@ -359,7 +361,6 @@ def train(
         dry = start("train", reads=reads, writes=[out, live], stats=stats)
         stage.dry_run(dry, params=params.train, cache_dir=runtime.cache_dir)
         return
-    try_outputs(stats, folders=[out, live])
     with process_group(runtime.device) as group:
         stage.run(
             masks_dir=fetch(masks, runtime.cache_dir),
