@@ -400,6 +400,8 @@ def predict_bench(
     from pipeline.stages import predict_bench as stage
 
     session: Session = ctx.obj
+    if not dry_run:
+        try_outputs(*([stats] if stats else []), folders=[out] if out else [])
     others = differences(
         session,
         bench,
@@ -737,11 +739,28 @@ def predict(
     from pipeline.vocabulary.categories import all_texts, texts_for
 
     session: Session = ctx.obj
+    try_outputs(folders=[out])
+    is_of_video = video or any(map(is_video, photos))
+    if is_of_video:
+        _refuse_for_video(
+            model=model, encoder=encoder, context=context, confidence=confidence, onnx=onnx
+        )
+    if onnx is not None:
+        refuse_with_onnx(checkpoint=checkpoint, model=model, encoder=encoder)
+        _predict_onnx(
+            onnx,
+            photos,
+            out,
+            names(categories),
+            context=names(context, "--context") or [],
+            confidence=confidence or [],
+            min_score=min_score,
+        )
+        return
     evaluate = session.params.evaluate
     if min_score is not None:
         evaluate = evaluate.model_copy(update={"min_score": min_score, "min_scores": {}})
-    if video or any(map(is_video, photos)):
-        _refuse_for_video(model=model, encoder=encoder, context=context, confidence=confidence)
+    if is_of_video:
         _predict_video(
             session,
             photos,
@@ -751,23 +770,6 @@ def predict(
             evaluate=evaluate,
             every=every,
             fps=fps,
-        )
-        return
-    try_outputs(folders=[out])
-    if onnx is not None:
-        refuse_with_onnx(checkpoint=checkpoint, model=model, encoder=encoder)
-        from pipeline.params.sections import EvaluateParams
-
-        stage.run(
-            inputs=photos,
-            categories=names(categories),
-            checkpoint_dir=None,
-            out_dir=out,
-            params=EvaluateParams(min_score=min_score),
-            runtime=None,
-            context=names(context, "--context") or [],
-            confidence=confidence or [],
-            onnx_path=onnx,
         )
         return
     from pipeline.models.weights.checkpoint import read_checkpoint_config
@@ -799,6 +801,33 @@ def predict(
         texts=params.texts,
         context=others,
         confidence=confidence or [],
+    )
+
+
+def _predict_onnx(
+    onnx: Path,
+    photos: list[Path],
+    out: Path,
+    categories: list[str] | None,
+    *,
+    context: list[str],
+    confidence: list[str],
+    min_score: float | None,
+) -> None:
+    """Without torch, and without params: the file has its own."""
+    from pipeline.params.sections import EvaluateParams
+    from pipeline.stages import predict as stage
+
+    stage.run(
+        inputs=photos,
+        categories=categories,
+        checkpoint_dir=None,
+        out_dir=out,
+        params=EvaluateParams(min_score=min_score),
+        runtime=None,
+        context=context,
+        confidence=confidence,
+        onnx_path=onnx,
     )
 
 
