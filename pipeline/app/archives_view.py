@@ -139,6 +139,7 @@ class ArchivesView:
         pages = Pages(len(places), IMAGES_A_PAGE, number(request.query_params, "page", 1), {})
         cards = self._cards(table, places[pages.start : pages.end], review)
         shown = {card.key for card in cards}
+        keys = {row.key for row in table.rows(places)}
         others = {
             item: decision
             for item, decision in review.items()
@@ -158,6 +159,7 @@ class ArchivesView:
             columns=PURITY_COLUMNS,
             cards=cards,
             others=self._dropped_cards(others),
+            num_pending=sum(Reviewed(category, key) in review for key in keys),
             pages=pages,
         )
 

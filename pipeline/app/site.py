@@ -26,6 +26,7 @@ from pipeline.report.inputs import to_float
 FOLDER = Path(__file__).resolve().parent
 STATIC_DIR = FOLDER / "static"
 MAX_BODY_BYTES = 2**20
+CANNOT = "This cannot be shown"
 VIEWS = {
     "archives": "Archives",
     "labels": "Masks and labels",
@@ -80,7 +81,8 @@ class Site:
             try:
                 return handler(request)
             except PipelineError as error:
-                return self.error(str(error), view=view, status=_status(error))
+                title = "Nothing here yet" if isinstance(error, MissingError) else CANNOT
+                return self.error(str(error), view=view, status=_status(error), title=title)
 
         return endpoint
 
@@ -96,10 +98,10 @@ class Site:
 
         return endpoint
 
-    def error(self, message: str, *, view: str, status: int) -> HTMLResponse:
+    def error(
+        self, message: str, *, status: int, view: str = "", title: str = CANNOT
+    ) -> HTMLResponse:
         """A page that says what is wrong and what to do."""
-        is_missing = "not made yet" in message
-        title = "Nothing here yet" if is_missing else "This cannot be shown"
         return self.page("error", view=view, status=status, title=title, message=message)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,6 +21,7 @@ from pipeline.app.predictions_view import PredictionsView
 from pipeline.app.site import STATIC_DIR, Site
 from pipeline.app.try_view import TryView
 from pipeline.app.workspace import Workspace
+from pipeline.errors import PipelineError
 from pipeline.pictures.report import category_colour
 
 
@@ -43,13 +46,40 @@ def create_app(workspace: Workspace, *, host: str = "127.0.0.1") -> Starlette:
     )
 
 
-def serve(workspace: Workspace, *, host: str, port: int) -> None:
-    """Serve the app until it is interrupted."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address.
+
+    Args:
+        host: name or IP address of this machine.
+        port: 0 for any free one.
+
+    Raises:
+        PipelineError: it cannot, for the port is taken or the address is not this machine's.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]
+        raise PipelineError(
+            f"--host {host} --port {port}: cannot listen there ({reason}); choose another "
+            "port, or end what uses it"
+        ) from None
+
+
+def serve(workspace: Workspace, *, host: str, listening: socket.socket) -> None:
+    """Serve the app until it is interrupted.
+
+    Args:
+        workspace: what is looked at.
+        host: the address that it is to be reached at.
+        listening: see `listen`.
+    """
     import uvicorn
 
-    uvicorn.run(
-        create_app(workspace, host=host), host=host, port=port, log_level="warning", workers=1
-    )
+    config = uvicorn.Config(create_app(workspace, host=host), log_level="warning")
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 def _home(request: Request) -> Response:
@@ -82,8 +112,8 @@ class _Explained:
     def __call__(self, request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code == 404:
             message = f"{request.url.path}: no such page; choose a view above"
-            return self._site.error(message, view="", status=404)
+            return self._site.error(message, status=404)
         if isinstance(error, HTTPException):
-            return self._site.error(error.detail, view="", status=error.status_code)
+            return self._site.error(error.detail, status=error.status_code)
         message = f"{type(error).__name__}: {error}; this is a bug, the terminal has more"
-        return self._site.error(message, view="", status=500)
+        return self._site.error(message, status=500)

@@ -36,7 +36,7 @@ def app(
     except ImportError as error:
         raise PipelineError(f"pipeline app: {error}; {install_command('app')}") from None
     from pipeline.app.guard import is_loopback
-    from pipeline.app.web import serve
+    from pipeline.app.web import listen, serve
     from pipeline.app.workspace import Workspace
 
     session: Session = ctx.obj
@@ -55,8 +55,10 @@ def app(
             file=sys.stderr,
             flush=True,
         )
+    listening = listen(host, port)
+    port = listening.getsockname()[1]
     address = f"http://{'localhost' if is_loopback(host) else host}:{port}"
     print(f"app: {address} (Ctrl+C ends it)", flush=True)
     if browser:
         Timer(OPEN_AFTER, webbrowser.open, [address]).start()
-    serve(workspace, host=host, port=port)
+    serve(workspace, host=host, listening=listening)

@@ -162,6 +162,19 @@ def test_dropping_writes_the_file_and_undo_takes_it_back(made: Any) -> None:
     assert "nothing to undo" in made.post("/archives/undo", {}, 400)["error"]
 
 
+def test_dropped_images_that_are_gone_can_be_restored(made: Any) -> None:
+    rows = read_archives(made.root / "archives.parquet")
+    inside, outside = (next(it.key for it in rows if it.label_id == label) for label in (1, 2))
+    body = {"category": "cat", "verdict": "drop", "images": [inside, outside]}
+    made.post("/archives/change", body)
+    page = made.page("/archives/1")
+    assert "<b data-dropped>1</b>" in page
+    assert keys_on(page.partition("data-others")[2]) == [outside]
+    for picture in pictures(page):
+        assert made.client.get(picture).status_code == 200
+    assert '<div class="alert"><dt>Dropped</dt><dd>2</dd></div>' in made.page("/archives")
+
+
 def test_a_neighbourhood_is_shown_first_and_dropped_in_one_step(made: Any) -> None:
     rows = [it for it in read_archives(made.root / "archives.parquet") if it.label_id == 1]
     address = f"/archives/1/alike?key={rows[0].key}&count=3"

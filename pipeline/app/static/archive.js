@@ -29,7 +29,7 @@ function show(tile, isDropped) {
   const button = tile.querySelector('[data-act="drop"]');
   if (button) button.textContent = isDropped ? "Restore" : "Drop";
   tile.setAttribute("aria-label", tile.getAttribute("aria-label").replace(/, dropped$/, "") + (isDropped ? ", dropped" : ""));
-  if (total) count(Number(total.textContent) + (isDropped ? 1 : -1));
+  if (total && !tile.closest("[data-others]")) count(Number(total.textContent) + (isDropped ? 1 : -1));
 }
 
 function count(value) {
