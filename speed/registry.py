@@ -12,6 +12,7 @@ from speed import (
     forward,
     instances,
     losses,
+    onnx_predict,
     plus_step,
     retrieval,
     stages,
@@ -31,6 +32,7 @@ MODULES = (
     train_step,
     plus_step,
     evaluation,
+    onnx_predict,
     stages,
 )
 

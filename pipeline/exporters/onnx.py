@@ -22,24 +22,11 @@ from pipeline import __version__
 from pipeline.engine.runtime import make_runtime
 from pipeline.errors import PipelineError, first_line
 from pipeline.files import atomic_path, file_sha256
-from pipeline.formats.onnx_graph import (
-    IMAGES,
-    LABELS,
-    PROPOSALS,
-    SCORES,
-    SIMILARITIES,
-    TEMPERATURE,
-    TEXT,
-    THRESHOLD,
-)
+from pipeline.formats.onnx_graph import IMAGES, LABELS, PROPOSALS, SCORES, SIMILARITIES, TEXT
 from pipeline.inference.onnx import OnnxNetwork, OnnxSegmenter, check_settings
 from pipeline.inference.onnx_file import ERRORS_ALONE, INSTALL, OnnxInfo
 from pipeline.inference.segmenter import Segmenter
-from pipeline.models.weights.checkpoint import (
-    WEIGHTS_NAME,
-    CheckpointConfig,
-    read_checkpoint_config,
-)
+from pipeline.models.weights.checkpoint import WEIGHTS_NAME, read_checkpoint_config
 from pipeline.models.weights.zoo import resolve_weights
 from pipeline.vocabulary.categories import unasked_names
 
@@ -112,25 +99,51 @@ def export_onnx(
         PipelineError: a package is missing, the student or a setting has no form in the format, or
             the file says something else than torch (in 8 bits it may).
     """
-    onnx = _onnx()
+    _onnx()
     check_settings(settings)
     runtime = make_runtime(device="cpu", precision="float32")
     folder = resolve_weights(checkpoint, cache_dir)
     config = read_checkpoint_config(folder)
     segmenter = Segmenter.load(folder, categories=categories, settings=settings, runtime=runtime)
-    graph = segmenter.student.graph()
-    _check(graph, config.student, size, text_input=text_input)
+    origin = {
+        "student": config.student,
+        "checkpoint": file_sha256(folder / WEIGHTS_NAME),
+        "encoder": config.encoder.tag,
+        "templates": config.templates,
+        "step": config.step,
+        "background": list(unasked_names(config.background, segmenter.categories)),
+    }
+    return write_student(
+        segmenter, out_path, origin=origin, size=size, text_input=text_input, int8=int8
+    )
+
+
+def write_student(
+    segmenter: Segmenter,
+    out_path: Path,
+    *,
+    origin: Mapping[str, Any],
+    size: tuple[int, int] | None = None,
+    text_input: bool = False,
+    int8: bool = False,
+) -> Comparison:
+    """Write a loaded student, see `export_onnx`.
+
+    Args:
+        segmenter: on the CPU, in float32.
+        out_path: the file.
+        origin: what `OnnxInfo` says of the checkpoint.
+        size: as there; so are `text_input` and `int8`.
+    """
+    onnx = _onnx()
+    graph, settings = segmenter.student.graph(), segmenter.settings
+    _check(graph, size, text_input=text_input)
     info = OnnxInfo(
         version=__version__,
         opset=OPSET,
         int8=int8,
-        student=config.student,
-        checkpoint=file_sha256(folder / WEIGHTS_NAME),
-        encoder=config.encoder.tag,
-        templates=config.templates,
-        step=config.step,
+        **origin,
         categories=segmenter.categories,
-        background=_background(config, segmenter.categories),
         mean=graph.mean,
         std=graph.std,
         size=None if size is None else list(size),
@@ -139,13 +152,12 @@ def export_onnx(
         logit_scale=segmenter.student.logit_scale,
         settings=settings,
     )
-    defaults = {THRESHOLD: settings.threshold, TEMPERATURE: settings.temperature}
-    scalars = {name: torch.tensor(defaults[name]) for name in graph.settings}
+    scalars = {name: torch.tensor(getattr(settings, name)) for name in graph.settings}
     content = _traced(graph, scalars, size, text_input=text_input)
     model = onnx.load_from_string(_quantised(content) if int8 else content)
-    given = {**scalars, **({TEXT: graph.text} if text_input else {})}
+    defaults = {**scalars, **({TEXT: graph.text} if text_input else {})}
     model.graph.initializer.extend(
-        onnx.numpy_helper.from_array(value.numpy(), name) for name, value in given.items()
+        onnx.numpy_helper.from_array(value.numpy(), name) for name, value in defaults.items()
     )
     _describe(model, info)
     onnx.checker.check_model(model)
@@ -166,22 +178,14 @@ def _onnx() -> ModuleType:
     return onnx
 
 
-def _check(
-    graph: StudentGraph, student: str, size: tuple[int, int] | None, *, text_input: bool
-) -> None:
-    """Refuse what has no form in the format."""
+def _check(graph: StudentGraph, size: tuple[int, int] | None, *, text_input: bool) -> None:
+    """Refuse what the graph cannot take."""
     if size is not None and min(size) < graph.smallest:
         raise PipelineError(
             f"--size: {size[0]}x{size[1]}: no side may be below {graph.smallest} pixels"
         )
     if text_input and not graph.takes_text:
-        raise PipelineError(
-            f"--text-input: the classifier of this {student} is learned and has no text"
-        )
-
-
-def _background(config: CheckpointConfig, categories: Sequence[str]) -> list[str]:
-    return list(unasked_names(config.background, categories))
+        raise PipelineError("--text-input: this student's classifier is learned and has no text")
 
 
 def _unit(graph: StudentGraph) -> int:

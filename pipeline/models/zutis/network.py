@@ -164,8 +164,8 @@ class Zutis(nn.Module):
         - "none": no layer norm, as in equation 4 of the paper and in CLIP. Algorithm 1 has one
           and does not say over what.
         """
-        if self.token_norm == "map" and torch.onnx.is_in_onnx_export():
-            projected = _norm_of_map(projected)
+        if self.token_norm != "none" and torch.onnx.is_in_onnx_export():
+            projected = _norm_in_graph(projected, (1, 2, 3) if self.token_norm == "map" else (3,))
         elif self.token_norm != "none":
             spanned = projected.shape[1:] if self.token_norm == "map" else projected.shape[-1:]
             projected = F.layer_norm(projected, spanned)
@@ -185,10 +185,10 @@ class Zutis(nn.Module):
         return self
 
 
-def _norm_of_map(projected: Tensor) -> Tensor:
-    """Layer norm of tokens (B, h, w, C) over (h, w, C), for a graph in which h and w may change."""
-    centred = projected - projected.mean((1, 2, 3), keepdim=True)
-    variance = (centred * centred).mean((1, 2, 3), keepdim=True)
+def _norm_in_graph(projected: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Layer norm of tokens (B, h, w, C) over some axes, for a graph in which h and w may change."""
+    centred = projected - projected.mean(axes, keepdim=True)
+    variance = (centred * centred).mean(axes, keepdim=True)
     return centred / (variance + LAYER_NORM_EPS).sqrt()
 
 
