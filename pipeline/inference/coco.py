@@ -9,7 +9,7 @@ from pipeline.benchmarks.voc import VOID, encode_index_png
 from pipeline.formats.images import encode_label
 from pipeline.formats.predictions import Instance
 from pipeline.formats.rle import coco_annotation, encode_crop
-from pipeline.inference.segmenter import Prediction
+from pipeline.inference.prediction import Prediction
 
 SCORE_DIGITS = 6
 

@@ -139,7 +139,7 @@ def test_export_refuses_what_is_there_before_anything_is_read(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # no params.yaml, no checkpoint
     (tmp_path / "z.onnx").write_bytes(b"kept")
-    with pytest.raises(SystemExit, match=r"--out z.onnx: exists; .*--force"):
+    with pytest.raises(SystemExit, match=r"--out z.onnx: is there already; .*--force"):
         run_here(monkeypatch, "export", "--to", "onnx", "--out", "z.onnx")
     assert (tmp_path / "z.onnx").read_bytes() == b"kept"
     with pytest.raises(SystemExit, match="--size: '96'; expected HEIGHTxWIDTH"):
