@@ -93,7 +93,7 @@ def run(
         out_dir: made if absent.
         params: section `evaluate` of params.yaml.
         runtime: device and precision.
-        every: only each so-manieth frame.
+        every: only each Nth frame.
         rate: frames a second of a folder.
 
     Raises:
