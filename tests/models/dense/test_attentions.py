@@ -462,7 +462,7 @@ class StitchedPlain(Plain):
     def __init__(self, encoder: EncoderParams, side: int, stride: int) -> None:
         super().__init__(encoder)
         self.side, self.stride = side, stride
-        self.normed: dict[int, Array] = {}
+        self.averaged: tuple[Array, Array] | None = None  # a state, and the mean of its norms
 
     def tokens(self, image: Array) -> tuple[list[Array], tuple[int, int]]:
         rows, columns = (-(-length // PATCH) for length in image.shape[1:])
@@ -487,7 +487,7 @@ class StitchedPlain(Plain):
             (places, super(StitchedPlain, self).norm(f"{self.last}.ln_1", states[-2]))
             for places, states in parts
         ]
-        self.normed = {id(whole[-2]): averaged(before, rows * columns)}
+        self.averaged = whole[-2], averaged(before, rows * columns)
         return whole, (rows, columns)
 
     def starts(self, length: int) -> list[int]:
@@ -497,8 +497,9 @@ class StitchedPlain(Plain):
         return found if found[-1] == length - self.side else [*found, length - self.side]
 
     def norm(self, name: str, tokens: Array) -> Array:
-        known = self.normed.get(id(tokens)) if name == f"{self.last}.ln_1" else None
-        return super().norm(name, tokens) if known is None else known
+        if self.averaged and tokens is self.averaged[0] and name == f"{self.last}.ln_1":
+            return self.averaged[1]
+        return super().norm(name, tokens)
 
 
 def averaged(parts: list[tuple[list[int], Array]], patches: int) -> Array:
