@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import multiprocessing
 import os
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.synchronize import Event
-from pathlib import Path
 
 import uvicorn
 
@@ -25,7 +27,12 @@ BACKLOG = 1024
 HEAD_S = 5.0  # that an open connection has for its request when the server ends
 GRACE_S = 5.0  # beyond the timeout of a request, until those in flight are given up
 POLL_S = 0.2
+SETTLE_S = 0.05  # for handshakes that have begun
 TURNS = 3  # of the loop: one sees who waits, the next accepts, the third sets up
+SO_ATTACH_FILTER = 26  # of Linux's <asm-generic/socket.h>
+# Classic BPF on a TCP header (code, jump if true, jump if false, constant): of the flags, byte 13,
+# drop those with SYN (2), keep others whole.
+DROP_SYN = ((0x30, 0, 0, 13), (0x45, 0, 1, 2), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -120,8 +127,14 @@ class _Server(uvicorn.Server):
         self.when_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take in who has connected, refuse others, let the former send; then finish."""
-        await _stop_listening(sockets or [])
+        """Take in who has connected, nobody else, and let them send; then finish."""
+        for listener in sockets or []:
+            _drop_new_connections(listener)
+        await asyncio.sleep(SETTLE_S)
+        for _ in range(TURNS):
+            await asyncio.sleep(0)
+        for server in self.servers:
+            server.close()
         give_up = time.monotonic() + HEAD_S
         while time.monotonic() < give_up and any(
             getattr(connection, "cycle", None) is None
@@ -131,20 +144,19 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-async def _stop_listening(listeners: Sequence[socket.socket]) -> None:
-    """Accept whoever waits, then nobody any more.
+def _drop_new_connections(listener: socket.socket) -> None:
+    """Have the kernel drop what asks to connect, and nothing else, where it can (Linux).
 
-    asyncio drops a connection whose server is closed before it has set up the connection, so the
-    servers stay open, with nothing to listen to in the place of their sockets.
+    Closing a socket resets whoever has connected since the last `accept`, with a request perhaps
+    sent already. So nobody may connect for a moment before; who tries does so again after a second,
+    and is refused.
     """
-    for _ in range(TURNS):
-        await asyncio.sleep(0)
-    with Path(os.devnull).open("rb") as nothing:
-        for listener in listeners:
-            asyncio.get_running_loop().remove_reader(listener)
-            os.dup2(nothing.fileno(), listener.fileno())
-    for _ in range(TURNS):
-        await asyncio.sleep(0)
+    instructions = b"".join(struct.pack("HBBI", *line) for line in DROP_SYN)
+    code = ctypes.create_string_buffer(instructions)
+    program = struct.pack("HP", len(DROP_SYN), ctypes.addressof(code))
+    if sys.platform == "linux":
+        with suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
 
 
 def _run(server: _Server, listener: socket.socket, when_started: Callable[[], None]) -> None:

@@ -113,7 +113,7 @@ def test_whoever_has_connected_is_answered_after_sigterm(
 
 
 def test_new_connections_are_refused_while_it_finishes(run: Callable[..., Running]) -> None:
-    server = run(SlowSource(seconds=1.0))
+    server = run(SlowSource(seconds=2.5))
     with server.connect() as connection:
         connection.sendall(HEAD + PNG)
         server.process.send_signal(signal.SIGTERM)
