@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -191,10 +191,13 @@ def refuse_with_onnx(**options: object) -> None:
     Raises:
         PipelineError: one of them is given; the message names it.
     """
-    for name, value in options.items():
-        if value:
-            option = name.replace("_", "-")
-            raise PipelineError(f"--onnx: the file is the network; leave --{option} out")
+    if given := given_options(options):
+        raise PipelineError(f"--onnx: the file is the network; leave {given[0]} out")
+
+
+def given_options(options: Mapping[str, object]) -> list[str]:
+    """Those of some options, by the names of their arguments, that have a value: `--max-pixels`."""
+    return [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
 
 
 def names(text: str | None, option: str = "--categories") -> list[str] | None:

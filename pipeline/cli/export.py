@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.benches import find_bench
-from pipeline.cli.common import PATHS, MasksPath, Session, check_known, names
+from pipeline.cli.common import PATHS, MasksPath, Session, check_known, given_options, names
 from pipeline.cli.stages import NAMES_HELP, CheckpointPath
 from pipeline.errors import PipelineError
 
@@ -175,26 +175,17 @@ def _archives(session: Session, masks: Path, labels: Path | None) -> Source:
     return ArchiveMasks(masks, session.categories, labels_dir=labels)
 
 
-def _refuse_for_onnx(**options: object) -> None:
+def _refuse_for_onnx(predictions: Path | None, **options: object) -> None:
     """A network is made of a checkpoint alone."""
-    for name, value in options.items():
-        if value:
-            raise PipelineError(
-                f"{_as_option(name)}: has no meaning with --to onnx, which writes a network; leave "
-                "it out"
-            )
+    if given := [*(["PREDICTIONS"] if predictions else []), *given_options(options)]:
+        raise PipelineError(
+            f"{given[0]}: has no meaning with --to onnx, which writes a network; leave it out"
+        )
 
 
 def _refuse_but_for_onnx(**options: object) -> None:
-    for name, value in options.items():
-        if value:
-            raise PipelineError(
-                f"{_as_option(name)}: has a meaning with --to onnx only; leave it out"
-            )
-
-
-def _as_option(name: str) -> str:
-    return name.upper() if name == "predictions" else f"--{name.replace('_', '-')}"
+    if given := given_options(options):
+        raise PipelineError(f"{given[0]}: has a meaning with --to onnx only; leave it out")
 
 
 def _export_onnx(

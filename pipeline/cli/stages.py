@@ -26,6 +26,7 @@ from pipeline.cli.common import (
     Session,
     StatsPath,
     check_known,
+    given_options,
     location,
     names,
     preset_names,
@@ -415,7 +416,7 @@ def predict_bench(
     out = out or PATHS["predictions"] / name
     stats = stats or PATHS["stats"] / f"predict_bench-{name}.json"
     params, runtime = session.params, session.runtime
-    chosen = None if alone(model) else checkpoint or session.checkpoint
+    chosen = None if alone(model) or onnx else checkpoint or session.checkpoint
     dry = None
     if dry_run:
         reads = {"train": resolve_weights(chosen, runtime.cache_dir)} if chosen else {}
@@ -427,7 +428,7 @@ def predict_bench(
         bench=find_bench(
             params.benches, bench, params_path=session.params_path, root=root, corruption=corruption
         ),
-        checkpoint_dir=None if onnx else chosen,
+        checkpoint_dir=chosen,
         out_dir=out,
         params=params.evaluate,
         baseline=baseline(params, alone(model), encoder),
@@ -832,9 +833,8 @@ def _predict_onnx(
 
 
 def _refuse_for_video(**options: object) -> None:
-    for name, value in options.items():
-        if value:
-            raise PipelineError(f"--{name}: is for images; leave it out for a video")
+    if given := given_options(options):
+        raise PipelineError(f"{given[0]}: is for images; leave it out for a video")
 
 
 def _predict_video(
@@ -852,7 +852,6 @@ def _predict_video(
     from pipeline.models.weights.zoo import resolve_weights
     from pipeline.stages import predict_video as stage
 
-    try_outputs(folders=[out])
     folder = resolve_weights(checkpoint or session.checkpoint, session.runtime.cache_dir)
     if categories:
         check_known(categories, read_checkpoint_config(folder).encoder, field="--categories")

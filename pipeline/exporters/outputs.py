@@ -1,7 +1,9 @@
-"""Where an export is written: what may be replaced, and what the manifest says."""
+"""Where results are written for others: what may be replaced, and what the manifest says."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from pipeline.errors import PipelineError
@@ -53,6 +55,26 @@ def check_file(out_path: Path, *, force: bool) -> None:
         raise PipelineError(
             f"--out {out_path}: is there already; replace it with --force, or choose another name"
         )
+
+
+def check_own(out_dir: Path, paths: Iterable[Path], ours: Collection[Path], *, by: str) -> None:
+    """Refuse a folder in which something would be replaced that no earlier run has written.
+
+    Args:
+        out_dir: the folder.
+        paths: below it, what would be replaced.
+        ours: what an earlier run has written.
+        by: the command.
+
+    Raises:
+        PipelineError: with the name of such a thing.
+    """
+    for path in paths:
+        if os.path.lexists(path) and path not in ours:
+            raise PipelineError(
+                f"--out {out_dir}: {path.relative_to(out_dir)} was not written by {by} and would "
+                "be replaced; choose another folder, or move it away"
+            )
 
 
 def _is_export(folder: Path) -> bool:

@@ -24,6 +24,7 @@ from pipeline.engine.batching import batches
 from pipeline.engine.progress import StageRun
 from pipeline.errors import PipelineError, counted
 from pipeline.exporters.naming import UniqueNames
+from pipeline.exporters.outputs import check_own
 from pipeline.files import (
     atomic_path,
     check_writable,
@@ -330,12 +331,8 @@ def _check_out(out_dir: Path) -> None:
     pictures = _entries(out_dir / OVERLAYS) + _entries(out_dir / LABELS)
     for folder in _entries(out_dir / CONFIDENCE):
         pictures += _entries(folder)
-    for path in (out_dir / PREDICTIONS, out_dir / STATS, *pictures):
-        if os.path.lexists(path) and path not in ours:
-            raise PipelineError(
-                f"--out {out_dir}: {path.relative_to(out_dir)} was not written by `pipeline "
-                "predict` and would be replaced; choose another folder, or move it away"
-            )
+    replaced = (out_dir / PREDICTIONS, out_dir / STATS, *pictures)
+    check_own(out_dir, replaced, ours, by="`pipeline predict`")
 
 
 def _entries(folder: Path) -> list[Path]:

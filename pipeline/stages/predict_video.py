@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,8 @@ from pipeline.engine.batching import batches
 from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
+from pipeline.exporters.naming import UniqueNames
+from pipeline.exporters.outputs import check_own
 from pipeline.files import (
     atomic_path,
     check_writable,
@@ -254,15 +255,9 @@ def _file_name(clip: Clip, frame: Frame) -> str:
 
 def _overlay_names(clips: Sequence[Clip]) -> list[str]:
     """`NAME.mp4` of each clip, by which it can be recognised; no two are the same."""
-    names: list[str] = []
-    for clip in clips:
-        stem = clip.path.name if clip.frames else clip.path.stem
-        name, number = stem or "video", 1
-        while f"{name}.mp4".casefold() in {other.casefold() for other in names}:
-            number += 1
-            name = f"{stem}_{number}"
-        names.append(f"{name}.mp4")
-    return names
+    names = UniqueNames()
+    stems = (clip.path.name if clip.frames else clip.path.stem for clip in clips)
+    return [f"{names.take(stem or 'video')}.mp4" for stem in stems]
 
 
 def _check_out(out_dir: Path) -> None:
@@ -275,15 +270,10 @@ def _check_out(out_dir: Path) -> None:
     if out_dir.exists() and not out_dir.is_dir():
         raise PipelineError(f"--out {out_dir}: is a file; expected a folder")
     check_writable(out_dir / PREDICTIONS)
-    ours = _written(out_dir)
     videos = out_dir / VIDEOS
     inside = sorted(videos.iterdir()) if videos.is_dir() else [videos]
-    for path in (out_dir / PREDICTIONS, out_dir / STATS, *inside):
-        if os.path.lexists(path) and path not in ours:
-            raise PipelineError(
-                f"--out {out_dir}: {path.relative_to(out_dir)} was not written by `pipeline "
-                "predict` of a video and would be replaced; choose another folder, or move it away"
-            )
+    replaced = (out_dir / PREDICTIONS, out_dir / STATS, *inside)
+    check_own(out_dir, replaced, _written(out_dir), by="`pipeline predict` of a video")
 
 
 def _written(out_dir: Path) -> set[Path]:
