@@ -38,7 +38,7 @@ def serve(
         typer.Option(
             min=1,
             help="Waiting images that share a forward pass; default: the params' "
-            "evaluate.batch_size, with --onnx 8.",
+            "evaluate.batch_size, with --onnx 1.",
         ),
     ] = None,
     max_bytes: Annotated[
@@ -96,11 +96,10 @@ def _network(
     An ONNX file has its own settings: no params are read for it.
     """
     from pipeline.params.base import PredictionSettings
-    from pipeline.params.sections import EvaluateParams
-    from pipeline.serve.options import CheckpointSource, OnnxSource
+    from pipeline.serve.options import CheckpointSource, Limits, OnnxSource
 
     if onnx is not None:
-        return OnnxSource(onnx, categories), EvaluateParams().batch_size, "auto"
+        return OnnxSource(onnx, categories), Limits.batch_size, "auto"
     params = session.params
     source = CheckpointSource(
         checkpoint or session.checkpoint,
