@@ -226,8 +226,8 @@ def _stop_under_load(service: Service, clients: int, bodies: Sequence[bytes]) ->
 
 def _line(load: Load) -> str:
     return (
-        f"{load.network}, {load.workers} workers, {load.clients} clients: {load.requests} requests, "
-        f"{load.failed} failed, {load.requests_per_second:g} a second, median "
+        f"{load.network}, {load.workers} workers, {load.clients} clients: "
+        f"{load.requests} requests, {load.failed} failed, {load.requests_per_second:g} a second, median "
         f"{load.median_ms:g} ms, p95 {load.p95_ms:g} ms; at SIGTERM {load.stopped_answered} of "
         f"{load.stopped_in_flight} answered"
     )
@@ -248,7 +248,8 @@ def _ratio_line(workers: int, loads: Sequence[Load]) -> str:
     )
     return (
         f"{workers} workers, medians: {rates[TORCH]:g} and {rates[ONNX]:g} a second, p95 "
-        f"{tails[TORCH]:g} and {tails[ONNX]:g} ms; ONNX {rates[ONNX] / rates[TORCH]:.2f} times torch"
+        f"{tails[TORCH]:g} and {tails[ONNX]:g} ms; "
+        f"ONNX {rates[ONNX] / rates[TORCH]:.2f} times torch"
     )
 
 
