@@ -226,9 +226,9 @@ def _stop_under_load(service: Service, clients: int, bodies: Sequence[bytes]) ->
 
 def _line(load: Load) -> str:
     return (
-        f"{load.network}, {load.workers} workers, {load.clients} clients: "
-        f"{load.requests} requests, {load.failed} failed, "
-        f"{load.requests_per_second:g} a second, median {load.median_ms:g} ms, p95 {load.p95_ms:g} ms; at SIGTERM {load.stopped_answered} of "
+        f"{load.network}, {load.workers} workers, {load.clients} clients: {load.requests} "
+        f"requests, {load.failed} failed, {load.requests_per_second:g} a second, median "
+        f"{load.median_ms:g} ms, p95 {load.p95_ms:g} ms; at SIGTERM {load.stopped_answered} of "
         f"{load.stopped_in_flight} answered"
     )
 
