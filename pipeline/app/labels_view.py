@@ -16,8 +16,9 @@ from pipeline.app.opened import MissingError, Opened
 from pipeline.app.pictures import THUMB_SIDE, picture_response
 from pipeline.app.review_book import Changes, ReviewBook, listed
 from pipeline.app.samples import PICTURES, SampleRow, Samples
-from pipeline.app.site import Pages, Site, choice, number, routes_of
+from pipeline.app.site import Pages, Site, choice, number
 from pipeline.app.survey import Survey
+from pipeline.app.view import View
 from pipeline.app.workspace import Workspace
 from pipeline.errors import PipelineError
 from pipeline.formats.labels import IGNORE_INDEX
@@ -31,17 +32,14 @@ FILTERS = ("open", ACCEPT, REJECT, "all")
 WAIT_SECONDS = 3.0
 
 
-class LabelsView:
-    """Pages and actions about pseudo-masks and dense labels.
+class LabelsView(View):
+    """Pages and actions about pseudo-masks and dense labels."""
 
-    Args:
-        site: what the views share.
-        workspace: what is looked at.
-    """
+    name = "labels"
 
     def __init__(self, site: Site, workspace: Workspace) -> None:
+        super().__init__(site, workspace)
         masks_dir, labels_dir = workspace.paths["masks"], workspace.paths["labels"]
-        self._site = site
         self._categories = list(workspace.categories)
         self._book = ReviewBook(workspace.paths["review_labels"], LABEL_VERDICTS)
         self._samples: Opened[Samples] = Opened(
@@ -59,23 +57,14 @@ class LabelsView:
 
     def routes(self) -> list[Route]:
         """All addresses of the view."""
-        reading = partial(self._site.reading, "labels")
-        return [
-            *routes_of(
-                {
-                    "/labels": reading(self.overview),
-                    "/labels/facts/{number:int}": reading(self.facts),
-                    "/pictures/sample/{number:int}/{what}": reading(self.picture),
-                }
-            ),
-            *routes_of(
-                {
-                    "/labels/change": self._site.posting(self.change),
-                    "/labels/undo": self._site.posting(self.undo),
-                },
-                ["POST"],
-            ),
-        ]
+        pages = self._reading(
+            {
+                "/labels": self.overview,
+                "/labels/facts/{number:int}": self.facts,
+                "/pictures/sample/{number:int}/{what}": self.picture,
+            }
+        )
+        return pages + self._posting({"/labels/change": self.change, "/labels/undo": self.undo})
 
     def overview(self, request: Request) -> Response:
         """A page of samples, one of which is looked at closely."""
@@ -96,9 +85,8 @@ class LabelsView:
             for place in chosen[pages.start : pages.end]
         ]
         decided = [decision.verdict for decision in review.values()]
-        return self._site.page(
+        return self._page(
             "labels",
-            view="labels",
             items=items,
             pages=pages,
             sort=sort,

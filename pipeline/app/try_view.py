@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pipeline.app.site import Site, TooLargeError, read_body, routes_of, threshold_of
+from pipeline.app.site import Site, TooLargeError, read_body, threshold_of
 from pipeline.app.trial import (
     MAX_PIXELS,
     Trial,
@@ -25,6 +25,7 @@ from pipeline.app.trial import (
     overlay_file,
     picture_file,
 )
+from pipeline.app.view import View
 from pipeline.app.workspace import Workspace
 from pipeline.errors import PipelineError
 
@@ -38,40 +39,32 @@ FILES = {
 }
 
 
-class TryView:
-    """The page, the upload, and pictures and files of what came out.
+class TryView(View):
+    """The page, the upload, and pictures and files of what came out."""
 
-    Args:
-        site: what the views share.
-        workspace: what is looked at.
-    """
+    name = "try"
 
     def __init__(self, site: Site, workspace: Workspace) -> None:
-        self._site = site
-        self._workspace = workspace
+        super().__init__(site, workspace)
         self._trials = Trials(workspace)
 
     def routes(self) -> list[Route]:
         """All addresses of the view."""
-        reading = partial(self._site.reading, "try")
-        return [
-            *routes_of(
-                {
-                    "/try": reading(self.page),
-                    "/try/{token}/confidence": reading(self.confidence),
-                    "/try/{token}/pictures/{what}": reading(self.picture),
-                    "/try/{token}/files/{name}": reading(self.file),
-                }
-            ),
-            Route("/try", self.upload, methods=["POST"]),
-        ]
+        pages = self._reading(
+            {
+                "/try": self.page,
+                "/try/{token}/confidence": self.confidence,
+                "/try/{token}/pictures/{what}": self.picture,
+                "/try/{token}/files/{name}": self.file,
+            }
+        )
+        return [*pages, Route("/try", self.upload, methods=["POST"])]
 
     def page(self, request: Request) -> Response:
         """Where a photo is dropped."""
         del request
-        return self._site.page(
+        return self._page(
             "try",
-            view="try",
             names=", ".join(map(_quoted, self._workspace.categories)),
             max_mb=MAX_UPLOAD_BYTES // 2**20,
             max_megapixels=MAX_PIXELS // 10**6,
