@@ -181,6 +181,7 @@ class ArchivesView(View):
 
     def row_picture(self, request: Request) -> Response:
         """Picture of a row of the archives."""
+        self._table.check(request.query_params.get("v"))
         table, side = self._table.get(), _side(request)
         rows = table.rows([request.path_params["row"]])
         if not rows:

@@ -68,7 +68,8 @@ class LabelsView(View):
 
     def overview(self, request: Request) -> Response:
         """A page of samples, one of which is looked at closely."""
-        samples, version = self._newest()
+        opened = self._newest()
+        samples = opened.get()
         survey, review, query = self._survey(samples), self._book.read(), request.query_params
         survey.wait(WAIT_SECONDS)
         rows = survey.rows[:]
@@ -95,7 +96,7 @@ class LabelsView(View):
             filters=FILTERS,
             category=category,
             categories=self._categories,
-            version=version,
+            version=opened.version,
             has_labels=samples.has_labels,
             num_samples=len(samples),
             num_measured=len(rows),
@@ -106,7 +107,7 @@ class LabelsView(View):
 
     def facts(self, request: Request) -> Response:
         """What is known of one sample, for the script."""
-        samples, _ = self._newest()
+        samples, _ = self._asked(request.query_params.get("v"))
         found = samples.facts(request.path_params["number"])
         names = {IGNORE_INDEX: "ignored", 0: "background", **dict(enumerate(self._categories, 1))}
         present = sorted(found.present.items(), key=lambda pair: -pair[1])
@@ -127,7 +128,7 @@ class LabelsView(View):
 
     def picture(self, request: Request) -> Response:
         """A picture of one sample."""
-        samples, version = self._newest()
+        samples, version = self._asked(request.query_params.get("v"))
         place, what = request.path_params["number"], request.path_params["what"]
         if what not in PICTURES:
             raise PipelineError(f"picture {what!r}: expected {', '.join(PICTURES)}")
@@ -141,7 +142,7 @@ class LabelsView(View):
     def change(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Accept or reject the labels of one sample, or take that back."""
         place, verdict = body.get("number"), body.get("verdict")
-        samples, _ = self._newest()
+        samples, _ = self._asked(body.get("version"))
         if type(place) is not int or not 0 <= place < len(samples):
             raise PipelineError("no such sample; load the page again")
         if verdict not in (*LABEL_VERDICTS, None):
@@ -162,10 +163,14 @@ class LabelsView(View):
         counts = {"accepted": decided.count(ACCEPT), "rejected": decided.count(REJECT)}
         return {"changes": listed(changes), **counts}
 
-    def _newest(self) -> tuple[Samples, str]:
-        """The samples, with dense labels if there are any, and their version."""
-        has_both = self._samples.is_there and self._labelled.is_there
-        opened = self._labelled if has_both else self._samples
+    def _newest(self) -> Opened[Samples]:
+        """The samples, with dense labels if there are any."""
+        return self._labelled if self._labelled.is_there else self._samples
+
+    def _asked(self, version: object) -> tuple[Samples, str]:
+        """The samples and their version, for a page that asks by number; see `Opened.check`."""
+        opened = self._newest()
+        opened.check(version)
         return opened.get(), opened.version
 
     def _survey(self, samples: Samples) -> Survey[SampleRow]:

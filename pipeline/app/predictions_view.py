@@ -112,8 +112,10 @@ class PredictionsView(View):
             raise PipelineError(f"picture {what!r}: expected {', '.join(PICTURES)}")
         side = LARGE_SIDE if "large" in query else CARD_SIDE
         threshold = threshold_of(query) if what == "objects" else 0.0
-        predictions = self._opened[bench].get()
-        address = f"{bench}/{self._opened[bench].version}/{place}/{what}/{threshold:.2f}/{side}"
+        opened = self._opened[bench]
+        opened.check(query.get("v"))
+        predictions = opened.get()
+        address = f"{bench}/{opened.version}/{place}/{what}/{threshold:.2f}/{side}"
         make = partial(predictions.draw, place, what, threshold=threshold, side=side)
         return picture_response(partial(self._site.pictures.get, address, make))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -28,6 +27,7 @@ from pipeline.app.trial import (
 from pipeline.app.view import View
 from pipeline.app.workspace import Workspace
 from pipeline.errors import PipelineError
+from pipeline.vocabulary.categories import split_names
 
 MAX_UPLOAD_BYTES = 32 * 2**20
 NAMES_HEADER = "x-names"
@@ -75,7 +75,7 @@ class TryView(View):
         """Segment the photo in the body by the names in a header."""
         try:
             data = await read_body(request, MAX_UPLOAD_BYTES)
-            names = split_names(unquote(request.headers.get(NAMES_HEADER, "")))
+            names = _names(unquote(request.headers.get(NAMES_HEADER, "")))
             trial = await run_in_threadpool(self._trials.segment, data, names)
         except PipelineError as error:
             status = 413 if isinstance(error, TooLargeError) else 400
@@ -114,19 +114,14 @@ class TryView(View):
         return self._trials.get(str(request.path_params["token"]))
 
 
-def split_names(text: str) -> list[str]:
-    """Names between commas or on lines, quoted as in CSV.
-
-    Raises:
-        PipelineError: a quote that is not closed.
-    """
-    try:
-        rows = list(csv.reader(text.splitlines(), skipinitialspace=True, strict=True))
-    except csv.Error:
-        raise PipelineError(
-            'names: a quote is not closed; a name with a comma is written "hammer, claw"'
-        ) from None
-    return [name.strip() for row in rows for name in row if name.strip()]
+def _names(text: str) -> list[str]:
+    """Names between commas or on lines of their own; see `split_names`."""
+    return [
+        name.strip()
+        for line in text.splitlines()
+        for name in split_names(line, "names")
+        if name.strip()
+    ]
 
 
 def _quoted(name: str) -> str:
