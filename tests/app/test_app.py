@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from pipeline.formats.images import decode_label, load_image
 from pipeline.formats.predictions import PredictionStore
 from pipeline.formats.review import LABEL_VERDICTS, read_review
-from pipeline.formats.shards import open_samples
+from pipeline.formats.shards import MANIFEST, open_samples
 from pipeline.formats.tables import read_archives
 from pipeline.inference.segmenter import Segmenter
 from pipeline.report.inputs import NO_VALUE
@@ -306,9 +306,10 @@ def test_numbers_of_a_page_mean_nothing_once_the_artefacts_are_made_anew(made: A
     asked = [pictures(made.page(it))[0] for it in ("/labels", "/archives/1", "/predictions")]
     asked.append(f"/labels/facts/4?v={found.group(1)}")
     assert all(made.client.get(it).status_code == 200 for it in asked)
-    for path in ("masks/made/manifest.json", "predictions/tiny/manifest.json", "archives.parquet"):
-        state = (made.root / path).stat()
-        os.utime(made.root / path, ns=(state.st_atime_ns, state.st_mtime_ns + 10**9))
+    for path in ("masks/made", "predictions/tiny", "archives.parquet"):
+        file = made.root / path / MANIFEST if (made.root / path).is_dir() else made.root / path
+        state = file.stat()
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns + 10**9))
     assert "load the page again" in made.post("/labels/change", verdict, 400)["error"]
     for address in asked:
         response = made.client.get(address)
