@@ -22,6 +22,7 @@ from pipeline.cli.common import (
     PATHS,
     CorrectionsPath,
     EntryStatsPath,
+    LabelReviewPath,
     MasksPath,
     Session,
     StatsPath,
@@ -330,9 +331,7 @@ def train(
     masks: Annotated[Any, location("Folder of the mask shards.")] = PATHS["masks"],
     labels: Annotated[Any, location("Folder of the label shards; default: train.labels.")] = None,
     corrections: CorrectionsPath = PATHS["corrections"],
-    review: Annotated[
-        Path, typer.Option(help="CSV file of labels accepted and rejected (`pipeline app`).")
-    ] = PATHS["review_labels"],
+    review: LabelReviewPath = PATHS["review_labels"],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = PATHS["checkpoint"],
     live: Annotated[Path, typer.Option(help="Folder of the loss curves.")] = PATHS["live"],
     resume: Annotated[
