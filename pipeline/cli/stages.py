@@ -585,6 +585,7 @@ def audit(
     labels: LabelsPath = PATHS["labels"],
     out: Annotated[Path | None, typer.Option(help="Metrics file to write.")] = None,
     stats: EntryStatsPath = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Score archives, pseudo-masks and pseudo-labels where the index has true masks."""
     from pipeline.stages import audit as stage
@@ -592,11 +593,24 @@ def audit(
     session: Session = ctx.obj
     out = out or PATHS["reports"] / "metrics" / f"audit_{name}.json"
     stats = stats or PATHS["stats"] / f"audit-{name}.json"
+    entry = session.entry("audits", name)
+    if dry_run:
+        reads = {"retrieve": archives, "mask": masks, "pseudo_label": labels}
+        dry = start("audit", reads=reads, writes=[out], stats=stats)
+        stage.dry_run(
+            dry,
+            name=name,
+            audit=entry,
+            archives_path=archives,
+            masks_dir=masks,
+            labels_dir=labels,
+        )
+        return
     try_outputs(out, stats)
     params, runtime = session.params, session.runtime
     stage.run(
         name=name,
-        audit=session.entry("audits", name),
+        audit=entry,
         archives_path=archives,
         masks_dir=masks,
         labels_dir=labels,
@@ -617,12 +631,18 @@ def report(
     reports: ReportsPath = PATHS["reports"],
     out: Annotated[Path, typer.Option(help="HTML file.")] = PATHS["reports"] / "index.html",
     stats: StatsPath = PATHS["reports"] / "report.json",
+    dry_run: DryRunOption = False,
 ) -> None:
     """Stage 7: write one self-contained HTML page about the whole run."""
     from pipeline.stages import report as stage
 
     session: Session = ctx.obj
-    try_outputs(out, stats)
+    dry = None
+    if dry_run:
+        shown = [archives, masks, labels, live, reports]
+        dry = start("report", reads={}, may_lack=shown, writes=[out], stats=stats)
+    else:
+        try_outputs(out, stats)
     stage.run(
         reports_dir=reports,
         archives_path=archives,
@@ -632,6 +652,7 @@ def report(
         params_path=session.params_path,
         out_path=out,
         stats_path=stats,
+        dry=dry,
     )
 
 

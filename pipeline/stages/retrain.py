@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.engine.dry_run import DryRun
 from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
 from pipeline.files import atomic_path, write_json
@@ -78,6 +79,16 @@ def run(
                 "held_out_images": len(held_out),
             },
         )
+
+
+def dry_run(dry: DryRun, inputs: RoundInputs, *, runtime: Runtime) -> None:
+    """Say what `run` would do.
+
+    Raises:
+        PipelineError: as `run`, but for the checkpoints.
+    """
+    held_out = _judged_by(inputs, inputs.open_samples(), runtime)
+    dry.items(2 * len(held_out), text=f": {len(held_out)} held-out ones, by both checkpoints")
 
 
 def _judged_by(inputs: RoundInputs, store: SampleStore, runtime: Runtime) -> list[int]:

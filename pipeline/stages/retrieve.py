@@ -183,7 +183,8 @@ def _target(
 ) -> SearchTarget:
     """What is searched for: lists of `size`, and negatives enough if the dropped are among them."""
     num_negatives = params.num_negatives and params.num_negatives + dropped.total
-    return SearchTarget(*queries, size, num_negatives, params.block_rows)
+    texts, background_texts = queries
+    return SearchTarget(texts, background_texts, size, num_negatives, params.block_rows)
 
 
 def _index(
