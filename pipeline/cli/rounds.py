@@ -24,6 +24,7 @@ from pipeline.files import Location
 if TYPE_CHECKING:
     from pipeline.inference.held_out import RoundInputs
     from pipeline.methods.students import TrainParams
+    from pipeline.params.sections import RoundParams
 
 rounds_app = typer.Typer()
 CANDIDATE = "candidate"  # folder of a checkpoint that is not yet judged
@@ -55,14 +56,15 @@ def relabel(
     from pipeline.stages import relabel as stage
 
     session: Session = ctx.obj
-    inputs = _inputs(session, name, masks, labels, corrections, review)
+    entry = session.entry("rounds", name)
     out = out or PATHS["round_labels"] / name
     stats = stats or PATHS["stats"] / f"relabel-{name}.json"
+    if not dry_run:
+        try_outputs(stats, folders=[out])
+    inputs = _inputs(session, entry, masks, labels, corrections, review)
     dry = None
     if dry_run:
         dry = start("relabel", reads=_reads(inputs), writes=[out], stats=stats)
-    else:
-        try_outputs(stats, folders=[out])
     stage.run(
         inputs,
         out_dir=out,
@@ -99,11 +101,13 @@ def retrain(
     from pipeline.stages import train
 
     session: Session = ctx.obj
-    inputs = _inputs(session, name, masks, labels, corrections, review)
+    entry = session.entry("rounds", name)
     relabelled = relabelled or PATHS["round_labels"] / name
     out = out or PATHS["rounds"] / name
     stats = stats or PATHS["stats"] / f"retrain-{name}.json"
-    runtime = session.runtime
+    if not dry_run:
+        try_outputs(stats, folders=[out])
+    inputs, runtime = _inputs(session, entry, masks, labels, corrections, review), session.runtime
     # The labels are final, and objects are told apart in them.
     final = {"target": "denseclip", "split_components": False, "labels": relabelled}
     params = inputs.targets.model_copy(update=final)
@@ -115,7 +119,6 @@ def retrain(
         train.dry_run(at_rate_of_train, params=params, cache_dir=runtime.cache_dir)
         stage.dry_run(dry, inputs, runtime=runtime)
         return
-    try_outputs(stats, folders=[out])
     train.run(
         masks_dir=relabelled,
         labels_dir=relabelled,
@@ -135,7 +138,7 @@ def retrain(
 
 def _inputs(
     session: Session,
-    name: str,
+    entry: RoundParams,
     masks: Path,
     labels: Path | None,
     corrections: Path,
@@ -144,7 +147,7 @@ def _inputs(
     """What both halves of a round are made from."""
     from pipeline.inference.held_out import RoundInputs
 
-    entry, targets = session.entry("rounds", name), _targets(session)
+    targets = _targets(session)
     return RoundInputs(
         masks_dir=masks,
         labels_dir=labels or targets.labels,
