@@ -199,15 +199,20 @@ def closure(roots: set[Path]) -> set[Path]:
     return reached
 
 
-def command_imports(stage: str) -> set[Path]:
-    """What the command of a stage imports."""
+def command_of(stage: str) -> Any:
+    """The command of a stage."""
     command: Any = typer.main.get_command(app)
     for word in body(stage)["cmd"].split()[1:]:
         if not hasattr(command, "commands"):
             break
         command = command.commands[word]
     assert command.name == stage
-    source = inspect.getsource(inspect.unwrap(command.callback))
+    return command
+
+
+def command_imports(stage: str) -> set[Path]:
+    """What the command of a stage imports."""
+    source = inspect.getsource(inspect.unwrap(command_of(stage).callback))
     return imported_files(ast.parse(textwrap.dedent(source)))
 
 
@@ -237,6 +242,19 @@ def test_no_dep_is_idle(stage: str) -> None:
     for dep in code_deps(stage):
         assert (ROOT / dep).exists(), dep
         assert any(path.is_relative_to(dep) for path in code_of(stage)), f"{stage}: {dep}"
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "world"])
+def test_what_a_person_has_decided_is_a_dep_of_the_stages_that_read_it(stage: str) -> None:
+    defaults = [option.default for option in command_of(stage).params]
+    for name in ("corrections", "review_archives", "review_labels"):
+        is_dep = f"${{paths.{name}}}" in data_deps(stage)
+        assert is_dep == (Path(PATHS[name]) in defaults), name
+
+
+def test_stages_that_train_or_label_anew_read_what_a_person_has_decided() -> None:
+    for stage in ("train", "relabel", "retrain", "plus"):
+        assert {"${paths.corrections}", "${paths.review_labels}"} <= set(data_deps(stage)), stage
 
 
 def test_every_data_file_of_the_package_belongs_to_a_module() -> None:

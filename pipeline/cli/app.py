@@ -28,7 +28,7 @@ def app(
 ) -> None:
     """Look at archives, pseudo-labels and predictions in the browser; try photos; drop, reject.
 
-    Decisions are written to data/review/, which `retrieve` and `train` read (docs/app.md).
+    Decisions are written to data/review/, which `retrieve` and what trains read (docs/app.md).
     """
     try:
         import starlette  # noqa: F401

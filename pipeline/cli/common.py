@@ -24,6 +24,10 @@ if TYPE_CHECKING:  # importing torch takes seconds that `--help` and mistakes ne
 ExecutorName = Literal["local", "ray"]
 MasksPath = Annotated[Path, typer.Option(help="Folder of the mask shards.")]
 CorrectionsPath = Annotated[Path, typer.Option(help="Folder of the masks that were corrected.")]
+LabelReviewPath = Annotated[
+    Path,
+    typer.Option("--review", help="CSV file of labels accepted and rejected (`pipeline app`)."),
+]
 StatsPath = Annotated[Path, typer.Option("--stats", help="Where the counts are written (JSON).")]
 EntryStatsPath = Annotated[
     Path | None, typer.Option("--stats", help="Where the counts are written (JSON).")

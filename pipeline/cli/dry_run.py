@@ -26,7 +26,12 @@ DryRunOption = Annotated[
 
 
 def start(
-    stage: str, *, reads: Mapping[str, Location], writes: Sequence[Location], stats: Path
+    stage: str,
+    *,
+    reads: Mapping[str, Location],
+    writes: Sequence[Location],
+    stats: Path,
+    may_lack: Sequence[Path] = (),
 ) -> DryRun:
     """Begin a dry run: print inputs and outputs.
 
@@ -35,6 +40,7 @@ def start(
         reads: inputs, by the stage that makes them.
         writes: outputs beside the stats.
         stats: counts of the stage.
+        may_lack: inputs that it does without.
 
     Raises:
         PipelineError: an input is missing, a path is a URL, or an output cannot be written; the
@@ -46,7 +52,7 @@ def start(
         if is_url(path):
             raise PipelineError(f"--dry-run: {path}: looks at paths of this machine alone")
     print(f"{stage}, a dry run")
-    for path in reads.values():
+    for path in (*reads.values(), *may_lack):
         print(f"  reads    {path}{'' if path.exists() else ', which is missing'}")
     for path in (*writes, stats):
         print(f"  writes   {path}{', in place of what is there' if path.exists() else ''}")

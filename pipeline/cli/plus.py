@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli.common import PATHS, MasksPath, Session, try_outputs
+from pipeline.cli.common import (
+    PATHS,
+    CorrectionsPath,
+    LabelReviewPath,
+    MasksPath,
+    Session,
+    try_outputs,
+)
+from pipeline.cli.dry_run import DryRunOption, start
 from pipeline.errors import PipelineError
 from pipeline.files import read_json, write_json
 
 if TYPE_CHECKING:
+    from pipeline.methods.students import DenseClipPlusParams
     from pipeline.params.sections import PlusParams
 
 plus_app = typer.Typer()
@@ -25,6 +34,8 @@ def plus(
     ctx: typer.Context,
     name: Annotated[str, typer.Option(help="Name of an entry under `plus:` in the params.")],
     masks: MasksPath = PATHS["masks"],
+    corrections: CorrectionsPath = PATHS["corrections"],
+    review: LabelReviewPath = PATHS["review_labels"],
     out: Annotated[
         Path | None, typer.Option(help="Folder of the checkpoint; default: models/plus/NAME.")
     ] = None,
@@ -34,6 +45,7 @@ def plus(
     stats: Annotated[
         Path | None, typer.Option(help="Folder of the counts; default: reports/stats/plus-NAME.")
     ] = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Train a DenseCLIP+ and score it, its state at the switch to self-training, and its teacher.
 
@@ -49,16 +61,28 @@ def plus(
     entry: PlusParams = session.entry("plus", name)
     out, reports = out or PATHS["plus"] / name, reports or PATHS["plus_reports"] / name
     stats = stats or PATHS["stats"] / f"plus-{name}"
-    try_outputs(folders=[out, reports, stats])
     params, background = entry.train, session.params.background
+    labels = params.labels if params.needs_labels else None
     scored: dict[str, Path | None] = {TEACHER: None, GUIDED: out}
     if params.self_training != "off":
         scored |= {GUIDED: out / GUIDED, SELF_TRAINED: out}
+    if dry_run:
+        reads = {"mask": masks, "pseudo_label": labels} if params.data == "archives" else {}
+        made = {maker: path for maker, path in reads.items() if path is not None}
+        start("plus", reads=made, writes=[out, reports], stats=stats)
+    else:
+        try_outputs(folders=[out, reports, stats])
     with _named(f"{session.params_path}: plus.{name}"):
-        open_benchmark(name, entry.bench, background, field="bench")  # before hours of training
+        # Before hours of training.
+        benchmark = open_benchmark(name, entry.bench, background, field="bench")
+        if dry_run:
+            _say(params, scored, len(benchmark), stats, session.runtime.cache_dir)
+            return
         stage.run(
             masks_dir=masks,
-            labels_dir=params.labels if params.needs_labels else None,
+            labels_dir=labels,
+            corrections_dir=corrections,
+            review_path=review,
             out_dir=out,
             live_dir=reports / "live",
             categories=session.categories,
@@ -79,6 +103,23 @@ def plus(
         if key in ("miou", "miou_unseen")
     }
     write_json(reports / SCORES_NAME, {**flat, **scores})
+
+
+def _say(
+    params: DenseClipPlusParams,
+    scored: Iterable[str],
+    num_images: int,
+    stats: Path,
+    cache_dir: Path,
+) -> None:
+    """What training and each network on the benchmark's images would do."""
+    from pipeline.engine.dry_run import DryRun
+    from pipeline.stages import train as stage
+
+    stage.dry_run(DryRun(stats / "train.json"), params=params, cache_dir=cache_dir)
+    for title in scored:
+        print(f"then `predict_bench` and `score`: {title}")
+        DryRun(stats / f"predict_bench-{title}.json").items(num_images)
 
 
 @contextmanager

@@ -12,14 +12,19 @@ from pipeline.cli.common import (
     PATHS,
     CorrectionsPath,
     EntryStatsPath,
+    LabelReviewPath,
     MasksPath,
     Session,
     try_outputs,
 )
+from pipeline.cli.dry_run import DryRunOption, start
 from pipeline.errors import PipelineError
+from pipeline.files import Location
 
 if TYPE_CHECKING:
+    from pipeline.inference.held_out import RoundInputs
     from pipeline.methods.students import TrainParams
+    from pipeline.params.sections import RoundParams
 
 rounds_app = typer.Typer()
 CANDIDATE = "candidate"  # folder of a checkpoint that is not yet judged
@@ -35,14 +40,18 @@ def relabel(
     name: RoundName,
     masks: MasksPath = PATHS["masks"],
     labels: LabelsPath = None,
+    corrections: CorrectionsPath = PATHS["corrections"],
+    review: LabelReviewPath = PATHS["review_labels"],
     out: Annotated[
         Path | None, typer.Option(help="Folder of the new shards; default: data/rounds/NAME.")
     ] = None,
     stats: EntryStatsPath = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Label the archive images by a trained student, for one more round of training.
 
-    An entry names, as `after`, the checkpoint that labels (docs/training.md, Rounds).
+    An entry names, as `after`, the checkpoint that labels (docs/training.md, Rounds). Corrected
+    images keep their corrections, rejected ones are left out.
     """
     from pipeline.stages import relabel as stage
 
@@ -50,19 +59,18 @@ def relabel(
     entry = session.entry("rounds", name)
     out = out or PATHS["round_labels"] / name
     stats = stats or PATHS["stats"] / f"relabel-{name}.json"
-    try_outputs(stats, folders=[out])
-    targets = _targets(session)
+    if not dry_run:
+        try_outputs(stats, folders=[out])
+    inputs = _inputs(session, entry, masks, labels, corrections, review)
+    dry = None
+    if dry_run:
+        dry = start("relabel", reads=_reads(inputs), writes=[out], stats=stats)
     stage.run(
-        masks_dir=masks,
-        labels_dir=labels or targets.labels,
+        inputs,
         out_dir=out,
-        categories=session.categories,
-        params=entry,
-        targets=targets,
-        evaluate=session.params.evaluate,
         runtime=session.runtime,
         stats_path=stats,
-        executor=session.executor(),
+        executor=dry or session.executor(),
     )
 
 
@@ -77,15 +85,18 @@ def retrain(
         typer.Option(help="Folder of what `relabel` wrote; default: data/rounds/NAME."),
     ] = None,
     corrections: CorrectionsPath = PATHS["corrections"],
+    review: LabelReviewPath = PATHS["review_labels"],
     out: Annotated[
         Path | None, typer.Option(help="Folder of the checkpoint; default: models/rounds/NAME.")
     ] = None,
     stats: EntryStatsPath = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Train a student on the labels of `relabel`, and keep it if it agrees no less than the former.
 
     The checkpoint in OUT is the one in force after the round: a new one, or the former again.
     """
+    from pipeline.engine.dry_run import DryRun
     from pipeline.stages import retrain as stage
     from pipeline.stages import train
 
@@ -94,38 +105,70 @@ def retrain(
     relabelled = relabelled or PATHS["round_labels"] / name
     out = out or PATHS["rounds"] / name
     stats = stats or PATHS["stats"] / f"retrain-{name}.json"
-    try_outputs(stats, folders=[out])
-    targets = _targets(session)
+    if not dry_run:
+        try_outputs(stats, folders=[out])
+    inputs, runtime = _inputs(session, entry, masks, labels, corrections, review), session.runtime
     # The labels are final, and objects are told apart in them.
     final = {"target": "denseclip", "split_components": False, "labels": relabelled}
+    params = inputs.targets.model_copy(update=final)
+    if dry_run:
+        reads = {**_reads(inputs), f"relabel --name {name}": relabelled}
+        dry = start("retrain", reads=reads, writes=[out], stats=stats)
+        # It is trained by the settings of `train`, and so at its rate.
+        at_rate_of_train = DryRun(PATHS["stats"] / "train.json")
+        train.dry_run(at_rate_of_train, params=params, cache_dir=runtime.cache_dir)
+        stage.dry_run(dry, inputs, runtime=runtime)
+        return
     train.run(
         masks_dir=relabelled,
         labels_dir=relabelled,
         corrections_dir=corrections,
-        review_path=PATHS["review_labels"],
         out_dir=out / CANDIDATE,
         live_dir=out / "live",
         categories=session.categories,
         background=session.params.background,
         texts=session.params.texts,
-        params=targets.model_copy(update=final),
-        runtime=session.runtime,
+        params=params,
+        runtime=runtime,
         stats_path=out / "train.json",
     )
-    stage.run(
+    stage.run(inputs, candidate_dir=out / CANDIDATE, out_dir=out, runtime=runtime, stats_path=stats)
+    shutil.rmtree(out / CANDIDATE)
+
+
+def _inputs(
+    session: Session,
+    entry: RoundParams,
+    masks: Path,
+    labels: Path | None,
+    corrections: Path,
+    review: Path,
+) -> RoundInputs:
+    """What both halves of a round are made from."""
+    from pipeline.inference.held_out import RoundInputs
+
+    targets = _targets(session)
+    return RoundInputs(
         masks_dir=masks,
         labels_dir=labels or targets.labels,
-        corrections_dir=corrections,
-        candidate_dir=out / CANDIDATE,
-        out_dir=out,
         categories=session.categories,
         params=entry,
         targets=targets,
         evaluate=session.params.evaluate,
-        runtime=session.runtime,
-        stats_path=stats,
+        corrections_dir=corrections,
+        review_path=review,
     )
-    shutil.rmtree(out / CANDIDATE)
+
+
+def _reads(inputs: RoundInputs) -> dict[str, Location]:
+    """Inputs of both halves, by the command that makes them."""
+    after, labels = inputs.params.after, inputs.needed_labels_dir
+    of_round = after.parent == PATHS["rounds"]
+    return {
+        "mask": inputs.masks_dir,
+        **({"pseudo_label": labels} if labels else {}),
+        (f"retrain --name {after.name}" if of_round else "train"): after,
+    }
 
 
 def _targets(session: Session) -> TrainParams:

@@ -22,6 +22,7 @@ from pipeline.cli.common import (
     PATHS,
     CorrectionsPath,
     EntryStatsPath,
+    LabelReviewPath,
     MasksPath,
     Session,
     StatsPath,
@@ -322,9 +323,7 @@ def train(
     masks: Annotated[Any, location("Folder of the mask shards.")] = PATHS["masks"],
     labels: Annotated[Any, location("Folder of the label shards; default: train.labels.")] = None,
     corrections: CorrectionsPath = PATHS["corrections"],
-    review: Annotated[
-        Path, typer.Option(help="CSV file of labels accepted and rejected (`pipeline app`).")
-    ] = PATHS["review_labels"],
+    review: LabelReviewPath = PATHS["review_labels"],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = PATHS["checkpoint"],
     live: Annotated[Path, typer.Option(help="Folder of the loss curves.")] = PATHS["live"],
     resume: Annotated[
@@ -578,6 +577,7 @@ def audit(
     labels: LabelsPath = PATHS["labels"],
     out: Annotated[Path | None, typer.Option(help="Metrics file to write.")] = None,
     stats: EntryStatsPath = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Score archives, pseudo-masks and pseudo-labels where the index has true masks."""
     from pipeline.stages import audit as stage
@@ -585,11 +585,24 @@ def audit(
     session: Session = ctx.obj
     out = out or PATHS["reports"] / "metrics" / f"audit_{name}.json"
     stats = stats or PATHS["stats"] / f"audit-{name}.json"
+    entry = session.entry("audits", name)
+    if dry_run:
+        reads = {"retrieve": archives, "mask": masks, "pseudo_label": labels}
+        dry = start("audit", reads=reads, writes=[out], stats=stats)
+        stage.dry_run(
+            dry,
+            name=name,
+            audit=entry,
+            archives_path=archives,
+            masks_dir=masks,
+            labels_dir=labels,
+        )
+        return
     try_outputs(out, stats)
     params, runtime = session.params, session.runtime
     stage.run(
         name=name,
-        audit=session.entry("audits", name),
+        audit=entry,
         archives_path=archives,
         masks_dir=masks,
         labels_dir=labels,
@@ -610,12 +623,18 @@ def report(
     reports: ReportsPath = PATHS["reports"],
     out: Annotated[Path, typer.Option(help="HTML file.")] = PATHS["reports"] / "index.html",
     stats: StatsPath = PATHS["reports"] / "report.json",
+    dry_run: DryRunOption = False,
 ) -> None:
     """Stage 7: write one self-contained HTML page about the whole run."""
     from pipeline.stages import report as stage
 
     session: Session = ctx.obj
-    try_outputs(out, stats)
+    dry = None
+    if dry_run:
+        shown = [archives, masks, labels, live, reports]
+        dry = start("report", reads={}, may_lack=shown, writes=[out], stats=stats)
+    else:
+        try_outputs(out, stats)
     stage.run(
         reports_dir=reports,
         archives_path=archives,
@@ -625,6 +644,7 @@ def report(
         params_path=session.params_path,
         out_path=out,
         stats_path=stats,
+        dry=dry,
     )
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, Self
 
 from pydantic import BeforeValidator, model_validator
 
 from pipeline.errors import PipelineError
+from pipeline.formats.decisions import NOTHING_DECIDED, Decisions
 from pipeline.formats.predictions import Segmentation
-from pipeline.formats.review import Review
 from pipeline.methods.dense import DenseClipParams, DenseClipRecipe
 from pipeline.params.base import (
     Count,
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from pipeline.engine.runtime import Runtime
-    from pipeline.formats.corrections import Corrections
     from pipeline.models.weights.checkpoint import CheckpointConfig
 
 
@@ -142,8 +140,7 @@ class TrainingInputs(NamedTuple):
         names: categories and background.
         length: number of training images.
         runtime: its seed is that of all draws.
-        corrections: what a person has corrected, of images of the masks' archives.
-        review: what a person thinks of the labels of archive images.
+        decisions: what a person has said of images of the masks' archives.
     """
 
     masks_dir: Path
@@ -151,8 +148,7 @@ class TrainingInputs(NamedTuple):
     names: Names
     length: int
     runtime: Runtime
-    corrections: Corrections | None = None
-    review: Review = MappingProxyType({})
+    decisions: Decisions = NOTHING_DECIDED
 
 
 class TrainedStudent(Protocol):
@@ -447,8 +443,7 @@ def pasted_samples(params: TrainParams, inputs: TrainingInputs) -> TrainingData:
         inputs.labels_dir,
         categories=inputs.names.categories,
         settings=params,
-        corrections=inputs.corrections,
-        review=inputs.review,
+        decisions=inputs.decisions,
     )
     return TrainingSet(archives, params, seed=inputs.runtime.seed, length=inputs.length)
 
@@ -473,8 +468,7 @@ def _whole_images(params: DenseClipPlusParams, inputs: TrainingInputs) -> Traini
             categories=names.categories,
             background=params.background != "none",
             confidence_threshold=params.confidence_threshold,
-            corrections=inputs.corrections,
-            review=inputs.review,
+            decisions=inputs.decisions,
         )
     elif isinstance(data, SourceParams):
         pool = SourcePool("train.data", data, field="train.data")

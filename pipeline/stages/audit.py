@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.benchmarks.voc import CLASSES, OBJECTS, VocExample
+from pipeline.engine.dry_run import DryRun
 from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
@@ -105,6 +106,27 @@ def run(
                 metrics.add_sample(fields["label_id"], pseudo, masks)
             stage.advance()
         write_json(metrics_path, metrics.compute())
+
+
+def dry_run(
+    dry: DryRun,
+    *,
+    name: str,
+    audit: AuditParams,
+    archives_path: Path,
+    masks_dir: Path,
+    labels_dir: Path,
+) -> None:
+    """Say what `run` would do.
+
+    Raises:
+        PipelineError: no truth, or a category that it lacks.
+    """
+    _Truth(name, audit, LabelStore(labels_dir).categories)
+    num_images = len(read_archives(archives_path))
+    num_samples = len(open_samples(masks_dir, members=MASK_MEMBERS))
+    text = f": {num_images} archive images and {num_samples} samples, where there is truth"
+    dry.items(num_images + num_samples, unit="items", text=text)
 
 
 @dataclass(frozen=True)

@@ -19,29 +19,21 @@ from pipeline.formats.dense_labels import CONFIDENCE, LABEL
 from pipeline.formats.images import encode_label, encode_png
 from pipeline.formats.labels import BACKGROUND, IGNORE_INDEX
 from pipeline.formats.objects import MAX_OBJECTS, encode_objects
-from pipeline.formats.shards import open_samples, read_manifest, write_tar
-from pipeline.inference.held_out import load_trained, predictions, split
+from pipeline.formats.shards import read_manifest, write_tar
+from pipeline.inference.held_out import RoundInputs, load_trained, predictions, split
 from pipeline.inference.segmenter import Prediction
-from pipeline.methods.students import TrainParams
 from pipeline.models.weights.checkpoint import WEIGHTS_NAME
 from pipeline.params.base import PredictionSettings
-from pipeline.params.sections import EvaluateParams, RoundParams
 from pipeline.training.relabelling import relabel
 from pipeline.training.settings import TargetSettings
-from pipeline.training.training_set import MASK_MEMBERS, Archives
 
 RELABEL_VERSION = 1  # to be raised with every change after which the same settings label otherwise
 
 
 def run(
+    inputs: RoundInputs,
     *,
-    masks_dir: Path,
-    labels_dir: Path | None,
     out_dir: Path,
-    categories: Sequence[str],
-    params: RoundParams,
-    targets: TrainParams,
-    evaluate: EvaluateParams,
     runtime: Runtime,
     stats_path: Path,
     executor: Executor | DryRun | None = None,
@@ -49,38 +41,37 @@ def run(
     """Write shards that are mask and label shards in one, of all samples that are not held out.
 
     Their labels are final: training takes them as they are, by the target `denseclip`. Samples of
-    archive 0, the negatives, stay what they are. The stats count `student_objects`,
-    `pseudo_objects`, `pixels` and `void_pixels`.
+    archive 0, the negatives, stay what they are; an image that a person has corrected has what that
+    says, and a sample whose labels are rejected is left out. The stats count `student_objects`,
+    `pseudo_objects`, `pixels` and `void_pixels`, and where there are some, `corrected` samples.
 
     Args:
-        masks_dir: mask shards.
-        labels_dir: label shards, where the target of `train` is made of them.
+        inputs: what the round is made from.
         out_dir: shards, replaced as a whole.
-        categories: names by label id, from 1.
-        params: the round's entry under `rounds`.
-        targets: section `train`: what training saw of a sample.
-        evaluate: section `evaluate`: how the student predicts.
         runtime: device, precision and seed.
         stats_path: counts of this run, JSON.
         executor: where shards are made; here by default.
 
     Raises:
         PipelineError: shards that do not fit the params, a checkpoint that cannot be used or has
-            other categories, or a share that holds out nothing or everything.
+            other categories, a share that holds out nothing or everything, or a damaged correction
+            or review.
     """
-    store = open_samples(masks_dir, members=MASK_MEMBERS)
-    numbers, held_out = split(store, params.held_out, seed=runtime.seed)
-    labels_dir = labels_dir if targets.needs_labels else None
+    store = inputs.open_samples()
+    decided = inputs.decided(store)
+    numbers, held_out = split(
+        store, inputs.params.held_out, seed=runtime.seed, left_out=decided.left_out
+    )
+    rejected = {"rejected image": len(decided.left_out)} if decided.left_out else {}
     job = Job(
         "relabel",
         numbers,
-        shard_size=params.shard_size,
-        load=partial(
-            Relabeller, masks_dir, labels_dir, list(categories), params, targets, evaluate
-        ),
-        inputs=[read_manifest(folder) for folder in (masks_dir, labels_dir) if folder],
+        shard_size=inputs.params.shard_size,
+        load=partial(Relabeller, inputs),
+        inputs=[*map(read_manifest, inputs.shard_dirs), *decided.fingerprint],
         remedy="Run the mask stage again",
-        left_out={"held-out image": len(held_out)},
+        left_out={"held-out image": len(held_out), **rejected},
+        warnings=decided.warnings,
     )
     run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
 
@@ -88,33 +79,20 @@ def run(
 class Relabeller:
     """Makes shards of images with what a trained student and their pseudo-labels say of them.
 
-    The arguments are those of `run`.
+    Args:
+        inputs: see `run`.
+        runtime: see `run`.
 
     Attributes:
         settings: all that labels depend on besides the samples; representable in JSON.
     """
 
-    def __init__(
-        self,
-        masks_dir: Path,
-        labels_dir: Path | None,
-        categories: list[str],
-        params: RoundParams,
-        targets: TrainParams,
-        evaluate: EvaluateParams,
-        runtime: Runtime,
-    ) -> None:
-        settings = PredictionSettings.of(evaluate)
+    def __init__(self, inputs: RoundInputs, runtime: Runtime) -> None:
+        categories, params, targets = list(inputs.categories), inputs.params, inputs.targets
+        settings = PredictionSettings.of(inputs.evaluate)
         self._segmenter = load_trained(params.after, categories, settings, runtime)
-        self._store = open_samples(masks_dir, members=MASK_MEMBERS)
-        self._archives = Archives(
-            masks_dir,
-            labels_dir,
-            categories=categories,
-            settings=targets,
-            sample_bytes=0,
-            mask_bytes=0,
-        )
+        self._store = inputs.open_samples()
+        self._archives = inputs.archives(sample_bytes=0, mask_bytes=0)
         self._params = params
         self._num_categories = len(categories)
         self.settings: dict[str, Any] = {
@@ -135,22 +113,30 @@ class Relabeller:
         """Nothing is held open."""
 
     def _samples(self, numbers: Sequence[int], tally: Tally) -> Iterator[dict[str, Any]]:
-        shown = [number for number in numbers if self._shows_objects(number)]
-        found = predictions(self._segmenter, self._store, shown, batch_size=self._params.batch_size)
+        asked = [number for number in numbers if self._is_open(number)]
+        found = predictions(self._segmenter, self._store, asked, batch_size=self._params.batch_size)
         for number in numbers:
-            prediction = next(found)[1] if self._shows_objects(number) else None
+            prediction = next(found)[1] if self._is_open(number) else None
             yield self._sample(number, prediction, tally)
             tally.advance()
 
-    def _shows_objects(self, number: int) -> bool:
-        """Whether it is no negative."""
-        return self._store.json(number)["label_id"] != BACKGROUND
+    def _is_open(self, number: int) -> bool:
+        """Whether it is for the student to say what a sample shows: no negative, not corrected."""
+        return (
+            number not in self._archives.decided.corrected
+            and self._store.json(number)["label_id"] != BACKGROUND
+        )
 
     def _sample(self, number: int, prediction: Prediction | None, tally: Tally) -> dict[str, Any]:
-        """The members of a sample; negatives have no prediction."""
+        """The members of a sample; what is not open has no prediction."""
         stored, sample = self._store[number], self._archives[number]
-        labels, masks = sample.semantic, np.zeros((0, *sample.semantic.shape), dtype=bool)
-        if prediction is not None:
+        labels = sample.semantic
+        if prediction is None:
+            num_objects = min(sample.num_instances, MAX_OBJECTS)
+            masks = sample.instances == np.arange(1, num_objects + 1)[:, None, None]
+            if number in self._archives.decided.corrected:
+                tally.count("corrected")
+        else:
             threshold = self._params.score_threshold
             kept = [it for it in prediction.instances if it.score >= threshold][:MAX_OBJECTS]
             new = relabel(sample.semantic, sample.instances, prediction.semantic, kept)

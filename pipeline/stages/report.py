@@ -13,12 +13,13 @@ from functools import partial
 from importlib import metadata
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
+from pipeline.engine.dry_run import DryRun
 from pipeline.engine.progress import StageRun
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listing
 from pipeline.files import write_bytes
 from pipeline.formats.tables import ArchiveRow, read_archives
 from pipeline.params.reading import read_params
@@ -53,6 +54,7 @@ def run(
     stats_path: Path,
     reports_dir: Path = Path("reports"),
     out_path: Path = Path("reports/index.html"),
+    dry: DryRun | None = None,
 ) -> None:
     """Write the report page.
 
@@ -70,38 +72,71 @@ def run(
         reports_dir: folder with `stats/`, `metrics/`, `plots/`, `overlays/` and, if they are to be
             shown, `plus/`, `published.yaml` and `ablations/`.
         out_path: the HTML file.
+        dry: is told what would be shown, and nothing is written.
 
     Raises:
         PipelineError: no stage has left anything, or one of its files is damaged.
     """
-    with StageRun("report", stats_path=stats_path, unit="section") as stage:
-        params = read_params(params_path) if params_path.is_file() else None
-        archives = read_archives(archives_path) if archives_path.is_file() else []
-        names = _names_by_prefix(params)
-        benches, metrics_dir = _reported(params), reports_dir / "metrics"
-        stages = read_stages(reports_dir / "stats", names)
-        results: dict[str, Any] = {
-            "typical": read_typical(reports_dir / "overlays", benches),
-            "overlays": read_best_and_worst(reports_dir / "overlays", benches),
-            "benches": read_benches(metrics_dir, reports_dir / "plots", benches),
-            "audits": read_audits(metrics_dir, names.get("audit")),
-            "archives": read_samples(masks_dir, labels_dir, archives, _target_maker(params)),
-            "curves": read_curves(live_dir),
-            "plus": read_plus(reports_dir / "plus", params.plus if params else None),
-        }
-        if not (archives or has_run(stages) or any(results.values())):
-            raise PipelineError(
-                f"{reports_dir}: nothing to report on, no stage has run yet; run `dvc repro`"
-            )
-        published = read_published(reports_dir / "published.yaml", metrics_dir)
-        results["published"] = list(published.values())
-        results["ablations"] = read_ablations(
-            reports_dir / "ablations", published, names.get("score")
+    gather = partial(_gather, archives_path, masks_dir, labels_dir, live_dir, params_path)
+    if dry is not None:
+        results = gather(reports_dir).results
+        empty = [name for name, found in results.items() if not found]
+        dry.items(
+            1 + len(results), unit="sections", text=f"; not run: {listing(empty)}" if empty else ""
         )
-        categories = _category_names(archives, params)
-        results["purity"] = read_purity(reports_dir / "stats", categories)
-        write_bytes(out_path, _render(stages, results, categories, params).encode())
-        stage.advance(1 + len(results))
+        return
+    with StageRun("report", stats_path=stats_path, unit="section") as stage:
+        page = gather(reports_dir)
+        write_bytes(out_path, _render(*page).encode())
+        stage.advance(1 + len(page.results))
+
+
+class _Page(NamedTuple):
+    """What is shown: the stages, what they left by section, names by label id, and the params."""
+
+    stages: Sequence[Mapping[str, Any]]
+    results: Mapping[str, Any]
+    categories: Sequence[str]
+    params: Params | None
+
+
+def _gather(
+    archives_path: Path,
+    masks_dir: Path,
+    labels_dir: Path,
+    live_dir: Path,
+    params_path: Path,
+    reports_dir: Path,
+) -> _Page:
+    """Read all that the page shows.
+
+    Raises:
+        PipelineError: see `run`.
+    """
+    params = read_params(params_path) if params_path.is_file() else None
+    archives = read_archives(archives_path) if archives_path.is_file() else []
+    names = _names_by_prefix(params)
+    benches, metrics_dir = _reported(params), reports_dir / "metrics"
+    stages = read_stages(reports_dir / "stats", names)
+    results: dict[str, Any] = {
+        "typical": read_typical(reports_dir / "overlays", benches),
+        "overlays": read_best_and_worst(reports_dir / "overlays", benches),
+        "benches": read_benches(metrics_dir, reports_dir / "plots", benches),
+        "audits": read_audits(metrics_dir, names.get("audit")),
+        "archives": read_samples(masks_dir, labels_dir, archives, _target_maker(params)),
+        "curves": read_curves(live_dir),
+        "plus": read_plus(reports_dir / "plus", params.plus if params else None),
+    }
+    if not (archives or has_run(stages) or any(results.values())):
+        raise PipelineError(
+            f"{reports_dir}: nothing to report on, no stage has run yet; run `dvc repro`"
+        )
+    published = read_published(reports_dir / "published.yaml", metrics_dir)
+    results["published"] = list(published.values())
+    results["ablations"] = read_ablations(reports_dir / "ablations", published, names.get("score"))
+    categories = _category_names(archives, params)
+    results["purity"] = read_purity(reports_dir / "stats", categories)
+    return _Page(stages, results, categories, params)
 
 
 def _render(

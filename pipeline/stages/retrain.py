@@ -6,73 +6,54 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.engine.dry_run import DryRun
 from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
 from pipeline.files import atomic_path, write_json
-from pipeline.formats.corrections import Corrections
-from pipeline.formats.shards import open_samples
-from pipeline.inference.held_out import Agreement, agreement, load_trained, split
-from pipeline.methods.students import TrainParams
+from pipeline.formats.shards import SampleStore
+from pipeline.inference.held_out import Agreement, RoundInputs, agreement, load_trained, split
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from pipeline.params.base import PredictionSettings
-from pipeline.params.sections import EvaluateParams, RoundParams
-from pipeline.training.training_set import MASK_MEMBERS, Archives
+from pipeline.params.sections import RoundParams
 
 OUTCOME, REJECTED = "round.json", "rejected"
 DIGITS = 4
 
 
 def run(
+    inputs: RoundInputs,
     *,
-    masks_dir: Path,
-    labels_dir: Path | None,
-    corrections_dir: Path | None = None,
     candidate_dir: Path,
     out_dir: Path,
-    categories: Sequence[str],
-    params: RoundParams,
-    targets: TrainParams,
-    evaluate: EvaluateParams,
     runtime: Runtime,
     stats_path: Path,
 ) -> None:
     """Write the checkpoint in force after a round: what it has trained, or the former one.
 
-    Both label the images that no round trains on, see `RoundParams`. What is not kept goes to the
-    folder `rejected`. `round.json` says what became of it: `kept`, the agreement of both and how
-    far the shares moved, in percent.
+    Both label the images that no round trains on, see `RoundParams`, and are compared with their
+    pseudo-labels, or with what a person has corrected; samples whose labels are rejected are left
+    out. What is not kept goes to the folder `rejected`. `round.json` says what became of it:
+    `kept`, the agreement of both and how far the shares moved, in percent.
 
     Args:
-        masks_dir: mask shards.
-        labels_dir: label shards, where the target of `train` is made of them.
-        corrections_dir: masks that a person has corrected, which both are compared with in place
-            of pseudo-labels; None, or no such folder: none.
+        inputs: what the round is made from.
         candidate_dir: the checkpoint that the round has trained.
         out_dir: folder of the one in force after it.
-        categories: names by label id, from 1.
-        params: the round's entry under `rounds`.
-        targets: section `train`: what training saw of a sample.
-        evaluate: section `evaluate`: how a student predicts.
         runtime: device, precision and seed.
         stats_path: counts of this run, JSON.
 
     Raises:
-        PipelineError: shards that do not fit the params, or a checkpoint that cannot be used.
+        PipelineError: shards that do not fit the params, a checkpoint that cannot be used, or a
+            damaged correction or review.
     """
-    store = open_samples(masks_dir, members=MASK_MEMBERS)
-    _, held_out = split(store, params.held_out, seed=runtime.seed)
-    settings = PredictionSettings.of(evaluate, instances=False)
+    params, store = inputs.params, inputs.open_samples()
+    held_out = _judged_by(inputs, store, runtime)
+    settings = PredictionSettings.of(inputs.evaluate, instances=False)
     with StageRun("retrain", stats_path=stats_path, total=2 * len(held_out)) as stage:
-        archives = Archives(
-            masks_dir,
-            labels_dir if targets.needs_labels else None,
-            categories=categories,
-            settings=targets,
-            corrections=Corrections(corrections_dir),
-        )
+        archives = inputs.archives()
         before, after = (
             agreement(
-                load_trained(folder, categories, settings, runtime),
+                load_trained(folder, inputs.categories, settings, runtime),
                 archives,
                 store,
                 held_out,
@@ -81,19 +62,8 @@ def run(
             )
             for folder in (params.after, candidate_dir)
         )
-        drift = after.drift_from(before)
         reasons = _reasons_against(before, after, params)
-        facts = (
-            f"agreement on {len(held_out)} held-out images {after.miou:.2%}, before it "
-            f"{before.miou:.2%}; shares of categories moved by {drift:.2%}"
-        )
-        if reasons:
-            stage.warn(
-                f"the round is rejected, for {' and '.join(reasons)}: {facts}; the checkpoint of "
-                f"{params.after} stays in force"
-            )
-        else:
-            print(f"retrain: the round is kept: {facts}", flush=True)
+        _tell(stage, before, after, reasons, params, len(held_out))
         _put(params.after if reasons else candidate_dir, out_dir)
         shutil.rmtree(out_dir / REJECTED, ignore_errors=True)
         if reasons:
@@ -105,10 +75,48 @@ def run(
                 "after": str(params.after),
                 "agreement": round(100 * after.miou, DIGITS),
                 "agreement_before": round(100 * before.miou, DIGITS),
-                "drift": round(100 * drift, DIGITS),
+                "drift": round(100 * after.drift_from(before), DIGITS),
                 "held_out_images": len(held_out),
             },
         )
+
+
+def dry_run(dry: DryRun, inputs: RoundInputs, *, runtime: Runtime) -> None:
+    """Say what `run` would do.
+
+    Raises:
+        PipelineError: as `run`, but for the checkpoints.
+    """
+    held_out = _judged_by(inputs, inputs.open_samples(), runtime)
+    dry.items(2 * len(held_out), text=f": {len(held_out)} held-out ones, by both checkpoints")
+
+
+def _judged_by(inputs: RoundInputs, store: SampleStore, runtime: Runtime) -> list[int]:
+    """Numbers of the samples that both checkpoints label."""
+    left_out = inputs.decided(store).left_out
+    return split(store, inputs.params.held_out, seed=runtime.seed, left_out=left_out)[1]
+
+
+def _tell(
+    stage: StageRun,
+    before: Agreement,
+    after: Agreement,
+    reasons: Sequence[str],
+    params: RoundParams,
+    num_images: int,
+) -> None:
+    """Warn of a round that is rejected, with the reasons, or say that it is kept."""
+    facts = (
+        f"agreement on {num_images} held-out images {after.miou:.2%}, before it "
+        f"{before.miou:.2%}; shares of categories moved by {after.drift_from(before):.2%}"
+    )
+    if reasons:
+        stage.warn(
+            f"the round is rejected, for {' and '.join(reasons)}: {facts}; the checkpoint of "
+            f"{params.after} stays in force"
+        )
+    else:
+        print(f"retrain: the round is kept: {facts}", flush=True)
 
 
 def _reasons_against(before: Agreement, after: Agreement, params: RoundParams) -> list[str]:

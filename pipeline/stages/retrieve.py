@@ -1,6 +1,15 @@
 """Stage 2, retrieve: embeddings and category names -> archives, the top-k images of each category.
 
 ZUTIS section 3.1. Letters: N images of a block, K categories, C embedding length.
+
+The stats hold the mean similarity of each archive, its mean margin to the best other name, and
+`random_similarity`, how similar a random image is to a name that it does not show. `overlaps`:
+images that several categories wanted; `dropped`: list entries that the policy took out;
+`empty_archives`. With `search: ivf` also `ivf_lists` of the index, of which `ivf_probes` were
+searched, `ivf_built`: 1 if it was not in the cache; and, for at most three categories,
+`recall_found` of the `recall_wanted` images of the exact lists. With a filter also `passed_over`,
+the images that it left out of the lists. With decisions of a person also `reviewed`, those about an
+image of the index, and `unknown_reviews`, the others.
 """
 
 from __future__ import annotations
@@ -42,7 +51,13 @@ from pipeline.retrieval.exact import (
     search,
 )
 from pipeline.retrieval.ivf import EmbeddingIndex, Skip, cached_index
-from pipeline.retrieval.purity import NearestNames, embeddings_at, random_embeddings, thinned
+from pipeline.retrieval.purity import (
+    Halves,
+    NearestNames,
+    embeddings_at,
+    random_embeddings,
+    thinned,
+)
 from pipeline.retrieval.ranking import (
     Ranking,
     _negatives,
@@ -96,15 +111,7 @@ def run(
         params: prompt templates, policy on overlaps, negatives, search, rows held at a time.
         encoder: the CLIP that made the embeddings.
         runtime: device of the text encoder; its cache folder keeps the index of `search: ivf`.
-        stats_path: JSON file of the counts, of the mean similarity of each archive, of its mean
-            margin to the best other name, and of `random_similarity`, how similar a random image is
-            to a name that it does not show. `overlaps`: images that several categories wanted;
-            `dropped`: list entries that the policy took out; `empty_archives`. With `search: ivf`
-            also `ivf_lists` of the index, of which `ivf_probes` were searched, `ivf_built`: 1 if it
-            was not in the cache; and, for at most three categories, `recall_found` of the
-            `recall_wanted` images of the exact lists. With a filter also `passed_over`, the images
-            that it left out of the lists. With decisions in `review_path` also `reviewed`, those
-            about an image of the index, and `unknown_reviews`, the others.
+        stats_path: JSON file of the counts, see above.
         texts: what stands for a category in prompts, see `Names`; of several the mean embedding.
         review_path: images that a person has dropped from a category (`pipeline.formats.review`):
             they are not in its list, and the next ones move up. None: none.
@@ -115,55 +122,27 @@ def run(
             shard is damaged; negatives are wanted of an approximate search; a filter leaves
             nothing; a line of `review_path` is malformed.
     """
-    if params.search == "ivf" and params.num_negatives:
-        raise PipelineError(
-            f"params.yaml: retrieve.num_negatives: {params.num_negatives} images need "
-            "retrieve.search: exact, for they are far from what an approximate search looks at"
-        )
+    _check_search(params)
     source_dirs = [embeddings_dir / name for name in sources]
     shards = list_embedding_shards(source_dirs)
     num_images = _count_images(shards)
     _check_k(k, num_images, source_dirs)
-    queries, background_queries = _queries(
-        shards[0],
-        Names(categories, background, texts),
-        params=params,
-        encoder=encoder,
-        runtime=runtime,
-    )
-    size = _list_size(k, num_images, params)
+    names = Names(categories, background, texts)
+    queries = _queries(shards[0], names, params=params, encoder=encoder, runtime=runtime)
+    nearest = NearestNames(np.concatenate(queries), keep_embeddings=params.min_distance is not None)
     review = read_review(review_path, ARCHIVE_VERDICTS) if review_path else {}
-    dropped = DroppedImages(review, shards, categories)
-    looked_at = min(num_images, size + dropped.most)
-    num_negatives = params.num_negatives and params.num_negatives + dropped.total
-    nearest = NearestNames(
-        np.concatenate([queries, background_queries]),
-        keep_embeddings=params.min_distance is not None,
-    )
+    dropped, dropped_in = DroppedImages(review, shards, categories), review_path if review else None
+    size = _list_size(k, num_images, params)
+    target = _target(queries, params, size=min(num_images, size + dropped.most), dropped=dropped)
     with StageRun("retrieve", stats_path=stats_path, total=num_images) as stage_run:
-        if params.search == "ivf":
-            index = _index(shards, num_images, runtime.cache_dir / "retrieve", stage_run)
-            candidates = _search(
-                index,
-                queries,
-                k,
-                size=looked_at,
-                probes=params.probes,
-                nearest=nearest,
-                tally=stage_run,
-            )
-            near_background = Candidates(0)
+        if params.search == "exact":
+            where = executor or LocalExecutor()
+            scan = search(shards, target, executor=where, runtime=runtime, tally=stage_run)
+            candidates, near_background = scan.candidates, scan.near_background
         else:
-            found = search(
-                shards,
-                SearchTarget(
-                    queries, background_queries, looked_at, num_negatives, params.block_rows
-                ),
-                executor=executor or LocalExecutor(),
-                runtime=runtime,
-                tally=stage_run,
-            )
-            candidates, near_background = found.candidates, found.near_background
+            index = _index(shards, num_images, runtime.cache_dir / "retrieve", stage_run)
+            candidates = _search(index, target, k, params.probes, nearest, stage_run)
+            near_background = Candidates(0)
         _check_k(k, stage_run.items, source_dirs)
         images = _Images(shards, [*candidates, near_background])
         rankings = [
@@ -174,22 +153,9 @@ def run(
             for positions, embeddings in embeddings_at(shards, np.unique(_positions(rankings))):
                 nearest.add(positions, embeddings)
         lists = _filtered(rankings, nearest, k, params, stage_run)
-        dropped_in = review_path if review else None
-        _check_filtered(
-            stage_run,
-            categories,
-            rankings,
-            lists,
-            nearest,
-            k=k,
-            params=params,
-            dropped_in=dropped_in,
-        )
-        if dropped_in:
-            stage_run.count("reviewed", dropped.num_known)
-            stage_run.count("unknown_reviews", len(dropped.unknown))
-            if dropped.unknown:
-                stage_run.warn(unknown_warning(dropped_in, dropped.unknown, "the index"))
+        _check_some_left(rankings, lists, nearest, params, dropped_in)
+        _warn_of_short_lists(stage_run, categories, lists, k, params, dropped_in)
+        _count_reviewed(stage_run, dropped, dropped_in)
         negatives = _negatives(
             dropped.of_negatives(images.ranked(near_background)),
             lists,
@@ -197,17 +163,28 @@ def run(
             contested=params.overlap == "best",
         )
         archives = without(settle_overlaps(lists, params.overlap), negatives)
-        _, times = np.unique(_positions(lists), return_counts=True)
-        stage_run.count("overlaps", int(np.count_nonzero(times > 1)))
-        count_losses(stage_run, categories, lists, archives)
-        _warn_of_large_k(stage_run, k, len(categories))
-        stage_run.count("negatives", len(negatives))
+        _count(stage_run, categories, lists, negatives, archives, k=k)
         _measure(stage_run, categories, archives, nearest)
-        random = random_embeddings(shards)
-        if len(random):
-            _warn_of_unknown(stage_run, categories, rankings, k, nearest.chance_level(random))
-        names = [NEGATIVES, *categories]
-        write_archive_table(out_path, images.archives(names, [negatives, *archives]))
+        _warn_of_unknown(stage_run, categories, rankings, k, nearest, random_embeddings(shards))
+        table = images.archives([NEGATIVES, *categories], [negatives, *archives])
+        write_archive_table(out_path, table)
+
+
+def _check_search(params: RetrieveParams) -> None:
+    if params.search == "ivf" and params.num_negatives:
+        raise PipelineError(
+            f"params.yaml: retrieve.num_negatives: {params.num_negatives} images need "
+            "retrieve.search: exact, for they are far from what an approximate search looks at"
+        )
+
+
+def _target(
+    queries: Sequence[Floats], params: RetrieveParams, *, size: int, dropped: DroppedImages
+) -> SearchTarget:
+    """What is searched for: lists of `size`, and negatives enough if the dropped are among them."""
+    num_negatives = params.num_negatives and params.num_negatives + dropped.total
+    texts, background_texts = queries
+    return SearchTarget(texts, background_texts, size, num_negatives, params.block_rows)
 
 
 def _index(
@@ -229,19 +206,18 @@ def _index(
 
 def _search(
     index: EmbeddingIndex,
-    texts: Floats,
+    target: SearchTarget,
     k: int,
-    *,
-    size: int,
     probes: int,
     nearest: NearestNames,
     tally: Tally,
 ) -> list[Candidates]:
-    """Lists of `size` for each category, and the recall of the top-k of a few in the stats.
+    """The list of each category, and the recall of the top-k of a few in the stats.
 
     They are ranked by the embeddings that the index holds, which are those of the shards; `nearest`
     is shown them.
     """
+    texts, size = target.texts, target.k
     wanted = min(size + SPARE_CANDIDATES, index.num_images)
 
     def scored(some: Floats, num_lists: int) -> Iterator[Candidates]:
@@ -295,18 +271,14 @@ def _filtered(
     return lists
 
 
-def _check_filtered(
-    stage_run: StageRun,
-    categories: Sequence[str],
+def _check_some_left(
     rankings: Sequence[Ranking],
     lists: Sequence[Ranking],
     nearest: NearestNames,
-    *,
-    k: int,
     params: RetrieveParams,
     dropped_in: Path | None,
 ) -> None:
-    """Warn of lists that filters and dropped images leave short; refuse to go on without any."""
+    """Refuse to go on where dropped images or filters leave no image of any category."""
     if not any(map(len, rankings)):
         raise PipelineError(f"{dropped_in}: drops every image from every category; remove lines")
     if not any(map(len, lists)):
@@ -319,20 +291,59 @@ def _check_filtered(
             f"params.yaml: retrieve.min_margin: {params.min_margin:g} leaves no image of any "
             f"category; the greatest margin is {greatest:.4f}: lower it"
         )
+
+
+def _warn_of_short_lists(
+    stage_run: StageRun,
+    categories: Sequence[str],
+    lists: Sequence[Ranking],
+    k: int,
+    params: RetrieveParams,
+    dropped_in: Path | None,
+) -> None:
+    """Lists that filters and dropped images leave with less than k images."""
     short = [
         f"{name} {len(part)}" for name, part in zip(categories, lists, strict=True) if len(part) < k
     ]
-    if short:
-        filters = [
-            f"retrieve.{field}: {value:g}"
-            for field in ("min_margin", "min_distance")
-            if (value := getattr(params, field)) is not None
-        ]
-        filters += [f"the images dropped in {dropped_in}"] if dropped_in else []
-        stage_run.warn(
-            f"{' and '.join(filters)} leave less than k: {k} images for {listing(short)}; lower "
-            "them, or add images"
-        )
+    if not short:
+        return
+    filters = [
+        f"retrieve.{field}: {value:g}"
+        for field in ("min_margin", "min_distance")
+        if (value := getattr(params, field)) is not None
+    ]
+    filters += [f"the images dropped in {dropped_in}"] if dropped_in else []
+    stage_run.warn(
+        f"{' and '.join(filters)} leave less than k: {k} images for {listing(short)}; lower "
+        "them, or add images"
+    )
+
+
+def _count_reviewed(stage_run: StageRun, dropped: DroppedImages, dropped_in: Path | None) -> None:
+    """Count the decisions, if there are any, and warn of those about what is not there."""
+    if not dropped_in:
+        return
+    stage_run.count("reviewed", dropped.num_known)
+    stage_run.count("unknown_reviews", len(dropped.unknown))
+    if dropped.unknown:
+        stage_run.warn(unknown_warning(dropped_in, dropped.unknown, "the index"))
+
+
+def _count(
+    stage_run: StageRun,
+    categories: Sequence[str],
+    lists: Sequence[Ranking],
+    negatives: Ranking,
+    archives: Sequence[Ranking],
+    *,
+    k: int,
+) -> None:
+    """Count what became of the images of the lists."""
+    _, times = np.unique(_positions(lists), return_counts=True)
+    stage_run.count("overlaps", int(np.count_nonzero(times > 1)))
+    count_losses(stage_run, categories, lists, archives)
+    _warn_of_large_k(stage_run, k, len(categories))
+    stage_run.count("negatives", len(negatives))
 
 
 def _measure(
@@ -352,9 +363,13 @@ def _warn_of_unknown(
     categories: Sequence[str],
     rankings: Sequence[Ranking],
     k: int,
-    level: float,
+    nearest: NearestNames,
+    random: Halves,
 ) -> None:
     """Names whose best images are no more similar to them than random images are to any name."""
+    if not len(random):
+        return
+    level = nearest.chance_level(random)
     stage_run.note("random_similarity", level)
     unknown = [
         f"{name} {mean:.4f}"

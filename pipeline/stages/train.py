@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -26,8 +27,7 @@ from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.files import check_writable, digest, refuse_url, write_bytes
-from pipeline.formats.corrections import Corrections
-from pipeline.formats.review import LABEL_VERDICTS, read_review
+from pipeline.formats.decisions import Decisions
 from pipeline.methods.students import (
     MicroBatch,
     Student,
@@ -102,14 +102,11 @@ def run(
     if group.is_main:
         check_writable(Path(out_dir) / WEIGHTS_NAME)
     torch.manual_seed(runtime.seed)
-    # What to learn from.
     names = Names(categories, background, texts)
     length = params.iterations * params.batch_size
-    review = read_review(review_path, LABEL_VERDICTS) if review_path else {}
-    corrections = Corrections(corrections_dir)
+    decisions = Decisions.read(corrections_dir, review_path)
     data = training_data(
-        params,
-        TrainingInputs(masks_dir, labels_dir, names, length, runtime, corrections, review),
+        params, TrainingInputs(masks_dir, labels_dir, names, length, runtime, decisions)
     )
     with StageRun(
         "train",
@@ -119,54 +116,27 @@ def run(
         silent=not group.is_main,
     ) as stage:
         _report(data, stage, group)
-        # What learns.
         student = fresh_student(params, names, runtime)
         group.share_statistics(student.network)
-        optimizer = student.make_optimizer()
-        config = _checkpoint_config(student, names, params=params, seed=runtime.seed)
-        state_path = _state_path(data, names, student, params=params, runtime=runtime)
+        kept = _Kept(
+            student,
+            student.make_optimizer(),
+            config=_checkpoint_config(student, names, params=params, seed=runtime.seed),
+            out_dir=out_dir,
+            state_path=_state_path(data, names, student, params=params, runtime=runtime),
+        )
         with (
             _open_live(live_dir) if group.is_main else nullcontext() as live,
-            UseMark(state_path.parent) as mark,
+            UseMark(kept.state_path.parent) as mark,
         ):
-            # Where an earlier run was cut off.
             log = _LossLog(live, stage, group, student.losses, batch_size=params.batch_size)
-            start = _resume(state_path, student, optimizer, log, group) if resume else 0
-            _check_common_start(start, group, state_path)
-            if start and group.is_main:
-                print(f"train: resumed at step {start} of {params.iterations}", flush=True)
-                stage.start_at(start)
-                save_checkpoint(out_dir, student.network, {**config, "step": start})
+            start = _start(kept, log, stage, group, total=params.iterations, resume=resume)
             steps = _steps(data, start=start, params=params, runtime=runtime, group=group)
-            # One step: rates, gradients of all micro-batches of all processes, update.
-            for step, batches in enumerate(steps, start=start + 1):
-                if student.has_drifted(log.rows):
-                    break
-                student.set_learning_rates(optimizer, step - 1)
-                optimizer.zero_grad()
-                losses = _backward(student, batches, group=group, step=step)
-                optimizer.step()
-                log.add(losses)
-                # Reading the losses makes the CPU wait for the device, so now and then only.
-                saves = (
-                    step == params.iterations
-                    or step % params.checkpoint_every == 0
-                    or step in student.milestones
-                )
-                if saves or step % params.log_every == 0:
-                    log.write(step, learning_rate=optimizer.param_groups[-1]["lr"])
-                if saves and group.is_main:
-                    _save(out_dir, student, {**config, "step": step})
-                    # The log has just been written, so nothing of it is pending.
-                    save_state(state_path, student.network, optimizer, step=step, extra=log.rows)
-                    mark.take()
-                stage.advance()
-            if reason := student.has_drifted(log.rows):
-                _go_back(out_dir, student, reason, stage, group)
+            _train(kept, enumerate(steps, start + 1), log, stage, mark, params=params, group=group)
             for item, why in data.skipped():
                 Tally.skip(stage, item, why)  # the stage itself counts iterations
     if group.is_main:
-        _remove_state(state_path)
+        _remove_state(kept.state_path)
 
 
 def dry_run(dry: DryRun, *, params: StudentParams, cache_dir: Path) -> None:
@@ -175,6 +145,86 @@ def dry_run(dry: DryRun, *, params: StudentParams, cache_dir: Path) -> None:
     cut_off = f"; {states} runs that were cut off can be continued" if states else ""
     batches = f" of {params.batch_size} images{cut_off}"
     dry.items(params.iterations, unit="iterations", text=batches)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A student under training, and where it is kept.
+
+    Attributes:
+        student: what is trained.
+        optimizer: over its parameters.
+        config: what a checkpoint says of itself, without `step`.
+        out_dir: folder of the checkpoint.
+        state_path: the whole state, for a run that is cut off.
+    """
+
+    student: Student
+    optimizer: Optimizer
+    config: Mapping[str, Any]
+    out_dir: Path
+    state_path: Path
+
+    def save(self, step: int, log: _LossLog) -> None:
+        """Write the checkpoint of a step, those of milestones in folders of their own, and state.
+
+        Of the log nothing may be pending.
+        """
+        network, config = self.student.network, {**self.config, "step": step}
+        save_checkpoint(self.out_dir, network, config)
+        if milestone := self.student.milestones.get(step):
+            save_checkpoint(self.out_dir / milestone, network, config)
+        save_state(self.state_path, network, self.optimizer, step=step, extra=log.rows)
+
+
+def _start(
+    kept: _Kept, log: _LossLog, stage: StageRun, group: Group, *, total: int, resume: bool
+) -> int:
+    """Go to where an earlier run was cut off; returns the iterations that are done."""
+    start = _resume(kept, log, group) if resume else 0
+    _check_common_start(start, group, kept.state_path)
+    if start and group.is_main:
+        print(f"train: resumed at step {start} of {total}", flush=True)
+        stage.start_at(start)
+        save_checkpoint(kept.out_dir, kept.student.network, {**kept.config, "step": start})
+    return start
+
+
+def _train(
+    kept: _Kept,
+    steps: Iterable[tuple[int, list[MicroBatch]]],
+    log: _LossLog,
+    stage: StageRun,
+    mark: UseMark,
+    *,
+    params: StudentParams,
+    group: Group,
+) -> None:
+    """Train on this process's micro-batches of each step, until the last one or a drift."""
+    student, optimizer = kept.student, kept.optimizer
+    # One step: rates, gradients of all micro-batches of all processes, update.
+    for step, batches in steps:
+        if student.has_drifted(log.rows):
+            break
+        student.set_learning_rates(optimizer, step - 1)
+        optimizer.zero_grad()
+        losses = _backward(student, batches, group=group, step=step)
+        optimizer.step()
+        log.add(losses)
+        # Reading the losses makes the CPU wait for the device, so now and then only.
+        saves = (
+            step == params.iterations
+            or step % params.checkpoint_every == 0
+            or step in student.milestones
+        )
+        if saves or step % params.log_every == 0:
+            log.write(step, learning_rate=optimizer.param_groups[-1]["lr"])
+        if saves and group.is_main:
+            kept.save(step, log)
+            mark.take()
+        stage.advance()
+    if reason := student.has_drifted(log.rows):
+        _go_back(kept.out_dir, student, reason, stage, group)
 
 
 class _LossLog:
@@ -301,17 +351,17 @@ def _state_path(
     return runtime.cache_dir / "train" / digest(settings)[:32] / STATE_NAME
 
 
-def _resume(path: Path, student: Student, optimizer: Optimizer, log: _LossLog, group: Group) -> int:
-    """Continue from the state at `path`, if there is one; return the finished iterations."""
+def _resume(kept: _Kept, log: _LossLog, group: Group) -> int:
+    """Continue from the state that is kept, if there is one; return the finished iterations."""
     try:
-        state = read_state(path)
+        state = read_state(kept.state_path)
     except PipelineError as error:
         if group.is_main:
             print(f"train: {error}; training starts anew", flush=True)
         return 0
     if state is None:
         return 0
-    restore(state, student.network, optimizer)
+    restore(state, kept.student.network, kept.optimizer)
     log.replay(state.extra)
     return state.step
 
@@ -331,13 +381,6 @@ def _report(data: TrainingData, stage: StageRun, group: Group) -> None:
         stage.warn(text)
         if group.is_main:
             print(f"train: warning: {text}", flush=True)
-
-
-def _save(out_dir: Path, student: Student, config: dict[str, Any]) -> None:
-    """Write a checkpoint, and keep those of the milestones in folders of their own."""
-    save_checkpoint(out_dir, student.network, config)
-    if milestone := student.milestones.get(config["step"]):
-        save_checkpoint(out_dir / milestone, student.network, config)
 
 
 def _go_back(out_dir: Path, student: Student, reason: str, stage: StageRun, group: Group) -> None:

@@ -21,11 +21,10 @@ from torch.utils.data import Dataset
 from pipeline.benchmarks.example import Benchmark, Example
 from pipeline.errors import PipelineError, listing
 from pipeline.files import digest
-from pipeline.formats.corrections import Corrections, fingerprint
+from pipeline.formats.decisions import NOTHING_DECIDED, Decisions
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import ImageError, load_image
 from pipeline.formats.labels import BACKGROUND, IGNORE_INDEX, LABEL_TYPE, UNLABELLED, LabelMap
-from pipeline.formats.review import LabelReview, Review
 from pipeline.formats.shards import open_samples, read_manifest
 from pipeline.formats.sources import SourceSpec, image_name, list_images, read_image
 from pipeline.training.augmentation import augment
@@ -80,9 +79,8 @@ class ArchivePool:
         categories: names by label id from 1, which the labels must be of.
         background: whether label id 0 is one of those that are trained; else it is void.
         confidence_threshold: pixels of less confidence are void.
-        corrections: what a person has corrected, by the SHA-256 of the image's file.
-        review: decisions about labels; an image whose labels are rejected in any of its archives is
-            left out.
+        decisions: what a person has said of the images; one whose labels are rejected in any of its
+            archives is left out.
 
     Raises:
         PipelineError: shards are missing or damaged, hold no sample, belong to other categories or
@@ -97,15 +95,13 @@ class ArchivePool:
         categories: Sequence[str],
         background: bool = True,
         confidence_threshold: float = 0.0,
-        corrections: Corrections | None = None,
-        review: Review = MappingProxyType({}),
+        decisions: Decisions = NOTHING_DECIDED,
     ) -> None:
         self._store = open_samples(masks_dir, members=("jpg",))
         first = {_image_key(key): index for index, key in reversed([*enumerate(self._store.keys)])}
-        decided = LabelReview(review, self._store.keys, categories)
-        self._corrections = (corrections or Corrections()).of_samples(self._store)
-        # What a person has corrected stands in place of labels that may have been rejected.
-        for index in decided.rejected - self._corrections.keys():
+        decided = decisions.of_samples(self._store, categories)
+        self._corrected = decided.corrected
+        for index in decided.left_out:
             first.pop(_image_key(self._store.keys[index]), None)
         self.counts: Mapping[str, int] = decided.counts
         self.warnings: Sequence[str] = decided.warnings
@@ -120,19 +116,8 @@ class ArchivePool:
         folders = [masks_dir, *([labels_dir] if labels_dir else [])]
         self.fingerprint = [
             shard["sha256"] for folder in folders for shard in read_manifest(folder)["shards"]
-        ]
+        ] + decided.fingerprint
         self._by_name = {name: label_id for label_id, name in enumerate(categories, start=1)}
-        if self._corrections:
-            self.fingerprint.append(fingerprint(self._corrections.values()))
-        if corrections:
-            corrected = {it.sha256 for it in self._corrections.values()}
-            self.counts = {
-                **decided.counts,
-                "corrected": len(corrected),
-                "unused_corrections": len(corrections) - len(corrected),
-            }
-        if decided.rejected:
-            self.fingerprint.append(digest(sorted(decided.rejected)))
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -140,8 +125,8 @@ class ArchivePool:
     def __getitem__(self, index: int) -> Labelled:
         place = self._indices[index]
         image = load_image(self._store.member(place, "jpg"))
-        if place in self._corrections:
-            labels, _ = self._corrections[place].maps(self._by_name, (image.height, image.width))
+        if place in self._corrected:
+            labels, _ = self._corrected[place].maps(self._by_name, (image.height, image.width))
         elif self._labels is None:
             return image, _unlabelled(image)
         else:

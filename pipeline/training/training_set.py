@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -23,13 +22,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.errors import PipelineError, listing
-from pipeline.files import digest
-from pipeline.formats.corrections import Corrections, fingerprint, further_samples
+from pipeline.formats.corrections import further_samples
+from pipeline.formats.decisions import NOTHING_DECIDED, Decisions
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import ImageError, load_image
 from pipeline.formats.labels import BACKGROUND, agreement
 from pipeline.formats.objects import decode_objects
-from pipeline.formats.review import LabelReview, Review
 from pipeline.formats.shards import open_samples, read_manifest
 from pipeline.training.copy_paste import Canvas, Cutout, copy_paste, cut_out, make_canvas
 from pipeline.training.settings import Composition, TargetSettings
@@ -124,8 +122,7 @@ class Archives:
             none.
         categories: names by label id, from 1.
         settings: what training sees of a sample.
-        corrections: what a person has corrected, by the SHA-256 of the image's file.
-        review: decisions about labels; samples whose labels are rejected are left out.
+        decisions: what a person has said of the images.
         sample_bytes: decoded samples kept in memory.
         mask_bytes: packed pseudo-masks kept in memory.
 
@@ -136,11 +133,9 @@ class Archives:
         disagreeing: label id -> number of samples left out by `min_agreement`.
         short: the categories of these, each with the number of samples that are left.
         unseen: categories without an object.
-        num_corrected: corrected images, num_corrected_empty those of them without an object.
-        num_unused_corrections: those of images that are not among the samples.
-        review: the decisions about these samples.
-        fingerprint: of the shards, of the corrections of their images, and of the samples that are
-            rejected.
+        num_corrected_empty: corrected images without an object.
+        decided: what was said of these samples.
+        fingerprint: of the shards, and of what was said of their images.
 
     Raises:
         PipelineError: shards are missing or damaged, belong to other categories or images, or no
@@ -154,8 +149,7 @@ class Archives:
         *,
         categories: Sequence[str],
         settings: TargetSettings,
-        corrections: Corrections | None = None,
-        review: Review = MappingProxyType({}),
+        decisions: Decisions = NOTHING_DECIDED,
         sample_bytes: int = SAMPLE_BYTES,
         mask_bytes: int = MASK_BYTES,
     ) -> None:
@@ -165,12 +159,8 @@ class Archives:
         self._labels = self._open_labels(labels_dir, categories) if settings.needs_labels else None
         self._label_ids = [self._label_id(i, categories) for i in range(len(self._store))]
         self._by_name = {name: label_id for label_id, name in enumerate(categories, start=1)}
-        corrections = corrections or Corrections()
-        self._corrections = corrections.of_samples(self._store)
-        self.num_corrected = len({it.sha256 for it in self._corrections.values()})
-        self.num_unused_corrections = len(corrections) - self.num_corrected
+        self.decided = decisions.of_samples(self._store, categories)
         self.num_corrected_empty = 0
-        self.review = LabelReview(review, self._store.keys, categories)
         self.objects: dict[int, list[int]] = {}
         self.negatives: list[int] = []
         self.num_empty = 0
@@ -187,18 +177,14 @@ class Archives:
         folders = [masks_dir, *([labels_dir] if labels_dir and settings.needs_labels else [])]
         self.fingerprint = [
             shard["sha256"] for folder in folders for shard in read_manifest(folder)["shards"]
-        ]
-        if self._corrections:
-            self.fingerprint.append(fingerprint(self._corrections.values()))
-        if self.review.rejected:
-            self.fingerprint.append(digest(sorted(self.review.rejected)))
+        ] + self.decided.fingerprint
         if not self.objects and self.disagreeing:
             raise PipelineError(
                 f"train.min_agreement: {settings.min_agreement:g} leaves none of "
                 f"{self.disagreeing.total()} images; lower it, or look at the dense labels"
             )
         if not self.objects:
-            rejected = len(self.review.rejected)
+            rejected = len(self.decided.rejected)
             but = f", {rejected} rejected ones aside," if rejected else ""
             raise PipelineError(
                 f"{masks_dir}: none of {len(self._store)} samples{but} has an object in its "
@@ -230,14 +216,13 @@ class Archives:
 
     def _sort(self, free_for_samples: int, free_for_masks: int) -> None:
         """Tell samples with an object from those without, and keep the first ones in memory."""
-        further = further_samples(self._corrections)
+        corrected, left_out = self.decided.corrected, self.decided.left_out
+        further = further_samples(corrected)
         for index, label_id in enumerate(self._label_ids):
-            if index in further:
+            if index in further or index in left_out:
                 continue
-            if index in self._corrections:  # in place of labels that may have been rejected
+            if index in corrected:
                 self._add_corrected(index)
-            elif index in self.review.rejected:
-                continue
             elif label_id == BACKGROUND:
                 self.negatives.append(index)
             else:
@@ -285,7 +270,7 @@ class Archives:
         try:
             image = load_image(self._store.member(index, "jpg"))
             shape = image.size[::-1]
-            if index in self._corrections:
+            if index in self.decided.corrected:
                 return self._corrected_sample(index, image)
             if label_id == BACKGROUND:
                 nothing = np.zeros(shape, dtype=np.uint8)
@@ -302,7 +287,7 @@ class Archives:
 
     def _corrected_sample(self, index: int, image: Image.Image) -> Sample:
         size = (image.height, image.width)
-        semantic, instances = self._corrections[index].maps(self._by_name, size)
+        semantic, instances = self.decided.corrected[index].maps(self._by_name, size)
         return Sample(image, semantic, instances, int(instances.max()), bounding_box(instances > 0))
 
     def _objects(self, index: int) -> np.ndarray:
@@ -403,15 +388,11 @@ class TrainingSet(Dataset[Composed]):
             "archive_images": len(self._all_objects),
             "negatives": len(archives.negatives),
             "empty_masks": archives.num_empty,
-            **archives.review.counts,
+            **archives.decided.counts,
         }
-        self.warnings = archives.review.warnings
-        if archives.num_corrected or archives.num_unused_corrections:
-            self.counts |= {
-                "corrected": archives.num_corrected,
-                "corrected_empty": archives.num_corrected_empty,
-                "unused_corrections": archives.num_unused_corrections,
-            }
+        self.warnings = archives.decided.warnings
+        if "corrected" in self.counts:
+            self.counts["corrected_empty"] = archives.num_corrected_empty
         if archives.disagreeing:
             self.counts["disagreeing"] = archives.disagreeing.total()
             self.warnings.append(

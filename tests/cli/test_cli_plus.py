@@ -14,8 +14,12 @@ from typer.testing import CliRunner
 from pipeline.benchmarks.voc import VocWriter
 from pipeline.cli import app
 from pipeline.errors import PipelineError
+from pipeline.formats.corrections import Correction, write_corrections
+from pipeline.formats.review import Decision, Reviewed, write_review
+from pipeline.formats.shards import open_samples
 from tests.conftest import encoded_image, noise_image
 from tests.report.helpers import checked, section, text_of
+from tests.stages.tiny_training import write_labels
 
 CATEGORIES = ["cat", "dog"]
 VOC = {"format": "voc", "root": "voc", "categories": CATEGORIES}
@@ -115,6 +119,37 @@ def test_an_entry_is_scored_gathered_timed_and_reported() -> None:
     Path("params.yaml").unlink()
     run("report")
     assert "Benchmarks: not run" in section(Path("reports/index.html").read_text(), "scores")
+
+
+@pytest.mark.usefixtures("project")
+def test_a_dry_run_says_what_would_be_trained_and_scored() -> None:
+    before = files_of(".")
+    text = run("plus", "--name", "zero", "--dry-run")
+    assert "items    2 iterations of 2 images" in text
+    for title in ("teacher", "guided", "self_trained"):
+        assert f"then `predict_bench` and `score`: {title}\n  items    4 images\n" in text
+    assert files_of(".") == before
+
+
+@pytest.mark.usefixtures("project")
+def test_an_entry_on_archives_follows_what_a_person_has_decided() -> None:
+    params = json.loads(Path("params.yaml").read_text())
+    entry = params["plus"]["free"]
+    entry["train"] |= {"data": "archives", "labels": "data/masks"}
+    Path("params.yaml").write_text(json.dumps(params))
+    with pytest.raises(PipelineError, match="run `pipeline mask` first"):
+        run("plus", "--name", "free", "--dry-run")
+    write_labels(Path("data/masks"))
+    keys = open_samples(Path("data/masks")).keys
+    write_review(
+        Path("data/review/labels.csv"),
+        {Reviewed("cat", keys[it].rpartition("_")[0]): Decision("reject") for it in (0, 1)},
+    )
+    corrected = Correction(f"{1:064d}", "x", (40, 36))
+    write_corrections(Path("data/review/corrections"), [corrected])
+    run("plus", "--name", "free")
+    counts = json.loads(Path("reports/stats/plus-free/train.json").read_text())["counts"]
+    assert (counts["images"], counts["rejected"], counts["corrected"]) == (8, 2, 1)
 
 
 @pytest.mark.usefixtures("project")

@@ -21,8 +21,10 @@ from pipeline.formats.corrections import CorrectedObject, Correction, write_corr
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import encode_jpeg, encode_png
 from pipeline.formats.objects import decode_objects
+from pipeline.formats.review import Decision, Reviewed, write_review
 from pipeline.formats.rle import encode_mask
 from pipeline.formats.shards import open_samples
+from pipeline.inference.held_out import RoundInputs
 from pipeline.inference.segmenter import Segmenter
 from pipeline.methods.students import TrainParams
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME
@@ -73,18 +75,35 @@ def trained(masks: Path, root: Path, params: TrainParams) -> Path:
     return tiny_training.run(masks, root, params) / "zutis"
 
 
-def relabelled(
-    masks: Path, root: Path, targets: TrainParams, runtime: Runtime, **round_params: Any
-) -> Path:
-    out = root / "rounds/first"
-    relabel.run(
+def inputs(
+    masks: Path, targets: TrainParams, params: RoundParams, said: Path | None = None
+) -> RoundInputs:
+    """Those of a round; what a person has said lies below `said`."""
+    return RoundInputs(
         masks_dir=masks,
         labels_dir=targets.labels,
-        out_dir=out,
         categories=CATEGORIES,
-        params=RoundParams(**{"held_out": 0.3, "shard_size": 5, **round_params}),
+        params=params,
         targets=targets,
         evaluate=EVALUATE,
+        corrections_dir=said and said / "corrections",
+        review_path=said and said / "labels.csv",
+    )
+
+
+def relabelled(
+    masks: Path,
+    root: Path,
+    targets: TrainParams,
+    runtime: Runtime,
+    said: Path | None = None,
+    **round_params: Any,
+) -> Path:
+    out = root / "rounds/first"
+    settings = {"held_out": 0.3, "shard_size": 5, **round_params}
+    relabel.run(
+        inputs(masks, targets, RoundParams(**settings), said),
+        out_dir=out,
         runtime=runtime,
         stats_path=root / "relabel.json",
     )
@@ -186,22 +205,15 @@ def judge(
     former: Path,
     candidate: Path,
     runtime: Runtime,
-    corrections: Path | None = None,
+    said: Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     encoder = EncoderParams(**json.loads((former / CONFIG_NAME).read_text())["encoder"])
+    settings = {"after": former, "held_out": 0.3, "drift_tolerance": 1.0, **settings}
     retrain.run(
-        masks_dir=masks,
-        labels_dir=None,
-        corrections_dir=corrections,
+        inputs(masks, small_params(encoder), RoundParams(**settings), said),
         candidate_dir=candidate,
         out_dir=root / "round",
-        categories=CATEGORIES,
-        params=RoundParams(
-            **{"after": former, "held_out": 0.3, "drift_tolerance": 1.0, **settings}
-        ),
-        targets=small_params(encoder),
-        evaluate=EVALUATE,
         runtime=runtime,
         stats_path=root / "retrain.json",
     )
@@ -299,8 +311,75 @@ def test_corrected_images_are_compared_with_what_a_person_says(
         truths.append(Correction(sample["json"]["sha256"], "x", semantic.shape, found))
     write_corrections(tmp_path / "corrections", truths)
     assert judge(masks, tmp_path, former, former, runtime)["agreement"] < 100
-    outcome = judge(masks, tmp_path, former, former, runtime, tmp_path / "corrections")
+    outcome = judge(masks, tmp_path, former, former, runtime, tmp_path)
     assert outcome["agreement"] == 100
+
+
+def test_what_a_person_has_said_is_not_labelled_anew(
+    tmp_path: Path, masks: Path, encoder: EncoderParams, runtime: Runtime
+) -> None:
+    targets = small_params(encoder)
+    former = trained(masks, tmp_path / "before", targets)
+    words = {"after": former, "score_threshold": 0.0}
+    before = open_samples(relabelled(masks, tmp_path / "a", targets, runtime, **words))
+    negative = next(key for key in before.keys if key.endswith("_0"))
+    first, second, third, *_ = (key for key in before.keys if not key.endswith("_0"))
+    old = {sample["__key__"]: sample for sample in samples()}
+    truths = {}
+    for key in (second, third, negative):
+        shape = np.asarray(Image.open(BytesIO(old[key]["mask.png"]))).shape
+        mask = np.zeros(shape, dtype=bool)
+        mask[3:9, 5:20] = True
+        found = [] if key == third else [CorrectedObject("dog", encode_mask(mask))]
+        truths[key] = Correction(old[key]["json"]["sha256"], "x", shape, found)
+    write_corrections(tmp_path / "said/corrections", truths.values())
+    names = dict(enumerate(["background", *CATEGORIES]))
+    rejected = [first, second, "nobody_1"]  # of which the second is corrected as well
+    write_review(
+        tmp_path / "said/labels.csv",
+        {
+            Reviewed(names[int(key[-1])], key.rpartition("_")[0]): Decision("reject")
+            for key in rejected
+        },
+    )
+
+    out = relabelled(masks, tmp_path / "b", targets, runtime, tmp_path / "said", **words)
+    after = open_samples(out)
+    assert after.keys == [key for key in before.keys if key != first]
+    labels = LabelStore(out)
+    for key, truth in truths.items():
+        semantic, objects = truth.maps({name: i for i, name in enumerate(CATEGORIES, 1)})
+        assert (labels.get(key)[0] == semantic).all()
+        assert (decode_objects(after.member(after.keys.index(key), "mask.png")) == objects).all()
+    untouched = [key for key in after.keys if key not in truths]
+    for key in untouched:
+        new, same = (it[it.keys.index(key)] for it in (after, before))
+        assert new == same
+    stats = json.loads((tmp_path / "b/relabel.json").read_text())
+    assert stats["counts"]["corrected"] == 3
+    assert stats["left_out"]["rejected image"] == 1
+    assert "cat nobody" in stats["warnings"][0]
+
+
+def test_a_round_is_not_judged_by_labels_that_are_rejected(
+    tmp_path: Path, masks: Path, encoder: EncoderParams, runtime: Runtime
+) -> None:
+    former = trained(masks, tmp_path / "before", small_params(encoder))
+    whole = judge(masks, tmp_path, former, former, runtime)
+    trained_on = open_samples(
+        relabelled(masks, tmp_path, small_params(encoder), runtime, after=former)
+    ).keys
+    held_out = [it["__key__"] for it in samples() if it["__key__"] not in trained_on]
+    names = dict(enumerate(["background", *CATEGORIES]))
+    shown = [key for key in held_out if not key.endswith("_0")]
+    review = {
+        Reviewed(names[int(key[-1])], key[:4]): Decision("reject")
+        for key in [*shown[1:], trained_on[0]]
+    }
+    write_review(tmp_path / "said/labels.csv", review)
+    outcome = judge(masks, tmp_path, former, former, runtime, tmp_path / "said")
+    assert outcome["held_out_images"] == whole["held_out_images"] - len(shown[1:])
+    assert outcome["agreement"] != whole["agreement"]
 
 
 def test_a_checkpoint_of_other_categories_is_refused(

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from pipeline.benchmarks.opening import open_truth
 from pipeline.errors import PipelineError
 from pipeline.formats.corrections import CorrectedObject, Correction, Corrections, write_corrections
+from pipeline.formats.decisions import Decisions
 from pipeline.formats.images import ImageError, encode_jpeg, encode_label, encode_png
 from pipeline.formats.labels import IGNORE_INDEX, LABEL_TYPE, UNLABELLED
 from pipeline.formats.review import Decision, Reviewed
@@ -134,7 +135,7 @@ class TestArchivePool:
             folder if stored else None,
             categories=CATEGORIES,
             background=background,
-            corrections=Corrections(tmp_path / "corrections"),
+            decisions=Decisions(Corrections(tmp_path / "corrections")),
         )
         assert pool[1][1].tolist() == [expected]
         assert pool[0][1].tolist() != [expected]
@@ -150,7 +151,7 @@ class TestArchivePool:
             Reviewed("cat", "z"): Decision("reject"),
         }
         whole = ArchivePool(folder, categories=CATEGORIES)
-        pool = ArchivePool(folder, categories=CATEGORIES, review=review)
+        pool = ArchivePool(folder, categories=CATEGORIES, decisions=Decisions(review=review))
         assert [pool.name(index) for index in range(len(pool))] == ["a_1", "c_0"]
         assert pool.counts == {"rejected": 1, "unknown_reviews": 1}
         assert whole.counts == {}

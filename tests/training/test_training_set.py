@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.errors import PipelineError
 from pipeline.formats.corrections import CorrectedObject, Correction, Corrections, write_corrections
+from pipeline.formats.decisions import Decisions
 from pipeline.formats.images import encode_jpeg, encode_label, encode_png
 from pipeline.formats.review import Decision, Reviewed
 from pipeline.formats.rle import encode_mask
@@ -74,10 +75,11 @@ def archives(folder: Path, samples: Any = None, **settings: Any) -> Archives:
     )
     memory = {name: settings.pop(name) for name in BOUNDS if name in settings}
     categories = settings.pop("categories", CATEGORIES)
-    memory["corrections"] = settings.pop("corrections", None)
-    review = settings.pop("review", {})
-    target = TargetSettings(**settings)
-    return Archives(folder, folder, categories=categories, settings=target, review=review, **memory)
+    said = {name: settings.pop(name) for name in ("corrections", "review") if name in settings}
+    target, decisions = TargetSettings(**settings), Decisions(**said)
+    return Archives(
+        folder, folder, categories=categories, settings=target, decisions=decisions, **memory
+    )
 
 
 def training_set(source: Archives, composition: Composition = COMPOSITION) -> TrainingSet:
@@ -440,7 +442,7 @@ class TestCorrected:
         assert sorted(np.unique(sample.instances)) == [0, 1, 2, 3]
         np.testing.assert_array_equal(source[1].semantic, sample.semantic)
         np.testing.assert_array_equal(source[2].semantic, box_mask((5, 4, 20, 16)))
-        assert (source.num_corrected, source.num_corrected_empty) == (1, 0)
+        assert source.num_corrected_empty == 0
         counts = training_set(source).counts
         assert counts["archive_images"] == 3  # a once, whatever it shows
         assert (counts["corrected"], counts["unused_corrections"]) == (1, 0)
