@@ -1,6 +1,7 @@
 # A trained workspace behind HTTP; docs/deploy.md says how to build and run it.
 #   docker build --target cpu -t zutis-pipeline:cpu .
 #   docker build --target cuda -t zutis-pipeline:cuda .
+#   docker build --target onnx -t zutis-pipeline:onnx .
 ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim AS wheel
@@ -34,6 +35,13 @@ FROM base AS packages-cuda
 RUN pip install --constraint /opt/requirements.lock \
         "zutis-pipeline[serve,onnx,video] @ file://$(ls /opt/wheels/*.whl)"
 
+# Without torch, for a file of `pipeline export --to onnx`; docs/deploy.md lists the same packages.
+FROM base AS packages-onnx
+RUN pip install --no-deps /opt/wheels/*.whl \
+    && pip install --constraint /opt/requirements.lock \
+        onnxruntime numpy pillow pycocotools pydantic ruamel.yaml typer tqdm filelock ftfy ijson \
+        starlette uvicorn python-multipart
+
 # No weights are part of an image: those of the workspace are used, and PIPELINE_CACHE keeps others.
 FROM base AS service
 USER 10001
@@ -49,6 +57,10 @@ FROM service AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=packages-cuda /opt/venv /opt/venv
+
+FROM service AS onnx
+COPY --from=packages-onnx /opt/venv /opt/venv
+CMD ["serve", "--onnx", "student.onnx", "--host", "0.0.0.0", "--port", "8000"]
 
 FROM service AS cpu
 COPY --from=packages-cpu /opt/venv /opt/venv

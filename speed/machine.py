@@ -9,7 +9,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "numpy", "scipy", "pyarrow", "faiss-cpu", "pillow", "pycocotools")
+PACKAGES = (
+    "torch",
+    "onnxruntime",
+    "numpy",
+    "scipy",
+    "pyarrow",
+    "faiss-cpu",
+    "pillow",
+    "pycocotools",
+)
 
 
 def describe_machine(threads: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 In a workspace with a trained checkpoint (`make demo`) it starts the service, lets clients send
 photos one after the other, each over a connection of its own, and ends it with SIGTERM while all
-of them wait.
+of them wait. With `--onnx FILE` torch and ONNX take turns.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 REPORT = Path("speed/results/serve.json")
 ADDRESS = re.compile(r"http://([\d.]+):(\d+)")
 PHOTOS = 8
+TORCH, ONNX = "torch", "onnx"
 WARM_UP = 2  # requests of each client that are not counted
 OK, BUSY = 200, 503
 PATIENCE_S = 120
@@ -39,6 +41,7 @@ class Load:
     """What was measured of one service.
 
     Attributes:
+        network: what answers, `torch` or `onnx`.
         workers, clients: processes that answer, and those that ask at the same time.
         requests: answered with 200 and counted.
         failed: answered otherwise or not at all.
@@ -48,6 +51,7 @@ class Load:
         stopped_answered: how many of them were answered all the same.
     """
 
+    network: str
     workers: int
     clients: int
     requests: int
@@ -82,13 +86,18 @@ class Service:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure each number of workers; exit status 1 if a request failed."""
+    """Measure each network with each number of workers; exit status 1 if a request failed."""
     options = _options(arguments)
     bodies = [jpeg(photo(seed, *options.size)) for seed in range(PHOTOS)]
+    networks = _networks(options)
     loads = []
-    for workers in options.workers:
-        loads.append(_measure(workers, options, bodies))
-        print(_line(loads[-1]), flush=True)
+    for _ in range(options.rounds):
+        for workers, network in product(options.workers, networks):
+            loads.append(_measure(network, networks[network], workers, options, bodies))
+            print(_line(loads[-1]), flush=True)
+    if ONNX in networks:
+        for workers in options.workers:
+            print(_ratio_line(workers, loads), flush=True)
     machine = describe_machine(len(os.sched_getaffinity(0)))
     size = f"{options.size[0]} x {options.size[1]}"
     if options.out is not None:
@@ -107,12 +116,28 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=30.0, help="at most, a service (30)")
     parser.add_argument("--size", type=int, nargs=2, default=(500, 375), metavar=("W", "H"))
     parser.add_argument("--checkpoint", type=Path, help="as of `pipeline serve`")
+    parser.add_argument("--onnx", type=Path, help="measure this file of `pipeline export`, too")
+    parser.add_argument("--rounds", type=int, default=1, help="of all that is measured (1)")
     parser.add_argument("--out", type=Path, help=f"report, such as {REPORT}")
     return parser.parse_args(arguments)
 
 
-def _measure(workers: int, options: argparse.Namespace, bodies: Sequence[bytes]) -> Load:
-    service = _start(workers, options.checkpoint)
+def _networks(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Words of `pipeline serve` for each network."""
+    networks = {TORCH: ["--checkpoint", str(options.checkpoint)] if options.checkpoint else []}
+    if options.onnx:
+        networks[ONNX] = ["--onnx", str(options.onnx)]
+    return networks
+
+
+def _measure(
+    network: str,
+    words: Sequence[str],
+    workers: int,
+    options: argparse.Namespace,
+    bodies: Sequence[bytes],
+) -> Load:
+    service = _start(workers, words)
     try:
         clients = options.clients
         for _ in range(WARM_UP):
@@ -123,6 +148,7 @@ def _measure(workers: int, options: argparse.Namespace, bodies: Sequence[bytes])
         service.process.terminate()
         service.process.wait(PATIENCE_S)
     return Load(
+        network=network,
         workers=workers,
         clients=clients,
         requests=len(seconds),
@@ -135,10 +161,9 @@ def _measure(workers: int, options: argparse.Namespace, bodies: Sequence[bytes])
     )
 
 
-def _start(workers: int, checkpoint: Path | None) -> Service:
+def _start(workers: int, network: Sequence[str]) -> Service:
     words = [sys.executable, "-m", "pipeline", "serve", "--port", "0", "--workers", str(workers)]
-    if checkpoint is not None:
-        words += ["--checkpoint", str(checkpoint)]
+    words += network
     # The service divides the cores itself.
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -201,10 +226,30 @@ def _stop_under_load(service: Service, clients: int, bodies: Sequence[bytes]) ->
 
 def _line(load: Load) -> str:
     return (
-        f"{load.workers} workers, {load.clients} clients: {load.requests} requests, "
-        f"{load.failed} failed, {load.requests_per_second:g} a second, median "
+        f"{load.network}, {load.workers} workers, {load.clients} clients: {load.requests} "
+        f"requests, {load.failed} failed, {load.requests_per_second:g} a second, median "
         f"{load.median_ms:g} ms, p95 {load.p95_ms:g} ms; at SIGTERM {load.stopped_answered} of "
         f"{load.stopped_in_flight} answered"
+    )
+
+
+def _ratio_line(workers: int, loads: Sequence[Load]) -> str:
+    """How the medians over the rounds compare."""
+    rates, tails = (
+        {
+            network: median(
+                getattr(load, field)
+                for load in loads
+                if (load.network, load.workers) == (network, workers)
+            )
+            for network in (TORCH, ONNX)
+        }
+        for field in ("requests_per_second", "p95_ms")
+    )
+    return (
+        f"{workers} workers, medians: {rates[TORCH]:g} and {rates[ONNX]:g} a second, p95 "
+        f"{tails[TORCH]:g} and {tails[ONNX]:g} ms; "
+        f"ONNX {rates[ONNX] / rates[TORCH]:.2f} times torch"
     )
 
 

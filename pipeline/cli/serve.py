@@ -1,15 +1,19 @@
-"""`pipeline serve`: a checkpoint behind HTTP."""
+"""`pipeline serve`: a checkpoint or an ONNX file behind HTTP."""
 
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.cli.common import Session, names
-from pipeline.cli.stages import NAMES_HELP, CheckpointPath
+from pipeline.cli.common import Session, names, refuse_with_onnx
+from pipeline.cli.stages import NAMES_HELP, CheckpointPath, OnnxPath
 from pipeline.errors import PipelineError, install_command
+
+if TYPE_CHECKING:
+    from pipeline.serve.options import SegmenterSource
 
 serve_app = typer.Typer()
 
@@ -18,6 +22,7 @@ serve_app = typer.Typer()
 def serve(
     ctx: typer.Context,
     checkpoint: CheckpointPath = None,
+    onnx: OnnxPath = None,
     categories: Annotated[
         str | None, typer.Option(help=f"{NAMES_HELP}; default: the trained ones.")
     ] = None,
@@ -33,7 +38,7 @@ def serve(
         typer.Option(
             min=1,
             help="Waiting images that share a forward pass; default: the params' "
-            "evaluate.batch_size.",
+            "evaluate.batch_size, with --onnx 1.",
         ),
     ] = None,
     max_bytes: Annotated[
@@ -61,31 +66,49 @@ def serve(
         raise PipelineError(
             f"serve needs further packages: {install_command('serve')} ({error})"
         ) from None
-    from pipeline.params.base import PredictionSettings
-    from pipeline.serve.options import Address, CheckpointSource, Limits
+    from pipeline.serve.options import Address, Limits
     from pipeline.serve.server import serve as run
 
+    if onnx is not None:
+        refuse_with_onnx(checkpoint=checkpoint)
     session: Session = ctx.obj
-    params = session.params
+    source, usual_batch, threads = _network(session, onnx, checkpoint, names(categories))
     run(
-        CheckpointSource(
-            checkpoint or session.checkpoint,
-            names(categories),
-            PredictionSettings.of(params.evaluate),
-            device=params.device,
-            precision=params.precision,
-        ),
+        source,
         address=Address(host, port),
         limits=Limits(
             max_bytes=max_bytes,
             max_pixels=max_pixels,
             timeout_s=timeout,
             max_waiting=max_waiting,
-            batch_size=batch or params.evaluate.batch_size,
+            batch_size=batch or usual_batch,
         ),
         workers=workers,
-        threads=_cores() if params.threads == "auto" else params.threads * workers,
+        threads=_cores() if threads == "auto" else threads * workers,
     )
+
+
+def _network(
+    session: Session, onnx: Path | None, checkpoint: Path | None, categories: list[str] | None
+) -> tuple[SegmenterSource, int, int | Literal["auto"]]:
+    """What is served, images of a batch, and threads of a worker.
+
+    An ONNX file has its own settings: no params are read for it.
+    """
+    from pipeline.params.base import PredictionSettings
+    from pipeline.serve.options import CheckpointSource, Limits, OnnxSource
+
+    if onnx is not None:
+        return OnnxSource(onnx, categories), Limits.batch_size, "auto"
+    params = session.params
+    source = CheckpointSource(
+        checkpoint or session.checkpoint,
+        categories,
+        PredictionSettings.of(params.evaluate),
+        device=params.device,
+        precision=params.precision,
+    )
+    return source, params.evaluate.batch_size, params.threads
 
 
 def _cores() -> int:

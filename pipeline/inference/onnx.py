@@ -64,15 +64,15 @@ class OnnxNetwork:
     session: Any
 
     @classmethod
-    def load(cls, path: Path | str) -> OnnxNetwork:
-        """Open a file that `pipeline export --to onnx` wrote.
+    def load(cls, path: Path | str, *, threads: int | None = None) -> OnnxNetwork:
+        """Open a file that `pipeline export --to onnx` wrote; `threads` as of `open_onnx`.
 
         Raises:
             PipelineError: it cannot be read or loaded, or something else wrote it.
         """
         path = Path(path)
         content = read_onnx(path)
-        session = open_onnx(content, path)
+        session = open_onnx(content, path, threads)
         info = OnnxInfo.of_props(session.get_modelmeta().custom_metadata_map, path)
         return cls(path, hashlib.sha256(content).hexdigest(), info, session)
 
@@ -146,9 +146,11 @@ class OnnxSegmenter:
         *,
         categories: Sequence[str] | None = None,
         settings: PredictionSettings | None = None,
+        threads: int | None = None,
     ) -> OnnxSegmenter:
         """Open a file, see `OnnxNetwork.load`."""
-        return cls(OnnxNetwork.load(path), categories=categories, settings=settings)
+        network = OnnxNetwork.load(path, threads=threads)
+        return cls(network, categories=categories, settings=settings)
 
     def select(self, categories: Sequence[str]) -> OnnxSegmenter:
         """A segmenter for some of the file's categories, which shares the network."""

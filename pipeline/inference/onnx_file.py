@@ -81,12 +81,13 @@ class OnnxInfo(Section):
         )
 
 
-def open_onnx(content: bytes, path: Path) -> Any:
-    """A session of onnxruntime on the CPU, with the threads of $OMP_NUM_THREADS, else one a core.
+def open_onnx(content: bytes, path: Path, threads: int | None = None) -> Any:
+    """A session of onnxruntime on the CPU.
 
     Args:
         content: of the file.
         path: the file, for messages.
+        threads: that it computes in; by default those of $OMP_NUM_THREADS, else one a core.
 
     Raises:
         PipelineError: onnxruntime is missing, or cannot load it.
@@ -96,7 +97,7 @@ def open_onnx(content: bytes, path: Path) -> Any:
     except ImportError as error:
         raise PipelineError(f"--onnx needs a further package: {INSTALL} ({error})") from None
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = _threads()
+    options.intra_op_num_threads = _threads() if threads is None else threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = ERRORS_ALONE
     try:

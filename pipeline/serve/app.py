@@ -26,7 +26,7 @@ from pipeline.errors import PipelineError
 from pipeline.formats.images import ImageError, load_image
 from pipeline.inference.coco import category_entries, encode_label_map, object_annotation
 from pipeline.inference.photos import PhotoSegmenter
-from pipeline.inference.segmenter import Prediction
+from pipeline.inference.prediction import Prediction
 from pipeline.serve.errors import BAD_REQUEST, BUSY, TOO_SLOW, Refused, refused_image
 from pipeline.serve.lingering import Lingering
 from pipeline.serve.options import Limits, SegmenterSource

@@ -77,19 +77,50 @@ class CheckpointSource:
 
 
 @dataclass(frozen=True)
+class OnnxSource:
+    """A file that `pipeline export --to onnx` wrote; no torch.
+
+    Attributes:
+        path: of the file, which has its own settings.
+        categories: some of its names; None for all.
+    """
+
+    path: Path
+    categories: Sequence[str] | None
+
+    def load(self, threads: int) -> PhotoSegmenter:
+        from pipeline.inference.onnx import OnnxSegmenter
+
+        return OnnxSegmenter.load(self.path, categories=self.categories, threads=threads)
+
+    def with_names(self, segmenter: PhotoSegmenter, names: Sequence[str]) -> PhotoSegmenter:
+        """Some of the file's names; the network in memory is shared."""
+        from pipeline.inference.confidence import find_name
+        from pipeline.inference.onnx import OnnxSegmenter
+
+        assert isinstance(segmenter, OnnxSegmenter)
+        known = segmenter.network.info.categories
+        for name in names:  # a client is told no path of ours
+            find_name(name, known, field="?categories", among="the network's names")
+        return segmenter.select(names)
+
+
+@dataclass(frozen=True)
 class Limits:
     """What a worker takes on.
 
     Attributes:
         max_bytes: of the body of a request.
         max_pixels: width x height of an image.
-        timeout_s: from the head of a request to its answer.
+        head_s: from a connection to the end of the request's head.
+        timeout_s: from there to the answer, and for the answer to be taken.
         max_waiting: requests at a time; further ones are told to come again.
         batch_size: waiting images that go through the network together.
     """
 
     max_bytes: int = 20_000_000
     max_pixels: int = 25_000_000
+    head_s: float = 10.0
     timeout_s: float = 60.0
     max_waiting: int = 64
     batch_size: int = 1

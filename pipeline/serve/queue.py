@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.errors import PipelineError
 from pipeline.inference.photos import PhotoSegmenter
-from pipeline.inference.segmenter import Prediction
+from pipeline.inference.prediction import Prediction
 from pipeline.serve.errors import BAD_REQUEST, Refused
 from pipeline.serve.options import SegmenterSource
 

@@ -21,6 +21,7 @@ from multiprocessing.synchronize import Event
 import uvicorn
 
 from pipeline.errors import PipelineError
+from pipeline.serve.connection import connections_within
 from pipeline.serve.options import Address, Limits, SegmenterSource
 
 BACKLOG = 1024
@@ -100,7 +101,7 @@ def _make_server(source: SegmenterSource, limits: Limits, threads: int) -> _Serv
     app = make_app(segmenter, source, limits)
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=connections_within(limits),
         ws="none",
         lifespan="off",
         log_level="warning",

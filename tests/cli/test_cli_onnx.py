@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,27 +24,15 @@ from pipeline.params.sections import EvaluateParams
 from pipeline.stages import predict
 from tests.conftest import encoded_image
 from tests.stages.tiny_checkpoint import write_checkpoint
-
-# What the package depends on and an ONNX file does not need, see docs/deploy.md.
-ABSENT = [
-    *("torch", "torchvision", "timm", "open_clip", "safetensors", "huggingface_hub", "sklearn"),
-    *("scipy", "faiss", "pyarrow", "webdataset", "dvc", "dvclive", "jinja2", "threadpoolctl"),
-    *("onnx", "yaml"),
-]
-WITHOUT = f"""
-import sys
-sys.modules.update(dict.fromkeys({ABSENT!r}))
-from pipeline.cli import main
-main()
-"""
+from tests.without_torch import ROOT, environment_without_torch
 
 
 def run_without_torch(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A command in a process in which none of `ABSENT` can be imported."""
+    """A command in a process that has no torch."""
     return subprocess.run(
-        [sys.executable, "-c", WITHOUT, *map(str, words)],
+        [sys.executable, "-m", "pipeline", *map(str, words)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env=environment_without_torch(cwd / "without_torch"),
         capture_output=True,
         text=True,
         check=False,
@@ -159,6 +147,17 @@ def test_export_says_how_it_compares(
     run_here(monkeypatch, *words)
     assert "100.00 % of labels equal" in capsys.readouterr().out
     assert (tmp_path / "z.onnx").stat().st_size > 1000
+
+
+def test_the_image_without_torch_has_the_packages_that_the_docs_list() -> None:
+    lists = []
+    for page in (ROOT / "docs/deploy.md", ROOT / "Dockerfile"):
+        text = page.read_text(encoding="utf-8")
+        listed = re.search(r"\bonnxruntime numpy .*?python-multipart", text, re.DOTALL)
+        assert listed, page
+        words = re.sub(r"pip install|\\", "", listed[0]).split()
+        lists.append(words)
+    assert lists[0] == lists[1]
 
 
 def test_a_checkpoint_beside_the_file_is_refused(

@@ -49,10 +49,11 @@ class SlowSource:
     """Where it comes from; it has a closed list of names."""
 
     seconds: float = 0.0
+    names: Sequence[str] = ("thing",)
 
     def load(self, threads: int) -> SlowSegmenter:
         del threads
-        return SlowSegmenter(self.seconds, ["thing"], [])
+        return SlowSegmenter(self.seconds, list(self.names), [])
 
     def with_names(self, segmenter: object, names: Sequence[str]) -> SlowSegmenter:
         del segmenter, names

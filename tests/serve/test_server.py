@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -81,7 +82,7 @@ def run() -> Iterator[Callable[..., Running]]:
 @pytest.fixture(scope="module")
 def misused() -> Iterator[Running]:
     """One with narrow limits, for clients that do not keep to them."""
-    server = Running(SlowSource(), max_bytes=5000, timeout_s=0.5)
+    server = Running(SlowSource(), max_bytes=5000, head_s=0.5, timeout_s=0.5)
     yield server
     server.process.kill()
 
@@ -187,6 +188,61 @@ def test_a_body_that_does_not_come_is_given_up(misused: Running) -> None:
         status, content = answer_of(connection)
     assert status == 408
     assert "0.5 s" in content["error"]
+
+
+def drip(connection: socket.socket, data: bytes) -> None:
+    """Send byte by byte, slowly, until something comes back."""
+    connection.settimeout(0.02)
+    for place in range(len(data)):
+        connection.sendall(data[place : place + 1])
+        try:
+            if connection.recv(1, socket.MSG_PEEK):
+                break
+        except TimeoutError:
+            continue
+    connection.settimeout(PATIENCE_S)
+
+
+def test_a_head_that_comes_byte_by_byte_is_given_up(misused: Running) -> None:
+    """So it is if it never ends; the connection is closed."""
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\n" + b"X-More: %d\r\n" % 7 * 1000
+    with misused.connect() as connection:
+        drip(connection, head)
+        status, content = answer_of(connection)
+    assert status == 408
+    assert content == {"error": "head: not received within 0.5 s"}
+
+
+def test_a_body_that_comes_byte_by_byte_is_given_up(misused: Running) -> None:
+    with misused.connect() as connection:
+        connection.sendall(HEAD.replace(b"Content-Length: %d" % len(PNG), b"Content-Length: 4999"))
+        drip(connection, bytes(4999))
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.status == 408
+        assert "body: not received within 0.5 s" in json.loads(response.read())["error"]
+
+
+def test_a_connection_without_a_request_is_closed(misused: Running) -> None:
+    with misused.connect() as connection:
+        assert connection.recv(1) == b""
+
+
+def test_an_answer_that_is_not_read_is_given_up(run: Callable[..., Running]) -> None:
+    server = run(SlowSource(names=["n" * 200] * 100_000), head_s=0.2, timeout_s=0.2)
+    descriptors = Path(f"/proc/{server.process.pid}/fd")
+    if not descriptors.is_dir():
+        pytest.skip("needs Linux")
+    before = len(list(descriptors.iterdir()))
+    connection = socket.socket()
+    with connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(PATIENCE_S)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(b"GET /categories HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(4) == b"HTTP"
+        assert len(list(descriptors.iterdir())) > before
+        server.process.wait_until(lambda: len(list(descriptors.iterdir())) <= before)
 
 
 def test_a_client_that_leaves_takes_nobody_with_it(misused: Running) -> None:
