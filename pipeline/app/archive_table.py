@@ -34,13 +34,15 @@ class ArchiveTable:
         self.places: dict[int, range] = {}
         parts = [block["label_id"].to_numpy() for block in self._blocks(["label_id"])]
         label_ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
+        self._num_rows = len(label_ids)
         starts = np.flatnonzero(np.diff(label_ids, prepend=-1))
         for start, end in pairwise([*starts.tolist(), len(label_ids)]):
             self.places[int(label_ids[start])] = range(start, end)
 
     def rows(self, numbers: Sequence[int]) -> list[ArchiveRow]:
         """Rows by number, in that order; numbers out of range are left out."""
-        wanted = np.unique(np.asarray(numbers, np.int64))
+        known = [number for number in numbers if 0 <= number < self._num_rows]
+        wanted = np.unique(np.asarray(known, np.int64))
         found: dict[int, ArchiveRow] = {}
         start = 0
         for block in self._blocks(ARCHIVE_SCHEMA.names):
@@ -53,7 +55,7 @@ class ArchiveTable:
             start += len(block)
             if last == len(wanted):
                 break
-        return [found[number] for number in numbers if number in found]
+        return [found[number] for number in known]
 
     def _blocks(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         try:

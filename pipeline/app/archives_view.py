@@ -17,7 +17,8 @@ from pipeline.app.neighbours import IndexImages
 from pipeline.app.opened import Opened
 from pipeline.app.pictures import LARGE_SIDE, THUMB_SIDE, picture_response, thumbnail
 from pipeline.app.review_book import Changes, ReviewBook, listed
-from pipeline.app.site import Pages, Site, choice, number, routes_of
+from pipeline.app.site import Pages, Site, choice, number
+from pipeline.app.view import View
 from pipeline.app.workspace import Workspace
 from pipeline.errors import PipelineError
 from pipeline.formats.images import load_image
@@ -58,17 +59,14 @@ class Card:
     is_dropped: bool
 
 
-class ArchivesView:
-    """Pages and actions about archives.
+class ArchivesView(View):
+    """Pages and actions about archives."""
 
-    Args:
-        site: what the views share.
-        workspace: what is looked at.
-    """
+    name = "archives"
 
     def __init__(self, site: Site, workspace: Workspace) -> None:
+        super().__init__(site, workspace)
         paths = workspace.paths
-        self._site = site
         self._stats_dir = paths["stats"]
         self._categories = list(workspace.categories)
         self._book = ReviewBook(paths["review_archives"], ARCHIVE_VERDICTS)
@@ -86,25 +84,16 @@ class ArchivesView:
 
     def routes(self) -> list[Route]:
         """All addresses of the view."""
-        reading = partial(self._site.reading, "archives")
-        return [
-            *routes_of(
-                {
-                    "/archives": reading(self.overview),
-                    "/archives/{label_id:int}": reading(self.archive),
-                    "/archives/{label_id:int}/alike": reading(self.alike),
-                    "/pictures/archive/{row:int}": reading(self.row_picture),
-                    "/pictures/index/{key}": reading(self.index_picture),
-                }
-            ),
-            *routes_of(
-                {
-                    "/archives/change": self._site.posting(self.change),
-                    "/archives/undo": self._site.posting(self.undo),
-                },
-                ["POST"],
-            ),
-        ]
+        pages = self._reading(
+            {
+                "/archives": self.overview,
+                "/archives/{label_id:int}": self.archive,
+                "/archives/{label_id:int}/alike": self.alike,
+                "/pictures/archive/{row:int}": self.row_picture,
+                "/pictures/index/{key}": self.index_picture,
+            }
+        )
+        return pages + self._posting({"/archives/change": self.change, "/archives/undo": self.undo})
 
     def overview(self, request: Request) -> Response:
         """Every category with the beginning of its archive."""
@@ -119,9 +108,8 @@ class ArchivesView:
         cards = dict(zip(numbers, self._cards(table, numbers, review), strict=True))
         for entry in shown:
             entry["cards"] = [cards[place] for place in entry["places"][:STRIP]]
-        return self._site.page(
+        return self._page(
             "archives",
-            view="archives",
             entries=shown,
             pages=pages,
             sort=sort,
@@ -150,9 +138,8 @@ class ArchivesView:
             for it in self._entries(table, _count_by_category(review))
             if it["label_id"] == label_id
         )
-        return self._site.page(
+        return self._page(
             "archive",
-            view="archives",
             label_id=label_id,
             category=category,
             entry=entry,
@@ -181,9 +168,8 @@ class ArchivesView:
             )
             for it in found
         ]
-        return self._site.page(
+        return self._page(
             "alike",
-            view="archives",
             label_id=label_id,
             category=category,
             seed=seed,
@@ -195,6 +181,7 @@ class ArchivesView:
 
     def row_picture(self, request: Request) -> Response:
         """Picture of a row of the archives."""
+        self._table.check(request.query_params.get("v"))
         table, side = self._table.get(), _side(request)
         rows = table.rows([request.path_params["row"]])
         if not rows:

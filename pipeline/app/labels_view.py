@@ -16,8 +16,9 @@ from pipeline.app.opened import MissingError, Opened
 from pipeline.app.pictures import THUMB_SIDE, picture_response
 from pipeline.app.review_book import Changes, ReviewBook, listed
 from pipeline.app.samples import PICTURES, SampleRow, Samples
-from pipeline.app.site import Pages, Site, choice, number, routes_of
+from pipeline.app.site import Pages, Site, choice, number
 from pipeline.app.survey import Survey
+from pipeline.app.view import View
 from pipeline.app.workspace import Workspace
 from pipeline.errors import PipelineError
 from pipeline.formats.labels import IGNORE_INDEX
@@ -31,17 +32,14 @@ FILTERS = ("open", ACCEPT, REJECT, "all")
 WAIT_SECONDS = 3.0
 
 
-class LabelsView:
-    """Pages and actions about pseudo-masks and dense labels.
+class LabelsView(View):
+    """Pages and actions about pseudo-masks and dense labels."""
 
-    Args:
-        site: what the views share.
-        workspace: what is looked at.
-    """
+    name = "labels"
 
     def __init__(self, site: Site, workspace: Workspace) -> None:
+        super().__init__(site, workspace)
         masks_dir, labels_dir = workspace.paths["masks"], workspace.paths["labels"]
-        self._site = site
         self._categories = list(workspace.categories)
         self._book = ReviewBook(workspace.paths["review_labels"], LABEL_VERDICTS)
         self._samples: Opened[Samples] = Opened(
@@ -59,27 +57,19 @@ class LabelsView:
 
     def routes(self) -> list[Route]:
         """All addresses of the view."""
-        reading = partial(self._site.reading, "labels")
-        return [
-            *routes_of(
-                {
-                    "/labels": reading(self.overview),
-                    "/labels/facts/{number:int}": reading(self.facts),
-                    "/pictures/sample/{number:int}/{what}": reading(self.picture),
-                }
-            ),
-            *routes_of(
-                {
-                    "/labels/change": self._site.posting(self.change),
-                    "/labels/undo": self._site.posting(self.undo),
-                },
-                ["POST"],
-            ),
-        ]
+        pages = self._reading(
+            {
+                "/labels": self.overview,
+                "/labels/facts/{number:int}": self.facts,
+                "/pictures/sample/{number:int}/{what}": self.picture,
+            }
+        )
+        return pages + self._posting({"/labels/change": self.change, "/labels/undo": self.undo})
 
     def overview(self, request: Request) -> Response:
         """A page of samples, one of which is looked at closely."""
-        samples, version = self._newest()
+        opened = self._newest()
+        samples = opened.get()
         survey, review, query = self._survey(samples), self._book.read(), request.query_params
         survey.wait(WAIT_SECONDS)
         rows = survey.rows[:]
@@ -96,9 +86,8 @@ class LabelsView:
             for place in chosen[pages.start : pages.end]
         ]
         decided = [decision.verdict for decision in review.values()]
-        return self._site.page(
+        return self._page(
             "labels",
-            view="labels",
             items=items,
             pages=pages,
             sort=sort,
@@ -107,7 +96,7 @@ class LabelsView:
             filters=FILTERS,
             category=category,
             categories=self._categories,
-            version=version,
+            version=opened.version,
             has_labels=samples.has_labels,
             num_samples=len(samples),
             num_measured=len(rows),
@@ -118,7 +107,7 @@ class LabelsView:
 
     def facts(self, request: Request) -> Response:
         """What is known of one sample, for the script."""
-        samples, _ = self._newest()
+        samples, _ = self._asked(request.query_params.get("v"))
         found = samples.facts(request.path_params["number"])
         names = {IGNORE_INDEX: "ignored", 0: "background", **dict(enumerate(self._categories, 1))}
         present = sorted(found.present.items(), key=lambda pair: -pair[1])
@@ -139,7 +128,7 @@ class LabelsView:
 
     def picture(self, request: Request) -> Response:
         """A picture of one sample."""
-        samples, version = self._newest()
+        samples, version = self._asked(request.query_params.get("v"))
         place, what = request.path_params["number"], request.path_params["what"]
         if what not in PICTURES:
             raise PipelineError(f"picture {what!r}: expected {', '.join(PICTURES)}")
@@ -153,7 +142,7 @@ class LabelsView:
     def change(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Accept or reject the labels of one sample, or take that back."""
         place, verdict = body.get("number"), body.get("verdict")
-        samples, _ = self._newest()
+        samples, _ = self._asked(body.get("version"))
         if type(place) is not int or not 0 <= place < len(samples):
             raise PipelineError("no such sample; load the page again")
         if verdict not in (*LABEL_VERDICTS, None):
@@ -174,10 +163,14 @@ class LabelsView:
         counts = {"accepted": decided.count(ACCEPT), "rejected": decided.count(REJECT)}
         return {"changes": listed(changes), **counts}
 
-    def _newest(self) -> tuple[Samples, str]:
-        """The samples, with dense labels if there are any, and their version."""
-        has_both = self._samples.is_there and self._labelled.is_there
-        opened = self._labelled if has_both else self._samples
+    def _newest(self) -> Opened[Samples]:
+        """The samples, with dense labels if there are any."""
+        return self._labelled if self._labelled.is_there else self._samples
+
+    def _asked(self, version: object) -> tuple[Samples, str]:
+        """The samples and their version, for a page that asks by number; see `Opened.check`."""
+        opened = self._newest()
+        opened.check(version)
         return opened.get(), opened.version
 
     def _survey(self, samples: Samples) -> Survey[SampleRow]:

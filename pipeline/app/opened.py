@@ -12,6 +12,8 @@ from pipeline.files import digest
 
 T = TypeVar("T")
 
+OUTDATED = "what this page shows has been made anew since; load the page again"
+
 
 class MissingError(PipelineError):
     """Something that a stage has not made yet; the message says which to run."""
@@ -48,6 +50,19 @@ class Opened(Generic[T]):
             state = path.stat()
             states.append([str(path), state.st_size, state.st_mtime_ns])
         return digest(states)[:12]
+
+    def check(self, version: object) -> None:
+        """Refuse what is asked of another version, whose numbers stand for something else.
+
+        Args:
+            version: that of the page which asks; None for the newest.
+
+        Raises:
+            MissingError: a file is not there.
+            PipelineError: it is another one.
+        """
+        if version not in (None, self.version):
+            raise PipelineError(OUTDATED)
 
     @property
     def is_there(self) -> bool:

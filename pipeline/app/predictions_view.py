@@ -15,8 +15,9 @@ from starlette.routing import Route
 from pipeline.app.opened import MissingError, Opened
 from pipeline.app.pictures import LARGE_SIDE, picture_response
 from pipeline.app.predictions import PICTURES, PredictionRow, Predictions
-from pipeline.app.site import Pages, Site, choice, number, routes_of, threshold_of
+from pipeline.app.site import Pages, Site, choice, number, threshold_of
 from pipeline.app.survey import Survey
+from pipeline.app.view import View
 from pipeline.app.workspace import Workspace
 from pipeline.benchmarks.corruptions import BenchImageReader
 from pipeline.benchmarks.opening import open_benchmark
@@ -30,17 +31,13 @@ SORTS = ("worst", "best", "doubtful")
 WAIT_SECONDS = 3.0
 
 
-class PredictionsView:
-    """Pages about the predictions of the params' benchmarks.
+class PredictionsView(View):
+    """Pages about the predictions of the params' benchmarks."""
 
-    Args:
-        site: what the views share.
-        workspace: what is looked at.
-    """
+    name = "predictions"
 
     def __init__(self, site: Site, workspace: Workspace) -> None:
-        self._site = site
-        self._workspace = workspace
+        super().__init__(site, workspace)
         self._reports = workspace.paths["reports"]
         self._opened = {name: self._opened_bench(name) for name in workspace.params.benches}
         self._lock = threading.Lock()
@@ -48,12 +45,11 @@ class PredictionsView:
 
     def routes(self) -> list[Route]:
         """All addresses of the view."""
-        reading = partial(self._site.reading, "predictions")
-        return routes_of(
+        return self._reading(
             {
-                "/predictions": reading(self.overview),
-                "/predictions/{bench}/{number:int}": reading(self.detail),
-                "/pictures/prediction/{bench}/{number:int}/{what}": reading(self.picture),
+                "/predictions": self.overview,
+                "/predictions/{bench}/{number:int}": self.detail,
+                "/pictures/prediction/{bench}/{number:int}/{what}": self.picture,
             }
         )
 
@@ -76,9 +72,8 @@ class PredictionsView:
             number(query, "page", 1),
             {"bench": bench, "sort": sort, "category": category},
         )
-        return self._site.page(
+        return self._page(
             "predictions",
-            view="predictions",
             bench=bench,
             benches=self._names(),
             sort=sort,
@@ -100,9 +95,8 @@ class PredictionsView:
         """One prediction from all sides."""
         bench, place = self._known(request), request.path_params["number"]
         facts = self._opened[bench].get().facts(place)
-        return self._site.page(
+        return self._page(
             "prediction",
-            view="predictions",
             bench=bench,
             number=place,
             threshold=threshold_of(request.query_params),
@@ -118,8 +112,10 @@ class PredictionsView:
             raise PipelineError(f"picture {what!r}: expected {', '.join(PICTURES)}")
         side = LARGE_SIDE if "large" in query else CARD_SIDE
         threshold = threshold_of(query) if what == "objects" else 0.0
-        predictions = self._opened[bench].get()
-        address = f"{bench}/{self._opened[bench].version}/{place}/{what}/{threshold:.2f}/{side}"
+        opened = self._opened[bench]
+        opened.check(query.get("v"))
+        predictions = opened.get()
+        address = f"{bench}/{opened.version}/{place}/{what}/{threshold:.2f}/{side}"
         make = partial(predictions.draw, place, what, threshold=threshold, side=side)
         return picture_response(partial(self._site.pictures.get, address, make))
 

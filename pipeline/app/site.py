@@ -15,7 +15,6 @@ from markupsafe import Markup, escape
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route
 
 from pipeline.app.opened import MissingError
 from pipeline.app.pictures import PictureCache
@@ -182,11 +181,6 @@ class Pages:
     def link(self, page: int) -> str:
         """The address of another page, relative to this one."""
         return "?" + urlencode({**self._query, "page": page})
-
-
-def routes_of(paths: Mapping[str, Any], methods: Sequence[str] = ("GET",)) -> list[Route]:
-    """Routes by path."""
-    return [Route(path, endpoint, methods=list(methods)) for path, endpoint in paths.items()]
 
 
 def _parsed(body: bytes) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -16,10 +16,10 @@ from PIL import Image
 from pipeline.app.opened import MissingError
 from pipeline.app.pictures import draw_confidence
 from pipeline.app.workspace import Workspace
-from pipeline.benchmarks.voc import VOID, encode_index_png
 from pipeline.errors import PipelineError
-from pipeline.formats.images import ImageError, encode_jpeg, encode_label, encode_png, load_image
-from pipeline.formats.rle import coco_annotation, encode_crop
+from pipeline.formats.images import ImageError, encode_jpeg, encode_png, load_image
+from pipeline.formats.predictions import Instance
+from pipeline.inference.coco import category_entries, encode_label_map, object_annotation
 from pipeline.pictures.overlays import (
     colour_map,
     displayed,
@@ -31,13 +31,13 @@ from pipeline.pictures.report import fit_image
 from pipeline.vocabulary.categories import load_category_set
 
 if TYPE_CHECKING:
-    from pipeline.inference.segmenter import Prediction, Segmenter
+    from pipeline.inference.prediction import Prediction
+    from pipeline.inference.segmenter import Segmenter
 
 MAX_PIXELS = 40_000_000
 MAX_SIDE = 1280
 MAX_NAMES = 200
 KEPT_TRIALS, KEPT_SEGMENTERS = 6, 2
-SCORE_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ class Trials:
 
 def draw_objects(trial: Trial, threshold: float) -> Image.Image:
     """The objects of this score or more over the photo."""
-    kept = [item for item in trial.prediction.instances if item.score >= threshold]
-    return overlay_instances(np.asarray(trial.image), kept, names=trial.prediction.categories)
+    objects = _objects(trial, threshold)
+    return overlay_instances(np.asarray(trial.image), objects, names=trial.prediction.categories)
 
 
 def draw_semantic(trial: Trial) -> Image.Image:
@@ -176,36 +176,19 @@ def overlay_file(trial: Trial, threshold: float) -> bytes:
 
 def labels_file(trial: Trial) -> bytes:
     """PNG of the label map, as `pipeline predict` writes it."""
-    count = len(trial.prediction.categories)
-    if count < VOID:
-        return encode_index_png(trial.prediction.semantic)
-    return encode_label(trial.prediction.semantic, count)
+    return encode_label_map(trial.prediction)
 
 
 def coco_file(trial: Trial, threshold: float) -> bytes:
     """COCO JSON of the objects of this score or more."""
-    kept = [item for item in trial.prediction.instances if item.score >= threshold]
-    names = trial.prediction.categories
-    content: dict[str, Any] = {
-        "images": [
-            {
-                "id": 1,
-                "file_name": "photo",
-                "width": trial.image.width,
-                "height": trial.image.height,
-            }
-        ],
+    size = {"width": trial.image.width, "height": trial.image.height}
+    content = {
+        "images": [{"id": 1, "file_name": "photo", **size}],
         "annotations": [
-            coco_annotation(
-                encode_crop(item.crop, item.bbox_xyxy, item.size),
-                annotation_id=place,
-                image_id=1,
-                category_id=item.label_id,
-                score=round(item.score, SCORE_DIGITS),
-            )
-            for place, item in enumerate(kept, start=1)
+            object_annotation(item, annotation_id=place, image_id=1)
+            for place, item in enumerate(_objects(trial, threshold), start=1)
         ],
-        "categories": [{"id": place, "name": name} for place, name in enumerate(names, start=1)],
+        "categories": category_entries(trial.prediction.categories),
     }
     return json.dumps(content, ensure_ascii=False).encode()
 
@@ -218,3 +201,8 @@ def picture_file(trial: Trial, what: str, threshold: float) -> bytes:
         "image": lambda: displayed(np.asarray(trial.image)),
     }
     return encode_jpeg(drawn[what](), quality=92)
+
+
+def _objects(trial: Trial, threshold: float) -> list[Instance]:
+    """Those of this score or more."""
+    return [item for item in trial.prediction.instances if item.score >= threshold]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -15,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pipeline.app.site import Site, TooLargeError, read_body, routes_of, threshold_of
+from pipeline.app.site import Site, TooLargeError, read_body, threshold_of
 from pipeline.app.trial import (
     MAX_PIXELS,
     Trial,
@@ -25,8 +24,10 @@ from pipeline.app.trial import (
     overlay_file,
     picture_file,
 )
+from pipeline.app.view import View
 from pipeline.app.workspace import Workspace
 from pipeline.errors import PipelineError
+from pipeline.vocabulary.categories import split_names
 
 MAX_UPLOAD_BYTES = 32 * 2**20
 NAMES_HEADER = "x-names"
@@ -38,40 +39,32 @@ FILES = {
 }
 
 
-class TryView:
-    """The page, the upload, and pictures and files of what came out.
+class TryView(View):
+    """The page, the upload, and pictures and files of what came out."""
 
-    Args:
-        site: what the views share.
-        workspace: what is looked at.
-    """
+    name = "try"
 
     def __init__(self, site: Site, workspace: Workspace) -> None:
-        self._site = site
-        self._workspace = workspace
+        super().__init__(site, workspace)
         self._trials = Trials(workspace)
 
     def routes(self) -> list[Route]:
         """All addresses of the view."""
-        reading = partial(self._site.reading, "try")
-        return [
-            *routes_of(
-                {
-                    "/try": reading(self.page),
-                    "/try/{token}/confidence": reading(self.confidence),
-                    "/try/{token}/pictures/{what}": reading(self.picture),
-                    "/try/{token}/files/{name}": reading(self.file),
-                }
-            ),
-            Route("/try", self.upload, methods=["POST"]),
-        ]
+        pages = self._reading(
+            {
+                "/try": self.page,
+                "/try/{token}/confidence": self.confidence,
+                "/try/{token}/pictures/{what}": self.picture,
+                "/try/{token}/files/{name}": self.file,
+            }
+        )
+        return [*pages, Route("/try", self.upload, methods=["POST"])]
 
     def page(self, request: Request) -> Response:
         """Where a photo is dropped."""
         del request
-        return self._site.page(
+        return self._page(
             "try",
-            view="try",
             names=", ".join(map(_quoted, self._workspace.categories)),
             max_mb=MAX_UPLOAD_BYTES // 2**20,
             max_megapixels=MAX_PIXELS // 10**6,
@@ -82,7 +75,7 @@ class TryView:
         """Segment the photo in the body by the names in a header."""
         try:
             data = await read_body(request, MAX_UPLOAD_BYTES)
-            names = split_names(unquote(request.headers.get(NAMES_HEADER, "")))
+            names = _names(unquote(request.headers.get(NAMES_HEADER, "")))
             trial = await run_in_threadpool(self._trials.segment, data, names)
         except PipelineError as error:
             status = 413 if isinstance(error, TooLargeError) else 400
@@ -121,19 +114,14 @@ class TryView:
         return self._trials.get(str(request.path_params["token"]))
 
 
-def split_names(text: str) -> list[str]:
-    """Names between commas or on lines, quoted as in CSV.
-
-    Raises:
-        PipelineError: a quote that is not closed.
-    """
-    try:
-        rows = list(csv.reader(text.splitlines(), skipinitialspace=True, strict=True))
-    except csv.Error:
-        raise PipelineError(
-            'names: a quote is not closed; a name with a comma is written "hammer, claw"'
-        ) from None
-    return [name.strip() for row in rows for name in row if name.strip()]
+def _names(text: str) -> list[str]:
+    """Names between commas or on lines of their own; see `split_names`."""
+    return [
+        name.strip()
+        for line in text.splitlines()
+        for name in split_names(line, "names")
+        if name.strip()
+    ]
 
 
 def _quoted(name: str) -> str:

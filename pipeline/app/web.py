@@ -10,12 +10,12 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from pipeline.app.archives_view import ArchivesView
-from pipeline.app.guard import Guard, allowed_hosts
+from pipeline.app.guard import READING, Guard, allowed_hosts
 from pipeline.app.labels_view import LabelsView
 from pipeline.app.predictions_view import PredictionsView
 from pipeline.app.site import STATIC_DIR, Site
@@ -104,7 +104,7 @@ def _colours(categories: Sequence[str]) -> Callable[[Request], Response]:
 
 
 class _Explained:
-    """Pages for what no view answers."""
+    """Pages, or answers to scripts, for what no view answers."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
@@ -112,8 +112,14 @@ class _Explained:
     def __call__(self, request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code == 404:
             message = f"{request.url.path}: no such page; choose a view above"
-            return self._site.error(message, status=404)
+            return self._answer(request, message, 404)
         if isinstance(error, HTTPException):
-            return self._site.error(error.detail, status=error.status_code)
+            return self._answer(request, error.detail, error.status_code)
         message = f"{type(error).__name__}: {error}; this is a bug, the terminal has more"
-        return self._site.error(message, status=500)
+        return self._answer(request, message, 500)
+
+    def _answer(self, request: Request, message: str, status: int) -> Response:
+        """A page; to a script, which posts, what it shows."""
+        if request.method not in READING:
+            return JSONResponse({"error": message}, status)
+        return self._site.error(message, status=status)

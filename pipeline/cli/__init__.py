@@ -23,6 +23,7 @@ from pipeline.cli.imports import import_app
 from pipeline.cli.licences import licences_app
 from pipeline.cli.new import new_app
 from pipeline.cli.plus import plus_app
+from pipeline.cli.predict import predict_app
 from pipeline.cli.reproduce import reproduce_app
 from pipeline.cli.rounds import rounds_app
 from pipeline.cli.selfmask import selfmask_app
@@ -46,6 +47,7 @@ app = typer.Typer(
 app.add_typer(new_app)
 app.add_typer(licences_app)
 app.add_typer(stages_app)
+app.add_typer(predict_app)
 app.add_typer(export_app)
 app.add_typer(rounds_app)
 app.add_typer(plus_app)

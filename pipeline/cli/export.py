@@ -10,7 +10,7 @@ import typer
 
 from pipeline.cli.benches import find_bench
 from pipeline.cli.common import PATHS, MasksPath, Session, check_known, given_options, names
-from pipeline.cli.stages import NAMES_HELP, CheckpointPath
+from pipeline.cli.stages import NAMES_HELP, BenchRoot, CheckpointPath
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -20,60 +20,65 @@ export_app = typer.Typer()
 ONNX = "onnx"
 
 
+Predictions = Annotated[
+    Path | None,
+    typer.Argument(help="What `predict --out` wrote; with --bench, what `predict_bench` wrote."),
+]
+Format = Annotated[str, typer.Option(help="A format: docs/export.md, or `--to list`.")]
+OutPath = Annotated[Path | None, typer.Option(help="What is written: a folder, of onnx a file.")]
+Bench = Annotated[
+    str | None, typer.Option(help="Predictions of this benchmark: data/predictions/BENCH.")
+]
+Archives = Annotated[bool, typer.Option(help="The archives' images with pseudo-masks.")]
+LabelsOfArchives = Annotated[
+    Path | None, typer.Option(help="With --archives: dense labels as label maps: data/labels.")
+]
+MinScore = Annotated[float, typer.Option(min=0, max=1, help="Leave out objects that score less.")]
+Split = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Share of the images for validation, chosen by content; default: 0.1 of "
+        "yolo-seg, none of others.",
+    ),
+]
+Categories = Annotated[
+    str | None, typer.Option(help=f"Of onnx: {NAMES_HELP}; default: the trained ones.")
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HEIGHTxWIDTH", help="Of onnx: take images of this size alone; default: any."
+    ),
+]
+TextInput = Annotated[
+    bool, typer.Option("--text-input", help="Of onnx: let text embeddings be an input.")
+]
+Int8 = Annotated[bool, typer.Option("--int8", help="Of onnx: weights of linear layers in 8 bits.")]
+Force = Annotated[bool, typer.Option(help="Replace an earlier export.")]
+
+
 @export_app.command()
 def export(
     ctx: typer.Context,
-    predictions: Annotated[
-        Path | None,
-        typer.Argument(
-            help="What `predict --out` wrote; with --bench, what `predict_bench` wrote."
-        ),
-    ] = None,
+    predictions: Predictions = None,
     *,
-    to: Annotated[str, typer.Option(help="A format: docs/export.md, or `--to list`.")],
-    out: Annotated[
-        Path | None, typer.Option(help="What is written: a folder, of onnx a file.")
-    ] = None,
-    bench: Annotated[
-        str | None, typer.Option(help="Predictions of this benchmark: data/predictions/BENCH.")
-    ] = None,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder of the benchmark's data, where not its own.")
-    ] = None,
-    archives: Annotated[bool, typer.Option(help="The archives' images with pseudo-masks.")] = False,
+    to: Format,
+    out: OutPath = None,
+    bench: Bench = None,
+    root: BenchRoot = None,
+    archives: Archives = False,
     masks: MasksPath = PATHS["masks"],
-    labels: Annotated[
-        Path | None, typer.Option(help="With --archives: dense labels as label maps: data/labels.")
-    ] = None,
-    min_score: Annotated[
-        float, typer.Option(min=0, max=1, help="Leave out objects that score less.")
-    ] = 0.0,
-    split: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Share of the images for validation, chosen by content; default: 0.1 of "
-            "yolo-seg, none of others.",
-        ),
-    ] = None,
+    labels: LabelsOfArchives = None,
+    min_score: MinScore = 0.0,
+    split: Split = None,
     checkpoint: CheckpointPath = None,
-    categories: Annotated[
-        str | None, typer.Option(help=f"Of onnx: {NAMES_HELP}; default: the trained ones.")
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HEIGHTxWIDTH", help="Of onnx: take images of this size alone; default: any."
-        ),
-    ] = None,
-    text_input: Annotated[
-        bool, typer.Option("--text-input", help="Of onnx: let text embeddings be an input.")
-    ] = False,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="Of onnx: weights of linear layers in 8 bits.")
-    ] = False,
-    force: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
+    categories: Categories = None,
+    size: Size = None,
+    text_input: TextInput = False,
+    int8: Int8 = False,
+    force: Force = False,
 ) -> None:
     """Predictions or pseudo-labels as COCO, YOLO, VOC and others; a checkpoint as ONNX.
 
@@ -81,18 +86,15 @@ def export(
     PREDICTIONS. The folder is written whole or not at all, and its manifest.json says what was
     exported from what.
     """
-    from pipeline.exporters.outputs import check_file, check_folder
-    from pipeline.exporters.registry import FORMATS, find_format
-
     if to == "list":
-        for name, known in FORMATS.items():
-            print(f"{name:14} {known.summary}")
+        _list_formats()
         return
     if out is None:
         raise PipelineError("--out: missing; name the folder to write")
+    session: Session = ctx.obj
     if to == ONNX:
         _refuse_for_onnx(
-            predictions=predictions,
+            predictions,
             bench=bench,
             root=root,
             archives=archives,
@@ -100,30 +102,24 @@ def export(
             min_score=min_score,
             split=split,
         )
-        check_file(out, force=force)
         _export_onnx(
-            ctx.obj,
+            session,
             out,
             checkpoint=checkpoint,
-            categories=categories,
-            size=size,
+            categories=names(categories),
+            size=_parse_size(size),
             text_input=text_input,
             int8=int8,
+            force=force,
         )
         return
     _refuse_but_for_onnx(
-        checkpoint=checkpoint,
-        categories=categories,
-        size=size,
-        text_input=text_input,
-        int8=int8,
+        checkpoint=checkpoint, categories=categories, size=size, text_input=text_input, int8=int8
     )
-    find_format(to)
-    _check_sources(predictions, bench, archives, labels)
-    check_folder(out, force=force)
+    _check_sources(predictions, bench, archives, labels, root)
+    _check_folder(to, out, force=force)
     from pipeline.exporters import export as exporter
 
-    session: Session = ctx.obj
     exporter.run(
         source=_archives(session, masks, labels)
         if archives
@@ -135,10 +131,30 @@ def export(
     )
 
 
+def _list_formats() -> None:
+    from pipeline.exporters.registry import FORMATS
+
+    for name, known in FORMATS.items():
+        print(f"{name:14} {known.summary}")
+
+
+def _check_folder(format_name: str, out: Path, *, force: bool) -> None:
+    """Refuse now, before anything is read, a format that is none or a folder that is taken."""
+    from pipeline.exporters.outputs import check_folder
+    from pipeline.exporters.registry import find_format
+
+    find_format(format_name)
+    check_folder(out, force=force)
+
+
 def _check_sources(
-    predictions: Path | None, bench: str | None, archives: bool, labels: Path | None
+    predictions: Path | None,
+    bench: str | None,
+    archives: bool,
+    labels: Path | None,
+    root: Path | None,
 ) -> None:
-    """Refuse no source, and two."""
+    """Refuse no source, two, and options of another one."""
     if archives == (predictions is not None or bench is not None):
         raise PipelineError(
             "export: name one source: the folder that `predict --out` wrote, --bench NAME, or "
@@ -146,6 +162,8 @@ def _check_sources(
         )
     if labels is not None and not archives:
         raise PipelineError("--labels: has a meaning with --archives only; leave it out")
+    if root is not None and bench is None:
+        raise PipelineError("--root: has a meaning with --bench only; leave it out")
 
 
 def _predictions(
@@ -193,14 +211,16 @@ def _export_onnx(
     out: Path,
     *,
     checkpoint: Path | None,
-    categories: str | None,
-    size: str | None,
+    categories: list[str] | None,
+    size: tuple[int, int] | None,
     text_input: bool,
     int8: bool,
+    force: bool,
 ) -> None:
     """A checkpoint as an ONNX file."""
-    shape = _parse_size(size)
-    asked = names(categories)
+    from pipeline.exporters.outputs import check_file
+
+    check_file(out, force=force)
     params = session.params
     checkpoint = checkpoint or session.checkpoint
     from pipeline.exporters.onnx import export_onnx
@@ -209,16 +229,16 @@ def _export_onnx(
     from pipeline.params.base import PredictionSettings
 
     cache_dir = session.runtime.cache_dir
-    if asked:
+    if categories:
         encoder = read_checkpoint_config(resolve_weights(checkpoint, cache_dir)).encoder
-        check_known(asked, encoder, field="--categories")
+        check_known(categories, encoder, field="--categories")
     comparison = export_onnx(
         checkpoint,
         out,
         settings=PredictionSettings.of(params.evaluate),
         cache_dir=cache_dir,
-        categories=asked,
-        size=shape,
+        categories=categories,
+        size=size,
         text_input=text_input,
         int8=int8,
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,16 +25,11 @@ from pipeline.cli.common import (
     MasksPath,
     Session,
     StatsPath,
-    check_known,
-    given_options,
     location,
-    names,
     preset_names,
-    refuse_with_onnx,
     try_outputs,
 )
 from pipeline.cli.dry_run import DryRunOption, start
-from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.presets import OWN_IMAGES, bench_text, list_benches, list_presets, write_preset
 
@@ -82,9 +77,6 @@ Corruption = Annotated[
 ]
 
 OWN_PRESETS = ", ".join(f"`{name}`" for name in OWN_IMAGES)
-
-if TYPE_CHECKING:
-    from pipeline.params.sections import EvaluateParams
 
 stages_app = typer.Typer()
 
@@ -676,192 +668,3 @@ def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _numbers(value, f"{prefix}{key}.")
         elif value is None or isinstance(value, int | float):
             yield f"{prefix}{key}", value
-
-
-@stages_app.command()
-def predict(
-    ctx: typer.Context,
-    photos: Annotated[
-        list[Path], typer.Argument(help="Image files or folders of images; or videos.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder of overlays and predictions.json.")],
-    categories: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{NAMES_HELP}: any words, but for an encoder that knows only the names of its "
-            "list (`pipeline weights names photo_clip`); or a category set, such as "
-            "concepts_sports; default: the trained ones, without a checkpoint those of the params."
-        ),
-    ] = None,
-    checkpoint: CheckpointPath = None,
-    model: Model = None,
-    encoder: Encoder = None,
-    context: Annotated[
-        str | None,
-        typer.Option(
-            help="More names, asked for likewise but drawn black: person,car. To have them in no "
-            "output, list them under `evaluate.others`."
-        ),
-    ] = None,
-    confidence: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Draw the probability of this name at each pixel: black 0, white 1. Repeatable.",
-        ),
-    ] = None,
-    min_score: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Leave out objects of a lower score; for all names, in place of "
-            "`evaluate.min_score` and `evaluate.min_scores`.",
-        ),
-    ] = None,
-    onnx: OnnxPath = None,
-    video: Annotated[
-        bool, typer.Option("--video", help="Folders hold the frames of a video each.")
-    ] = False,
-    every: Annotated[int, typer.Option(min=1, help="Of a video, every Nth frame.")] = 1,
-    fps: Annotated[
-        float, typer.Option(min=0.001, help="Frames a second of a --video folder.")
-    ] = 25,
-) -> None:
-    """Segment images: one overlay and one label map each, and one COCO JSON.
-
-    Names of `evaluate.others` compete with those asked for, and their pixels become background;
-    scores of `evaluate.min_scores` are those that objects of a category have at least
-    (docs/categories.md). Of a video (CLIP.mp4, or a folder with --video) objects are followed: see
-    docs/video.md.
-    """
-    from pipeline.formats.video import is_video
-    from pipeline.stages import predict as stage
-    from pipeline.vocabulary.categories import all_texts, texts_for
-
-    session: Session = ctx.obj
-    try_outputs(folders=[out])
-    is_of_video = video or any(map(is_video, photos))
-    if is_of_video:
-        _refuse_for_video(
-            model=model, encoder=encoder, context=context, confidence=confidence, onnx=onnx
-        )
-    if onnx is not None:
-        refuse_with_onnx(checkpoint=checkpoint, model=model, encoder=encoder)
-        _predict_onnx(
-            onnx,
-            photos,
-            out,
-            names(categories),
-            context=names(context, "--context") or [],
-            confidence=confidence or [],
-            min_score=min_score,
-        )
-        return
-    evaluate = session.params.evaluate
-    if min_score is not None:
-        evaluate = evaluate.model_copy(update={"min_score": min_score, "min_scores": {}})
-    if is_of_video:
-        _predict_video(
-            session,
-            photos,
-            out,
-            names(categories),
-            checkpoint=checkpoint,
-            evaluate=evaluate,
-            every=every,
-            fps=fps,
-        )
-        return
-    from pipeline.models.weights.checkpoint import read_checkpoint_config
-    from pipeline.models.weights.zoo import resolve_weights
-
-    params, runtime = session.params, session.runtime
-    checkpoint = checkpoint or session.checkpoint
-    labeller = baseline(params, alone(model), encoder)
-    texts: Mapping[str, Sequence[str]] = params.texts
-    asked, others = names(categories), names(context, "--context") or []
-    if alone(model):
-        asked = session.categories if asked is None else asked
-        own = labeller.encoder
-    elif asked or others:
-        config = read_checkpoint_config(resolve_weights(checkpoint, runtime.cache_dir))
-        own, texts = config.encoder, config.texts
-    for option, listed in (("--categories", asked), ("--context", others)):
-        if listed:
-            check_known(all_texts(listed, texts_for(listed, texts)), own, field=option)
-    stage.run(
-        inputs=photos,
-        categories=asked,
-        checkpoint_dir=None if alone(model) else checkpoint,
-        out_dir=out,
-        params=evaluate,
-        runtime=runtime,
-        labeller=labeller,
-        background=params.background,
-        texts=params.texts,
-        context=others,
-        confidence=confidence or [],
-    )
-
-
-def _predict_onnx(
-    onnx: Path,
-    photos: list[Path],
-    out: Path,
-    categories: list[str] | None,
-    *,
-    context: list[str],
-    confidence: list[str],
-    min_score: float | None,
-) -> None:
-    """Without torch, and without params: the file has its own."""
-    from pipeline.params.sections import EvaluateParams
-    from pipeline.stages import predict as stage
-
-    stage.run(
-        inputs=photos,
-        categories=categories,
-        checkpoint_dir=None,
-        out_dir=out,
-        params=EvaluateParams(min_score=min_score),
-        runtime=None,
-        context=context,
-        confidence=confidence,
-        onnx_path=onnx,
-    )
-
-
-def _refuse_for_video(**options: object) -> None:
-    if given := given_options(options):
-        raise PipelineError(f"{given[0]}: is for images; leave it out for a video")
-
-
-def _predict_video(
-    session: Session,
-    clips: list[Path],
-    out: Path,
-    categories: list[str] | None,
-    *,
-    checkpoint: Path | None,
-    evaluate: EvaluateParams,
-    every: int,
-    fps: float,
-) -> None:
-    from pipeline.models.weights.checkpoint import read_checkpoint_config
-    from pipeline.models.weights.zoo import resolve_weights
-    from pipeline.stages import predict_video as stage
-
-    folder = resolve_weights(checkpoint or session.checkpoint, session.runtime.cache_dir)
-    if categories:
-        check_known(categories, read_checkpoint_config(folder).encoder, field="--categories")
-    stage.run(
-        inputs=clips,
-        categories=categories,
-        checkpoint_dir=folder,
-        out_dir=out,
-        params=evaluate,
-        runtime=session.runtime,
-        every=every,
-        rate=fps,
-    )

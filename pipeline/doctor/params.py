@@ -142,8 +142,8 @@ def _problem(host: str) -> str | None:
     try:
         request = urllib.request.Request(host, method="HEAD")
         urllib.request.urlopen(request, timeout=PATIENCE_S).close()
-    except urllib.error.HTTPError:
-        return None
+    except urllib.error.HTTPError as answer:
+        answer.close()
     except (OSError, ValueError) as error:
         return str(getattr(error, "reason", error))
     return None

@@ -115,6 +115,7 @@ class PhotoPredictions:
             }
             self._objects: dict[int, list[RleObject]] = {number: [] for number, _ in self._images}
             for item in content["annotations"]:
+                _check_id(item["category_id"], self.categories, "category_id")
                 self._objects[item["image_id"]].append(
                     RleObject(item["category_id"], item["segmentation"], item["score"])
                 )
@@ -146,7 +147,8 @@ class PhotoPredictions:
             try:
                 content = read_file(self._folder / native_path(self._labels[number]))
                 labels = decode_label(content)
-            except ImageError as error:
+                _check_id(int(labels.max(initial=0)), self.categories, "label id", least=0)
+            except ValueError as error:  # as an ImageError is
                 raise ImageError(f"its label map {self._labels[number]}: {error}") from None
         found = map(_decoded, self._objects[number]) if self._has_objects else _regions(labels)
         return Found(data, list(found), labels)
@@ -299,6 +301,12 @@ def _names_by_id(categories: Sequence[Mapping[str, Any]]) -> list[str]:
     if sorted(names) != list(range(1, len(categories) + 1)):
         raise ValueError("ids of the categories are not 1, 2, ...")
     return [names[number] for number in sorted(names)]
+
+
+def _check_id(label_id: object, categories: Sequence[str], what: str, *, least: int = 1) -> None:
+    """Refuse an id that no category has, for a file may have been edited."""
+    if type(label_id) is not int or not least <= label_id <= len(categories):
+        raise ValueError(f"{what} {label_id!r}: expected {least} to {len(categories)}")
 
 
 def _below(name: str) -> str:

@@ -16,7 +16,8 @@ from pipeline.errors import PipelineError
 from pipeline.files import digest
 from pipeline.formats.images import load_image
 from pipeline.formats.shards import SampleStore
-from pipeline.inference.segmenter import Prediction, Segmenter
+from pipeline.inference.prediction import Prediction
+from pipeline.inference.segmenter import Segmenter
 from pipeline.params.base import PredictionSettings
 from pipeline.scoring.confusion import ConfusionMatrix
 from pipeline.training.training_set import Archives

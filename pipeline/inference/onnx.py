@@ -6,7 +6,7 @@ What `Segmenter` does with a checkpoint. Letters: K names, Q queries, H W pixels
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.engine.batching import equal_size_batches
 from pipeline.errors import PipelineError, first_line
 from pipeline.formats.labels import BACKGROUND, LabelMap, label_map
 from pipeline.formats.onnx_graph import IMAGES, PROPOSALS, SEMANTIC_LOGITS, SIMILARITIES, THRESHOLD
 from pipeline.formats.predictions import Instance, Segmentation
+from pipeline.inference.by_size import predict_by_size
 from pipeline.inference.confidence import find_name
 from pipeline.inference.inputs import ImageInput, to_pixels, to_rgb
-from pipeline.inference.kept import kept
 from pipeline.inference.onnx_file import OnnxInfo, open_onnx, read_onnx
 from pipeline.inference.prediction import Prediction
 from pipeline.models.layers.bilinear import (
@@ -171,22 +170,13 @@ class OnnxSegmenter:
 
     def predict(self, images: Sequence[ImageInput]) -> list[Prediction]:
         """Segment several images; those whose inputs are of one size share a run."""
-        pictures = [to_rgb(image) for image in images]
-        inputs = [self._input(picture) for picture in pictures]
-        predictions: dict[int, Prediction] = {}
-        for members in equal_size_batches(
-            range(len(inputs)), len(inputs), size_of=lambda index: inputs[index].shape
-        ):
-            batch = np.stack([inputs[index] for index in members])
-            outputs = self._run(batch, with_objects=self.finds_objects)
-            for row, index in enumerate(members):
-                size = (pictures[index].height, pictures[index].width)
-                one = {name: values[row] for name, values in outputs.items()}
-                semantic = self._label_map(one[SEMANTIC_LOGITS], batch.shape[2:], size)
-                objects = self._instances(one, size) if self.finds_objects else []
-                found = kept(Segmentation(semantic, objects), self.categories, self.settings)
-                predictions[index] = Prediction(*found, self.categories)
-        return [predictions[index] for index in range(len(pictures))]
+        return predict_by_size(
+            images,
+            to_input=self._input,
+            segment=self._segment,
+            categories=self.categories,
+            settings=self.settings,
+        )
 
     def confidence(self, image: ImageInput, name: str) -> NDArray[np.float32]:
         """Probability (H, W) in [0, 1] of a name at each pixel of an image.
@@ -211,6 +201,17 @@ class OnnxSegmenter:
         """(3, H', W') in [0, 1]."""
         pixels = to_pixels(picture, self.settings, patch_size=self.network.info.patch_size)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(255)
+
+    def _segment(
+        self, inputs: Sequence[NDArray[np.float32]], sizes: Sequence[tuple[int, int]]
+    ) -> Iterator[Segmentation]:
+        """All that is found in images of these (H, W), whose inputs are of one size."""
+        batch = np.stack(inputs)
+        outputs = self._run(batch, with_objects=self.finds_objects)
+        for row, size in enumerate(sizes):
+            one = {name: values[row] for name, values in outputs.items()}
+            semantic = self._label_map(one[SEMANTIC_LOGITS], batch.shape[2:], size)
+            yield Segmentation(semantic, self._instances(one, size) if self.finds_objects else [])
 
     def _run(self, images: NDArray[np.float32], *, with_objects: bool) -> Outputs:
         """Outputs for images (B, 3, H', W'), those of them that are needed."""

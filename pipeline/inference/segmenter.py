@@ -14,12 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
-from pipeline.engine.batching import equal_size_batches
 from pipeline.engine.runtime import Runtime, make_runtime
+from pipeline.formats.predictions import Segmentation
+from pipeline.inference.by_size import predict_by_size
 from pipeline.inference.confidence import confidence_map, find_name
 from pipeline.inference.inputs import ImageInput, to_rgb, to_tensor
-from pipeline.inference.kept import kept, others_beside
+from pipeline.inference.kept import others_beside
 from pipeline.inference.prediction import Prediction
 from pipeline.methods.students import TrainedStudent, trained_student
 from pipeline.models.weights.checkpoint import read_checkpoint_config
@@ -124,20 +127,13 @@ class Segmenter:
 
     def predict(self, images: Sequence[ImageInput]) -> list[Prediction]:
         """Segment several images; those whose inputs are of one size share a forward pass."""
-        pictures = [to_rgb(image) for image in images]
-        patch_size = self.student.patch_size
-        inputs = [to_tensor(picture, self.settings, patch_size=patch_size) for picture in pictures]
-        predictions: dict[int, Prediction] = {}
-        for members in equal_size_batches(
-            range(len(inputs)), len(inputs), size_of=lambda index: inputs[index].shape
-        ):
-            sizes = [(pictures[index].height, pictures[index].width) for index in members]
-            batch = torch.stack([inputs[index] for index in members])
-            found = self.student.predict(batch, sizes, self.settings)
-            for index, everything in zip(members, found, strict=True):
-                semantic, instances = kept(everything, self.categories, self.settings)
-                predictions[index] = Prediction(semantic, instances, self.categories)
-        return [predictions[index] for index in range(len(pictures))]
+        return predict_by_size(
+            images,
+            to_input=self._input,
+            segment=self._segment,
+            categories=self.categories,
+            settings=self.settings,
+        )
 
     @torch.no_grad()
     def confidence(self, image: ImageInput, name: str) -> NDArray[np.float32]:
@@ -150,9 +146,19 @@ class Segmenter:
         first = 0 if self.settings.background else 1
         number = find_name(name, self.categories) + 1 - first
         picture = to_rgb(image)
-        pixels = to_tensor(picture, self.settings, patch_size=self.student.patch_size)
+        pixels = self._input(picture)
         scores = self.student.scores(pixels[None])[:, first:]
         through = self.settings.through(pixels.shape[1:])
         return confidence_map(
             scores, number, picture, scale=self.student.logit_scale, through=through
         )
+
+    def _input(self, picture: Image.Image) -> Tensor:
+        """(3, H', W') in [0, 1]."""
+        return to_tensor(picture, self.settings, patch_size=self.student.patch_size)
+
+    def _segment(
+        self, inputs: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[Segmentation]:
+        """All that is found in images of these (H, W), whose inputs are of one size."""
+        return self.student.predict(torch.stack(list(inputs)), sizes, self.settings)

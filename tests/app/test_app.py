@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from pycocotools import mask as coco_mask
 from pipeline.formats.images import decode_label, load_image
 from pipeline.formats.predictions import PredictionStore
 from pipeline.formats.review import LABEL_VERDICTS, read_review
-from pipeline.formats.shards import open_samples
+from pipeline.formats.shards import MANIFEST, open_samples
 from pipeline.formats.tables import read_archives
 from pipeline.inference.segmenter import Segmenter
 from pipeline.report.inputs import NO_VALUE
@@ -95,6 +96,7 @@ def test_a_picture_whose_file_is_gone_says_so(made: Any) -> None:
     assert response.status_code == 404
     assert response.headers["Content-Type"] == "image/svg+xml"
     assert "file is missing" in response.text
+    assert "no such image" in made.client.get(f"/pictures/archive/{10**30}").text
 
 
 @pytest.mark.parametrize(
@@ -295,6 +297,27 @@ def test_verdicts_are_written_filtered_and_undone(made: Any) -> None:
     assert len(made.review("labels")) == 1
 
 
+def test_numbers_of_a_page_mean_nothing_once_the_artefacts_are_made_anew(made: Any) -> None:
+    page = made.page("/labels")
+    found = re.search(r'data-version="([^"]+)"', page)
+    assert found
+    verdict = {"number": 4, "verdict": "reject", "version": found.group(1)}
+    made.post("/labels/change", verdict)
+    asked = [pictures(made.page(it))[0] for it in ("/labels", "/archives/1", "/predictions")]
+    asked.append(f"/labels/facts/4?v={found.group(1)}")
+    assert all(made.client.get(it).status_code == 200 for it in asked)
+    for path in ("masks/made", "predictions/tiny", "archives.parquet"):
+        file = made.root / path / MANIFEST if (made.root / path).is_dir() else made.root / path
+        state = file.stat()
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns + 10**9))
+    assert "load the page again" in made.post("/labels/change", verdict, 400)["error"]
+    for address in asked:
+        response = made.client.get(address)
+        assert response.status_code == 400
+        assert "load the page again" in response.text
+    assert len(made.review("labels")) == 1
+
+
 def test_facts_are_those_of_the_sample(made: Any) -> None:
     store = open_samples(made.root / "masks/made")
     facts = made.client.get("/labels/facts/3").json()
@@ -397,7 +420,7 @@ def test_what_cannot_be_segmented_is_said(made: Any, monkeypatch: pytest.MonkeyP
     assert "empty file" in upload(made, b"").json()["error"]
     good = encoded_image(noise_image(1))
     assert "listed twice" in upload(made, good, "cat,cat").json()["error"]
-    assert "quote is not closed" in upload(made, good, "%22cat").json()["error"]
+    assert "not names between commas" in upload(made, good, "%22cat").json()["error"]
     assert (
         "201 names, at most 200"
         in upload(made, good, ",".join(map(str, range(201)))).json()["error"]
@@ -473,4 +496,5 @@ def test_every_answer_forbids_what_pages_do_not_need(made: Any) -> None:
     assert "no-store" in made.client.get("/archives").headers["Cache-Control"]
     page = made.page("/nowhere/%3Cscript%3E", status=404)
     assert "<script>" not in page
-    assert made.client.post("/archives", headers=made.headers).status_code == 405
+    assert made.post("/archives", {}, 405)["error"] == "Method Not Allowed"
+    assert made.post("/nowhere", {}, 404)["error"].startswith("/nowhere: no such page")

@@ -87,6 +87,7 @@ def test_an_occupied_folder_is_found_out_before_anything_is_read(predictions: Pa
         (["predictions", "--to", "coco"], "--out: missing"),
         (["predictions", "--to", "cocoa", "--out", "o"], "did you mean coco"),
         (["predictions", "--labels", "x", "--to", "coco", "--out", "o"], "with --archives only"),
+        (["predictions", "--root", "x", "--to", "coco", "--out", "o"], "with --bench only"),
         (["nowhere", "--to", "coco", "--out", "o"], r"nowhere/predictions.json: no such file"),
     ],
 )

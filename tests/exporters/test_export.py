@@ -315,6 +315,8 @@ def test_what_is_gone_or_changed_is_skipped_and_listed(tmp_path: Path) -> None:
     paths[1].write_bytes(b"no image")
     photos = [Photo(path, (16, 24)) for path in [*paths[:2], good]]
     photos.append(Photo(paths[2], (10, 10)))
+    beyond = np.full((16, 24), len(CATEGORIES) + 1, np.int16)
+    photos.append(Photo(image_file(tmp_path / "beyond.jpg"), (16, 24), labels=beyond))
     out = exported(photos, tmp_path, "coco")
     manifest = manifest_of(out)
     assert manifest["images"] == 1
@@ -322,6 +324,7 @@ def test_what_is_gone_or_changed_is_skipped_and_listed(tmp_path: Path) -> None:
         ("gone.jpg", "file is missing"),
         ("broken.jpg", "not an image"),
         ("grown.jpg", "is 24x16, but its masks 10x10: it has changed since"),
+        ("beyond.jpg", "its label map labels/beyond.png: label id 4: expected 0 to 3"),
     ]
 
 
@@ -388,6 +391,11 @@ def test_the_same_export_has_the_same_bytes(tmp_path: Path, to: str) -> None:
             '{"images": [{"id": 1, "file_name": "a", "labels": "../b.png"}], "annotations": [], '
             '"categories": []}',
             "not below the folder",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "a"}], "categories": [{"id": 1, "name": "x"}], '
+            '"annotations": [{"image_id": 1, "category_id": 2, "segmentation": {}, "score": 1}]}',
+            "category_id 2: expected 1 to 1",
         ),
         ("{", "not valid JSON"),
     ],

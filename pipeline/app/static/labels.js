@@ -28,7 +28,7 @@ if (review) {
     part("swatch").className = `swatch colour-${frame.dataset.label}`;
     part("place").textContent = `disagreement ${frame.dataset.disagreement}`;
     showVerdict(frame);
-    const response = await fetch(`/labels/facts/${frame.dataset.number}`);
+    const response = await fetch(`/labels/facts/${frame.dataset.number}?v=${review.dataset.version}`);
     if (!response.ok || shown !== frame) return;
     const facts = await response.json();
     const similarity = facts.similarity === null ? "" : `, similarity ${facts.similarity.toFixed(3)}`;
@@ -74,7 +74,7 @@ if (review) {
   async function decide(verdict) {
     const frame = shown;
     const taken = frame.dataset.verdict === verdict ? null : verdict;
-    if (!apply(await post("/labels/change", { number: Number(frame.dataset.number), verdict: taken }))) return;
+    if (!apply(await post("/labels/change", { number: Number(frame.dataset.number), verdict: taken, version: review.dataset.version }))) return;
     say(taken ? `${past[taken][0].toUpperCase()}${past[taken].slice(1)}; u undoes` : "Undecided again");
     if (taken && shown === frame) step(1);
   }
