@@ -265,6 +265,7 @@ def check_settings(settings: PredictionSettings) -> None:
     refused = {
         "flip: true": settings.flip,
         "pamr": settings.pamr is not None,
+        "crop_names": settings.crop_names is not None,
         "others": bool(settings.others),
         "score_resolution: pixel": settings.score_resolution == "pixel",
     }

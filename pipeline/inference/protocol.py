@@ -113,11 +113,13 @@ def onnx_protocol(segmenter: OnnxSegmenter) -> dict[str, Any]:
 
 def _beyond_the_papers(settings: PredictionSettings) -> dict[str, Any]:
     """What refines a network's prediction, named where it is on."""
-    flip = {"flip": True} if settings.flip else {}
-    if (pamr := settings.pamr) is None:
-        return flip
-    # In place of what `bench_protocol` says of those that do not.
-    return {**flip, "refinement": "pamr", "pamr": _in_words(pamr, pamr.model_dump(mode="json"))}
+    entries: dict[str, Any] = {"flip": True} if settings.flip else {}
+    if (pamr := settings.pamr) is not None:
+        # In place of what `bench_protocol` says of those that do not.
+        entries |= {"refinement": "pamr", "pamr": _in_words(pamr, pamr.model_dump(mode="json"))}
+    if (crops := settings.crop_names) is not None:
+        entries["crop_names"] = _in_words(crops, crops.model_dump(mode="json"))
+    return entries
 
 
 def labeller_protocol(labeller: Labeller) -> dict[str, Any]:

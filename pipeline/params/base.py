@@ -94,6 +94,17 @@ class PamrParams(Section):
     steps: Count = 10
 
 
+class CropNamesParams(Section):
+    """What CLIP says of a region's crop has a share of `weight` in its name, its pixels the rest.
+
+    A crop is a square around the region, wider on every side by `margin` of the region's longer
+    side.
+    """
+
+    weight: Probability = 0.5
+    margin: NonNegative = 0.0
+
+
 class PredictionParams(Section):
     """How the network's output becomes a prediction.
 
@@ -112,7 +123,9 @@ class PredictionParams(Section):
     (`classes`), or each connected part of them (`components`). `flip` averages what a network says
     of an image with what it says of its mirror image; a proposal is that of the image as it is.
     `pamr` refines a network's probabilities and proposals by colour, at the size of its input.
-    Neither is in the papers' evaluation; a dense labeller has a `pamr` of its own.
+    `crop_names` names its regions and proposals by their pixels and by their crops, as the encoder
+    sees them that training began with. None of the three is in the papers' evaluation; a dense
+    labeller has a `pamr` of its own and knows nothing of the other two.
 
     Of what is found, a part can be left out (docs/categories.md). Objects whose score is below
     `min_score` are, and those of a category in `min_scores` below that instead. `others` are names
@@ -135,6 +148,7 @@ class PredictionParams(Section):
     labeller_objects: Literal["classes", "components"] = "classes"
     flip: bool = IF_ON
     pamr: PamrParams | None = IF_SET
+    crop_names: CropNamesParams | None = IF_SET
 
 
 class PredictionSettings(PredictionParams):

@@ -27,7 +27,7 @@ _OF_SCORES = (
     *("background", "metrics", "unseen", "groups"),
     *("resize_to", "max_side", "rounding", "corruption_channels"),
 )
-OWN_IMAGES = ("folder", "folder-selfmask", "folder-plus", "folder-offline")
+OWN_IMAGES = ("folder", "best", "folder-selfmask", "folder-plus", "folder-offline")
 
 
 def list_presets() -> list[tuple[str, str]]:

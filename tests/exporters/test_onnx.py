@@ -26,7 +26,7 @@ from pipeline.models.clip import load_clip
 from pipeline.models.plus.network import build_plus
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, save_checkpoint
 from pipeline.models.zutis.build import build_zutis
-from pipeline.params.base import EncoderParams, PredictionSettings
+from pipeline.params.base import CropNamesParams, EncoderParams, PredictionSettings
 from tests.stages.tiny_checkpoint import CATEGORIES, write_checkpoint
 from tests.tiny_encoders import write_encoder
 
@@ -284,6 +284,7 @@ class TestRefusals:
         ("settings", "message"),
         [
             ({"flip": True}, r"evaluate\.flip"),
+            ({"crop_names": CropNamesParams()}, r"evaluate\.crop_names"),
             ({"score_resolution": "pixel"}, r"evaluate\.score_resolution: pixel"),
         ],
     )

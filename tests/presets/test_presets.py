@@ -52,7 +52,7 @@ def test_the_presets_of_the_documentation_exist() -> None:
     papers = {"zutis-coco", "zutis-voc", "zutis-coca", "zutis-imagenet-s"}
     papers |= {"zutis-coco-b32", "zutis-coco-seen65", "zutis-imagenet-s-b16"}
     papers |= {"denseclip", "denseclip-rn50x16", *PLUS}
-    own = {"folder", "folder-offline", "folder-plus", "folder-selfmask"}
+    own = {"best", "folder", "folder-offline", "folder-plus", "folder-selfmask"}
     assert set(NAMES) == {"demo", *own} | papers
 
 
@@ -196,13 +196,27 @@ def test_the_repositorys_params_are_the_preset_demo() -> None:
     assert (ROOT / "params.yaml").read_bytes() == preset_text("demo").encode()
 
 
+def test_best_is_folder_with_what_refines_a_prediction(tmp_path: Path) -> None:
+    contents = {}
+    for name in ("folder", "best"):
+        write_preset(name, tmp_path / name)
+        contents[name] = YAML(typ="safe", pure=True).load(tmp_path / name)
+    added = contents["best"]["evaluate"]
+    assert {key: added.pop(key) for key in ("flip", "pamr", "crop_names")} == {
+        "flip": True,
+        "pamr": {"dilations": [8, 16, 32], "steps": 20},
+        "crop_names": {"weight": 0.7, "margin": 0.0},
+    }
+    assert contents["best"] == contents["folder"]
+
+
 def test_an_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(PipelineError, match="did you mean 'folder'") as caught:
         preset_text("foldr")
     assert all(name in str(caught.value) for name in NAMES)
 
 
-@pytest.mark.parametrize("preset", ["folder", "folder-offline", "folder-plus"])
+@pytest.mark.parametrize("preset", ["folder", "best", "folder-offline", "folder-plus"])
 def test_images_and_categories_fill_in_a_preset_of_own_photos(tmp_path: Path, preset: str) -> None:
     photos, path = tmp_path / "my photos", tmp_path / "params.yaml"
     photos.mkdir()

@@ -39,7 +39,7 @@ from pipeline.methods.dense import (
     load_dense_labeller,
 )
 from pipeline.models.layers.regions import majority_of_regions
-from pipeline.params.base import EncoderParams, PamrParams, PredictionSettings
+from pipeline.params.base import CropNamesParams, EncoderParams, PamrParams, PredictionSettings
 from pipeline.params.benches import CocoBench, CubBench, VocBench
 from pipeline.params.sections import EvaluateParams
 from pipeline.scoring.confusion import ConfusionMatrix
@@ -343,13 +343,19 @@ def test_the_protocol_names_what_refines_the_network_and_not_the_labeller_beside
 ) -> None:
     bench.write(from_predictions(bench))
     before = bench.evaluate(tmp_path / "before")
-    params = EvaluateParams(overlays=1, flip=True, pamr=PamrParams(dilations=[1, 2], steps=3))
+    params = EvaluateParams(
+        overlays=1,
+        flip=True,
+        pamr=PamrParams(dilations=[1, 2], steps=3),
+        crop_names=CropNamesParams(weight=0.25),
+    )
     after = bench.evaluate(tmp_path / "after", params=params)
     assert set(after["protocol"]) ^ set(before["protocol"]) == {
         "refinement: none",
         "flip: True",
         "refinement: pamr",
         "pamr: dilations 1/2, steps 3",
+        "crop_names: weight 0.25, margin 0.0",
     }
     assert after["baseline_miou"] == before["baseline_miou"]
     assert after["miou"] != before["miou"]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
+from scipy import ndimage
 
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
@@ -22,9 +23,11 @@ from pipeline.inference.inputs import input_size, to_tensor
 from pipeline.inference.labeller import Labeller
 from pipeline.inference.segmenter import Segmenter
 from pipeline.methods.dense import DenseClipParams
+from pipeline.models.clip import load_clip, text_embeddings
+from pipeline.models.clip.crop_names import crop
 from pipeline.models.layers.interpolate import upsample
 from pipeline.models.layers.pamr import refine
-from pipeline.params.base import EncoderParams, PamrParams, PredictionSettings
+from pipeline.params.base import CropNamesParams, EncoderParams, PamrParams, PredictionSettings
 from pipeline.params.sections import EvaluateParams
 from pipeline.params.sources import SourceParams
 from pipeline.stages import predict
@@ -468,6 +471,7 @@ def test_params_become_settings_of_a_prediction() -> None:
         "region_majority": True,
         "flip": True,
         "pamr": PamrParams(dilations=[2], steps=3),
+        "crop_names": CropNamesParams(weight=0.2, margin=0.1),
     }
     assert PredictionSettings.of(EvaluateParams(**changed)) == PredictionSettings(**changed)
     assert not changed.items() & PredictionSettings().model_dump().items()
@@ -475,8 +479,9 @@ def test_params_become_settings_of_a_prediction() -> None:
 
 
 def test_what_refines_a_prediction_is_off_and_then_no_part_of_its_settings() -> None:
-    assert not {"flip", "pamr"} & PredictionSettings().model_dump().keys()
-    assert not {"flip", "pamr"} & EvaluateParams().model_dump().keys()
+    options = {"flip", "pamr", "crop_names"}
+    assert not options & PredictionSettings().model_dump().keys()
+    assert not options & EvaluateParams().model_dump().keys()
 
 
 @pytest.mark.parametrize("size", [(48, 48), (64, 32), (8, 8)])
@@ -525,6 +530,42 @@ def test_pamr_refines_labels_and_proposals_by_colour(
             (a.mask != b.mask).any()
             for a, b in zip(before.instances, after.instances, strict=False)
         )
+
+
+@pytest.mark.parametrize("size", [(48, 40), (9, 50), (1, 1)])
+def test_crops_name_regions_and_objects(
+    checkpoint_dir: Path, runtime: Runtime, encoder: EncoderParams, size: tuple[int, int]
+) -> None:
+    """With all of the weight, a name is what CLIP says of the crop of the region's box."""
+    image = noise_image(4, *size)
+    plain, naming = (
+        Segmenter.load(
+            checkpoint_dir,
+            runtime=runtime,
+            settings=PredictionSettings(threshold=0.4, suppression="none", crop_names=each),
+        )
+        for each in (None, CropNamesParams(weight=1.0))
+    )
+    clip = load_clip(encoder, runtime.device)
+    text = text_embeddings(clip, plain.categories, ["{}"])
+    pixels = to_tensor(image, plain.settings, patch_size=plain.student.patch_size)
+    before, after = plain(image), naming(image)
+    assert ((before.semantic > 0) == (after.semantic > 0)).all()
+    assert len(before.instances) == len(after.instances)
+    for label_id in np.unique(before.semantic[before.semantic > 0]):
+        regions, count = ndimage.label(before.semantic == label_id)
+        for number in range(1, 1 + count):
+            rows, columns = np.nonzero(regions == number)
+            if len(rows) < 64:  # less than a patch
+                continue
+            ends = (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1)
+            box = [end / side for end, side in zip(ends, size[::-1] * 2, strict=True)]
+            seen = clip.encode_images(crop(pixels, box, 0.0, clip.image_size)[None]) @ text.T
+            assert set(after.semantic[rows, columns]) == {1 + int(seen.argmax())}
+    if size == (48, 40):
+        assert (before.semantic != after.semantic).any()
+    unchanged = naming.select(plain.categories)(image)
+    np.testing.assert_array_equal(unchanged.semantic, after.semantic)
 
 
 def test_scores_and_remainders_are_settings_of_the_segmenter(

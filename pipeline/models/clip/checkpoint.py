@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,12 +28,7 @@ def checkpoint_clip(
     Raises:
         PipelineError: the encoder cannot be loaded, or does not know a name.
     """
-    clip = load_clip(
-        config.encoder,
-        runtime.device,
-        cache_dir=runtime.cache_dir,
-        field=f"{folder / CONFIG_NAME}: encoder",
-    )
+    clip = _load(folder, config, runtime)
     text = label_embeddings(
         clip,
         background=names.background,
@@ -40,3 +37,19 @@ def checkpoint_clip(
         texts=names.texts,
     )
     return clip, text
+
+
+def frozen_clip(
+    folder: Path, config: CheckpointConfig, runtime: Runtime
+) -> Callable[[], ClipEncoder]:
+    """Gives the encoder of a checkpoint as it was before training, loaded when first asked for."""
+    return cache(partial(_load, folder, config, runtime))
+
+
+def _load(folder: Path, config: CheckpointConfig, runtime: Runtime) -> ClipEncoder:
+    return load_clip(
+        config.encoder,
+        runtime.device,
+        cache_dir=runtime.cache_dir,
+        field=f"{folder / CONFIG_NAME}: encoder",
+    )

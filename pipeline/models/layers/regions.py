@@ -1,10 +1,14 @@
-"""What a label map becomes after the best name of every pixel is known: names of whole regions."""
+"""What a label map becomes after the best name of every pixel is known: names of whole regions.
+
+Letters: H W pixels, h w token grid, N regions.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.formats.labels import LabelMap, label_map
 from pipeline.params.base import PredictionSettings
@@ -50,3 +54,53 @@ def majority_of_regions(labels: LabelMap) -> LabelMap:
     has_majority[0] = False  # the background
     winners = counts.argmax(axis=1).astype(labels.dtype)
     return np.where(has_majority[regions], winners[regions], labels)
+
+
+def regions_of_one_label(labels: LabelMap, smallest: int) -> NDArray[np.intp]:
+    """Number the connected regions of equal labels.
+
+    Args:
+        labels: (H, W) label ids, 0 is background; pixels are connected by their sides.
+        smallest: pixels below which a region has no number.
+
+    Returns:
+        (H, W) numbers from 1 without a gap, 0 elsewhere.
+    """
+    from scipy import ndimage
+
+    numbers = np.zeros(labels.shape, dtype=np.intp)
+    count = 0
+    for label_id in np.unique(labels[labels > 0]):
+        parts, num_parts = ndimage.label(labels == label_id)
+        is_large = np.bincount(parts.ravel(), minlength=1 + num_parts) >= smallest
+        is_large[0] = False
+        renumbered = np.where(is_large, count + is_large.cumsum(), 0)
+        numbers += renumbered[parts]
+        count += int(is_large.sum())
+    return numbers
+
+
+def boxes_of_regions(numbers: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Top, left, bottom and right of N regions (H, W), as shares of the sides: (N, 4)."""
+    from scipy import ndimage
+
+    height, width = numbers.shape
+    boxes = [
+        (rows.start / height, columns.start / width, rows.stop / height, columns.stop / width)
+        for rows, columns in ndimage.find_objects(numbers)
+    ]
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+
+
+def shares_of_regions(numbers: NDArray[np.intp], grid: tuple[int, int]) -> NDArray[np.float32]:
+    """How the pixels of N regions (H, W) lie on a grid of h x w tokens: (N, h, w), sums of 1."""
+    rows, columns = (
+        np.arange(pixels) * cells // pixels
+        for pixels, cells in zip(numbers.shape, grid, strict=True)
+    )
+    num_tokens = grid[0] * grid[1]
+    tokens = rows[:, None] * grid[1] + columns
+    counts = np.bincount(
+        (numbers * num_tokens + tokens).ravel(), minlength=(1 + numbers.max()) * num_tokens
+    ).reshape(-1, *grid)[1:]
+    return (counts / counts.sum(axis=(1, 2), keepdims=True)).astype(np.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from pipeline.errors import PipelineError, first_line
 from pipeline.formats.labels import LabelMap
 from pipeline.formats.predictions import Segmentation
-from pipeline.models.clip.checkpoint import checkpoint_clip
+from pipeline.models.clip import ClipEncoder
+from pipeline.models.clip.checkpoint import checkpoint_clip, frozen_clip
+from pipeline.models.clip.crop_names import CropNamer
 from pipeline.models.layers.interpolate import upsampled_labels
 from pipeline.models.layers.pamr import refined_labels
 from pipeline.models.layers.regions import labels_of_regions, regions_protocol
@@ -65,6 +67,7 @@ def load_plus(
         rows=rows,
         architecture=architecture,
         runtime=runtime,
+        frozen=frozen_clip(folder, config, runtime),
     )
 
 
@@ -92,6 +95,7 @@ class PlusPredictor:
         rows: row of a learned classifier by label id, in place of text.
         architecture: what the network was built with.
         runtime: device and precision.
+        frozen: gives the encoder that the text is of, for `crop_names`.
     """
 
     patch_size = 1
@@ -107,6 +111,7 @@ class PlusPredictor:
         rows: Sequence[int] | None,
         architecture: Mapping[str, Any],
         runtime: Runtime,
+        frozen: Callable[[], ClipEncoder],
     ) -> None:
         self._network = network
         self._text = text
@@ -115,6 +120,7 @@ class PlusPredictor:
         self._rows = rows
         self._architecture = architecture
         self._runtime = runtime
+        self._frozen = frozen
 
     @property
     def network(self) -> PlusNetwork:
@@ -138,6 +144,7 @@ class PlusPredictor:
             rows=self._rows,
             architecture=self._architecture,
             runtime=self._runtime,
+            frozen=self._frozen,
         )
 
     @torch.no_grad()
@@ -170,7 +177,12 @@ class PlusPredictor:
             labels = refined_labels(
                 logits, image, size, scale=self.logit_scale, params=settings.pamr
             )
-        return labels_of_regions(labels[0], first, settings)
+        found = labels_of_regions(labels[0], first, settings)
+        if settings.crop_names is None:
+            return found
+        text = self._text[self._label_ids[1:]]
+        namer = CropNamer(self._frozen, text, self.logit_scale, settings.crop_names)
+        return namer.relabelled(found, logits[0, 1 - first :], image[0])
 
     def graph(self) -> PlusGraph:
         """See `pipeline.methods.students.TrainedStudent`."""
@@ -186,6 +198,7 @@ class PlusPredictor:
                 rows=rows,
                 architecture=self._architecture,
                 runtime=self._runtime,
+                frozen=self._frozen,
             ).scores(images)
 
         return PlusGraph(self._network, self._text[self._label_ids], scores)

@@ -5,6 +5,7 @@ Letters: B batch, Q queries, N kept queries, K categories, C text space, H W pix
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from pipeline.models.zutis.instances import (
 )
 
 ScoreResolution = Literal["token", "pixel"]
+NameRegions = Callable[[Tensor, Tensor], Tensor]
 
 BACKGROUND = 0
 CATEGORY_CHUNK = 64
@@ -98,6 +100,7 @@ def instance_predictions(
     min_score: float = MIN_SCORE,
     score_resolution: ScoreResolution = "token",
     refined_probs: Tensor | None = None,
+    name_regions: NameRegions | None = None,
 ) -> list[Instance]:
     """Labelled, scored and suppressed instances of one image.
 
@@ -122,6 +125,9 @@ def instance_predictions(
             "for readability").
         refined_probs: (Q, h', w') what the final masks are made of; None for `mask_probs`. Labels
             and scores stay those of `mask_probs`.
+        name_regions: chooses the label ids (N,) of the N proposals that are not background, from
+            their boxes (N, 4) on the token grid, as shares of its sides, and their cosines (N, K);
+            None for the nearest.
 
     Returns:
         Instances by falling score, of equals the earlier query first.
@@ -136,6 +142,7 @@ def instance_predictions(
         size=size if score_resolution == "pixel" else None,
         threshold=threshold,
         temperature=temperature,
+        name_regions=name_regions,
     )
     # Background and empty masks influence no other mask, so they can go before suppression.
     candidates = (labels != BACKGROUND).nonzero()[:, 0]
@@ -163,6 +170,7 @@ def _label_proposals(
     size: tuple[int, int] | None,
     threshold: float,
     temperature: float,
+    name_regions: NameRegions | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Label id, score (Q,) and embedding (Q, C) of every proposal at `size` (None: on the grid).
 
@@ -175,8 +183,24 @@ def _label_proposals(
     mask_scores = mass / area
     embeddings = coverage.flatten(1) @ patch_tokens.flatten(0, 1) / area[:, None]
     embeddings = embeddings / (embeddings.norm(dim=1, keepdim=True) + EPSILON)
-    similarity, labels = (embeddings @ text_embeddings.T).max(dim=1)
+    cosines = embeddings @ text_embeddings.T
+    labels = cosines.argmax(dim=1)
+    inside = mask_probs > threshold
+    asked = ((labels != BACKGROUND) & inside.flatten(1).any(dim=1)).nonzero()[:, 0]
+    if name_regions is not None and len(asked):
+        labels[asked] = name_regions(_boxes(inside[asked]), cosines[asked, 1:])
+    similarity = cosines.gather(1, labels[:, None])[:, 0]
     return labels, mask_scores * (temperature * similarity).sigmoid(), embeddings
+
+
+def _boxes(inside: Tensor) -> Tensor:
+    """Top, left, bottom, right of masks (N, h, w), none empty, as shares of the sides: (N, 4)."""
+    ends = []
+    for other_axis, cells in zip((2, 1), inside.shape[1:], strict=True):
+        occupied_cells = inside.any(dim=other_axis).long()
+        ends.append(occupied_cells.argmax(dim=1) / cells)
+        ends.append(1 - occupied_cells.flip(1).argmax(dim=1) / cells)
+    return torch.stack(ends, dim=1)[:, [0, 2, 1, 3]]
 
 
 def _regions(

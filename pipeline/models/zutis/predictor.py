@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from pipeline.errors import PipelineError, first_line
 from pipeline.formats.labels import LabelMap
 from pipeline.formats.predictions import Instance, Segmentation
-from pipeline.models.clip.checkpoint import checkpoint_clip
+from pipeline.models.clip import ClipEncoder
+from pipeline.models.clip.checkpoint import checkpoint_clip, frozen_clip
+from pipeline.models.clip.crop_names import CropNamer, no_encoder
 from pipeline.models.layers.pamr import refined, refined_labels
 from pipeline.models.layers.regions import labels_of_regions, regions_protocol
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
@@ -27,7 +30,7 @@ from pipeline.models.zutis.postprocess import (
     semantic_logits,
     semantic_prediction,
 )
-from pipeline.params.base import PredictionSettings
+from pipeline.params.base import CropNamesParams, PredictionSettings
 
 if TYPE_CHECKING:
     from pipeline.engine.runtime import Runtime
@@ -55,6 +58,7 @@ def load_zutis(
         architecture=config.architecture,
         runtime=runtime,
         logit_scale=config.logit_scale,
+        frozen=frozen_clip(folder, config, runtime),
     )
 
 
@@ -67,6 +71,7 @@ class ZutisPredictor:
         architecture: what the network was built with.
         runtime: device and precision.
         logit_scale: factor of the cosines in their softmax.
+        frozen: gives the encoder as it was before training, for `crop_names`.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class ZutisPredictor:
         architecture: Mapping[str, Any],
         runtime: Runtime,
         logit_scale: float = 1.0,
+        frozen: Callable[[], ClipEncoder] = no_encoder,
     ) -> None:
         self.patch_size: int = network.tower.patch_size
         self._network = network.eval()
@@ -84,6 +90,7 @@ class ZutisPredictor:
         self.logit_scale = logit_scale
         self._architecture = architecture
         self._runtime = runtime
+        self._frozen = frozen
 
     @property
     def network(self) -> Zutis:
@@ -105,6 +112,7 @@ class ZutisPredictor:
             architecture=self._architecture,
             runtime=self._runtime,
             logit_scale=self.logit_scale,
+            frozen=self._frozen,
         )
 
     @torch.no_grad()
@@ -174,7 +182,14 @@ class ZutisPredictor:
                 scale=self.logit_scale,
                 params=settings.pamr,
             )
-        return labels_of_regions(semantic[0], first, settings)
+        labels = labels_of_regions(semantic[0], first, settings)
+        if settings.crop_names is None:
+            return labels
+        scores = semantic_logits(tokens, self._text[1:])[0]
+        return self._namer(settings.crop_names).relabelled(labels, scores, image)
+
+    def _namer(self, params: CropNamesParams) -> CropNamer:
+        return CropNamer(self._frozen, self._text[1:], self.logit_scale, params)
 
     def _instances(
         self,
@@ -186,6 +201,10 @@ class ZutisPredictor:
     ) -> list[Instance]:
         pamr = settings.pamr
         finer = None if pamr is None else refined(mask_probs[None], image[None], pamr)[0]
+        named = None
+        if settings.crop_names is not None:
+            namer = self._namer(settings.crop_names)
+            named = partial(namer.label_ids, image)
         return instance_predictions(
             mask_probs,
             patch_tokens,
@@ -196,4 +215,5 @@ class ZutisPredictor:
             suppression=settings.suppression,
             score_resolution=settings.score_resolution,
             refined_probs=finer,
+            name_regions=named,
         )

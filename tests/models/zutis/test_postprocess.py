@@ -190,3 +190,34 @@ def test_masks_are_those_of_whole_upsampled_proposals(size: tuple[int, int]) -> 
         rows, columns = np.nonzero(instance.mask)
         assert instance.bbox_xyxy == (columns.min(), rows.min(), columns.max(), rows.max())
         assert instance.size == instance.mask.shape == size
+
+
+def test_others_may_name_what_is_not_background() -> None:
+    """They see boxes and cosines of proposals that reach a token and look like a category."""
+    proposals = bars((2, 5), (0, 10), (6, 10), (3, 3), values=(0.9, 0.8, 0.7, 0.6))
+    proposals[0, :1] = proposals[0, 3:] = 0.0
+    tokens = torch.zeros(4, 10, 4)
+    tokens[..., 0] = 0.5
+    tokens[:, :5, 1] = 1.0
+    tokens[:, 6:, 0] = 1.0
+    asked = []
+
+    def name_regions(boxes: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
+        asked.append((boxes, cosines))
+        return torch.full((len(boxes),), 3)
+
+    options: dict[str, Any] = {"temperature": 0.0, "suppression": "none"}
+    plain = instance_predictions(proposals, tokens, torch.eye(4), **options)
+    named = instance_predictions(
+        proposals, tokens, torch.eye(4), **options, name_regions=name_regions
+    )
+    assert {i.label_id for i in plain} == {1}
+    assert [i.label_id for i in named] == [3]
+    [(boxes, cosines)] = asked
+    torch.testing.assert_close(boxes, torch.tensor([[0.25, 0.2, 0.75, 0.5]]))
+    torch.testing.assert_close(cosines, F.normalize(torch.tensor([[0.5, 1.0, 0, 0]]))[:, 1:])
+    warm = {**options, "temperature": 5.0}
+    [found] = instance_predictions(
+        proposals, tokens, torch.eye(4), **warm, name_regions=name_regions
+    )
+    assert found.score == pytest.approx(0.9 * 0.5, rel=1e-5)  # the cosine of that name is 0
