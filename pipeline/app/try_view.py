@@ -68,6 +68,7 @@ class TryView(View):
             max_mb=MAX_UPLOAD_BYTES // 2**20,
             max_megapixels=MAX_PIXELS // 10**6,
             checkpoint=str(self._workspace.checkpoint),
+            is_trained=self._trials.is_trained,
         )
 
     async def upload(self, request: Request) -> Response:
