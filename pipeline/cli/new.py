@@ -26,7 +26,7 @@ def new(
         bool,
         typer.Option(
             "--demo",
-            help="The drawn world: `--preset demo`, no weights to download; wants the extra `demo`.",
+            help="The drawn world: `--preset demo`, no download; needs the extra `demo`.",
         ),
     ] = False,
     preset: Annotated[
