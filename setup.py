@@ -1,4 +1,4 @@
-"""Puts into the package what lies outside of it: what `pipeline new` writes, and the documentation."""
+"""Puts into the package what lies outside of it: what `pipeline new` writes, and docs/*.md."""
 
 from __future__ import annotations
 

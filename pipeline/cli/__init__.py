@@ -40,8 +40,8 @@ app = typer.Typer(
     help="Name some categories, point at unlabelled images, get a segmenter.\n\n"
     "Each stage below is also a stage of dvc.yaml: `dvc repro` runs those that are out of date. "
     "By hand, `pipeline STAGE` does the same work on the same paths; options name others.\n\n"
-    "The options here go before the command: `pipeline --params other.yaml --executor ray mask`.\n\n"
-    "`docs/NAME.md`, wherever it is named: `pipeline docs NAME` prints it.",
+    "The options here go before the command: `pipeline --params other.yaml --executor ray mask`."
+    "\n\n`docs/NAME.md`, wherever it is named: `pipeline docs NAME` prints it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
