@@ -1,4 +1,4 @@
-"""Puts into the package what `pipeline new` writes and what lies at the top of the repository."""
+"""Puts into the package what lies outside of it: what `pipeline new` writes, and docs/*.md."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from setuptools.command.build import build
 
 LIST = Path("pipeline/workspace/files.txt")
 TARGET = Path("pipeline/workspace/files")
+PAGES, PAGES_TARGET = "docs/*.md", Path("pipeline/workspace")
 
 
-def sources() -> list[str]:
-    """The files that the list names, in its order."""
+def targets() -> dict[str, Path]:
+    """Folder in the package by file of the repository: those that the list names, and the pages."""
     lines = LIST.read_text(encoding="utf-8").splitlines()
     patterns = [line for line in lines if line and not line.startswith("#")]
-    found = [path for pattern in patterns for path in sorted(Path().glob(pattern))]
-    return [path.as_posix() for path in found if path.is_file()]
+    found = [(pattern, TARGET) for pattern in patterns] + [(PAGES, PAGES_TARGET)]
+    return {
+        path.as_posix(): target
+        for pattern, target in found
+        for path in sorted(Path().glob(pattern))
+        if path.is_file()
+    }
 
 
 class BuildWorkspace(Command):
@@ -41,7 +47,7 @@ class BuildWorkspace(Command):
 
     def get_source_files(self) -> list[str]:
         """What a source distribution needs."""
-        return sources()
+        return list(targets())
 
     def get_outputs(self) -> list[str]:
         """What is written."""
@@ -51,8 +57,8 @@ class BuildWorkspace(Command):
         """Source by what is written."""
         if self.editable_mode:
             return {}
-        root = Path(self.build_lib or "", TARGET)
-        return {(root / source).as_posix(): source for source in sources()}
+        root = Path(self.build_lib or "")
+        return {(root / target / source).as_posix(): source for source, target in targets().items()}
 
 
 class Build(build):

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from pipeline.errors import PipelineError
 from pipeline.files import digest
+from pipeline.formats.shards import MANIFEST
 
 T = TypeVar("T")
 
@@ -17,6 +18,16 @@ OUTDATED = "what this page shows has been made anew since; load the page again"
 
 class MissingError(PipelineError):
     """Something that a stage has not made yet; the message says which to run."""
+
+
+def not_made(path: Path, stage: str) -> MissingError:
+    """The error of something that is not there yet.
+
+    Args:
+        path: the file or folder that is waited for.
+        stage: the command that makes it.
+    """
+    return MissingError(f"{path}: not made yet; run `dvc repro` first, or `{stage}` alone")
 
 
 class Opened(Generic[T]):
@@ -46,7 +57,8 @@ class Opened(Generic[T]):
         states = []
         for path in self._files:
             if not path.is_file():
-                raise MissingError(f"{path}: not made yet; run `{self._stage}` first")
+                made = path.parent if path.name == MANIFEST else path
+                raise not_made(made, self._stage)
             state = path.stat()
             states.append([str(path), state.st_size, state.st_mtime_ns])
         return digest(states)[:12]

@@ -57,7 +57,7 @@ class PredictionsView(View):
         """A page of predictions in some order."""
         query = request.query_params
         if not self._opened:
-            raise PipelineError("params.yaml: benches: there is none, so nothing was predicted")
+            return self._page("no_bench")
         bench = choice(query, "bench", self._names())
         predictions = self._opened[bench].get()
         survey = self._survey(bench, predictions)

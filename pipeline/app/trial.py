@@ -7,13 +7,14 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from pipeline.app.opened import MissingError
+from pipeline.app.opened import MissingError, not_made
 from pipeline.app.pictures import draw_confidence
 from pipeline.app.workspace import Workspace
 from pipeline.errors import PipelineError
@@ -49,14 +50,16 @@ class Trial:
         image: RGB, as it was segmented.
         original_size: (width, height) of the photo.
         prediction: label map and objects.
-        segmenter: what made it.
+        names: what was asked for.
+        version: of the checkpoint.
     """
 
     token: str
     image: Image.Image
     original_size: tuple[int, int]
     prediction: Prediction
-    segmenter: Segmenter = field(repr=False)
+    names: tuple[str, ...]
+    version: int
 
 
 class Trials:
@@ -72,6 +75,17 @@ class Trials:
         self._trials: OrderedDict[str, Trial] = OrderedDict()
         self._segmenters: OrderedDict[tuple[str, ...], Segmenter] = OrderedDict()
         self._version = 0
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is a network."""
+        return self._weights.is_file()
+
+    @property
+    def _weights(self) -> Path:
+        from pipeline.models.weights.checkpoint import WEIGHTS_NAME
+
+        return self._workspace.checkpoint / WEIGHTS_NAME
 
     def segment(self, data: bytes, names: Sequence[str]) -> Trial:
         """Find some names in a photo.
@@ -99,7 +113,7 @@ class Trials:
             segmenter = self._segmenter(names)
             prediction = segmenter.predict([image])[0]
             token = secrets.token_urlsafe(12)
-            trial = Trial(token, image, photo.size, prediction, segmenter)
+            trial = Trial(token, image, photo.size, prediction, tuple(names), self._version)
             self._trials[token] = trial
             while len(self._trials) > KEPT_TRIALS:
                 self._trials.popitem(last=False)
@@ -121,21 +135,23 @@ class Trials:
 
         Raises:
             PipelineError: it is none of the names asked for.
+            MissingError: there is another checkpoint since.
         """
         with self._working:
-            probability = trial.segmenter.confidence(trial.image, name)
+            segmenter = self._segmenter(trial.names)
+            if trial.version != self._version:
+                raise MissingError("the network was trained anew since; drop the photo again")
+            probability = segmenter.confidence(trial.image, name)
         return encode_png(np.asarray(displayed(draw_confidence(probability))))
 
     def _segmenter(self, names: Sequence[str]) -> Segmenter:
         """The network of the checkpoint in force for some names; the last ones stay loaded."""
         from pipeline.inference.segmenter import Segmenter
-        from pipeline.models.weights.checkpoint import WEIGHTS_NAME
         from pipeline.params.base import PredictionSettings
 
-        folder = self._workspace.checkpoint
-        weights = folder / WEIGHTS_NAME
+        folder, weights = self._workspace.checkpoint, self._weights
         if not weights.is_file():
-            raise MissingError(f"{weights}: not made yet; run `pipeline train` first")
+            raise not_made(folder, "pipeline train")
         if weights.stat().st_mtime_ns != self._version:
             self._segmenters.clear()
             self._version = weights.stat().st_mtime_ns

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -27,7 +26,7 @@ from pipeline.app.trial import (
 from pipeline.app.view import View
 from pipeline.app.workspace import Workspace
 from pipeline.errors import PipelineError
-from pipeline.vocabulary.categories import split_names
+from pipeline.vocabulary.categories import join_names, split_names
 
 MAX_UPLOAD_BYTES = 32 * 2**20
 NAMES_HEADER = "x-names"
@@ -65,10 +64,11 @@ class TryView(View):
         del request
         return self._page(
             "try",
-            names=", ".join(map(_quoted, self._workspace.categories)),
+            names=join_names(self._workspace.categories),
             max_mb=MAX_UPLOAD_BYTES // 2**20,
             max_megapixels=MAX_PIXELS // 10**6,
             checkpoint=str(self._workspace.checkpoint),
+            is_trained=self._trials.is_trained,
         )
 
     async def upload(self, request: Request) -> Response:
@@ -122,10 +122,6 @@ def _names(text: str) -> list[str]:
         for name in split_names(line, "names")
         if name.strip()
     ]
-
-
-def _quoted(name: str) -> str:
-    return json.dumps(name, ensure_ascii=False) if "," in name else name
 
 
 def _described(trial: Trial) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from pipeline.cli.app import view_app
 from pipeline.cli.cache import cache_app
 from pipeline.cli.common import PARAMS, ExecutorName, Session
 from pipeline.cli.demo import demo_app
+from pipeline.cli.docs import docs_app
 from pipeline.cli.doctor import doctor_app
 from pipeline.cli.export import export_app
 from pipeline.cli.imports import import_app
@@ -39,12 +40,14 @@ app = typer.Typer(
     help="Name some categories, point at unlabelled images, get a segmenter.\n\n"
     "Each stage below is also a stage of dvc.yaml: `dvc repro` runs those that are out of date. "
     "By hand, `pipeline STAGE` does the same work on the same paths; options name others.\n\n"
-    "The options here go before the command: `pipeline --params other.yaml --executor ray mask`.",
+    "The options here go before the command: `pipeline --params other.yaml --executor ray mask`."
+    "\n\n`docs/NAME.md`, wherever it is named: `pipeline docs NAME` prints it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 app.add_typer(new_app)
+app.add_typer(docs_app)
 app.add_typer(licences_app)
 app.add_typer(stages_app)
 app.add_typer(predict_app)

@@ -44,7 +44,7 @@ def doctor(
 
 def _findings(session: Session, *, offline: bool) -> list[Finding]:
     from pipeline.doctor.machine import check_machine
-    from pipeline.doctor.params import check_params, params_finding
+    from pipeline.doctor.params import check_params, idle_stages, params_finding
     from pipeline.doctor.workspace import check_workspace
     from pipeline.engine.runtime import default_cache_dir
 
@@ -58,7 +58,7 @@ def _findings(session: Session, *, offline: bool) -> list[Finding]:
     workspace = path.parent
     findings = [
         *check_machine(device, cache_dir=cache_dir, workspace=workspace),
-        *check_workspace(workspace),
+        *check_workspace(workspace, idle=idle_stages(params) if params else ()),
         params_finding(path, problem),
     ]
     if params is not None:

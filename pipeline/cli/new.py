@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -22,7 +23,11 @@ new_app = typer.Typer()
 def new(
     folder: Annotated[Path, typer.Argument(help="Made if it is missing.")],
     demo: Annotated[
-        bool, typer.Option("--demo", help="The drawn world: `--preset demo`, nothing to download.")
+        bool,
+        typer.Option(
+            "--demo",
+            help="The drawn world: `--preset demo`, no download; needs the extra `demo`.",
+        ),
     ] = False,
     preset: Annotated[
         str | None,
@@ -65,6 +70,16 @@ def new(
     print(f"{folder}: {len(written)} files written from preset {preset}")
     if start:
         print("\n".join(start_dvc(folder)))
-        print(f"now run: cd {folder} && dvc repro")
+        print(_next_steps(folder))
     else:
-        print(f"now run: cd {folder} && git init && dvc init && dvc repro")
+        print(_next_steps(folder, "git init && dvc init"))
+
+
+def _next_steps(folder: Path, *first: str) -> str:
+    """What to run, a step a line."""
+    moved = " && ".join([f"cd {quote(str(folder))}", *first])
+    return (
+        f"now run: {moved}\n"
+        "         pipeline doctor   # what a run needs here: downloads, extras, disk\n"
+        "         dvc repro"
+    )

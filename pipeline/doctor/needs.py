@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.doctor.network import host_of, hub
+from pipeline.models.clip.hub import is_downloaded, is_tag
 from pipeline.models.weights.zoo import PublishedWeights, is_cached, manifest, published_clip
-from pipeline.params.base import EncoderParams
+from pipeline.params.base import EncoderParams, TaggedFile
 
 URL = "://"
 WEIGHTS_KEYS = ("weights", "backbone_weights", "checkpoint")
@@ -22,12 +24,22 @@ class Missing:
     Attributes:
         kind: what it is.
         name: its path, or the name of published weights.
-        entry: these; None for a file or folder of one's own.
+        entry: these; None for a file or folder of one's own, and for a tag that only open_clip
+            knows.
+        is_fetched: the stage that needs it downloads it.
     """
 
     kind: Literal["data", "weights"]
     name: str
     entry: PublishedWeights | None = None
+    is_fetched: bool = False
+
+    @property
+    def host(self) -> str | None:
+        """Where it comes from, if that is known: scheme and host."""
+        if self.is_fetched:
+            return hub()
+        return None if self.entry is None else host_of(self.entry.url)
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name}"
@@ -87,14 +99,21 @@ def _missing_weights(name: str, cache_dir: Path) -> Iterator[Missing]:
 
 
 def _missing_encoder(encoder: EncoderParams, cache_dir: Path) -> Iterator[Missing]:
-    """Tags that the manifest does not know are open_clip's to download."""
     model, tag = encoder.published_as()
     for file in (model, getattr(encoder.pretrained, "file", tag)):
         if Path(file).suffix in SUFFIXES and not Path(file).exists():
             yield Missing("weights", file)
+    if isinstance(encoder.pretrained, TaggedFile):
+        return
     entry = published_clip(model, tag) or manifest().get(tag or model)
-    if entry is not None:
-        yield from _missing_entry(entry, cache_dir)
+    if entry is not None and is_cached(entry, cache_dir):
+        return
+    if is_tag(model, tag):
+        if not is_downloaded(model, tag):
+            name = f"{model}/{tag}" if entry is None else entry.name
+            yield Missing("weights", name, entry, is_fetched=True)
+    elif entry is not None:
+        yield Missing("weights", entry.name, entry)
 
 
 def _missing_entry(entry: PublishedWeights, cache_dir: Path) -> Iterator[Missing]:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
-from urllib.parse import urlparse
 
 from pipeline.doctor.finding import Finding
-from pipeline.doctor.machine import missing_extra
-from pipeline.doctor.needs import SUFFIXES, URL, Missing, encoders, missing
-from pipeline.errors import PipelineError, listing
-from pipeline.models.weights.zoo import CLIP_KINDS
+from pipeline.doctor.machine import EXTRAS, installed, is_installed
+from pipeline.doctor.needs import URL, Missing, encoders, missing
+from pipeline.doctor.network import Network, hub
+from pipeline.errors import PipelineError, install_command, listing
+from pipeline.models.clip.hub import has_foreign_tokenizer
+from pipeline.models.weights.zoo import PublishedWeights
 from pipeline.params.base import EncoderParams
 from pipeline.params.sections import Params
+from pipeline.vocabulary.categories import join_names
 
 PHOTO_CLIP = "photo_clip"  # kind, name and model; in the extra `photos`
-HUB = "https://huggingface.co"
-PATIENCE_S = 3
+PHOTO_WEIGHTS, ONNXRUNTIME = EXTRAS["photos"]
+OFFLINE_PRESET = "folder-offline"
+STORES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}  # packages by scheme
 
 
 def check_params(
@@ -40,30 +42,47 @@ def check_params(
     data = [item for item in absent if item.kind == "data"]
     yield from _data(data, [worlds_dir / name for name in params.worlds])
     weights = [item for item in absent if item.kind == "weights" and not _in_package(item)]
-    yield from _weights(weights)
-    yield from _network(weights, list(encoders(sections)), offline=offline)
+    network = Network(offline=offline)
+    yield from _weights(weights, network, _without_hub(params))
+    yield from _network(weights, list(encoders(sections)), network)
+
+
+def idle_stages(params: Params) -> list[str]:
+    """Stages of every DAG that these params leave without work."""
+    idle = {"bank": params.bank is None, "compare": not params.plus}
+    return [stage for stage, is_idle in idle.items() if is_idle]
 
 
 def _in_package(item: Missing) -> bool:
     """Whether installed packages have the weights."""
-    return item.name == PHOTO_CLIP and missing_extra("photos") is None
+    return item.name == PHOTO_CLIP and installed(PHOTO_WEIGHTS) is not None
 
 
 def _extras(params: Params, sections: dict[str, Any]) -> Iterator[Finding]:
-    roots = [str(source.root) for source in params.index.values()]
-    asked = {
-        "demo": bool(params.worlds),
-        "photos": any(encoder.model == PHOTO_CLIP for encoder in encoders(sections)),
-        "onnx": params.mask.source == "onnx",
-        "corruptions": any(bench.corruption for bench in params.benches.values()),
-        "remote": any(URL in root for root in roots),
-        "ray": os.environ.get("PIPELINE_EXECUTOR") == "ray",
-    }
-    for extra in (name for name, is_asked in asked.items() if is_asked):
-        if command := missing_extra(extra):
-            yield Finding(f"extra {extra}", "fail", "asked for and not installed", command)
+    for extra, packages in _asked(params, sections).items():
+        if absent := [package for package in packages if installed(package) is None]:
+            text = f"asked for and not installed: {', '.join(absent)}"
+            yield Finding(f"extra {extra}", "fail", text, install_command(extra))
         else:
             yield Finding(f"extra {extra}", "ok", "installed")
+
+
+def _asked(params: Params, sections: dict[str, Any]) -> dict[str, Collection[str]]:
+    """Packages of extras that a run imports, by extra; those without any are left out."""
+    schemes = {str(source.root).partition(URL) for source in params.index.values()}
+    stores = {scheme for scheme, separator, _ in schemes if separator}
+    has_photo_clip = any(encoder.model == PHOTO_CLIP for encoder in encoders(sections))
+    photos = [PHOTO_WEIGHTS] * has_photo_clip + [ONNXRUNTIME] * (params.mask.source == "onnx")
+    remote = [*EXTRAS["remote"][:2], *(STORES[scheme] for scheme in stores & STORES.keys())]
+    corrupted = any(bench.corruption for bench in params.benches.values())
+    asked: dict[str, Collection[str]] = {
+        "demo": EXTRAS["demo"] if params.worlds else (),
+        "photos": photos,
+        "corruptions": EXTRAS["corruptions"] if corrupted else (),
+        "remote": remote if stores else (),
+        "ray": EXTRAS["ray"] if os.environ.get("PIPELINE_EXECUTOR") == "ray" else (),
+    }
+    return {extra: packages for extra, packages in asked.items() if packages}
 
 
 def _data(absent: Sequence[Missing], worlds: Sequence[Path]) -> Iterator[Finding]:
@@ -83,70 +102,98 @@ def _is_below(path: Path, folders: Sequence[Path]) -> bool:
     return any(path.is_relative_to(folder) for folder in folders)
 
 
-def _weights(absent: Sequence[Missing]) -> Iterator[Finding]:
+def _weights(
+    absent: Sequence[Missing], network: Network, instead: Sequence[str]
+) -> Iterator[Finding]:
+    """Weights that are not here; those that a stage downloads fail where the hub does not answer.
+
+    Args:
+        absent: the weights.
+        network: whom they come from.
+        instead: commands that do without a hub.
+    """
     for item in absent:
-        if item.entry is None:
+        problem = item.host and network.problem(item.host)
+        if item.host is None:
             yield Finding("weights", "fail", f"{item.name}: no such file", "correct the path")
-        elif item.entry.kind in CLIP_KINDS:
-            text = f"{item.name} ({item.entry.describe_size()}): downloaded when first used"
+        elif problem:
+            text = f"{_sized(item)}: not here, and {item.host} is out of reach ({problem})"
+            yield Finding("weights", "fail", text, _by_hand(item, instead))
+        elif item.is_fetched:
+            text = f"{_sized(item)}: the first stage that needs it downloads it"
             yield Finding("weights", "warn", text, _fetch(item))
         else:
-            text = f"{item.name} ({item.entry.describe_size()}): not in the cache"
-            yield Finding("weights", "fail", text, _fetch(item))
+            yield Finding("weights", "fail", f"{_sized(item)}: not in the cache", _fetch(item))
     if not absent:
         yield Finding("weights", "ok", "all that are named are there")
 
 
+def _sized(item: Missing) -> str:
+    if item.entry is None:
+        return item.name
+    entry = item.entry
+    size = entry.describe_hub_size() if item.is_fetched else entry.describe_size()
+    return f"{item.name} ({size})"
+
+
 def _fetch(item: Missing) -> str:
-    return f"pipeline weights fetch {item.name}; without a network: pipeline weights add"
+    """What gets weights from a host that may answer."""
+    if item.entry is None:
+        return "nothing, if there is a network"
+    if not item.is_fetched:
+        return f"`pipeline weights fetch {item.name}`; without a network: {_add(item.entry)}"
+    size = item.entry.describe_size()
+    return f"nothing, or now: `pipeline weights fetch {item.name}` ({size})"
+
+
+def _by_hand(item: Missing, instead: Sequence[str]) -> str:
+    """What gets weights without a network."""
+    own = (
+        _add(item.entry)
+        if item.entry
+        else "encoder.pretrained: {tag: TAG, file: PATH}, with a file from elsewhere"
+    )
+    others = f"; or do without: {' && '.join(instead)}" if instead and item.is_fetched else ""
+    return f"{own}{others}"
+
+
+def _add(entry: PublishedWeights) -> str:
+    return f"`pipeline weights add {entry.name} FILE`, the file being that of {entry.page}"
+
+
+def _without_hub(params: Params) -> list[str]:
+    """Commands that bring params of own photos to the preset that needs no hub; else none."""
+    roots = [source.root for source in params.index.values()]
+    if params.worlds or params.benches or params.plus or len(roots) != 1 or URL in str(roots[0]):
+        return []
+    preset = f"pipeline init --preset {OFFLINE_PRESET} --force --images {quote(str(roots[0]))}"
+    names = params.category_names
+    listed = names if isinstance(names, str) else join_names(names)
+    install = [] if is_installed("photos") else [install_command("photos")]
+    return [*install, f"{preset} --categories {quote(listed)}"]
 
 
 def _network(
-    absent: Sequence[Missing], used: Sequence[EncoderParams], *, offline: bool
+    absent: Sequence[Missing], used: Sequence[EncoderParams], network: Network
 ) -> Iterator[Finding]:
-    """Whether the hubs of what is missing, or may be, answer."""
-    hosts = {_host(item.entry.url) for item in absent if item.entry is not None}
-    hosts |= {_hub() for encoder in used if _is_of_hub(encoder)}
+    """Whether the hosts answer whose weights are missing, or whose tokenizers may be.
+
+    A host that does not, and of which weights are missing, is named with these.
+    """
+    of_weights = {item.host for item in absent if item.host}
+    hosts = of_weights | {hub() for encoder in used if has_foreign_tokenizer(encoder.model)}
+    problems = {host: network.problem(host) for host in sorted(hosts)}
+    silent = [host for host, problem in problems.items() if problem and host not in of_weights]
+    answering = [host for host, problem in problems.items() if problem is None]
     if not hosts:
         yield Finding("network", "ok", "not needed")
-        return
-    if offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        yield Finding("network", "ok", f"not tried; {', '.join(sorted(hosts))} may be needed")
-        return
-    for host in sorted(hosts):
-        problem = _problem(host)
-        fix = "`pipeline weights add NAME FILE`, or the preset folder-offline"
-        if problem is None:
-            yield Finding("network", "ok", f"{host} answers")
-        else:
-            yield Finding("network", "warn", f"{host}: {problem}", fix)
-
-
-def _is_of_hub(encoder: EncoderParams) -> bool:
-    """Whether open_clip looks a model up at the hub: any that has no files here."""
-    model, tag = encoder.published_as()
-    return not (model == PHOTO_CLIP or Path(model).suffix in SUFFIXES or not tag)
-
-
-def _hub() -> str:
-    return os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
-
-
-def _host(url: str) -> str:
-    parts = urlparse(url)
-    return f"{parts.scheme}://{parts.netloc}"
-
-
-def _problem(host: str) -> str | None:
-    """Why a host does not answer, in one try; any answer will do."""
-    try:
-        request = urllib.request.Request(host, method="HEAD")
-        urllib.request.urlopen(request, timeout=PATIENCE_S).close()
-    except urllib.error.HTTPError as answer:
-        answer.close()
-    except (OSError, ValueError) as error:
-        return str(getattr(error, "reason", error))
-    return None
+    elif answering and not network.is_tried:
+        yield Finding("network", "ok", f"not tried; {', '.join(answering)} may be needed")
+    elif answering:
+        yield Finding("network", "ok", f"{', '.join(answering)}: answers")
+    for host in silent:
+        text = f"{host}: {problems[host]}; a tokenizer that was not downloaded before is missed"
+        yield Finding("network", "warn", text)
 
 
 def params_finding(path: Path, error: PipelineError | None) -> Finding:

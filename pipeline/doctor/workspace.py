@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pipeline.doctor.finding import Finding
@@ -16,11 +16,12 @@ PATIENCE_S = 120  # of `dvc status`, which hashes what has changed
 OVERDUE = 3  # exit status here of a command that took longer
 
 
-def check_workspace(folder: Path) -> Iterator[Finding]:
+def check_workspace(folder: Path, *, idle: Collection[str] = ()) -> Iterator[Finding]:
     """What git and DVC know of a folder; both are only asked, and change nothing that they track.
 
     Args:
         folder: of params.yaml.
+        idle: stages that have nothing to do.
     """
     has_git = _git("rev-parse", "--is-inside-work-tree", folder=folder) is not None
     if not has_git:
@@ -33,7 +34,7 @@ def check_workspace(folder: Path) -> Iterator[Finding]:
         return
     yield _remote(folder)
     if (folder / "dvc.yaml").is_file():
-        yield _stages(folder)
+        yield _stages(folder, idle)
     else:
         yield Finding("dvc stages", "warn", "no dvc.yaml here", "copy that of the project")
 
@@ -65,13 +66,13 @@ def _remote(folder: Path) -> Finding:
     return Finding("dvc", "ok", f"initialised; remote {', '.join(remotes)}")
 
 
-def _stages(folder: Path) -> Finding:
-    """What is out of date, by dvc.lock."""
+def _stages(folder: Path, idle: Collection[str]) -> Finding:
+    """What is out of date, by dvc.lock; what has nothing to do is left out."""
     code, output = _dvc("status", "--json", folder=folder)
     if code == OVERDUE:
         return Finding("dvc stages", "warn", f"dvc status took more than {PATIENCE_S} s", "")
     try:
-        stale = list(json.loads(output))
+        stale = [name for name in json.loads(output) if name not in idle]
     except ValueError:
         return Finding("dvc stages", "fail", output.strip().partition("\n")[0], "mend dvc.yaml")
     if stale:

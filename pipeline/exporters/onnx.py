@@ -310,7 +310,7 @@ def compare(network: OnnxNetwork, segmenter: Segmenter, graph: StudentGraph) -> 
         differences.append(_difference(network, graph, pictures, settings))
         for mine, its in zip(ours.predict(pictures), theirs.predict(pictures), strict=True):
             equal.append(float((mine.semantic == its.semantic).mean()))
-    return Comparison(sizes, max(differences), float(np.mean(equal)))
+    return Comparison(sizes, float(np.max(differences)), float(np.mean(equal)))
 
 
 def _sizes(unit: int) -> list[tuple[int, int]]:
@@ -333,7 +333,7 @@ def _difference(
     pictures: Sequence[Image.Image],
     settings: PredictionSettings,
 ) -> float:
-    """Largest between outputs for pictures of one size."""
+    """Largest between outputs for pictures of one size; NaN if one of them has one."""
     pixels = np.stack([np.array(picture) for picture in pictures]).transpose(0, 3, 1, 2)
     images = np.ascontiguousarray(pixels, dtype=np.float32) / np.float32(255)
     scalars = {name: getattr(settings, name) for name in graph.settings}
@@ -343,11 +343,12 @@ def _difference(
     outputs = [value.numpy() for value in (given if isinstance(given, tuple) else [given])]
     wanted = dict(zip(graph.outputs, outputs, strict=True))
     decided = _decided(wanted, settings.threshold)
-    return max(
+    differences = [
         _largest(found[name][places], value[places])
         for name, value in wanted.items()
         for places in [decided if name in (SIMILARITIES, SCORES) else ...]
-    )
+    ]
+    return float(np.max(differences))  # `max` would lose a NaN
 
 
 def _decided(outputs: dict[str, NDArray[np.float32]], threshold: float) -> Any:
@@ -362,7 +363,7 @@ def _largest(found: Any, wanted: Any) -> float:
         raise PipelineError(f"--to onnx: an output is {found.shape}, of torch {wanted.shape}")
     if not wanted.size:
         return 0.0
-    return float(np.abs(found - wanted).max() / max(1.0, float(np.abs(wanted).max())))
+    return float(np.abs(found - wanted).max() / np.maximum(1.0, np.abs(wanted).max()))
 
 
 def _accept(comparison: Comparison, path: Path) -> None:

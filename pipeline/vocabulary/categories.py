@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import html
+import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,6 +126,13 @@ def split_names(text: str, field: str) -> list[str]:
             'quote is written as in CSV: "hammer, claw",saw'
         ) from None
     return rows[0] if rows else []
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Names between commas as `split_names` reads them: `cat, red car, "hammer, claw"`."""
+    rows = io.StringIO()
+    csv.writer(rows, lineterminator="\n").writerows([name] for name in names)
+    return ", ".join(rows.getvalue().splitlines())
 
 
 def plain_name(name: str) -> str:

@@ -99,7 +99,7 @@ def finished(
 def make(finished: tuple[Path, tuple[Path, Path]], tmp_path: Path) -> Callable[..., Made]:
     """Function that copies the workspace, without some of its parts, and starts the app."""
 
-    def start(*without: str, **options: Any) -> Made:
+    def start(*without: str, benches: dict[str, Any] | None = None, **options: Any) -> Made:
         source, clip = finished
         root = tmp_path / "copy"
         shutil.copytree(source, root)
@@ -115,7 +115,7 @@ def make(finished: tuple[Path, tuple[Path, Path]], tmp_path: Path) -> Callable[.
                 "categories": CATEGORIES,
                 "index": {"made": {"root": str(root / "images")}},
                 "embed": {"encoder": encoder},
-                "benches": {"tiny": bench},
+                "benches": {"tiny": bench} if benches is None else benches,
             }
         )
         runtime = Runtime(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from pipeline.app.trial import KEPT_SEGMENTERS
 from pipeline.formats.images import decode_label, load_image
 from pipeline.formats.predictions import PredictionStore
 from pipeline.formats.review import LABEL_VERDICTS, read_review
@@ -113,7 +115,8 @@ def test_what_is_missing_names_the_stage(
 ) -> None:
     page = make(without).page(address, status=404)
     assert "Nothing here yet" in page
-    assert f"run <code>{command}</code> first" in page
+    assert f"run <code>dvc repro</code> first, or <code>{command}</code> alone" in page
+    assert MANIFEST not in page
 
 
 def test_labels_are_optional_but_said_to_be_missing(make: Callable[..., Any]) -> None:
@@ -123,6 +126,13 @@ def test_labels_are_optional_but_said_to_be_missing(make: Callable[..., Any]) ->
     assert made.client.get("/pictures/sample/0/mask").status_code == 200
     assert made.client.get("/pictures/sample/0/labels").status_code == 404
     assert made.client.get("/labels/facts/0").json()["present"] == []
+
+
+def test_own_photos_without_truth_are_no_fault(make: Callable[..., Any]) -> None:
+    page = make(benches={}).page("/predictions")
+    assert "nothing is missing" in page
+    assert 'href="/try"' in page
+    assert "cannot be shown" not in page
 
 
 def test_damaged_artefacts_are_pages_with_the_fix(made: Any) -> None:
@@ -443,8 +453,33 @@ def test_photos_are_forgotten_and_nothing_is_written(made: Any) -> None:
 
 
 def test_without_a_checkpoint_the_stage_is_named(make: Callable[..., Any]) -> None:
-    response = upload(make("zutis"), encoded_image(noise_image(1)))
-    assert "run `pipeline train` first" in response.json()["error"]
+    made = make("zutis")
+    assert "No network is trained yet" in made.page("/try")
+    response = upload(made, encoded_image(noise_image(1)))
+    assert "run `dvc repro` first, or `pipeline train` alone" in response.json()["error"]
+
+
+def test_a_trained_network_is_named(made: Any) -> None:
+    page = made.page("/try")
+    assert f"The network is <code>{made.root / 'zutis'}</code>" in page
+    assert "No network" not in page
+
+
+def test_only_a_few_networks_stay_however_many_names_are_tried(made: Any) -> None:
+    gc.collect()
+    before = {id(item) for item in gc.get_objects() if type(item) is Segmenter}
+    data = encoded_image(noise_image(3, 32, 32))
+    tokens = [upload(made, data, name).json()["token"] for name in ("cat", "dog", "bird", "cow")]
+    gc.collect()
+    kept = [item for item in gc.get_objects() if type(item) is Segmenter]
+    assert len({id(item) for item in kept} - before) <= KEPT_SEGMENTERS
+    asked = f"/try/{tokens[0]}/confidence?name=cat"
+    first = made.client.get(asked)
+    assert first.status_code == 200
+    again = upload(made, data, "cat").json()["token"]
+    assert first.content == made.client.get(f"/try/{again}/confidence?name=cat").content
+    os.utime(made.root / "zutis/model.safetensors", ns=(1, 1))
+    assert "trained anew since" in made.client.get(asked).text
 
 
 # -- who may ask -----------------------------------------------------------------------------------

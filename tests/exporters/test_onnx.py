@@ -33,6 +33,7 @@ from tests.tiny_encoders import write_encoder
 # Of the tiny encoder, whose patches are 8 wide and whose own grid is 4 x 4: that grid, as many
 # patches in another shape, one patch, sides that are no multiples.
 SIZES = [(32, 32), (16, 64), (8, 8), (45, 83), (130, 24)]
+SMALL = {"num_queries": 12, "decoder_layers": 2, "num_heads": 2, "feedforward_dim": 16}
 PLUS = {
     "backbone": "timm:test_resnet",
     "head": "lraspp",
@@ -69,8 +70,7 @@ def write_network(
 
 def write_zutis(folder: Path, encoder: EncoderParams, **options: Any) -> Path:
     """A ZUTIS of random weights around an encoder, some of whose proposals are objects."""
-    sizes = {"num_queries": 12, "decoder_layers": 2, "num_heads": 2, "feedforward_dim": 16}
-    architecture: dict[str, Any] = sizes | options
+    architecture: dict[str, Any] = SMALL | options
     network = build_zutis(load_clip(encoder, torch.device("cpu")).visual, **architecture)
     torch.nn.init.normal_(network.ffn1.layers[-1].weight, std=0.5)
     return write_network(folder, network, encoder, architecture=architecture)
@@ -116,6 +116,16 @@ class TestZutis:
             assert_same(OnnxSegmenter(network), segmenter, image)
             num_objects += len(segmenter(image).instances)
         assert num_objects > 5
+
+    def test_a_network_that_gives_no_numbers_is_not_written(
+        self, encoder: EncoderParams, tmp_path: Path
+    ) -> None:
+        network = build_zutis(load_clip(encoder, torch.device("cpu")).visual, **SMALL)
+        torch.nn.init.constant_(network.ffn1.layers[-1].weight, torch.nan)  # of proposals alone
+        folder = write_network(tmp_path / "zutis", network, encoder, architecture=SMALL)
+        with pytest.raises(PipelineError, match=r"not written: .*largest difference nan"):
+            export(folder, tmp_path / "z.onnx")
+        assert not (tmp_path / "z.onnx").exists()
 
     def test_a_batch_of_several_sizes_keeps_its_order(
         self, tiny_clip: tuple[Path, Path], tmp_path: Path

@@ -133,6 +133,28 @@ def test_without_params_all_published_weights_count(
     assert "mobileclip2_s0: forbidden by LicenseRef-apple-amlr (Apple: research only)" in str(error)
 
 
+def test_weights_and_data_come_first_and_plain_packages_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    name = "a_source_of_photos_whose_name_is_longer_than_any_column"
+    photos = {name: {"root": "photos"}}
+    path.write_text(json.dumps({**everywhere("photo_clip", "photo_clip"), "index": photos}))
+    shown = CliRunner().invoke(app, ["--params", str(path), "licences"]).stdout
+    titles = re.findall(r"^(\w+).* \(\d+\)$", shown, flags=re.MULTILINE)
+    assert titles == ["Weights", "Data", "Code"]
+    data = shown[shown.index("Data of this run") :].splitlines()
+    assert data[1].index("licence") == data[2].index("unknown") > len(name)
+    assert "more allow commercial use: --packages lists them" in shown
+    assert "\nnumpy " not in shown
+    every = CliRunner().invoke(app, ["--params", str(path), "licences", "--packages"]).stdout
+    assert "\nnumpy " in every
+
+
+def test_terms_of_a_vendors_own_are_no_plain_yes() -> None:
+    page = (ROOT / "docs/licences.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+ \| (LicenseRef-[^|]+) \| ([^|]+) \|", page, flags=re.MULTILINE)
+    assert {verdict for licence, verdict in rows if "NVIDIA" in licence} == {"own terms"}
+
+
 def test_params_that_are_named_must_be_there(tmp_path: Path) -> None:
     command = ["--params", str(tmp_path / "other.yaml"), "licences"]
     assert "no such file" in str(CliRunner().invoke(app, command).exception)

@@ -280,6 +280,7 @@ def test_the_default_is_the_preset_of_own_photos(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert (tmp_path / "params.yaml").read_text() == preset_text("folder")
     assert "git init && dvc init" in done.output
+    assert done.output.index("pipeline doctor") < done.output.index("dvc repro")
     assert not (tmp_path / ".git").exists()
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.workspace.making import shipped_files
+from pipeline.workspace.pages import pages
 from tests.paths import ROOT
 
 pytest.importorskip("build")
 pytest.importorskip("setuptools")
 WORKSPACE_FILES = "pipeline/workspace/files"
+DOCS = "pipeline/workspace/docs"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,9 @@ def test_it_holds_all_code_and_data_and_what_a_new_workspace_needs(wheel: Path) 
         for path in (ROOT / "pipeline").rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
-    assert names == package | {f"{WORKSPACE_FILES}/{name}" for name in shipped_files()}
+    docs = {f"{DOCS}/{path.name}" for path in pages().values()}
+    assert f"{DOCS}/photos.md" in docs
+    assert names == package | docs | {f"{WORKSPACE_FILES}/{name}" for name in shipped_files()}
 
 
 def test_its_description_is_fit_for_the_index(wheel: Path) -> None:
@@ -66,3 +70,20 @@ def test_it_makes_a_workspace_without_the_repository(wheel: Path, tmp_path: Path
     for name, path in shipped_files().items():
         if name != "dvc.yaml":
             assert (tmp_path / "ws" / name).read_bytes() == path.read_bytes(), name
+
+
+def test_it_prints_the_documentation(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "import sys; from pipeline.cli import main; sys.argv[0] = 'pipeline'; main()"
+    env = without_repository() | {"PYTHONPATH": str(tmp_path)}
+
+    def said(*words: str) -> str:
+        command = [sys.executable, "-c", code, "docs", *words]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+        return done.stdout + done.stderr
+
+    assert said("docs/photos.md") == (ROOT / "docs/photos.md").read_text(encoding="utf-8")
+    assert str(tmp_path / DOCS / "photos.md") in said().splitlines()
+    assert "'photo' is no page; did you mean photos" in said("photo")

