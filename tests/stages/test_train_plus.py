@@ -15,10 +15,16 @@ from pipeline.benchmarks.voc import VocWriter
 from pipeline.errors import PipelineError
 from pipeline.inference.segmenter import Segmenter
 from pipeline.methods.students import DenseClipPlusParams
+from pipeline.models.clip import load_clip, text_embeddings
+from pipeline.models.clip.crop_names import crop
 from pipeline.models.layers.interpolate import upsample
 from pipeline.models.layers.pamr import refine
-from pipeline.models.layers.regions import majority_of_regions
-from pipeline.params.base import EncoderParams, PamrParams, PredictionSettings
+from pipeline.models.layers.regions import (
+    boxes_of_regions,
+    majority_of_regions,
+    regions_of_one_label,
+)
+from pipeline.params.base import CropNamesParams, EncoderParams, PamrParams, PredictionSettings
 from pipeline.params.benches import VocBench
 from pipeline.params.sources import SourceParams
 from tests.conftest import encoded_image, noise_image
@@ -145,6 +151,31 @@ def test_flip_and_pamr_refine_what_it_predicts(
         refined = refine(upsample(mean, (56, 40)).softmax(dim=1), pixels, dilations=[1, 2], steps=3)
         segmenter = Segmenter.load(root / "zutis", settings=settings, device="cpu")
         np.testing.assert_array_equal(segmenter(image).semantic, refined.argmax(dim=1)[0])
+
+
+def test_crops_name_the_regions_that_it_predicts(
+    shards: Path, encoder: EncoderParams, tmp_path: Path
+) -> None:
+    root = run(shards, tmp_path, plus(encoder, data="archives"))
+    image = noise_image(1, 40, 56)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    clip = load_clip(encoder, torch.device("cpu"))
+    before, after = (
+        Segmenter.load(root / "zutis", settings=settings, device="cpu")(image).semantic
+        for settings in (
+            PredictionSettings(),
+            PredictionSettings(crop_names=CropNamesParams(weight=1.0)),
+        )
+    )
+    segmenter = Segmenter.load(root / "zutis", device="cpu")
+    text = text_embeddings(clip, segmenter.categories, ["{}"])
+    tokens = segmenter.student.scores(pixels[None]).shape[-2:]
+    regions = regions_of_one_label(before, before.size // (tokens[0] * tokens[1]))
+    assert regions.max() > 0
+    for number, box in enumerate(boxes_of_regions(regions).tolist(), start=1):
+        seen = clip.encode_images(crop(pixels, box, 0.0, clip.image_size)[None]) @ text.T
+        assert set(after[regions == number]) == {1 + int(seen.argmax())}
+    np.testing.assert_array_equal(after[regions == 0], before[regions == 0])
 
 
 def test_without_a_row_for_background_nothing_is_background(
