@@ -585,20 +585,20 @@ def audit(
     session: Session = ctx.obj
     out = out or PATHS["reports"] / "metrics" / f"audit_{name}.json"
     stats = stats or PATHS["stats"] / f"audit-{name}.json"
-    entry = session.entry("audits", name)
     if dry_run:
         reads = {"retrieve": archives, "mask": masks, "pseudo_label": labels}
         dry = start("audit", reads=reads, writes=[out], stats=stats)
         stage.dry_run(
             dry,
             name=name,
-            audit=entry,
+            audit=session.entry("audits", name),
             archives_path=archives,
             masks_dir=masks,
             labels_dir=labels,
         )
         return
     try_outputs(out, stats)
+    entry = session.entry("audits", name)
     params, runtime = session.params, session.runtime
     stage.run(
         name=name,
