@@ -377,16 +377,15 @@ def test_override_literals(value: object, literal: str) -> None:
 
 def test_the_papers_ablations_and_ours_are_defined() -> None:
     assert list_ablations() == [
-        *("bank", "copy_paste", "dense", "encoder", "k", "masks", "plus_clip", "plus_steps"),
-        *("plus_target", "purity", "refinement", "rounds", "shortcuts", "stop_gradient"),
-        "suppression",
-        *("target", "temperature", "templates"),
+        *("bank", "copy_paste", "dense", "encoder", "k", "masks", "names", "plus_clip"),
+        *("plus_steps", "plus_target", "purity", "refinement", "rounds", "shortcuts"),
+        *("stop_gradient", "suppression", "target", "temperature", "templates"),
     ]
 
 
 def test_ours_that_measure_lifts_have_three_seeds_and_the_papers_one() -> None:
     lifts = {name for name in list_ablations() if read_ablation(name).lift_over is not None}
-    assert lifts == {"bank", "dense", "masks", "purity", "refinement", "rounds"}
+    assert lifts == {"bank", "dense", "masks", "names", "purity", "refinement", "rounds"}
     seeds = {name: read_ablation(name).seeds for name in list_ablations()}
     assert seeds == {name: 3 if name in lifts else 1 for name in list_ablations()}
 

@@ -84,6 +84,8 @@ def test_the_state_of_a_running_training_is_kept_from_gc(
     params = small_params(encoder, iterations=5000, checkpoint_every=1)
     process = start_training(labels_dir, tmp_path, params)
     process.wait_until(lambda: bool(states(tmp_path)))
+    first = version(tmp_path)
+    process.wait_until(lambda: version(tmp_path) != first)  # marked after the first
     assert collected() == ["in use by a running stage"]
     process.kill()
     assert states(tmp_path)
