@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.formats.images import resize_nearest
 from pipeline.models.dense.objects import coverage
+from pipeline.models.layers.regions import components_of_values
 from pipeline.models.masks.spectral import MAX_DENSE_POSITIONS, spectral_clusters
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class RegionEncoder:
 def numbered_components(
     parts: NDArray[np.integer[Any]], *, min_share: float = 0.0
 ) -> NDArray[np.int32]:
-    """Number the components, connected by their sides, of every value of a map.
+    """Number the components of every value of a map, see `components_of_values`.
 
     Args:
         parts: (H, W), such as a mask: its components and those of its complement are numbered.
@@ -143,16 +144,9 @@ def numbered_components(
     Returns:
         (H, W) numbers from 1 by falling value, then as they come in raster order; 0 is left out.
     """
-    numbers = np.zeros(parts.shape, np.int32)
-    count = 0
-    for value in np.unique(parts)[::-1]:
-        components, _ = ndimage.label(parts == value)
-        sizes = np.bincount(components.ravel())
-        for number in range(1, len(sizes)):
-            if sizes[number] >= min_share * parts.size:
-                count += 1
-                numbers[components == number] = count
-    return numbers
+    values = np.unique(parts)[::-1]
+    numbers = components_of_values(parts, values, smallest=min_share * parts.size)
+    return numbers.astype(np.int32)
 
 
 def feature_clusters(features: Tensor, clusters: int) -> NDArray[np.int32]:

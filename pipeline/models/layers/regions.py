@@ -56,28 +56,40 @@ def majority_of_regions(labels: LabelMap) -> LabelMap:
     return np.where(has_majority[regions], winners[regions], labels)
 
 
-def regions_of_one_label(labels: LabelMap, smallest: int) -> NDArray[np.intp]:
-    """Number the connected regions of equal labels.
+def components_of_values(
+    parts: NDArray[np.integer[Any]], values: NDArray[np.integer[Any]], *, smallest: float
+) -> NDArray[np.intp]:
+    """Number the components, connected by their sides, of some values of a map.
 
     Args:
-        labels: (H, W) label ids, 0 is background; pixels are connected by their sides.
-        smallest: pixels below which a region has no number.
+        parts: (H, W).
+        values: in the order of the numbers; components of one come in raster order.
+        smallest: pixels below which a component has no number.
 
     Returns:
         (H, W) numbers from 1 without a gap, 0 elsewhere.
     """
     from scipy import ndimage
 
-    numbers = np.zeros(labels.shape, dtype=np.intp)
+    numbers = np.zeros(parts.shape, dtype=np.intp)
     count = 0
-    for label_id in np.unique(labels[labels > 0]):
-        parts, num_parts = ndimage.label(labels == label_id)
-        is_large = np.bincount(parts.ravel(), minlength=1 + num_parts) >= smallest
+    for value in values:
+        components, _ = ndimage.label(parts == value)
+        is_large = np.bincount(components.ravel(), minlength=1) >= smallest
         is_large[0] = False
-        renumbered = np.where(is_large, count + is_large.cumsum(), 0)
-        numbers += renumbered[parts]
+        numbers += np.where(is_large, count + is_large.cumsum(), 0)[components]
         count += int(is_large.sum())
     return numbers
+
+
+def regions_of_one_label(labels: LabelMap, smallest: int) -> NDArray[np.intp]:
+    """Number the connected regions of equal labels, see `components_of_values`.
+
+    Args:
+        labels: (H, W) label ids, 0 is background.
+        smallest: pixels below which a region has no number.
+    """
+    return components_of_values(labels, np.unique(labels[labels > 0]), smallest=smallest)
 
 
 def boxes_of_regions(numbers: NDArray[np.intp]) -> NDArray[np.float64]:

@@ -185,12 +185,17 @@ def _label_proposals(
     embeddings = embeddings / (embeddings.norm(dim=1, keepdim=True) + EPSILON)
     cosines = embeddings @ text_embeddings.T
     labels = cosines.argmax(dim=1)
-    inside = mask_probs > threshold
-    asked = ((labels != BACKGROUND) & inside.flatten(1).any(dim=1)).nonzero()[:, 0]
-    if name_regions is not None and len(asked):
-        labels[asked] = name_regions(_boxes(inside[asked]), cosines[asked, 1:])
+    if name_regions is not None:
+        _name_again(labels, cosines, mask_probs > threshold, name_regions)
     similarity = cosines.gather(1, labels[:, None])[:, 0]
     return labels, mask_scores * (temperature * similarity).sigmoid(), embeddings
+
+
+def _name_again(labels: Tensor, cosines: Tensor, inside: Tensor, name_regions: NameRegions) -> None:
+    """Change labels (Q,) of masks (Q, h, w) that reach a token and are no background."""
+    asked = ((labels != BACKGROUND) & inside.flatten(1).any(dim=1)).nonzero()[:, 0]
+    if len(asked):
+        labels[asked] = name_regions(_boxes(inside[asked]), cosines[asked, 1:])
 
 
 def _boxes(inside: Tensor) -> Tensor:
