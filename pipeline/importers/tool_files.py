@@ -154,7 +154,7 @@ def _read_task(task: Any) -> ToolImage:
     last = max(done, key=lambda it: (str(it.get("updated_at") or ""), it.get("id") or 0))
     try:
         _add_results(image, field_of(last, "result", list))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         image.problem = _reason(error)
     return image
 

@@ -97,7 +97,10 @@ def test_a_round_of_dropping(made: Any, open_page: Callable[..., Any]) -> None:
     first.get_by_role("link", name="Alike").click()
     page.locator("input[name=key]").nth(2).uncheck()
     number = page.locator("[data-tiles] .tile").count()
-    assert page.locator("[data-count]").inner_text() == str(number)
+    page.wait_for_function(
+        "number => document.querySelector('[data-count]').textContent === String(number)",
+        arg=number,
+    )
     page.get_by_role("button", name="Drop").click()
     page.wait_for_url("**/archives/1")
     assert len(made.review("archives")) == number
@@ -120,6 +123,10 @@ def test_a_round_of_verdicts_by_keys(made: Any, open_page: Callable[..., Any]) -
     page.keyboard.press("u")
     said(page, "Undone")
     assert [line.split(",")[2] for line in made.review("labels")] == ["reject"]
+    page.goto(page.url.replace("verdict=all", "verdict=open"))
+    page.keyboard.press("u")
+    page.wait_for_function("() => document.getElementById('said').textContent.includes('Undone, on')")
+    assert made.review("labels") == []
     page.wait_for_function(
         "() => [...document.querySelectorAll('[data-pane]')].every(it => it.naturalWidth > 0)"
     )

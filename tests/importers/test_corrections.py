@@ -296,6 +296,20 @@ class TestLabelStudio:
         with pytest.raises(PipelineError, match=message):
             run(world, content)
 
+    @pytest.mark.parametrize(
+        "damaged",
+        [
+            region("polygon", "cat", points=[[1, None], [2, 3], [4, 5]]),
+            region("polygon", "cat", points=5),
+            region("rectangle", "cat", x="left", y=1, width=2, height=3),
+        ],
+    )
+    def test_a_damaged_shape_costs_its_image_alone(self, world: Path, damaged: Any) -> None:
+        good = task("dog.jpg", [brush(box(4, 4, 2, 3), "dog")])
+        stats = run(world, [task("c/cat.jpg", [damaged]), good])
+        assert list(reasons(stats)) == ["c/cat.jpg"]
+        assert maps(world, "dog.jpg")[0].any()
+
     def test_a_damaged_brush_costs_its_image_alone(self, world: Path) -> None:
         broken = brush(box(1, 1, 2, 2), "cat")
         broken["value"]["rle"] = broken["value"]["rle"][:12]

@@ -80,8 +80,10 @@ if (review) {
   }
 
   async function undo() {
-    const changed = apply(await post("/labels/undo", {}));
+    const answer = await post("/labels/undo", {});
+    const changed = apply(answer);
     if (changed) { say("Undone"); look(changed); }
+    else if (!answer.error) say(`Undone, on another page: ${answer.changes[0].category}, ${answer.changes[0].key}`);
   }
 
   const acts = { accept: () => decide("accept"), reject: () => decide("reject"), undo };
