@@ -125,7 +125,7 @@ def test_a_round_of_verdicts_by_keys(made: Any, open_page: Callable[..., Any]) -
     assert [line.split(",")[2] for line in made.review("labels")] == ["reject"]
     page.goto(page.url.replace("verdict=all", "verdict=open"))
     page.keyboard.press("u")
-    page.wait_for_function("() => document.getElementById('said').textContent.includes('Undone, on')")
+    page.get_by_text("Undone, on another page").wait_for()
     assert made.review("labels") == []
     page.wait_for_function(
         "() => [...document.querySelectorAll('[data-pane]')].every(it => it.naturalWidth > 0)"
