@@ -28,6 +28,7 @@ from pipeline.models.layers.bilinear import (
     Taps,
     bilinear_taps,
     interpolate,
+    joint_foreground_labels,
     upsample,
     upsampled_labels,
     upsampled_probability,
@@ -234,7 +235,13 @@ class OnnxSegmenter:
         """Label ids of one image."""
         # As in torch: only a student without objects goes through the size of its input.
         through = [] if self.network.finds_objects else self.settings.through(input_size)
-        labels = label_map(upsampled_labels(self._asked(logits), *through, size), self._first)
+        sizes, asked = [*through, size], self._asked(logits)
+        if self.settings.joint_foreground and self._first == 0:
+            scale = self.network.info.logit_scale
+            numbers = joint_foreground_labels(asked, *sizes, scale=scale)
+        else:
+            numbers = upsampled_labels(asked, *sizes)
+        labels = label_map(numbers, self._first)
         return majority_of_regions(labels) if self.settings.region_majority else labels
 
     def _instances(self, outputs: Outputs, size: tuple[int, int]) -> list[Instance]:

@@ -106,6 +106,7 @@ def onnx_protocol(segmenter: OnnxSegmenter) -> dict[str, Any]:
         "suppression": settings.suppression,
         "score_resolution": settings.score_resolution,
         **regions_protocol(settings),
+        **_beyond_the_papers(settings),
         "onnx": segmenter.network.sha256[:DIGITS],
         "precision": "int8" if info.int8 else "float32",
     }
@@ -114,6 +115,8 @@ def onnx_protocol(segmenter: OnnxSegmenter) -> dict[str, Any]:
 def _beyond_the_papers(settings: PredictionSettings) -> dict[str, Any]:
     """What refines a network's prediction, named where it is on."""
     entries: dict[str, Any] = {"flip": True} if settings.flip else {}
+    if settings.joint_foreground:
+        entries["joint_foreground"] = True
     if (pamr := settings.pamr) is not None:
         # In place of what `bench_protocol` says of those that do not.
         entries |= {"refinement": "pamr", "pamr": _in_words(pamr, pamr.model_dump(mode="json"))}

@@ -123,9 +123,11 @@ class PredictionParams(Section):
     (`classes`), or each connected part of them (`components`). `flip` averages what a network says
     of an image with what it says of its mirror image; a proposal is that of the image as it is.
     `pamr` refines a network's probabilities and proposals by colour, at the size of its input.
+    `joint_foreground` calls a pixel background where a network thinks that likelier than all
+    categories together, not than the best of them: names that are alike lose no object.
     `crop_names` names its regions and proposals by their pixels and by their crops, as the encoder
-    sees them that training began with. None of the three is in the papers' evaluation; a dense
-    labeller has a `pamr` of its own and knows nothing of the other two.
+    sees them that training began with. None of the four is in the papers' evaluation; a dense
+    labeller has a `pamr` of its own and knows nothing of the other three.
 
     Of what is found, a part can be left out (docs/categories.md). Objects whose score is below
     `min_score` are, and those of a category in `min_scores` below that instead. `others` are names
@@ -147,6 +149,7 @@ class PredictionParams(Section):
     region_majority: bool = False
     labeller_objects: Literal["classes", "components"] = "classes"
     flip: bool = IF_ON
+    joint_foreground: bool = IF_ON
     pamr: PamrParams | None = IF_SET
     crop_names: CropNamesParams | None = IF_SET
 

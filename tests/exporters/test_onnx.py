@@ -147,6 +147,7 @@ class TestZutis:
         for settings in (
             PredictionSettings(threshold=0.3, temperature=2.0, suppression="linear"),
             PredictionSettings(background=False, resize_to=40, region_majority=True),
+            PredictionSettings(joint_foreground=True),
             PredictionSettings(suppression="none", max_side=48, whole_patches=True),
         ):
             theirs = Segmenter.load(folder, device="cpu", settings=settings)
@@ -269,7 +270,8 @@ class TestDenseClipPlus:
         )
         network = OnnxNetwork.load(export(folder, tmp_path / "p.onnx"))
         assert not network.finds_objects
-        for settings in (PredictionSettings(), PredictionSettings(upsampling="published")):
+        published = PredictionSettings(upsampling="published", joint_foreground=True)
+        for settings in (PredictionSettings(), published):
             theirs = Segmenter.load(folder, device="cpu", settings=settings)
             for size in ((64, 96), (101, 70), (9, 40)):
                 assert_same(OnnxSegmenter(network, settings=settings), theirs, picture(size))

@@ -346,6 +346,7 @@ def test_the_protocol_names_what_refines_the_network_and_not_the_labeller_beside
     params = EvaluateParams(
         overlays=1,
         flip=True,
+        joint_foreground=True,
         pamr=PamrParams(dilations=[1, 2], steps=3),
         crop_names=CropNamesParams(weight=0.25),
     )
@@ -353,6 +354,7 @@ def test_the_protocol_names_what_refines_the_network_and_not_the_labeller_beside
     assert set(after["protocol"]) ^ set(before["protocol"]) == {
         "refinement: none",
         "flip: True",
+        "joint_foreground: True",
         "refinement: pamr",
         "pamr: dilations 1/2, steps 3",
         "crop_names: weight 0.25, margin 0.0",

@@ -470,6 +470,7 @@ def test_params_become_settings_of_a_prediction() -> None:
         "upsampling": "published",
         "region_majority": True,
         "flip": True,
+        "joint_foreground": True,
         "pamr": PamrParams(dilations=[2], steps=3),
         "crop_names": CropNamesParams(weight=0.2, margin=0.1),
     }
@@ -479,7 +480,7 @@ def test_params_become_settings_of_a_prediction() -> None:
 
 
 def test_what_refines_a_prediction_is_off_and_then_no_part_of_its_settings() -> None:
-    options = {"flip", "pamr", "crop_names"}
+    options = {"flip", "joint_foreground", "pamr", "crop_names"}
     assert not options & PredictionSettings().model_dump().keys()
     assert not options & EvaluateParams().model_dump().keys()
 
@@ -499,6 +500,45 @@ def test_with_flip_a_mirrored_image_has_the_mirrored_prediction(
         differs.append((found != other[:, ::-1]).mean())
     assert differs[1] <= 0.001  # where two names are as likely, rounding decides
     assert size == (8, 8) or differs[0] > 0.01
+
+
+@pytest.mark.parametrize("pamr", [None, PamrParams(dilations=[1, 3], steps=4)])
+@pytest.mark.parametrize("size", [(48, 40), (9, 50), (1, 1)])
+def test_a_joint_foreground_is_where_all_categories_together_outweigh_the_background(
+    checkpoint_dir: Path, runtime: Runtime, size: tuple[int, int], pamr: PamrParams | None
+) -> None:
+    image = noise_image(4, *size)
+    apart, jointly, everywhere = (
+        Segmenter.load(
+            checkpoint_dir,
+            runtime=runtime,
+            settings=PredictionSettings(pamr=pamr, joint_foreground=joint, background=background),
+        )
+        for joint, background in ((False, True), (True, True), (True, False))
+    )
+    pixels = to_tensor(image, apart.settings, patch_size=apart.student.patch_size)[None]
+    scores = apart.student.scores(pixels)
+    if pamr is None:
+        scores = upsample(scores, (size[1], size[0]))
+        probabilities = (apart.student.logit_scale * scores).softmax(dim=1)
+    else:
+        scores = upsample(scores, pixels.shape[-2:])
+        softmax = (apart.student.logit_scale * scores).softmax(dim=1)
+        refined = refine(softmax, pixels, dilations=pamr.dilations, steps=pamr.steps)
+        probabilities = upsample(refined, (size[1], size[0]))
+    is_object = probabilities[0, 1:].sum(dim=0) > probabilities[0, 0]
+    best = 1 + probabilities[0, 1:].argmax(dim=0)
+    found = jointly(image).semantic
+    # Where rounding decides, either is right.
+    assert (found != np.where(is_object, best, 0)).mean() <= 0.001
+    before = apart(image).semantic
+    assert not (found == 0)[before > 0].any()
+    assert size != (48, 40) or (found > 0).sum() > (before > 0).sum()
+    plain = PredictionSettings(pamr=pamr, background=False)
+    assert np.array_equal(
+        everywhere(image).semantic,
+        Segmenter.load(checkpoint_dir, runtime=runtime, settings=plain)(image).semantic,
+    )
 
 
 @pytest.mark.parametrize("size", [(48, 40), (9, 50), (1, 1)])

@@ -151,6 +151,11 @@ def test_flip_and_pamr_refine_what_it_predicts(
         refined = refine(upsample(mean, (56, 40)).softmax(dim=1), pixels, dilations=[1, 2], steps=3)
         segmenter = Segmenter.load(root / "zutis", settings=settings, device="cpu")
         np.testing.assert_array_equal(segmenter(image).semantic, refined.argmax(dim=1)[0])
+        jointly = settings.model_copy(update={"joint_foreground": True})
+        segmenter = Segmenter.load(root / "zutis", settings=jointly, device="cpu")
+        is_object = refined[0, 1:].sum(dim=0) > refined[0, 0]
+        best = 1 + refined[0, 1:].argmax(dim=0)
+        np.testing.assert_array_equal(segmenter(image).semantic, np.where(is_object, best, 0))
 
 
 def test_crops_name_the_regions_that_it_predicts(

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+EVEN = 0.5  # a probability
+
 
 class Taps(NamedTuple):
     """Where each of m target cells along one axis takes its value from.
@@ -84,6 +86,22 @@ def upsampled_labels(scores: NDArray[np.float32], *sizes: Sequence[int]) -> NDAr
         labels[plane > best] = number
         np.maximum(best, plane, out=best)
     return labels
+
+
+def joint_foreground_labels(
+    scores: NDArray[np.float32], *sizes: Sequence[int], scale: float
+) -> NDArray[np.int64]:
+    """Number (H, W) of the best label; 0 only where all others together are no likelier.
+
+    As `pipeline.models.layers.interpolate.joint_foreground_labels`.
+
+    Args:
+        scores: (1 + K, h, w), the background's first.
+        sizes: (H, W) of each resizing.
+        scale: factor of the scores.
+    """
+    is_background = upsampled_probability(scores, 0, *sizes, scale=scale) >= EVEN
+    return np.where(is_background, 0, 1 + upsampled_labels(scores[1:], *sizes))
 
 
 def upsampled_probability(

@@ -68,6 +68,31 @@ def upsampled_labels(
     return labels
 
 
+def joint_foreground_labels(scores: Tensor, *sizes: Sequence[int], scale: float | None) -> Tensor:
+    """The best label at every pixel; 0, background, only where all others together are no likelier.
+
+    Several categories that are alike share what is theirs, and each of them may have less than the
+    background where their sum has more: at an object's rim, and on what could be either.
+
+    Args:
+        scores: (B, 1 + K, h, w), the background's first.
+        sizes: as in `upsampled_labels`.
+        scale: factor of the upsampled scores in their softmax; None for scores that are
+            probabilities already.
+
+    Returns:
+        Label ids (B, H, W), int64.
+    """
+    _, background = next(upsampled_parts(scores[:, :1], *sizes))
+    total = torch.zeros_like(background)
+    for _, part in upsampled_parts(scores[:, 1:], *sizes):
+        # Odds against the background; huge ones may be infinite.
+        odds = part if scale is None else (scale * (part - background)).exp()
+        total += odds.sum(dim=1, keepdim=True)
+    is_object = (total > (background if scale is None else 1.0))[:, 0]
+    return torch.where(is_object, 1 + upsampled_labels(scores[:, 1:], *sizes), 0)
+
+
 class Taps(NamedTuple):
     """Where each of m target cells along one axis takes its value from.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.layers.interpolate import upsample, upsampled_labels
+from pipeline.models.layers.interpolate import joint_foreground_labels, upsample, upsampled_labels
 from pipeline.params.base import PamrParams
 
 AROUND = [place for place in product((-1, 0, 1), repeat=2) if place != (0, 0)]
@@ -27,7 +27,12 @@ def refined(maps: Tensor, images: Tensor, params: PamrParams) -> Tensor:
 
 
 def refined_labels(
-    scores: Tensor, images: Tensor, *sizes: Sequence[int], scale: float, params: PamrParams
+    scores: Tensor,
+    images: Tensor,
+    *sizes: Sequence[int],
+    scale: float,
+    params: PamrParams,
+    joint_foreground: bool = False,
 ) -> Tensor:
     """Label ids (B, H, W) whose refined probability is the largest, of equals the first.
 
@@ -37,9 +42,14 @@ def refined_labels(
         sizes: of resizings after the refinement, the last one (H, W).
         scale: factor of the scores in their softmax.
         params: how they are refined.
+        joint_foreground: see `joint_foreground_labels`.
     """
-    probabilities = (scale * upsample(scores, images.shape[-2:])).softmax(dim=1)
-    return upsampled_labels(refined(probabilities, images, params), *sizes)
+    probabilities = refined(
+        (scale * upsample(scores, images.shape[-2:])).softmax(dim=1), images, params
+    )
+    if joint_foreground:
+        return joint_foreground_labels(probabilities, *sizes, scale=None)
+    return upsampled_labels(probabilities, *sizes)
 
 
 def refine(scores: Tensor, images: Tensor, *, dilations: Sequence[int], steps: int) -> Tensor:

@@ -17,7 +17,7 @@ from pipeline.formats.predictions import Segmentation
 from pipeline.models.clip import ClipEncoder
 from pipeline.models.clip.checkpoint import checkpoint_clip, frozen_clip
 from pipeline.models.clip.crop_names import CropNamer
-from pipeline.models.layers.interpolate import upsampled_labels
+from pipeline.models.layers.interpolate import joint_foreground_labels, upsampled_labels
 from pipeline.models.layers.pamr import refined_labels
 from pipeline.models.layers.regions import labels_of_regions, regions_protocol
 from pipeline.models.plus.graph import PlusGraph
@@ -171,12 +171,21 @@ class PlusPredictor:
         settings: PredictionSettings,
     ) -> LabelMap:
         """Of one image (1, 3, H', W')."""
-        if settings.pamr is None:
-            labels = upsampled_labels(logits, *settings.through(image.shape[-2:]), size)
-        else:
+        sizes = [*settings.through(image.shape[-2:]), size]
+        joint = settings.joint_foreground and first == 0
+        if settings.pamr is not None:
             labels = refined_labels(
-                logits, image, size, scale=self.logit_scale, params=settings.pamr
+                logits,
+                image,
+                size,
+                scale=self.logit_scale,
+                params=settings.pamr,
+                joint_foreground=joint,
             )
+        elif joint:
+            labels = joint_foreground_labels(logits, *sizes, scale=self.logit_scale)
+        else:
+            labels = upsampled_labels(logits, *sizes)
         found = labels_of_regions(labels[0], first, settings)
         if settings.crop_names is None:
             return found

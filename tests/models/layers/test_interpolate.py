@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.models.layers.interpolate import bilinear_taps, interpolate, upsampled_labels
+from pipeline.models.layers import bilinear
+from pipeline.models.layers.interpolate import (
+    bilinear_taps,
+    interpolate,
+    joint_foreground_labels,
+    upsample,
+    upsampled_labels,
+)
 
 SIZES = [
     ((48, 48), (384, 384)),
@@ -75,3 +82,39 @@ def test_labels_are_those_of_all_scores_at_once(
 
 def test_of_equal_labels_the_first_wins() -> None:
     assert (upsampled_labels(torch.ones(1, 4, 1, 1), (2, 3), max_elements=1) == 0).all()
+
+
+class TestJointForeground:
+    @pytest.mark.parametrize("sizes", [[(3, 5)], [(13, 9)], [(6, 10), (13, 9)], [(1, 1)]])
+    @pytest.mark.parametrize("categories", [1, 2, 7])
+    def test_labels_are_those_of_a_softmax(
+        self, categories: int, sizes: list[tuple[int, int]]
+    ) -> None:
+        scores = torch.randn(2, 1 + categories, 3, 5, generator=torch.Generator().manual_seed(3))
+        whole = scores
+        for size in sizes:
+            whole = upsample(whole, size)
+        probabilities = (2 * whole).softmax(dim=1)
+        is_object = probabilities[:, 1:].sum(dim=1) > probabilities[:, 0]
+        expected = torch.where(is_object, 1 + probabilities[:, 1:].argmax(dim=1), 0)
+        found = joint_foreground_labels(scores, *sizes, scale=2.0)
+        assert torch.equal(found, expected)
+        apart = upsampled_labels(scores, *sizes)
+        assert not (found == 0)[apart > 0].any()
+        assert categories > 1 or torch.equal(found, apart)
+        for own, numbers in zip(scores, found, strict=True):
+            labels = bilinear.joint_foreground_labels(own.numpy(), *sizes, scale=2.0)
+            assert (labels == numbers.numpy()).all()
+        halves = [joint_foreground_labels(one[None], *sizes, scale=2.0)[0] for one in scores]
+        assert torch.equal(found, torch.stack(halves))
+
+    def test_what_is_as_likely_is_background(self) -> None:
+        even = torch.tensor([0.5, 0.25, 0.25])[None, :, None, None]
+        assert joint_foreground_labels(even, (2, 2), scale=None).eq(0).all()
+        less = torch.tensor([0.4, 0.3, 0.3])[None, :, None, None]
+        assert joint_foreground_labels(less, (2, 2), scale=None).eq(1).all()
+        assert upsampled_labels(less, (2, 2)).eq(0).all()
+
+    def test_scores_far_apart_overflow_to_the_right_label(self) -> None:
+        far = torch.tensor([[0.0, 500.0], [0.0, -500.0]])[:, :, None, None]
+        assert joint_foreground_labels(far, (1, 1), scale=100.0).flatten().tolist() == [1, 0]
