@@ -98,11 +98,13 @@ class CropNamesParams(Section):
     """What CLIP says of a region's crop has a share of `weight` in its name, its pixels the rest.
 
     A crop is a square around the region, wider on every side by `margin` of the region's longer
-    side.
+    side. A look at the region `alone`, with the encoder's mean colour around it, has that share of
+    what CLIP says, the crop as it is the rest.
     """
 
     weight: Probability = 0.5
     margin: NonNegative = 0.0
+    alone: Annotated[Probability, Field(**UNLESS_EMPTY)] = 0.0
 
 
 class PredictionParams(Section):
