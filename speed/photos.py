@@ -100,7 +100,9 @@ SMALL = {
 # Distances are half a token of ZUTIS on `photo_clip`, one, and two; all chosen on the first half.
 REFINED = {"flip": True, "pamr": {"dilations": [8, 16, 32], "steps": 20}}
 CROPS = {"crop_names": {"weight": 0.7, "margin": 0.0}}
-LIFTS = {"refined": REFINED, "crops": CROPS, "best": {**REFINED, **CROPS}}
+BOTH = {**REFINED, **CROPS}
+BEST = {**BOTH, "joint_foreground": True}  # as the preset of that name
+LIFTS = {"refined": REFINED, "crops": CROPS, "both": BOTH, "best": BEST}
 LIFTED = ["saliency", "fused"]  # targets, where lifts alone are asked for
 
 
