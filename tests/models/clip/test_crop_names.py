@@ -96,7 +96,7 @@ class TestCropNamer:
         image = torch.rand(3, 32, 64)
         inside = torch.zeros(1, *shape, dtype=torch.bool)
         inside[:, : shape[0] // 2, shape[1] // 4 : shape[1] // 2] = True
-        box, scores = torch.tensor([[0.0, 0.0, 1.0, 0.5]]), torch.zeros(1, 2)
+        box, scores = torch.tensor([[0.0, 0.25, 0.5, 0.5]]), torch.zeros(1, 2)
         grey = clip.mean[0].expand(3, 32, 64).clone()
         grey[:, :16, 16:32] = image[:, :16, 16:32]
         looks = [crop(it, box[0].tolist(), 0.0, clip.image_size) for it in (image, grey)]
