@@ -98,13 +98,11 @@ class CropNamesParams(Section):
     """What CLIP says of a region's crop has a share of `weight` in its name, its pixels the rest.
 
     A crop is a square around the region, wider on every side by `margin` of the region's longer
-    side. A look at the region `alone`, with the encoder's mean colour around it, has that share of
-    what CLIP says, the crop as it is the rest.
+    side.
     """
 
     weight: Probability = 0.5
     margin: NonNegative = 0.0
-    alone: Annotated[Probability, Field(**UNLESS_EMPTY)] = 0.0
 
 
 class PredictionParams(Section):

@@ -4,15 +4,14 @@ A token sees little of a thing. CLIP was trained to say what a whole image shows
 embedding of a region's crop is a second opinion, as two-stage segmenters of open vocabulary have
 it. It is of the encoder as it was before training.
 
-Letters: K categories, N regions, C joint embedding, H W pixels, H' W' those of the network's input,
-h w token grid, S side of CLIP's input.
+Letters: K categories, N regions, C joint embedding, H W pixels, h w token grid, S side of CLIP's
+input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +19,7 @@ from torch import Tensor
 
 from pipeline.formats.labels import LABEL_TYPE, LabelMap
 from pipeline.models.clip.encoder import ClipEncoder
-from pipeline.models.layers.regions import (
-    boxes_of_regions,
-    regions_at,
-    regions_of_one_label,
-    shares_of_regions,
-)
+from pipeline.models.layers.regions import boxes_of_regions, regions_of_one_label, shares_of_regions
 from pipeline.params.base import CropNamesParams
 
 CROPS_AT_ONCE = 32
@@ -64,54 +58,34 @@ class CropNamer:
         if not len(boxes):
             return labels
         shares = torch.from_numpy(shares_of_regions(numbers, grid)).to(scores)
-        inside = torch.from_numpy(regions_at(numbers, image.shape[1:]))
-        named = self.label_ids(image, boxes, inside, shares.flatten(1) @ scores.flatten(1).T)
+        named = self.label_ids(image, boxes, shares.flatten(1) @ scores.flatten(1).T)
         new_ids = torch.cat((named.new_zeros(1), named)).cpu().numpy().astype(LABEL_TYPE)
         labels = labels.copy()
         labels[numbers > 0] = new_ids[numbers[numbers > 0]]
         return labels
 
-    def label_ids(self, image: Tensor, boxes: Tensor, inside: Tensor, scores: Tensor) -> Tensor:
+    def label_ids(self, image: Tensor, boxes: Tensor, scores: Tensor) -> Tensor:
         """Label ids (N,), int64, of regions.
 
         Args:
             image: (3, H', W') in [0, 1].
             boxes: (N, 4) top, left, bottom and right, as shares of the image's sides.
-            inside: (N, h'', w'') boolean, at any size.
             scores: (N, K) means over the pixels of each.
         """
         of_pixels = (self.logit_scale * scores).log_softmax(dim=1)
-        of_crops = self._of_crops(image, boxes, inside).to(of_pixels)
+        of_crops = self._of_crops(image, boxes).to(of_pixels)
         weight = self.params.weight
         return 1 + ((1 - weight) * of_pixels + weight * of_crops).argmax(dim=1)
 
-    def _of_crops(self, image: Tensor, boxes: Tensor, inside: Tensor) -> Tensor:
+    def _of_crops(self, image: Tensor, boxes: Tensor) -> Tensor:
         """Log-probabilities (N, K) in CLIP's own softmax."""
-        clip, alone = self.encoder(), self.params.alone
-        seen = self._seen(clip, repeat(image, len(boxes)), boxes)
-        if alone:
-            mean = clip.mean[0].to(image)
-            regions = (torch.where(_resized(mask, image), image, mean) for mask in inside)
-            seen = (1 - alone) * seen + alone * self._seen(clip, regions, boxes)
-        return (clip.logit_scale * seen @ self.text.T).log_softmax(dim=1)
-
-    def _seen(self, clip: ClipEncoder, images: Iterable[Tensor], boxes: Tensor) -> Tensor:
-        """Embeddings (N, C) of a crop of each image (3, H', W')."""
-        crops = [
-            crop(image, box, self.params.margin, clip.image_size)
-            for image, box in zip(images, boxes.tolist(), strict=True)
-        ]
+        clip = self.encoder()
+        crops = [crop(image, box, self.params.margin, clip.image_size) for box in boxes.tolist()]
         seen = [
             clip.encode_images(torch.stack(crops[start : start + CROPS_AT_ONCE]))
             for start in range(0, len(crops), CROPS_AT_ONCE)
         ]
-        return torch.cat(seen)
-
-
-def _resized(mask: Tensor, image: Tensor) -> Tensor:
-    """A mask (h'', w'') at the size of an image (3, H', W'): (H', W'), boolean."""
-    wide = mask[None, None].to(image)
-    return F.interpolate(wide, size=image.shape[1:], mode="nearest")[0, 0] > 0
+        return (clip.logit_scale * torch.cat(seen) @ self.text.T).log_softmax(dim=1)
 
 
 def no_encoder() -> ClipEncoder:

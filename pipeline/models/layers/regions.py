@@ -5,7 +5,6 @@ Letters: H W pixels, h w token grid, N regions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,16 +102,6 @@ def boxes_of_regions(numbers: NDArray[np.intp]) -> NDArray[np.float64]:
         for rows, columns in ndimage.find_objects(numbers)
     ]
     return np.array(boxes, dtype=np.float64).reshape(-1, 4)
-
-
-def regions_at(numbers: NDArray[np.intp], size: Sequence[int]) -> NDArray[np.bool_]:
-    """N regions (H, W) at another size (H', W'), by the nearest pixel: (N, H', W')."""
-    rows, columns = (
-        np.arange(cells) * pixels // cells
-        for cells, pixels in zip(size, numbers.shape, strict=True)
-    )
-    near = numbers[rows[:, None], columns]
-    return near == np.arange(1, 1 + numbers.max())[:, None, None]
 
 
 def shares_of_regions(numbers: NDArray[np.intp], grid: tuple[int, int]) -> NDArray[np.float32]:

@@ -30,7 +30,7 @@ from pipeline.models.zutis.instances import (
 )
 
 ScoreResolution = Literal["token", "pixel"]
-NameRegions = Callable[[Tensor, Tensor, Tensor], Tensor]
+NameRegions = Callable[[Tensor, Tensor], Tensor]
 
 BACKGROUND = 0
 CATEGORY_CHUNK = 64
@@ -126,8 +126,8 @@ def instance_predictions(
         refined_probs: (Q, h', w') what the final masks are made of; None for `mask_probs`. Labels
             and scores stay those of `mask_probs`.
         name_regions: chooses the label ids (N,) of the N proposals that are not background, from
-            their boxes (N, 4) on the token grid, as shares of its sides, what of the grid is inside
-            (N, h, w), and their cosines (N, K); None for the nearest.
+            their boxes (N, 4) on the token grid, as shares of its sides, and their cosines (N, K);
+            None for the nearest.
 
     Returns:
         Instances by falling score, of equals the earlier query first.
@@ -195,7 +195,7 @@ def _name_again(labels: Tensor, cosines: Tensor, inside: Tensor, name_regions: N
     """Change labels (Q,) of masks (Q, h, w) that reach a token and are no background."""
     asked = ((labels != BACKGROUND) & inside.flatten(1).any(dim=1)).nonzero()[:, 0]
     if len(asked):
-        labels[asked] = name_regions(_boxes(inside[asked]), inside[asked], cosines[asked, 1:])
+        labels[asked] = name_regions(_boxes(inside[asked]), cosines[asked, 1:])
 
 
 def _boxes(inside: Tensor) -> Tensor:

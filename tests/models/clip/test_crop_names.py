@@ -70,8 +70,8 @@ class TestCropNamer:
         )
         text = clip.encode_images(torch.stack((right, left)))
 
-        def make(weight: float, alone: float = 0.0) -> CropNamer:
-            return CropNamer(lambda: clip, text, 1.0, CropNamesParams(weight=weight, alone=alone))
+        def make(weight: float) -> CropNamer:
+            return CropNamer(lambda: clip, text, 1.0, CropNamesParams(weight=weight))
 
         return make
 
@@ -79,43 +79,14 @@ class TestCropNamer:
         self, namer: Callable[..., CropNamer], halves: Tensor, clip: ClipEncoder
     ) -> None:
         boxes = torch.tensor([[0.0, 0.0, 1.0, 0.5], [0.0, 0.5, 1.0, 1.0]])
-        inside = torch.ones(2, 1, 1, dtype=torch.bool)
         scores = torch.tensor([[0.9, 0.1], [0.2, 0.6]])
-        assert namer(0.0).label_ids(halves, boxes, inside, scores).tolist() == [1, 2]
-        assert namer(1.0).label_ids(halves, boxes, inside, scores).tolist() == [2, 1]
+        assert namer(0.0).label_ids(halves, boxes, scores).tolist() == [1, 2]
+        assert namer(1.0).label_ids(halves, boxes, scores).tolist() == [2, 1]
         names = namer(0.3)
         seen = names.text[[1, 0]] @ names.text.T * clip.logit_scale
         both = 0.7 * scores.log_softmax(1) + 0.3 * seen.log_softmax(1)
-        found = names.label_ids(halves, boxes, inside, scores)
+        found = names.label_ids(halves, boxes, scores)
         assert found.tolist() == (1 + both.argmax(1)).tolist()
-
-    @pytest.mark.parametrize("shape", [(4, 8), (32, 64)])
-    def test_a_region_is_looked_at_alone_too(
-        self, clip: ClipEncoder, shape: tuple[int, int]
-    ) -> None:
-        image = torch.rand(3, 32, 64)
-        inside = torch.zeros(1, *shape, dtype=torch.bool)
-        inside[:, : shape[0] // 2, shape[1] // 4 : shape[1] // 2] = True
-        box, scores = torch.tensor([[0.0, 0.25, 0.5, 0.5]]), torch.zeros(1, 2)
-        grey = clip.mean[0].expand(3, 32, 64).clone()
-        grey[:, :16, 16:32] = image[:, :16, 16:32]
-        looks = [crop(it, box[0].tolist(), 0.0, clip.image_size) for it in (image, grey)]
-        text = clip.encode_images(torch.stack(looks))  # 1 is the crop, 2 the region alone
-        for alone, label_id in ((0.0, 1), (0.3, 1), (0.7, 2), (1.0, 2)):
-            params = CropNamesParams(weight=1.0, alone=alone)
-            names = CropNamer(lambda: clip, text, 1.0, params)
-            assert names.label_ids(image, box, inside, scores).tolist() == [label_id]
-
-    def test_what_surrounds_regions_decides_no_name_alone(
-        self, namer: Callable[..., CropNamer]
-    ) -> None:
-        labels = np.zeros((32, 64), dtype=np.int16)
-        labels[4:28, 4:28] = labels[20:30, 40:60] = 1
-        first, second = torch.rand(2, 3, 32, 64)
-        first[:, labels > 0] = second[:, labels > 0]
-        scores = torch.zeros(2, 32, 64)
-        one, other = (namer(1.0, 1.0).relabelled(labels, scores, it) for it in (first, second))
-        np.testing.assert_array_equal(one, other)
 
     def test_connected_regions_are_named_and_small_ones_keep_theirs(
         self, namer: Callable[..., CropNamer], halves: Tensor

@@ -8,7 +8,6 @@ import pytest
 from pipeline.models.layers.regions import (
     boxes_of_regions,
     majority_of_regions,
-    regions_at,
     regions_of_one_label,
     shares_of_regions,
 )
@@ -76,15 +75,3 @@ class TestRegionsOfOneLabel:
         numbers = np.zeros((3, 2), dtype=np.intp)
         assert boxes_of_regions(numbers).shape == (0, 4)
         assert shares_of_regions(numbers, (1, 1)).shape == (0, 1, 1)
-
-
-@pytest.mark.parametrize("factor", [1, 2, 3])
-def test_regions_at_another_size(factor: int) -> None:
-    numbers = np.array([[0, 1, 1], [2, 2, 0]])
-    larger = np.kron(numbers, np.ones((factor, factor), dtype=numbers.dtype))
-    regions = np.stack([numbers == 1, numbers == 2])
-    np.testing.assert_array_equal(regions_at(larger, numbers.shape), regions)
-    np.testing.assert_array_equal(
-        regions_at(numbers, larger.shape), regions.repeat(factor, 1).repeat(factor, 2)
-    )
-    assert regions_at(np.zeros((2, 3), dtype=np.intp), (4, 4)).shape == (0, 4, 4)
