@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.models.layers.interpolate import UPSAMPLED_ELEMENTS, upsampled_parts
+from pipeline.models.layers.interpolate import UPSAMPLED_ELEMENTS, better_labels, upsampled_parts
 
 LOGIT_SCALE = 100.0
 
@@ -46,9 +46,7 @@ def label_and_confidence(
     total = _no_total(best, scale)
     for start, part in upsampled_parts(scores, *through, size, max_elements=max_elements):
         part = part if change is None else change(start, part)
-        part_best, part_label = part.max(dim=1)
-        label = torch.where(part_best > best, part_label + start, label)
-        best = torch.maximum(best, part_best)
+        best, label = better_labels(best, label, start, part)
         total = _add(total, part, scale)
     return label, _share(best, total, scale)
 

@@ -62,10 +62,22 @@ def upsampled_labels(
     best = scores.new_full((len(scores), *sizes[-1]), -torch.inf)
     labels = torch.zeros_like(best, dtype=torch.int64)
     for start, part in upsampled_parts(scores, *sizes, max_elements=max_elements):
-        part_best, part_labels = part.max(dim=1)
-        labels = torch.where(part_best > best, part_labels + start, labels)
-        best = torch.maximum(best, part_best)
+        best, labels = better_labels(best, labels, start, part)
     return labels
+
+
+def better_labels(best: Tensor, labels: Tensor, start: int, part: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest score and its label, both (B, H, W), after some more labels.
+
+    Args:
+        best: (B, H, W) so far.
+        labels: (B, H, W) int64, of `best`; where they are equal it stays.
+        start: number of the first label of `part`.
+        part: (B, k, H, W) scores of k labels.
+    """
+    part_best, part_labels = part.max(dim=1)
+    labels = torch.where(part_best > best, part_labels + start, labels)
+    return torch.maximum(best, part_best), labels
 
 
 def joint_foreground_labels(scores: Tensor, *sizes: Sequence[int], scale: float | None) -> Tensor:
@@ -83,14 +95,16 @@ def joint_foreground_labels(scores: Tensor, *sizes: Sequence[int], scale: float 
     Returns:
         Label ids (B, H, W), int64.
     """
-    _, background = next(upsampled_parts(scores[:, :1], *sizes))
+    background = next(upsampled_parts(scores[:, :1], *sizes))[1][:, 0]
+    best = torch.full_like(background, -torch.inf)
+    labels = torch.zeros_like(background, dtype=torch.int64)
     total = torch.zeros_like(background)
-    for _, part in upsampled_parts(scores[:, 1:], *sizes):
+    for start, part in upsampled_parts(scores[:, 1:], *sizes):
+        best, labels = better_labels(best, labels, 1 + start, part)
         # Odds against the background; huge ones may be infinite.
-        odds = part if scale is None else (scale * (part - background)).exp()
-        total += odds.sum(dim=1, keepdim=True)
-    is_object = (total > (background if scale is None else 1.0))[:, 0]
-    return torch.where(is_object, 1 + upsampled_labels(scores[:, 1:], *sizes), 0)
+        odds = part if scale is None else (scale * (part - background[:, None])).exp()
+        total += odds.sum(dim=1)
+    return torch.where(total > (background if scale is None else 1.0), labels, 0)
 
 
 class Taps(NamedTuple):

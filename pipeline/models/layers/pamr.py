@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.layers.interpolate import joint_foreground_labels, upsample, upsampled_labels
+from pipeline.models.layers.interpolate import upsample
 from pipeline.params.base import PamrParams
 
 AROUND = [place for place in product((-1, 0, 1), repeat=2) if place != (0, 0)]
@@ -24,32 +24,6 @@ def refined(maps: Tensor, images: Tensor, params: PamrParams) -> Tensor:
     """Maps (B, K, h, w) brought to the size of images (B, 3, H, W), and refined there."""
     maps = upsample(maps, images.shape[-2:])
     return refine(maps, images, dilations=params.dilations, steps=params.steps)
-
-
-def refined_labels(
-    scores: Tensor,
-    images: Tensor,
-    *sizes: Sequence[int],
-    scale: float,
-    params: PamrParams,
-    joint_foreground: bool = False,
-) -> Tensor:
-    """Label ids (B, H, W) whose refined probability is the largest, of equals the first.
-
-    Args:
-        scores: (B, K, h, w) float32.
-        images: (B, 3, H', W') of which they are.
-        sizes: of resizings after the refinement, the last one (H, W).
-        scale: factor of the scores in their softmax.
-        params: how they are refined.
-        joint_foreground: see `joint_foreground_labels`.
-    """
-    probabilities = refined(
-        (scale * upsample(scores, images.shape[-2:])).softmax(dim=1), images, params
-    )
-    if joint_foreground:
-        return joint_foreground_labels(probabilities, *sizes, scale=None)
-    return upsampled_labels(probabilities, *sizes)
 
 
 def refine(scores: Tensor, images: Tensor, *, dilations: Sequence[int], steps: int) -> Tensor:

@@ -17,8 +17,7 @@ from pipeline.formats.predictions import Segmentation
 from pipeline.models.clip import ClipEncoder
 from pipeline.models.clip.checkpoint import checkpoint_clip, frozen_clip
 from pipeline.models.clip.crop_names import CropNamer
-from pipeline.models.layers.interpolate import joint_foreground_labels, upsampled_labels
-from pipeline.models.layers.pamr import refined_labels
+from pipeline.models.layers.pixels import labels_of_pixels
 from pipeline.models.layers.regions import labels_of_regions, regions_protocol
 from pipeline.models.plus.graph import PlusGraph
 from pipeline.models.plus.network import PlusNetwork, build_plus
@@ -171,21 +170,15 @@ class PlusPredictor:
         settings: PredictionSettings,
     ) -> LabelMap:
         """Of one image (1, 3, H', W')."""
-        sizes = [*settings.through(image.shape[-2:]), size]
-        joint = settings.joint_foreground and first == 0
-        if settings.pamr is not None:
-            labels = refined_labels(
-                logits,
-                image,
-                size,
-                scale=self.logit_scale,
-                params=settings.pamr,
-                joint_foreground=joint,
-            )
-        elif joint:
-            labels = joint_foreground_labels(logits, *sizes, scale=self.logit_scale)
-        else:
-            labels = upsampled_labels(logits, *sizes)
+        labels = labels_of_pixels(
+            logits,
+            image,
+            size,
+            scale=self.logit_scale,
+            settings=settings,
+            has_background=first == 0,
+            through=settings.through(image.shape[-2:]),
+        )
         found = labels_of_regions(labels[0], first, settings)
         if settings.crop_names is None:
             return found

@@ -18,8 +18,8 @@ from pipeline.formats.predictions import Instance, Segmentation
 from pipeline.models.clip import ClipEncoder
 from pipeline.models.clip.checkpoint import checkpoint_clip, frozen_clip
 from pipeline.models.clip.crop_names import CropNamer, no_encoder
-from pipeline.models.layers.interpolate import joint_foreground_labels
-from pipeline.models.layers.pamr import refined, refined_labels
+from pipeline.models.layers.pamr import refined
+from pipeline.models.layers.pixels import labels_of_pixels
 from pipeline.models.layers.regions import labels_of_regions, regions_protocol
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
 from pipeline.models.weights.weights import hash_tensors, load_state, load_strict
@@ -173,22 +173,17 @@ class ZutisPredictor:
     ) -> LabelMap:
         first = 0 if settings.background else 1
         tokens, text = patch_tokens[None], self._text[first:]
-        joint = settings.joint_foreground and settings.background
-        if settings.pamr is not None:
-            semantic = refined_labels(
+        if settings.pamr is None and not settings.joint_foreground:
+            semantic = semantic_prediction(tokens, text, size)
+        else:
+            semantic = labels_of_pixels(
                 semantic_logits(tokens, text),
                 image[None],
                 size,
                 scale=self.logit_scale,
-                params=settings.pamr,
-                joint_foreground=joint,
+                settings=settings,
+                has_background=settings.background,
             )
-        elif joint:
-            semantic = joint_foreground_labels(
-                semantic_logits(tokens, text), size, scale=self.logit_scale
-            )
-        else:
-            semantic = semantic_prediction(tokens, text, size)
         labels = labels_of_regions(semantic[0], first, settings)
         if settings.crop_names is None:
             return labels
