@@ -174,7 +174,7 @@ class Workspace:
                 self._path(name).unlink(missing_ok=True)
             else:
                 write_bytes(self._path(name), content)
-        if self._dvc(["checkout", "--force", "--quiet"]):
+        if self._dvc(["checkout", "--force", "--quiet", "--allow-missing"]):
             raise PipelineError(
                 f"dvc checkout: {self.last_words()}; the outputs are not those of {LOCK}, see "
                 f"{self._log_path} and run `dvc checkout --force`"
