@@ -5,9 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, Strict
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    Strict,
+    model_validator,
+)
 
 from pipeline.files import as_location, check_written
 
@@ -98,11 +106,22 @@ class CropNamesParams(Section):
     """What CLIP says of a region's crop has a share of `weight` in its name, its pixels the rest.
 
     A crop is a square around the region, wider on every side by `margin` of the region's longer
-    side.
+    side. With a `student_weight`, what the trained network itself says of the crop has that share
+    of the name as well.
     """
 
     weight: Probability = 0.5
+    student_weight: Annotated[Probability, Field(**UNLESS_EMPTY)] = 0.0
     margin: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _shares_are_of_one(self) -> Self:
+        if self.weight + self.student_weight > 1:
+            raise ValueError(
+                f"student_weight: {self.student_weight} and weight: {self.weight} are more than 1 "
+                "together; they are shares of a name"
+            )
+        return self
 
 
 class PredictionParams(Section):

@@ -2,7 +2,8 @@
 
 A token sees little of a thing. CLIP was trained to say what a whole image shows, so that its
 embedding of a region's crop is a second opinion, as two-stage segmenters of open vocabulary have
-it. It is of the encoder as it was before training.
+it. It is of the encoder as it was before training. The trained network may look at the crop, too,
+where the region is larger than in the image and alone.
 
 Letters: K categories, N regions, C joint embedding, H W pixels, h w token grid, S side of CLIP's
 input.
@@ -32,12 +33,15 @@ class CropNamer:
 
     Attributes:
         encoder: gives the frozen CLIP; it is asked when there is a first region.
+        network: the trained one, images (N, 3, S, S) in [0, 1] -> scores (N, 1 + K, h, w), the
+            background's first.
         text: (K, C) unit rows, that of label id 1 first.
-        logit_scale: factor of the pixels' scores in their softmax.
+        logit_scale: factor of the network's scores in their softmax.
         params: see `CropNamesParams`.
     """
 
     encoder: Callable[[], ClipEncoder]
+    network: Callable[[Tensor], Tensor]
     text: Tensor
     logit_scale: float
     params: CropNamesParams
@@ -72,20 +76,41 @@ class CropNamer:
             boxes: (N, 4) top, left, bottom and right, as shares of the image's sides.
             scores: (N, K) means over the pixels of each.
         """
-        of_pixels = (self.logit_scale * scores).log_softmax(dim=1)
-        of_crops = self._of_crops(image, boxes).to(of_pixels)
-        weight = self.params.weight
-        return 1 + ((1 - weight) * of_pixels + weight * of_crops).argmax(dim=1)
-
-    def _of_crops(self, image: Tensor, boxes: Tensor) -> Tensor:
-        """Log-probabilities (N, K) in CLIP's own softmax."""
-        clip = self.encoder()
-        crops = [crop(image, box, self.params.margin, clip.image_size) for box in boxes.tolist()]
-        seen = [
-            clip.encode_images(torch.stack(crops[start : start + CROPS_AT_ONCE]))
-            for start in range(0, len(crops), CROPS_AT_ONCE)
+        clip, params = self.encoder(), self.params
+        crops = [crop(image, box, params.margin, clip.image_size) for box in boxes.tolist()]
+        looks = [
+            (params.weight, self._seen_by_clip),
+            (params.student_weight, self._seen_by_network),
         ]
-        return (clip.logit_scale * torch.cat(seen) @ self.text.T).log_softmax(dim=1)
+        votes = (1 - params.weight - params.student_weight) * _log_shares(self.logit_scale * scores)
+        for weight, look in looks:
+            if weight and crops:
+                votes = votes + weight * _in_batches(look, crops).to(votes)
+        return 1 + votes.argmax(dim=1)
+
+    def _seen_by_clip(self, crops: Tensor) -> Tensor:
+        """Log-probabilities (N, K) of crops (N, 3, S, S) in CLIP's own softmax."""
+        clip = self.encoder()
+        return _log_shares(clip.logit_scale * clip.encode_images(crops) @ self.text.T)
+
+    def _seen_by_network(self, crops: Tensor) -> Tensor:
+        """The same by the trained network: a mean of the tokens, as far as they are objects."""
+        scores = self.logit_scale * self.network(crops).flatten(2)
+        is_object = 1 - scores.softmax(dim=1)[:, :1]
+        total = is_object.sum(dim=2).clamp(min=torch.finfo(scores.dtype).tiny)
+        shares = _log_shares(scores[:, 1:])
+        return _log_shares((shares * is_object).sum(dim=2) / total)
+
+
+def _log_shares(logits: Tensor) -> Tensor:
+    """Log-probabilities (N, K, ...) of logits."""
+    return logits.log_softmax(dim=1)
+
+
+def _in_batches(look: Callable[[Tensor], Tensor], crops: list[Tensor]) -> Tensor:
+    """What is seen in crops, `CROPS_AT_ONCE` at a time."""
+    starts = range(0, len(crops), CROPS_AT_ONCE)
+    return torch.cat([look(torch.stack(crops[start : start + CROPS_AT_ONCE])) for start in starts])
 
 
 def no_encoder() -> ClipEncoder:

@@ -183,7 +183,7 @@ class PlusPredictor:
         if settings.crop_names is None:
             return found
         text = self._text[self._label_ids[1:]]
-        namer = CropNamer(self._frozen, text, self.logit_scale, settings.crop_names)
+        namer = CropNamer(self._frozen, self.scores, text, self.logit_scale, settings.crop_names)
         return namer.relabelled(found, logits[0, 1 - first :], image[0])
 
     def graph(self) -> PlusGraph:

@@ -191,7 +191,7 @@ class ZutisPredictor:
         return self._namer(settings.crop_names).relabelled(labels, scores, image)
 
     def _namer(self, params: CropNamesParams) -> CropNamer:
-        return CropNamer(self._frozen, self._text[1:], self.logit_scale, params)
+        return CropNamer(self._frozen, self.scores, self._text[1:], self.logit_scale, params)
 
     def _instances(
         self,

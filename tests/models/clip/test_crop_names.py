@@ -56,6 +56,12 @@ class TestCrop:
             torch.testing.assert_close(crop(image, box, 0.0, SIDE), torch.full((3, 8, 8), 0.5))
 
 
+def brightness(images: Tensor) -> Tensor:
+    """Scores (N, 3, 2, 2) of background and two categories: darkness, red and green."""
+    quarters = F.adaptive_avg_pool2d(images, 2)
+    return torch.cat((1 - quarters.mean(dim=1, keepdim=True), quarters[:, :2]), dim=1)
+
+
 class TestCropNamer:
     @pytest.fixture
     def halves(self) -> Tensor:
@@ -70,8 +76,9 @@ class TestCropNamer:
         )
         text = clip.encode_images(torch.stack((right, left)))
 
-        def make(weight: float) -> CropNamer:
-            return CropNamer(lambda: clip, text, 1.0, CropNamesParams(weight=weight))
+        def make(weight: float, student_weight: float = 0.0) -> CropNamer:
+            params = CropNamesParams(weight=weight, student_weight=student_weight)
+            return CropNamer(lambda: clip, brightness, text, 2.0, params)
 
         return make
 
@@ -84,9 +91,51 @@ class TestCropNamer:
         assert namer(1.0).label_ids(halves, boxes, scores).tolist() == [2, 1]
         names = namer(0.3)
         seen = names.text[[1, 0]] @ names.text.T * clip.logit_scale
-        both = 0.7 * scores.log_softmax(1) + 0.3 * seen.log_softmax(1)
+        both = 0.7 * (2 * scores).log_softmax(1) + 0.3 * seen.log_softmax(1)
         found = names.label_ids(halves, boxes, scores)
         assert found.tolist() == (1 + both.argmax(1)).tolist()
+
+    def test_the_network_looks_at_crops_where_they_are_objects(
+        self, namer: Callable[..., CropNamer], clip: ClipEncoder
+    ) -> None:
+        image = torch.zeros(3, 8, 16)
+        image[0, :, :3] = image[1, 4:, 4:7] = 1.0  # red at the left, less green beside it
+        image[1, :, 8:] = 0.5
+        boxes = torch.tensor([[0.0, 0.0, 1.0, 0.5], [0.0, 0.5, 1.0, 1.0]])
+        even, odd = torch.zeros(2, 2), torch.tensor([[0.0, 0.3], [0.3, 0.0]])
+        assert namer(0.0, 1.0).label_ids(image, boxes, odd).tolist() == [1, 2]
+        expected = []
+        for start in (0, 8):
+            scores = brightness(plain_crop(image, 0, start, 8, start + 8, clip.image_size)[None])[0]
+            votes, total = torch.zeros(2), 0.0
+            for row in range(2):
+                for column in range(2):
+                    at = 2 * scores[:, row, column]
+                    weight = 1 - at.softmax(0)[0]
+                    votes += weight * at[1:].log_softmax(0)
+                    total += float(weight)
+            expected.append((votes / total).log_softmax(0))
+        names = namer(0.0, 0.5)
+        for advantage in (0.9, 1.1):  # of the other name by the pixels
+            differences = torch.stack([vote[0] - vote[1] for vote in expected])
+            pixels = torch.stack((-differences, differences), dim=1) * advantage / 4
+            won = [1, 2] if advantage < 1 else [2, 1]
+            assert names.label_ids(image, boxes, pixels).tolist() == won
+        assert names.label_ids(image, boxes[:0], even[:0]).tolist() == []
+
+    def test_many_crops_are_seen_in_batches(
+        self, namer: Callable[..., CropNamer], halves: Tensor
+    ) -> None:
+        boxes = torch.tensor([[0.0, 0.0, 1.0, 0.5], [0.0, 0.5, 1.0, 1.0]]).repeat(40, 1)
+        names = namer(0.5, 0.5)
+        once = names.label_ids(halves, boxes[:2], torch.zeros(2, 2))
+        assert torch.equal(names.label_ids(halves, boxes, torch.zeros(80, 2)), once.repeat(40))
+
+    @pytest.mark.parametrize(("weight", "student_weight"), [(0.7, 0.4), (1.0, 0.01)])
+    def test_shares_are_of_one(self, weight: float, student_weight: float) -> None:
+        with pytest.raises(ValueError, match=r"student_weight: .* more than 1"):
+            CropNamesParams(weight=weight, student_weight=student_weight)
+        assert CropNamesParams(weight=weight, student_weight=1 - weight).weight == weight
 
     def test_connected_regions_are_named_and_small_ones_keep_theirs(
         self, namer: Callable[..., CropNamer], halves: Tensor
@@ -116,7 +165,7 @@ class TestCropNamer:
 
     @pytest.mark.parametrize("shape", [(1, 1), (5, 3)])
     def test_without_a_region_no_encoder_is_asked_for(self, shape: tuple[int, int]) -> None:
-        namer = CropNamer(no_encoder, torch.eye(2), 1.0, CropNamesParams())
+        namer = CropNamer(no_encoder, brightness, torch.eye(2), 1.0, CropNamesParams())
         labels = np.zeros(shape, dtype=np.int16)
         scores, image = torch.zeros(2, 1, 1), torch.zeros(3, *shape)
         np.testing.assert_array_equal(namer.relabelled(labels, scores, image), labels)
