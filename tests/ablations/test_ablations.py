@@ -149,6 +149,22 @@ def test_variants_run_as_experiments_and_leave_the_workspace_as_it_was(
     assert sorted(listed) == sorted(str(variant.experiment) for variant in (saliency, denseclip))
 
 
+def test_a_stage_that_was_never_run_does_not_stand_in_the_way(project: Path) -> None:
+    with (project / "dvc.yaml").open("a") as file:
+        file.write(
+            "  later:\n    cmd: python later.py\n    deps: [model.txt]\n    outs: [later.txt]\n"
+        )
+    call(project, "git", "commit", "-qam", "a stage for later")
+    before = state(project)
+    run("temperature", root=project)
+    assert state(project) == before
+    assert not (project / "later.txt").exists()
+    assert all(
+        variant.metrics
+        for variant in read_result(project / "reports/ablations/temperature.json").variants
+    )
+
+
 def test_data_that_changed_since_are_not_answered_from_old_experiments(project: Path) -> None:
     run("temperature", root=project)
     path = project / "reports/ablations/temperature.json"
