@@ -12,8 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-EVEN = 0.5  # a probability
-
 
 class Taps(NamedTuple):
     """Where each of m target cells along one axis takes its value from.
@@ -100,8 +98,16 @@ def joint_foreground_labels(
         sizes: (H, W) of each resizing.
         scale: factor of the scores.
     """
-    is_background = upsampled_probability(scores, 0, *sizes, scale=scale) >= EVEN
-    return np.where(is_background, 0, 1 + upsampled_labels(scores[1:], *sizes))
+    background = next(upsampled_planes(scores[:1], *sizes))
+    best = np.full_like(background, -np.inf)
+    labels = np.zeros(best.shape, dtype=np.int64)
+    total = np.zeros_like(background)
+    for number, plane in enumerate(upsampled_planes(scores[1:], *sizes), start=1):
+        labels[plane > best] = number
+        np.maximum(best, plane, out=best)
+        with np.errstate(over="ignore"):  # odds against the background; huge ones are infinite
+            total += np.exp(scale * (plane - background))
+    return np.where(total > 1, labels, 0)
 
 
 def upsampled_probability(
