@@ -189,7 +189,7 @@ class Workspace:
             _make_cache(cache)
             environment[CACHE_VARIABLE] = str(cache.resolve())
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self._log_path.open("ab") as log:
+        with self._log_path.open("ab") as log, _ctrl_c_for_children():
             process = subprocess.Popen(
                 [*_DVC, *words],
                 cwd=self._root,
@@ -199,11 +199,11 @@ class Workspace:
                 stderr=subprocess.STDOUT,
                 process_group=0,
             )
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                _stop(process)
-                raise
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            _stop(process)
+            raise
 
     def _git(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -231,6 +231,16 @@ def _make_cache(folder: Path) -> None:
     if not folder.exists():
         folder.mkdir(parents=True)
         (folder / WEIGHTS).symlink_to((default_cache_dir() / WEIGHTS).resolve())
+
+
+@contextmanager
+def _ctrl_c_for_children() -> Iterator[None]:
+    """Let children started in the block heed Ctrl-C, where a shell's background job ignores it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -175,7 +175,17 @@ def test_data_that_changed_since_are_not_answered_from_old_experiments(project: 
     assert not before & {variant.experiment for variant in read_result(path).variants}
 
 
-def test_ctrl_c_stops_the_stage_and_brings_the_workspace_back(project: Path) -> None:
+@pytest.mark.parametrize(
+    ("ctrl_c", "sent"),
+    [
+        # A background job of a shell, as these tests may be one, has its children ignore Ctrl-C.
+        (signal.SIG_DFL, signal.SIGINT),
+        (signal.SIG_IGN, signal.SIGTERM),
+    ],
+)
+def test_a_signal_stops_the_stage_and_brings_the_workspace_back(
+    project: Path, ctrl_c: signal.Handlers, sent: signal.Signals
+) -> None:
     before = state(project)
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline", "ablate", "stop_gradient"],
@@ -183,8 +193,7 @@ def test_ctrl_c_stops_the_stage_and_brings_the_workspace_back(project: Path) -> 
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        # A background job of a shell, as these tests may be one, has its children ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, ctrl_c),
     )
     until = time.monotonic() + PATIENCE_S
     while len(runs(project)) < 3:  # the first variant is being trained
@@ -192,7 +201,7 @@ def test_ctrl_c_stops_the_stage_and_brings_the_workspace_back(project: Path) -> 
         assert time.monotonic() < until
         time.sleep(0.1)
     assert "stop_gradient: false" in (project / "params.yaml").read_text()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode not in (0, None), output
     assert state(project) == before
