@@ -101,8 +101,10 @@ SMALL = {
 REFINED = {"flip": True, "pamr": {"dilations": [8, 16, 32], "steps": 20}}
 CROPS = {"crop_names": {"weight": 0.7, "margin": 0.0}}
 BOTH = {**REFINED, **CROPS}
-BEST = {**BOTH, "joint_foreground": True}  # as the preset of that name
-LIFTS = {"refined": REFINED, "crops": CROPS, "both": BOTH, "best": BEST}
+JOINT = {**BOTH, "joint_foreground": True}
+SEEN_TWICE = {"crop_names": {"weight": 0.7, "student_weight": 0.1, "margin": 0.0}}
+BEST = {**JOINT, **SEEN_TWICE}  # as the preset of that name
+LIFTS = {"refined": REFINED, "crops": CROPS, "both": BOTH, "joint": JOINT, "best": BEST}
 LIFTED = ["saliency", "fused"]  # targets, where lifts alone are asked for
 
 
