@@ -75,7 +75,8 @@ class Workspace:
             raise PipelineError(
                 f"{listing([line[3:] for line in changed], LISTED)}: differ from the last commit, "
                 "and an ablation starts from it: commit them; after an ablation that was killed, "
-                f"run `git checkout {PARAMS} {LOCK} reports/metrics` and `dvc checkout --force`"
+                f"run `git checkout HEAD -- {PARAMS} {LOCK} reports/metrics` and "
+                "`dvc checkout --force`"
             )
         if differing := self._uncommitted_outputs():
             raise PipelineError(
