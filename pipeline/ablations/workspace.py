@@ -102,7 +102,9 @@ class Workspace:
         cache = self._root / SCRATCH / "ablation-caches" / own_cache if own_cache else None
         is_whole = cache is not None and not cache.exists()
         with self._kept(is_whole=is_whole):
-            if self._dvc(words, cache):
+            with _ctrl_c_for_children():
+                process = self._start_dvc(words, cache)
+            if _ended(process):
                 return None
             metrics = [read_json(self._path(path)) for path in self._metrics]
             lock = self._content(LOCK)
@@ -175,14 +177,20 @@ class Workspace:
                 self._path(name).unlink(missing_ok=True)
             else:
                 write_bytes(self._path(name), content)
-        if self._dvc(["checkout", "--force", "--quiet", "--allow-missing"]):
+        # A stage that was never run has no outputs to bring back; those of the others are seen to.
+        failed = _ended(self._start_dvc(["checkout", "--force", "--quiet", "--allow-missing"]))
+        differing = self._uncommitted_outputs()
+        if failed or differing:
+            why = self.last_words() if failed else listing(differing, LISTED)
             raise PipelineError(
-                f"dvc checkout: {self.last_words()}; the outputs are not those of {LOCK}, see "
+                f"dvc checkout: {why}; the outputs are not those of {LOCK}, see "
                 f"{self._log_path} and run `dvc checkout --force`"
             )
 
-    def _dvc(self, words: Sequence[str], cache: Path | None = None) -> int:
-        """Run DVC in a process group of its own, its output into the log; returns its status."""
+    def _start_dvc(
+        self, words: Sequence[str], cache: Path | None = None
+    ) -> subprocess.Popen[bytes]:
+        """DVC in a process group of its own, its output into the log."""
         # A stage's command is found beside this Python, whether or not its folder is on the path.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         environment = os.environ | {"PATH": path}
@@ -190,8 +198,8 @@ class Workspace:
             _make_cache(cache)
             environment[CACHE_VARIABLE] = str(cache.resolve())
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self._log_path.open("ab") as log, _ctrl_c_for_children():
-            process = subprocess.Popen(
+        with self._log_path.open("ab") as log:
+            return subprocess.Popen(
                 [*_DVC, *words],
                 cwd=self._root,
                 env=environment,
@@ -200,11 +208,6 @@ class Workspace:
                 stderr=subprocess.STDOUT,
                 process_group=0,
             )
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            _stop(process)
-            raise
 
     def _git(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -242,6 +245,15 @@ def _ctrl_c_for_children() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """Wait for DVC and return its status; what interrupts the wait stops it."""
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        _stop(process)
+        raise
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -165,6 +165,15 @@ def test_a_stage_that_was_never_run_does_not_stand_in_the_way(project: Path) -> 
     )
 
 
+def test_outputs_that_are_lost_meanwhile_are_named(project: Path) -> None:
+    forgets = "import shutil\nshutil.rmtree('.dvc/cache/files', ignore_errors=True)\n"
+    (project / "train.py").write_text((project / "train.py").read_text() + forgets)
+    call(project, sys.executable, "-m", "dvc", "repro", "-q")
+    call(project, "git", "commit", "-qam", "forgets")
+    with pytest.raises(PipelineError, match=r"dvc checkout: .*(model|overlays)\.txt.*not those of"):
+        run("target", root=project)
+
+
 def test_data_that_changed_since_are_not_answered_from_old_experiments(project: Path) -> None:
     run("temperature", root=project)
     path = project / "reports/ablations/temperature.json"
