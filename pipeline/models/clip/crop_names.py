@@ -82,7 +82,8 @@ class CropNamer:
             (params.weight, self._seen_by_clip),
             (params.student_weight, self._seen_by_network),
         ]
-        votes = (1 - params.weight - params.student_weight) * _log_shares(self.logit_scale * scores)
+        of_pixels = (self.logit_scale * scores).log_softmax(dim=1)
+        votes = (1 - params.weight - params.student_weight) * of_pixels
         for weight, look in looks:
             if weight and crops:
                 votes = votes + weight * _in_batches(look, crops).to(votes)
@@ -91,20 +92,15 @@ class CropNamer:
     def _seen_by_clip(self, crops: Tensor) -> Tensor:
         """Log-probabilities (N, K) of crops (N, 3, S, S) in CLIP's own softmax."""
         clip = self.encoder()
-        return _log_shares(clip.logit_scale * clip.encode_images(crops) @ self.text.T)
+        return (clip.logit_scale * clip.encode_images(crops) @ self.text.T).log_softmax(dim=1)
 
     def _seen_by_network(self, crops: Tensor) -> Tensor:
         """The same by the trained network: a mean of the tokens, as far as they are objects."""
         scores = self.logit_scale * self.network(crops).flatten(2)
         is_object = 1 - scores.softmax(dim=1)[:, :1]
         total = is_object.sum(dim=2).clamp(min=torch.finfo(scores.dtype).tiny)
-        shares = _log_shares(scores[:, 1:])
-        return _log_shares((shares * is_object).sum(dim=2) / total)
-
-
-def _log_shares(logits: Tensor) -> Tensor:
-    """Log-probabilities (N, K, ...) of logits."""
-    return logits.log_softmax(dim=1)
+        of_tokens = scores[:, 1:].log_softmax(dim=1)
+        return ((of_tokens * is_object).sum(dim=2) / total).log_softmax(dim=1)
 
 
 def _in_batches(look: Callable[[Tensor], Tensor], crops: list[Tensor]) -> Tensor:

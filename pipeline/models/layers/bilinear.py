@@ -81,9 +81,16 @@ def upsampled_labels(scores: NDArray[np.float32], *sizes: Sequence[int]) -> NDAr
     best = np.full(tuple(sizes[-1]), -np.inf, dtype=np.float32)
     labels = np.zeros(best.shape, dtype=np.int64)
     for number, plane in enumerate(upsampled_planes(scores, *sizes)):
-        labels[plane > best] = number
-        np.maximum(best, plane, out=best)
+        _keep_better(best, labels, number, plane)
     return labels
+
+
+def _keep_better(
+    best: NDArray[np.float32], labels: NDArray[np.int64], number: int, plane: NDArray[np.float32]
+) -> None:
+    """Put a label's scores (H, W) and its number where they are larger than the best so far."""
+    labels[plane > best] = number
+    np.maximum(best, plane, out=best)
 
 
 def joint_foreground_labels(
@@ -103,8 +110,7 @@ def joint_foreground_labels(
     labels = np.zeros(best.shape, dtype=np.int64)
     total = np.zeros_like(background)
     for number, plane in enumerate(upsampled_planes(scores[1:], *sizes), start=1):
-        labels[plane > best] = number
-        np.maximum(best, plane, out=best)
+        _keep_better(best, labels, number, plane)
         with np.errstate(over="ignore"):  # odds against the background; huge ones are infinite
             total += np.exp(scale * (plane - background))
     return np.where(total > 1, labels, 0)

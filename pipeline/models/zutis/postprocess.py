@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.formats.predictions import Instance
-from pipeline.models.layers.interpolate import Taps, bilinear_taps, interpolate, upsample
+from pipeline.models.layers.interpolate import (
+    Taps,
+    better_labels,
+    bilinear_taps,
+    interpolate,
+    upsample,
+)
 from pipeline.models.zutis.instances import (
     EPSILON,
     MAX_OVERLAP,
@@ -71,17 +77,16 @@ def semantic_prediction(
     Returns:
         (B, H, W) or (B, h, w) int64 label ids.
     """
-    best, labels = None, None
+    if not len(text_embeddings):
+        raise ValueError("text_embeddings has no row")
+    pixels = size or patch_tokens.shape[1:3]
+    best = patch_tokens.new_full((len(patch_tokens), *pixels), -torch.inf)
+    labels = torch.zeros_like(best, dtype=torch.int64)
     for start in range(0, len(text_embeddings), CATEGORY_CHUNK):
         chunk = text_embeddings[start : start + CATEGORY_CHUNK]
-        values, indices = semantic_logits(patch_tokens, chunk, size).max(dim=1)
-        if best is None or labels is None:
-            best, labels = values, indices
-            continue
-        labels = torch.where(values > best, indices + start, labels)
-        best = torch.maximum(values, best)
-    if labels is None:
-        raise ValueError("text_embeddings has no row")
+        best, labels = better_labels(
+            best, labels, start, semantic_logits(patch_tokens, chunk, size)
+        )
     return labels
 
 
