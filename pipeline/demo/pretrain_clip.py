@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from tqdm import tqdm
 from pipeline.demo.accuracy import measure_accuracy
 from pipeline.demo.glyphs import KNOWN_FAMILIES, glyph_names, load_varied_glyphs
 from pipeline.demo.scene import BACKGROUNDS, Scene, Style, choose_names, draw_scene
-from pipeline.files import atomic_path, write_json
+from pipeline.files import atomic_path, read_json, write_json
 from pipeline.models.clip import ClipEncoder, load_clip
 from pipeline.models.clip.features import key_and_value
 from pipeline.models.clip.loading import build_from_config
@@ -75,6 +77,8 @@ TYPICAL_SHARE = 0.5
 PATCH_SCALE = 10.0
 STEM = {"width": 24, "blocks": [0, 1, 2]}
 PRETRAIN_STREAM = 101
+# Batches between two states of a run, each of which is a point of its curve.
+STATE_EVERY = 250
 
 
 def model_config(size: int) -> dict[str, object]:
@@ -189,33 +193,85 @@ def pretrain_clip(
     *,
     seed: int,
     device: torch.device,
-    phases: tuple[Phase, ...] = PHASES,
+    phases: Sequence[Phase] = PHASES,
     probe_images: int = 960,
 ) -> None:
     """Train phase by phase and write the network and its accuracy to `out_dir`.
 
-    These are `tiny_clip.safetensors`, `tiny_clip.json` and `accuracy.json`. A killed run continues
-    from the last state in `work_dir`.
+    These are `tiny_clip.safetensors`, `tiny_clip.json`, `accuracy.json` and `accuracy_curve.json`,
+    the same every 250 batches on half of the images. A killed run continues from the last state in
+    `work_dir`.
     """
     torch.manual_seed(seed)
     start = time.monotonic()
     encoder = _initial_encoder(work_dir, phases[0].size, device)
+    curve, before = Curve(work_dir / "curve", seed, probe_images // 2), 0
     for index, phase in enumerate(phases):
         if index:
             encoder = _enlarged(encoder, work_dir, phase.size, device)
-        _train_phase(encoder, phase, work_dir / f"clip-{index}-state.safetensors", seed=seed)
-    encoder.clip.visual.conv1 = encoder.clip.visual.conv1.folded()
-    weights, config = out_dir / "tiny_clip.safetensors", out_dir / "tiny_clip.json"
-    _save(encoder, phases[-1].size, weights, config)
-    seconds = round(time.monotonic() - start)
-    saved = EncoderParams(model=str(config), pretrained=str(weights))
-    accuracy = measure_accuracy(saved, device, seed=seed, images=probe_images)
+        state_path = work_dir / f"clip-{index}-state.safetensors"
+        probe = partial(curve.add, encoder, phase, before)
+        _train_phase(encoder, phase, state_path, seed=seed, probe=probe)
+        before += phase.iterations
+    accuracy = _save_and_measure(encoder, phases[-1].size, out_dir, seed, probe_images)
     write_json(out_dir / "accuracy.json", accuracy)
+    write_json(out_dir / "accuracy_curve.json", read_json(curve.path))
+    seconds = round(time.monotonic() - start)
     write_json(work_dir / "clip_card.json", {"seconds": seconds, **accuracy})
 
 
-def _train_phase(encoder: ClipEncoder, phase: Phase, state_path: Path, *, seed: int) -> None:
-    """Contrastive training with AdamW, a cosine schedule and a short warm-up."""
+@dataclass(frozen=True)
+class Curve:
+    """What a network knows while it is trained, a point every `STATE_EVERY` batches.
+
+    Attributes:
+        folder: of the points, and of the network as it was last measured.
+        seed: of the images that it is measured on.
+        images: their number.
+    """
+
+    folder: Path
+    seed: int
+    images: int
+
+    @property
+    def path(self) -> Path:
+        """A list of `iterations` (batches since the first leg), `size` and all accuracies."""
+        return self.folder / "curve.json"
+
+    def add(self, encoder: ClipEncoder, phase: Phase, before: int, step: int) -> None:
+        """Measure after `step` batches of a leg; what an earlier try had from there on goes."""
+        accuracy = _save_and_measure(encoder, phase.size, self.folder, self.seed, self.images)
+        point = {"iterations": before + step, "size": phase.size, **accuracy}
+        points = read_json(self.path) if self.path.is_file() else []
+        earlier = [other for other in points if other["iterations"] < point["iterations"]]
+        write_json(self.path, [*earlier, point])
+
+
+def _save_and_measure(
+    encoder: ClipEncoder, size: int, folder: Path, seed: int, images: int
+) -> dict[str, float]:
+    """Write the network without its batch norms, and measure what was written."""
+    finished = deepcopy(encoder)
+    finished.clip.visual.conv1 = finished.clip.visual.conv1.folded()
+    weights, config = folder / "tiny_clip.safetensors", folder / "tiny_clip.json"
+    _save(finished, size, weights, config)
+    saved = EncoderParams(model=str(config), pretrained=str(weights))
+    return measure_accuracy(saved, encoder.mean.device, seed=seed, images=images)
+
+
+def _train_phase(
+    encoder: ClipEncoder,
+    phase: Phase,
+    state_path: Path,
+    *,
+    seed: int,
+    probe: Callable[[int], None],
+) -> None:
+    """Contrastive training with AdamW, a cosine schedule and a short warm-up.
+
+    `probe` is called with the finished batches before each state is written.
+    """
     clip = encoder.clip.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(
         clip.parameters(), lr=phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
@@ -240,7 +296,8 @@ def _train_phase(encoder: ClipEncoder, phase: Phase, state_path: Path, *, seed: 
         bar.update()
         if step % 100 == 0 or step == phase.iterations:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-        if step % 250 == 0 or step == phase.iterations:
+        if step % STATE_EVERY == 0 or step == phase.iterations:
+            probe(step)
             save_state(state_path, clip, optimizer, step=step, extra=None)
     bar.close()
     clip.eval().requires_grad_(False)

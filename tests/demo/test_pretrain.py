@@ -36,6 +36,7 @@ def test_networks_and_card(tmp_path: Path) -> None:
     assert sorted(first) == [
         "README.md",
         "accuracy.json",
+        "accuracy_curve.json",
         "tiny_clip.json",
         "tiny_clip.safetensors",
         "tiny_selfmask.json",
@@ -43,7 +44,7 @@ def test_networks_and_card(tmp_path: Path) -> None:
     ]
     assert all(len(data) < 8_000_000 for data in first.values())
     assert "--seed 3" in first["README.md"].decode()
-    assert set(json.loads(first["accuracy.json"])) == {
+    figures = {
         "known",
         "world",
         "unseen",
@@ -51,6 +52,10 @@ def test_networks_and_card(tmp_path: Path) -> None:
         "random_look_unseen",
         "denseclip_miou",
     }
+    assert set(json.loads(first["accuracy.json"])) == figures
+    curve = json.loads(first["accuracy_curve.json"])
+    assert [(point["iterations"], point["size"]) for point in curve] == [(2, 24), (4, 32)]
+    assert all(set(point) == {"iterations", "size", *figures} for point in curve)
 
     encoder = load_clip(
         EncoderParams(
