@@ -316,12 +316,7 @@ class Setup:
         student = fresh_student(self.params, self.names, self.runtime)
         assert isinstance(student, PlusStudent)
         clip = load_clip(self.params.encoder, self.runtime.device)
-        text = label_embeddings(
-            clip,
-            background=self.names.background,
-            categories=self.names.categories,
-            templates=templates(self.params.templates),
-        )
+        text = label_embeddings(clip, self.names, templates(self.params.templates))
         return PlainStep(student.network, text[1:], clip.visual, self.params), student
 
     def our_labels(self, batch: MicroBatch) -> Tensor:

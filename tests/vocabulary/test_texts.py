@@ -80,9 +80,7 @@ def test_the_embedding_of_a_category_is_the_mean_of_its_texts(encoder: EncoderPa
     # The name is no text unless it says so.
     renamed = category_embeddings(clip, ["x1"], NAME_ONLY, {"x1": ["canoe"]})
     torch.testing.assert_close(renamed[0], rows[2])
-    plain = label_embeddings(
-        clip, background=["background"], categories=["cat"], templates=NAME_ONLY
-    )
+    plain = label_embeddings(clip, Names(["cat"]), NAME_ONLY)
     torch.testing.assert_close(plain[1], rows[0])
 
 

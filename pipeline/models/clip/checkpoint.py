@@ -29,14 +29,7 @@ def checkpoint_clip(
         PipelineError: the encoder cannot be loaded, or does not know a name.
     """
     clip = _load(folder, config, runtime)
-    text = label_embeddings(
-        clip,
-        background=names.background,
-        categories=names.categories,
-        templates=TEMPLATE_SETS[config.templates],
-        texts=names.texts,
-    )
-    return clip, text
+    return clip, label_embeddings(clip, names, TEMPLATE_SETS[config.templates])
 
 
 def frozen_clip(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor
 from pipeline.errors import PipelineError
 from pipeline.models.clip.encoder import ClipEncoder
 from pipeline.models.clip.names import NAMES_FIELD
+
+if TYPE_CHECKING:
+    from pipeline.vocabulary.categories import Names
 
 SHOWN_LETTERS = 60
 
@@ -90,27 +93,18 @@ def background_embedding(
     return F.normalize(embeddings.mean(dim=0), dim=-1)
 
 
-def label_embeddings(
-    encoder: ClipEncoder,
-    *,
-    background: Sequence[str],
-    categories: Sequence[str],
-    templates: Sequence[str],
-    texts: Mapping[str, Sequence[str]] = MappingProxyType({}),
-) -> Tensor:
+def label_embeddings(encoder: ClipEncoder, names: Names, templates: Sequence[str]) -> Tensor:
     """Unit embeddings (1 + K, C) by label id: the background's first, then the categories'.
-
-    `texts` are those of `category_embeddings`.
 
     Raises:
         PipelineError: as `check_distinct` and `text_embeddings`.
     """
-    listed = list(chain(*_texts_of(categories, texts)))
-    check_distinct(encoder, background=background, categories=listed)
+    listed = list(chain(*_texts_of(names.categories, names.texts)))
+    check_distinct(encoder, background=names.background, categories=listed)
     return torch.cat(
         [
-            background_embedding(encoder, background, templates).unsqueeze(0),
-            category_embeddings(encoder, categories, templates, texts),
+            background_embedding(encoder, names.background, templates).unsqueeze(0),
+            category_embeddings(encoder, names.categories, templates, names.texts),
         ]
     )
 

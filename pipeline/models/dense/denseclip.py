@@ -115,7 +115,7 @@ class ClipLabeller(nn.Module):
 
     def embed(self, names: Names, templates: Sequence[str]) -> Tensor:
         """Unit rows (1 + K, C) of names in some templates, see `label_embeddings`."""
-        return _embed(self.encoder, names, templates)
+        return label_embeddings(self.encoder, names, templates)
 
     def scores(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w), see `forward`."""
@@ -209,13 +209,7 @@ def load_encoder_and_text(
     encoder = load_clip(
         params.encoder, runtime.device, cache_dir=runtime.cache_dir, field="pseudo_label.encoder"
     )
-    return encoder, _embed(encoder, names, templates(params.templates))
-
-
-def _embed(encoder: ClipEncoder, names: Names, templates: Sequence[str]) -> Tensor:
-    return label_embeddings(
-        encoder, background=names.background, categories=names.categories, templates=templates
-    )
+    return encoder, label_embeddings(encoder, names, templates(params.templates))
 
 
 def dense_features(

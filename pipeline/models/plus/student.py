@@ -239,13 +239,7 @@ def fresh_plus(
             or weights of the backbone that are missing or do not fit.
     """
     encoder.visual.requires_grad_(False)
-    text = label_embeddings(
-        encoder,
-        background=names.background,
-        categories=names.categories,
-        templates=templates(params.templates),
-        texts=names.texts,
-    )
+    text = label_embeddings(encoder, names, templates(params.templates))
     network, architecture = _fresh_network(params, names, text.shape[1], runtime.cache_dir)
     hasher = hashlib.sha256()
     hash_tensors(hasher, {**network.state_dict(), "text": text})

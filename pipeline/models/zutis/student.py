@@ -42,13 +42,7 @@ class ZutisStudent:
             )
         self._params = params
         self._runtime = runtime
-        self._text_embeddings = label_embeddings(
-            clip,
-            background=names.background,
-            categories=names.categories,
-            templates=templates(params.templates),
-            texts=names.texts,
-        )
+        self._text_embeddings = label_embeddings(clip, names, templates(params.templates))
         architecture = _architecture(params, clip)
         self.config: dict[str, Any] = {
             "architecture": architecture,

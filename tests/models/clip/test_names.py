@@ -17,7 +17,7 @@ from pipeline.models.clip import ClipEncoder, check_distinct, label_embeddings, 
 from pipeline.models.clip.loading import build_from_config
 from pipeline.models.clip.photo_clip import CONFIG_PATH
 from pipeline.models.clip.tokenizer import Tokenizer, load_tokenizer
-from pipeline.vocabulary.categories import category_set_names, load_category_set
+from pipeline.vocabulary.categories import Names, category_set_names, load_category_set
 from pipeline.vocabulary.prompts import NAME_ONLY, PROMPTS_85
 from tests.tiny_encoders import TEXT, VIT
 
@@ -48,9 +48,7 @@ def photo_clip() -> ClipEncoder:
 def embed(
     encoder: ClipEncoder, categories: Sequence[str], background: Sequence[str] = ("background",)
 ) -> Tensor:
-    return label_embeddings(
-        encoder, background=background, categories=categories, templates=NAME_ONLY
-    )
+    return label_embeddings(encoder, Names(categories, background), NAME_ONLY)
 
 
 @pytest.mark.parametrize(
@@ -123,13 +121,13 @@ def test_a_name_that_would_be_cut_is_refused(encoder: ClipEncoder, field: str) -
     # "a jpeg corrupted photo of the {}.", its start and its end are 11 of 77 tokens.
     longest = " ".join(["cat"] * 66)
     lists[field].append(longest)
-    whole = label_embeddings(encoder, **lists, templates=PROMPTS_85)
+    whole = label_embeddings(encoder, Names(**lists), PROMPTS_85)
     assert whole.isfinite().all()
     lists[field][-1] = f"{longest} cat"
     message = rf"^{field}: 'cat cat[ cat]*\.\.\.' takes 78 tokens in its longest prompt; .* 77"
     with pytest.raises(PipelineError, match=message):
-        label_embeddings(encoder, **lists, templates=PROMPTS_85)
-    assert label_embeddings(encoder, **lists, templates=NAME_ONLY).isfinite().all()
+        label_embeddings(encoder, Names(**lists), PROMPTS_85)
+    assert label_embeddings(encoder, Names(**lists), NAME_ONLY).isfinite().all()
 
 
 def test_the_length_is_that_of_the_encoder() -> None:
