@@ -8,6 +8,10 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from pipeline.doctor.finding import Finding
 from pipeline.errors import first_line, listing
@@ -33,10 +37,39 @@ def check_workspace(folder: Path, *, idle: Collection[str] = ()) -> Iterator[Fin
         yield Finding("dvc", "warn", f"{folder}: no DVC project", fix)
         return
     yield _remote(folder)
-    if (folder / "dvc.yaml").is_file():
-        yield _stages(folder, idle)
-    else:
+    if not (folder / "dvc.yaml").is_file():
         yield Finding("dvc stages", "warn", "no dvc.yaml here", "copy that of the project")
+    elif missing := missing_params(folder):
+        text = f"params.yaml lacks {listing(missing)}, which dvc.yaml asks for"
+        fix = f"add what `pipeline init --preset folder` has, as `{missing[0]}: ...`"
+        yield Finding("dvc stages", "fail", text, fix)
+    else:
+        yield _stages(folder, idle)
+
+
+def missing_params(folder: Path) -> list[str]:
+    """Sections that stages of dvc.yaml name and params.yaml lacks, even where they have defaults.
+
+    DVC itself says so when it comes to the stage, which may be after hours.
+    """
+    stages, params = (_mapping(folder / name) for name in ("dvc.yaml", "params.yaml"))
+    if not params:
+        return []
+    asked: dict[str, None] = {}
+    for stage in (stages.get("stages") or {}).values():
+        tables = [stage["foreach"]] if "foreach" in stage else []
+        for key in (*tables, *stage.get("do", stage).get("params", [])):
+            asked[str(key).strip("${}").partition(".")[0]] = None
+    return [section for section in asked if section not in params]
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """A YAML file; nothing where it is none, which others report."""
+    try:
+        content = YAML(typ="safe").load(path.read_bytes())
+    except (OSError, YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _changes(folder: Path) -> Finding:

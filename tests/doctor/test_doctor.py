@@ -169,6 +169,24 @@ def test_stages_without_work_are_not_out_of_date(tmp_path: Path) -> None:
     assert found_stages["dvc stages"] == "1 out of date: retrieve"
 
 
+def test_sections_that_dvc_asks_for_are_missed_before_a_run(tmp_path: Path) -> None:
+    stages = {
+        "embed": {"foreach": "${index}", "do": {"cmd": "echo", "params": ["k", "index.${key}"]}},
+        "bank": {"cmd": "echo", "params": ["bank", "embed.encoder"]},
+    }
+    params = {"k": 5, "index": {"mine": {}}, "embed": {}}
+    with Repo.init(str(tmp_path), no_scm=True):
+        (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": stages}))
+    (tmp_path / "params.yaml").write_text(json.dumps(params))
+    stage = {item.name: item for item in check_workspace(tmp_path)}["dvc stages"]
+    assert (stage.state, stage.text) == (
+        "fail",
+        "params.yaml lacks bank, which dvc.yaml asks for",
+    )
+    (tmp_path / "params.yaml").write_text(json.dumps({**params, "bank": None}))
+    assert {item.name: item for item in check_workspace(tmp_path)}["dvc stages"].state == "warn"
+
+
 def test_git_and_dvc_are_looked_at(tmp_path: Path) -> None:
     bare = {item.name: item for item in check_workspace(tmp_path)}
     assert (bare["git"].state, bare["git"].fix) == ("warn", "git init")

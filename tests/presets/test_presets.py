@@ -8,6 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.cli.benches import shipped_bench
+from pipeline.doctor.workspace import missing_params
 from pipeline.errors import PipelineError
 from pipeline.methods.students import DenseClipPlusParams
 from pipeline.models.plus.backbones import build_backbone
@@ -62,6 +63,8 @@ def test_a_preset_is_a_params_file(tmp_path: Path, name: str) -> None:
     write_preset(name, path)
     params = read_params(path)
     assert path.read_text(encoding="utf-8") == preset_text(name)
+    (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    assert missing_params(tmp_path) == []
     for part in (params, *params.benches.values(), *params.audits.values()):
         assert load_category_set(part.categories)
 
