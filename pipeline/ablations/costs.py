@@ -13,7 +13,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline.engine.progress import times_path
+from pipeline.engine.progress import FINISHED_BEFORE, times_path
 from pipeline.files import digest, read_json, write_json
 from pipeline.params.base import Section
 
@@ -124,4 +124,5 @@ def _runs(stages: Stages, times: Mapping[str, bytes]) -> Iterator[tuple[str, dic
 def _has_found(run: Mapping[str, Any]) -> bool:
     """Whether a run took something from the cache, or went on where another was killed."""
     counts = run.get("counts", {}).items()
-    return any(count for name, count in counts if name == "cached" or name.startswith(RESUMED))
+    spared = ("cached", FINISHED_BEFORE)
+    return any(count for name, count in counts if name in spared or name.startswith(RESUMED))

@@ -108,9 +108,7 @@ def retrain(
     if not dry_run:
         try_outputs(stats, folders=[out])
     inputs, runtime = _inputs(session, entry, masks, labels, corrections, review), session.runtime
-    # The labels are final, and objects are told apart in them.
-    final = {"target": "denseclip", "split_components": False, "labels": relabelled}
-    params = inputs.targets.model_copy(update=final)
+    params = inputs.training(relabelled)
     if dry_run:
         reads = {**_reads(inputs), f"relabel --name {name}": relabelled}
         dry = start("retrain", reads=reads, writes=[out], stats=stats)

@@ -85,6 +85,11 @@ class RoundInputs:
             mask_bytes=mask_bytes,
         )
 
+    def training(self, relabelled_dir: Path) -> TrainParams:
+        """How the next student is trained: the labels are final, objects are told apart in them."""
+        final = {"target": "denseclip", "split_components": False, "min_agreement": None}
+        return self.targets.model_copy(update={**final, "labels": relabelled_dir})
+
 
 @dataclass(frozen=True)
 class Agreement:

@@ -149,6 +149,16 @@ class PseudoLabelParams(Section):
                 seen.add(plain_name(written))
         return self
 
+    @model_validator(mode="after")
+    def _check_choice(self) -> Self:
+        for name in ("prompt_denoising", "key_smoothing"):
+            if self.template_choice is not None and getattr(self, name, None) is not None:
+                raise ValueError(
+                    f"{name}: it weighs names against each other before the experts of "
+                    "template_choice do; set one of the two to null"
+                )
+        return self
+
     def recipe(self) -> dict[str, Any]:
         """The settings that decide the labels, but for the encoder; options where they are on."""
         others = {"method", "encoder", "batch_size", "workers", "shard_size"}
@@ -203,16 +213,6 @@ class DenseClipSection(DenseClipRecipe, PseudoLabelParams):
     """
 
     stitch: WindowParams | None = None
-
-    @model_validator(mode="after")
-    def _check_choice(self) -> Self:
-        for name in ("prompt_denoising", "key_smoothing"):
-            if self.template_choice is not None and getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name}: it weighs names against each other before the experts of "
-                    "template_choice do; set one of the two to null"
-                )
-        return self
 
 
 class DenseClipParams(DenseClipSection):
@@ -286,6 +286,15 @@ class LpossSection(DenseClipSection):
 
     graph_encoder: EncoderParams | None = None
     neighbours: Count = 400
+
+    @model_validator(mode="after")
+    def _check_denoising(self) -> Self:
+        if self.windows is not None and self.prompt_denoising is not None:
+            raise ValueError(
+                "prompt_denoising: what it removes from one window would spread to all of them, "
+                "which share a graph; set it or windows to null"
+            )
+        return self
 
 
 class LpossParams(LpossSection):

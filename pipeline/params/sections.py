@@ -6,12 +6,12 @@ a `PipelineError` that names the key.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from pipeline.methods.dense import DenseClipParams, PseudoLabelParams
-from pipeline.methods.masks import MaskParams, SelfMaskParams
+from pipeline.methods.masks import MASK_SOURCES, MaskParams, SelfMaskParams
 from pipeline.methods.students import DenseClipPlusParams, StudentParams, ZutisParams
 from pipeline.params.base import (
     IF_SET,
@@ -201,3 +201,23 @@ class Params(Section):
         if "plus" in benches:
             raise ValueError("plus.json has the scores of DenseCLIP+; give `plus` another name")
         return benches
+
+    @field_validator("rounds")
+    @classmethod
+    def _check_held_out(cls, rounds: dict[str, RoundParams]) -> dict[str, RoundParams]:
+        """Refuse rounds that would be judged on what an earlier one was trained on."""
+        shares = {name: entry.held_out for name, entry in rounds.items()}
+        if len(set(shares.values())) > 1:
+            listed = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+            raise ValueError(f"held_out: the same images must be held out of all rounds: {listed}")
+        return rounds
+
+    @model_validator(mode="after")
+    def _check_bank_masks(self) -> Self:
+        """Refuse a sample of the bank for masks of a source that learns from archives first."""
+        if self.bank and self.bank.sample and MASK_SOURCES[self.mask.source].learner:
+            raise ValueError(
+                f"bank.sample: {self.bank.sample}: mask.source: {self.mask.source} learns from the "
+                "archives, which the bank does not see; set bank.sample to 0 or take another source"
+            )
+        return self

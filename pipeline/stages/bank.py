@@ -89,7 +89,8 @@ def run(
 
     An image is known by its content, and has its regions once. The sample is of the images with the
     smallest SHA-256 that are in no archive. Regions are cached by image and mask. The stats count
-    `regions`, and `sampled` images.
+    `regions`, `sampled` images, and those that `mask.max_components` leaves out of the sample as
+    `many_components`.
 
     Args:
         masks_dir: mask shards of the archives.
@@ -222,6 +223,8 @@ class RegionMaker:
         count = self._masks.make(rows, path, part)
         for entry in part.skipped:
             tally.skip(entry["item"], entry["reason"])
+        if part.counts["many_components"]:
+            tally.count("many_components", part.counts["many_components"])
         write_manifest(folder, [shard_entry(path, count)] if count else [])
         return open_samples(folder, members=MASK_MEMBERS)
 

@@ -283,12 +283,17 @@ def _learned(rows: Sequence[ArchiveRow], params: MaskParams, runtime: Runtime) -
     images = {row.sha256: row for row in rows if row.label_id != NEGATIVE_LABEL_ID}
     # By hash, which is no order at all: the same images whatever their ranks.
     chosen = [images[key] for key in sorted(images)[: learner.num_images]]
+
+    def photos(of: str) -> Iterator[Photo]:
+        read = (_read_photo(row, params) for row in tqdm(chosen, desc=f"mask, {of}"))
+        return (photo for photo in read if isinstance(photo, Photo))
+
     with BlobCache(runtime.cache_dir / "mask_learner", learner.settings) as cache:
-        key = digest([row.sha256 for row in chosen])
+        # Of what can be read today: a broken image teaches nothing.
+        key = digest([photo.row.sha256 for photo in photos("looking")])
         learned = cache.get(key)
         if learned is None:
-            photos = (_read_photo(row, params) for row in tqdm(chosen, desc="mask, learning"))
-            learned = learner.learn(photo.image for photo in photos if isinstance(photo, Photo))
+            learned = learner.learn(photo.image for photo in photos("learning"))
             cache.put(key, learned)
     return learned
 

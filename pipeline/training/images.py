@@ -234,8 +234,7 @@ class AnnotatedPool:
                 f"the labelled set has no truth of {listing(lacking)}: is its list of categories "
                 "that of its label ids?"
             )
-        images = [example.image_path for example in self._examples]
-        self.fingerprint = digest([[path.name, path.stat().st_size] for path in images])
+        self.fingerprint = digest([self._names, [_state(example) for example in self._examples]])
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -263,6 +262,16 @@ class AnnotatedPool:
             self._background,
             self._truth,
         )
+
+
+def _state(example: Example) -> list[Any]:
+    """What tells an image and its masks from other ones, without reading their pixels."""
+    image = example.image_path
+    masks = [(header.path.name, header.path.stat()) for header in example.mask_headers()]
+    return [
+        [image.name, image.stat().st_size],
+        [[name, file.st_size, file.st_mtime_ns] for name, file in masks],
+    ]
 
 
 @lru_cache(maxsize=KEPT_TABLES)

@@ -260,6 +260,7 @@ def test_the_stages_of_a_target_are_those_it_waits_for() -> None:
         ({"cached": 1}, False, None),
         ({"cached": 1}, True, 5.0),
         ({"resumed_at_iteration": 7}, False, None),
+        ({"finished_before": 500, "cached": 0}, False, None),
     ],
 )
 def test_a_time_counts_if_nothing_was_spared(

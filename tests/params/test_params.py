@@ -442,3 +442,11 @@ def test_a_filter_out_of_its_range_is_named(section: str, field: str, value: flo
     content = {"categories": ["cat"], "index": {"a": {"root": "photos"}}}
     with pytest.raises(PipelineError, match=rf"{section}\S*\.{field}"):
         parse_params(content | {section: entry | {field: value}})
+
+
+def test_a_source_that_learns_first_makes_no_masks_of_a_banks_sample(tmp_path: Path) -> None:
+    text = "categories: [cat]\nindex: {a: {root: a}}\nmask: {source: found}\nbank: {sample: %d}\n"
+    message = message_of(tmp_path, text % 7)
+    assert message.startswith("bank.sample: 7: mask.source: found learns from the archives")
+    (tmp_path / "params.yaml").write_text(text % 0)
+    assert read_params(tmp_path / "params.yaml").mask.source == "found"

@@ -244,9 +244,9 @@ def test_an_empty_damaged_or_missing_bank_is_refused(workspace: Workspace, tmp_p
     with pytest.raises(PipelineError, match="no such file"):
         label(workspace, tmp_path / "c", made, BankParams())
     nothing = workspace.run("bank", tmp_path / "nothing", min_share=1.0)
-    if read_manifest(nothing)["samples"] == 0:
-        with pytest.raises(PipelineError, match=r"lower bank\.min_share"):
-            label(workspace, tmp_path / "d", nothing, BankParams(min_share=1.0))
+    assert read_manifest(nothing)["samples"] == 0
+    with pytest.raises(PipelineError, match=r"lower bank\.min_share"):
+        label(workspace, tmp_path / "d", nothing, BankParams(min_share=1.0))
 
 
 def test_the_command_without_a_bank_looks_at_nothing(

@@ -477,6 +477,18 @@ def test_a_source_that_learns_does_so_once_for_the_same_images(world: World) -> 
     assert world.stats("fewer")["counts"]["masked"] == 4
 
 
+def test_what_cannot_be_read_is_no_part_of_what_is_learned(world: World) -> None:
+    world.params = feature_params(world, "found")
+    gone = world.root / "gone.jpg"
+    Path(world.rows[0].path).rename(gone)
+    world.run("without", max_error_rate=1.0)
+    gone.rename(world.rows[0].path)
+    world.run("with", max_error_rate=1.0)
+    world.runtime = replace(world.runtime, cache_dir=world.root / "elsewhere")
+    world.run("fresh", max_error_rate=1.0)
+    assert contents(world.root / "with") == contents(world.root / "fresh")
+
+
 def test_a_source_that_learns_needs_an_image_to_learn_from(world: World) -> None:
     world.params = feature_params(world, "found")
     remove_images(world)

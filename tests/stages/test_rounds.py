@@ -26,7 +26,7 @@ from pipeline.formats.rle import encode_mask
 from pipeline.formats.shards import open_samples
 from pipeline.inference.held_out import RoundInputs
 from pipeline.inference.segmenter import Segmenter
-from pipeline.methods.students import TrainParams
+from pipeline.methods.students import TrainParams, ZutisParams
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from pipeline.params.base import EncoderParams, PredictionSettings
 from pipeline.params.sections import EvaluateParams, RoundParams
@@ -153,6 +153,14 @@ def test_a_student_labels_the_archives_and_another_is_trained_on_that(
     final = targets.model_copy(update={"target": "denseclip", "labels": out})
     tiny_training.run(out, tmp_path / "after", final)
     assert (tmp_path / "after/zutis" / WEIGHTS_NAME).is_file()
+
+
+def test_what_a_round_labels_is_trained_on_as_it_is(masks: Path, tmp_path: Path) -> None:
+    """No filter by agreement with the archive's name, for a student may have another opinion."""
+    targets = ZutisParams(split_components=True, min_agreement=0.3)
+    params = inputs(masks, targets, RoundParams(after=tmp_path)).training(tmp_path / "labels")
+    assert (params.target, params.labels) == ("denseclip", tmp_path / "labels")
+    assert (params.split_components, params.min_agreement) == (False, None)
 
 
 def test_no_object_above_the_threshold_leaves_the_pseudo_masks(
@@ -431,5 +439,8 @@ def test_a_round_names_what_is_wrong(params: dict[str, Any], command: str) -> No
     plus = {"student": "denseclip_plus", "backbone": "timm:resnet10t", "backbone_weights": None}
     message = error_of({**params, "train": plus}, command, "--name", "one")
     assert message.startswith("params.yaml: train.student: denseclip_plus: rounds")
+    shares = {"one": {"after": "a", "held_out": 0.1}, "two": {"after": "b", "held_out": 0.3}}
+    message = error_of({**params, "rounds": shares}, command, "--name", "one")
+    assert "rounds: held_out: the same images must be held out of all rounds" in message
     params["rounds"] = {"one": {}}
     assert "rounds.one.after" in error_of(params, command, "--name", "one")

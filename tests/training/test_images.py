@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -292,6 +293,21 @@ class TestAnnotatedPool:
         pool = AnnotatedPool(benchmark, categories=["Laysan Albatross", "Black footed Albatross"])
         seen = {pool.name(index).split("/")[-2]: pool[index][1].max() for index in range(3)}
         assert seen == {"001.Black_footed_Albatross": 2, "002.Laysan_Albatross": 1}
+
+    def test_other_truth_is_another_fingerprint(self, tmp_path: Path) -> None:
+        """By which a training that was cut off knows whether it may go on."""
+
+        def fingerprint(names: list[str]) -> Any:
+            bench = VocBench(format="voc", root=tmp_path, split="val", categories=names)
+            truth = open_truth(bench, [], field="train.data")
+            return AnnotatedPool(truth, categories=CATEGORIES).fingerprint
+
+        plain = voc_pool(tmp_path).fingerprint
+        assert fingerprint(VOC_CATEGORIES) == plain
+        assert fingerprint(VOC_CATEGORIES[::-1]) != plain
+        for mask in (tmp_path / "SegmentationClass").iterdir():
+            os.utime(mask, (0, 0))  # as one that was written again
+        assert fingerprint(VOC_CATEGORIES) != plain
 
     def test_a_set_without_any_of_the_categories_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(PipelineError, match=r"none of the categories: it has cat, dog, .* bus"):

@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 class Windows(NamedTuple):
-    """Side of square windows and the step between them, in patches; a step of at most the side."""
+    """Side of square windows and the step between them; a step of at most the side."""
 
     side: int
     stride: int
 
     def starts(self, length: int) -> list[int]:
-        """Where windows begin along a side of that many patches, the last flush with its end."""
+        """Where windows begin along a side of that length, the last flush with its end."""
         last = max(0, length - self.side)
         return [*range(0, last, self.stride), last]
 

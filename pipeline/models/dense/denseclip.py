@@ -98,7 +98,11 @@ class ClipLabeller(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """All that labels depend on besides image and names."""
-        return {**self.params.recipe(), "weights": self.encoder.fingerprint()}
+        return {
+            "method": self.params.method,
+            **self.params.recipe(),
+            "weights": self.encoder.fingerprint(),
+        }
 
     @property
     def logit_scale(self) -> float | None:

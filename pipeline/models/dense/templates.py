@@ -7,6 +7,7 @@ Letters: T templates, K label ids, C joint embedding, B images, h w grid of patc
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.files import digest
 from pipeline.models.dense.labels import label_and_confidence
+from pipeline.models.weights.weights import hash_tensors
 
 if TYPE_CHECKING:
     from pipeline.methods.dense import TextLabeller
@@ -41,11 +42,14 @@ class TemplateExperts:
         self._experts = experts
         self.patch_size = labeller.patch_size
         self.text = labeller.text
+        hasher = hashlib.sha256()
+        hash_tensors(hasher, {"experts": experts})
+        self._hash = hasher.hexdigest()
 
     @property
     def settings(self) -> dict[str, Any]:
         """Those of the labeller; the experts are in their hash."""
-        return {**self._labeller.settings, "experts": digest(self._experts.cpu().tolist())}
+        return {**self._labeller.settings, "experts": self._hash}
 
     def select(self, label_ids: Sequence[int]) -> TemplateExperts:
         """The same for some label ids, in this order."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.models.clip import Windows
 from pipeline.models.layers.interpolate import upsample
 
 if TYPE_CHECKING:
@@ -22,12 +23,6 @@ WINDOWS_AT_ONCE = 16  # windows that a network sees together
 CHANNELS_AT_ONCE = 64  # of features, whose map of all pixels would be large
 
 Place = tuple[int, int]
-
-
-def window_starts(length: int, side: int, stride: int) -> list[int]:
-    """First pixels of the windows along one axis; the last one ends with the axis."""
-    last = max(length - side, 0)
-    return [*range(0, last, stride), last]
 
 
 def cut_windows(images: Tensor, windows: WindowParams | None) -> tuple[list[Place], list[Tensor]]:
@@ -42,7 +37,8 @@ def cut_windows(images: Tensor, windows: WindowParams | None) -> tuple[list[Plac
     """
     height, width = images.shape[-2:]
     side, stride = (windows.side, windows.stride) if windows else (max(height, width), 1)
-    places = list(product(window_starts(height, side, stride), window_starts(width, side, stride)))
+    starts = Windows(side, stride).starts
+    places = list(product(starts(height), starts(width)))
     crops = [images[..., top : top + side, left : left + side] for top, left in places]
     return places, crops
 

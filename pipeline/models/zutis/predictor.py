@@ -124,7 +124,9 @@ class ZutisPredictor:
         images = images.to(self._runtime.device)
         mask_probs, patch_tokens = self._see(images)
         if settings.flip:
-            mirrored = self._see(images.flip(-1))[1].flip(2)
+            # Without what the network leaves out at the right, so that tokens of both lie together.
+            width = images.shape[-1] // self.patch_size * self.patch_size
+            mirrored = self._see(images[..., :width].flip(-1))[1].flip(2)
             patch_tokens = F.normalize(patch_tokens + mirrored, dim=-1)
         return [
             Segmentation(

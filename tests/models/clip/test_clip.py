@@ -23,6 +23,7 @@ from pipeline.models.clip import (
     text_embeddings,
 )
 from pipeline.params.base import EncoderParams
+from pipeline.vocabulary.categories import Names
 from pipeline.vocabulary.prompts import NAME_ONLY, PROMPTS_85
 from tests.paths import REFERENCE
 
@@ -96,9 +97,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 class TestText:
     def test_label_embeddings_put_the_averaged_background_first(self, encoder: ClipEncoder) -> None:
         background, names = ["sky", "grass"], ["cat", "dog"]
-        labels = label_embeddings(
-            encoder, background=background, categories=names, templates=NAME_ONLY
-        )
+        labels = label_embeddings(encoder, Names(names, background), NAME_ONLY)
         mean = text_embeddings(encoder, background, NAME_ONLY).mean(dim=0)
         assert torch.allclose(labels[0], mean / mean.norm(), atol=1e-6)
         assert torch.equal(labels[0], background_embedding(encoder, background, NAME_ONLY))

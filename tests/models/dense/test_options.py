@@ -314,12 +314,7 @@ def test_the_experts_of_certain_templates_decide(
     model = load(**options, template_choice={"images": str(photos), "num_images": 3, "keep": keep})
     clip = load_clip(encoder, torch.device("cpu"))
     classifiers = torch.stack(
-        [
-            label_embeddings(
-                clip, background=NAMES.background, categories=NAMES.categories, templates=[one]
-            )
-            for one in templates("prompts85")
-        ]
+        [label_embeddings(clip, NAMES, [one]) for one in templates("prompts85")]
     )
     single = load(**options)
 
@@ -441,6 +436,18 @@ def test_options_at_their_default_leave_the_recipe_as_it_was() -> None:
         ({"synonyms": {"a": ["c"], "b": ["c"]}}, r"synonyms\.b: 'c' is listed twice; remove one"),
         ({"background_threshold": 1.5}, r"pseudo_label\.background_threshold: .*, got 1\.5"),
         ({"template_choice": {}, "key_smoothing": 0.5}, r"pseudo_label: key_smoothing: it weighs"),
+        (
+            {"method": "naclip", "template_choice": {}, "prompt_denoising": 0.5},
+            r"pseudo_label: prompt_denoising: it weighs",
+        ),
+        (
+            {
+                "method": "lposs",
+                "windows": {"side": 8, "stride": 8},
+                "prompt_denoising": 0.5,
+            },
+            r"pseudo_label: prompt_denoising: what it removes from one window .* or windows to",
+        ),
         ({"template_choice": {"keep": 0}}, r"pseudo_label\.template_choice\.keep: .*, got 0"),
     ],
 )
