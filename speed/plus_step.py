@@ -36,7 +36,8 @@ from pipeline.methods.students import (
     fresh_student,
     training_data,
 )
-from pipeline.models.clip import label_embeddings, load_clip
+from pipeline.models.clip import load_clip
+from pipeline.models.clip.labels import label_embeddings
 from pipeline.models.plus.student import PlusStudent
 from pipeline.params.base import EncoderParams
 from pipeline.training.settings import Augmentation

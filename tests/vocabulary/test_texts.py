@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.methods.dense import DenseClipParams, check_synonyms, load_dense_labeller
-from pipeline.models.clip import category_embeddings, label_embeddings, load_clip, text_embeddings
+from pipeline.models.clip import category_embeddings, load_clip, text_embeddings
+from pipeline.models.clip.labels import label_embeddings
 from pipeline.params.base import EncoderParams
 from pipeline.params.reading import parse_params
 from pipeline.vocabulary.categories import Names, all_texts, check_texts, texts_for

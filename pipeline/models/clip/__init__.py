@@ -15,7 +15,6 @@ from pipeline.models.clip.text import (
     background_embedding,
     category_embeddings,
     check_distinct,
-    label_embeddings,
     text_embeddings,
 )
 from pipeline.models.clip.tokenizer import VOCABULARY_SPECIALS
@@ -37,7 +36,6 @@ __all__ = [
     "check_distinct",
     "clip_config",
     "dense_tower",
-    "label_embeddings",
     "load_clip",
     "pad_to_multiple",
     "text_embeddings",

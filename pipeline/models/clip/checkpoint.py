@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pipeline.models.clip.encoder import ClipEncoder
+from pipeline.models.clip.labels import label_embeddings
 from pipeline.models.clip.loading import load_clip
-from pipeline.models.clip.text import label_embeddings
 from pipeline.models.weights.checkpoint import CONFIG_NAME, CheckpointConfig
 from pipeline.vocabulary.prompts import TEMPLATE_SETS
 

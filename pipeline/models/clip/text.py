@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,6 @@ from torch import Tensor
 from pipeline.errors import PipelineError
 from pipeline.models.clip.encoder import ClipEncoder
 from pipeline.models.clip.names import NAMES_FIELD
-
-if TYPE_CHECKING:
-    from pipeline.vocabulary.categories import Names
 
 SHOWN_LETTERS = 60
 
@@ -70,7 +66,7 @@ def category_embeddings(
     Raises:
         PipelineError: as `text_embeddings`.
     """
-    own = _texts_of(categories, texts)
+    own = texts_of(categories, texts)
     rows = text_embeddings(encoder, list(chain(*own)), templates, field="categories")
     if not texts:
         return rows
@@ -80,7 +76,7 @@ def category_embeddings(
     )
 
 
-def _texts_of(categories: Sequence[str], texts: Mapping[str, Sequence[str]]) -> list[Sequence[str]]:
+def texts_of(categories: Sequence[str], texts: Mapping[str, Sequence[str]]) -> list[Sequence[str]]:
     """What stands for each category."""
     return [texts.get(name, [name]) for name in categories]
 
@@ -91,22 +87,6 @@ def background_embedding(
     """One unit embedding (C,) for several names of the background: mean over all, normalised."""
     embeddings = text_embeddings(encoder, names, templates, field="background")
     return F.normalize(embeddings.mean(dim=0), dim=-1)
-
-
-def label_embeddings(encoder: ClipEncoder, names: Names, templates: Sequence[str]) -> Tensor:
-    """Unit embeddings (1 + K, C) by label id: the background's first, then the categories'.
-
-    Raises:
-        PipelineError: as `check_distinct` and `text_embeddings`.
-    """
-    listed = list(chain(*_texts_of(names.categories, names.texts)))
-    check_distinct(encoder, background=names.background, categories=listed)
-    return torch.cat(
-        [
-            background_embedding(encoder, names.background, templates).unsqueeze(0),
-            category_embeddings(encoder, names.categories, templates, names.texts),
-        ]
-    )
 
 
 def check_distinct(

@@ -28,9 +28,9 @@ from pipeline.models.clip import (
     DenseTower,
     Windows,
     dense_tower,
-    label_embeddings,
     load_clip,
 )
+from pipeline.models.clip.labels import label_embeddings
 from pipeline.models.clip.tokens import PositionResize
 from pipeline.models.dense.labels import LOGIT_SCALE, label_and_confidence
 from pipeline.vocabulary.prompts import templates

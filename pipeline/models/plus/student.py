@@ -19,7 +19,8 @@ from torch.optim import SGD, Optimizer
 
 from pipeline.errors import PipelineError
 from pipeline.formats.labels import IGNORE_INDEX, UNLABELLED
-from pipeline.models.clip import ClipEncoder, label_embeddings
+from pipeline.models.clip import ClipEncoder
+from pipeline.models.clip.labels import label_embeddings
 from pipeline.models.clip.photo_clip import NAME as PHOTO_CLIP
 from pipeline.models.clip.photo_clip import find_weights as find_photo_clip
 from pipeline.models.layers.interpolate import upsample, upsampled_labels

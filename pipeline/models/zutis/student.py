@@ -13,7 +13,8 @@ from torch.optim import AdamW, Optimizer
 from pipeline.errors import PipelineError
 from pipeline.files import digest
 from pipeline.formats.labels import IGNORE_INDEX
-from pipeline.models.clip import ClipEncoder, label_embeddings, load_clip
+from pipeline.models.clip import ClipEncoder, load_clip
+from pipeline.models.clip.labels import label_embeddings
 from pipeline.models.zutis.build import build_zutis
 from pipeline.models.zutis.losses import mask_loss, num_counted, num_pairs, semantic_loss
 from pipeline.models.zutis.schedule import param_groups, set_learning_rates

@@ -15,13 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.models.clip import (
-    ClipEncoder,
-    background_embedding,
-    label_embeddings,
-    load_clip,
-    text_embeddings,
-)
+from pipeline.models.clip import ClipEncoder, background_embedding, load_clip, text_embeddings
+from pipeline.models.clip.labels import label_embeddings
 from pipeline.params.base import EncoderParams
 from pipeline.vocabulary.categories import Names
 from pipeline.vocabulary.prompts import NAME_ONLY, PROMPTS_85

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.models.clip import ClipEncoder, check_distinct, label_embeddings, text_embeddings
+from pipeline.models.clip import ClipEncoder, check_distinct, text_embeddings
+from pipeline.models.clip.labels import label_embeddings
 from pipeline.models.clip.loading import build_from_config
 from pipeline.models.clip.photo_clip import CONFIG_PATH
 from pipeline.models.clip.tokenizer import Tokenizer, load_tokenizer

@@ -23,7 +23,8 @@ from pipeline.methods.dense import (
     PseudoLabelParams,
     load_dense_labeller,
 )
-from pipeline.models.clip import label_embeddings, load_clip
+from pipeline.models.clip import load_clip
+from pipeline.models.clip.labels import label_embeddings
 from pipeline.models.layers.pamr import refine
 from pipeline.params.base import EncoderParams
 from pipeline.params.reading import parse_params
