@@ -337,6 +337,44 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
         raise PipelineError(f"{path}: {parent} takes no files; choose another path") from None
 
 
+def check_replaceable(path: Path, ours: re.Pattern[str], *, needed: str | None = None) -> None:
+    """Refuse a folder from which `replace_dir` would remove what no earlier run has written.
+
+    One that is missing or empty can be replaced; hidden files do not count.
+
+    Args:
+        path: the folder.
+        ours: names of all that an earlier run may have put into it.
+        needed: path below it of something that every earlier run has written.
+
+    Raises:
+        PipelineError: something else is there, or what is needed is not; the message names it.
+    """
+    if not path.is_dir():
+        return
+    names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    check_names(path, names, ours)
+    if names and needed and not (path / needed).exists():
+        raise PipelineError(
+            f"{path}: would be replaced as a whole, but has no {needed}, so no earlier run has "
+            "written it; give a folder of its own"
+        )
+
+
+def check_names(folder: Location, names: Iterable[str], ours: re.Pattern[str]) -> None:
+    """Refuse a folder, which is to be replaced, for a name in it that is not one of ours.
+
+    Raises:
+        PipelineError: with the first such name.
+    """
+    other = next((name for name in names if not ours.fullmatch(name)), None)
+    if other is not None:
+        raise PipelineError(
+            f"{folder}: would be replaced as a whole, but holds other things too, such as "
+            f"{other}; give a folder of its own"
+        )
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` atomically."""
     with atomic_path(path) as temporary:
