@@ -30,6 +30,7 @@ URL_OF_ONE_SLASH = re.compile(r"[a-z][a-z0-9+.-]+:/(?!/)")
 FILE_URL = re.compile(r"file:(?!///)")
 WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 KEY_DIGITS = 16
+TEMPORARY = rf"(\w{{8}}|[0-9a-f]{{{KEY_DIGITS}}})"  # in the names of temporary folders
 ABANDONED_SECONDS = 3600
 # Problem and remedy, by error number.
 OUT_OF_SPACE = {
@@ -187,10 +188,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replace_dir(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`, swapped in once the block succeeds."""
+    """Yield an empty temporary folder beside `path`, swapped in once the block succeeds.
+
+    What a run that was killed while it swapped has left is put back first.
+    """
     path = _link_target(path)
     with _making_parents(path):
-        _remove_abandoned(path)
+        _tidy_up(path)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
         try:
             yield temporary
@@ -214,11 +218,7 @@ def resumable_dir(path: Path, key: str) -> Iterator[Path]:
     path = _link_target(path)
     temporary = path.with_name(f".{path.name}.{key[:KEY_DIGITS]}.part")
     with _making_parents(path):
-        for retired in _leftovers(path, f"[0-9a-f]{{{KEY_DIGITS}}}\\.old"):
-            if path.exists():
-                shutil.rmtree(retired)
-            else:  # killed between two moves
-                retired.replace(path)
+        _tidy_up(path)
         for other in parts_left(path):
             if other != temporary:
                 shutil.rmtree(other)
@@ -244,9 +244,19 @@ def _link_target(path: Path) -> Path:
     return Path(path).resolve() if Path(path).is_symlink() else Path(path)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove what killed runs have left beside `path`; a fresh folder may be another run's."""
-    for folder in _leftovers(path, r"\w{8}\.(tmp|old)"):
+def _tidy_up(path: Path) -> None:
+    """Put back what was at `path`, if a run was killed while it moved another folder there.
+
+    What else killed runs have left beside it is removed; a fresh `.tmp` may be another run's.
+    """
+    for retired in _leftovers(path, rf"{TEMPORARY}\.old"):
+        if path.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            retired.replace(path)
+    for gone in _leftovers(path, rf"{TEMPORARY}\.gone"):
+        shutil.rmtree(gone, ignore_errors=True)
+    for folder in _leftovers(path, rf"{TEMPORARY}\.tmp"):
         with suppress(FileNotFoundError):
             if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
                 shutil.rmtree(folder)
@@ -260,11 +270,13 @@ def _leftovers(path: Path, pattern: str) -> list[Path]:
 
 def _move_over(temporary: Path, path: Path) -> None:
     """Move a folder to `path`; one that is there is removed."""
-    retired = temporary.with_suffix(".old")
+    retired, gone = temporary.with_suffix(".old"), temporary.with_suffix(".gone")
     if path.is_dir():
         path.replace(retired)
     temporary.replace(path)
-    shutil.rmtree(retired, ignore_errors=True)
+    if retired.is_dir():
+        retired.replace(gone)  # what a kill leaves of it is not to be put back
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 @contextmanager
@@ -323,6 +335,44 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
             pass
     except FileNotFoundError:  # a link to nowhere, or a folder that is none, such as /proc
         raise PipelineError(f"{path}: {parent} takes no files; choose another path") from None
+
+
+def check_replaceable(path: Path, ours: re.Pattern[str], *, needed: str | None = None) -> None:
+    """Refuse a folder from which `replace_dir` would remove what no earlier run has written.
+
+    One that is missing or empty can be replaced; hidden files do not count.
+
+    Args:
+        path: the folder.
+        ours: names of all that an earlier run may have put into it.
+        needed: path below it of something that every earlier run has written.
+
+    Raises:
+        PipelineError: something else is there, or what is needed is not; the message names it.
+    """
+    if not path.is_dir():
+        return
+    names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    check_names(path, names, ours)
+    if names and needed and not (path / needed).exists():
+        raise PipelineError(
+            f"{path}: would be replaced as a whole, but has no {needed}, so no earlier run has "
+            "written it; give a folder of its own"
+        )
+
+
+def check_names(folder: Location, names: Iterable[str], ours: re.Pattern[str]) -> None:
+    """Refuse a folder, which is to be replaced, for a name in it that is not one of ours.
+
+    Raises:
+        PipelineError: with the first such name.
+    """
+    other = next((name for name in names if not ours.fullmatch(name)), None)
+    if other is not None:
+        raise PipelineError(
+            f"{folder}: would be replaced as a whole, but holds other things too, such as "
+            f"{other}; give a folder of its own"
+        )
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -345,21 +346,46 @@ def test_an_interrupted_folder_is_continued_by_its_key_only(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+FOLDER_WRITERS = [replace_dir, partial(resumable_dir, key="b" * 64)]
+
+
 @pytest.mark.parametrize("swapped", [False, True])
-def test_a_kill_between_the_moves_of_a_folder_loses_nothing(tmp_path: Path, swapped: bool) -> None:
-    retired = tmp_path / f".out.{'a' * 16}.old"
+@pytest.mark.parametrize("made_by", ["a1b2_c3d", "a" * 16])
+@pytest.mark.parametrize("writer", FOLDER_WRITERS)
+def test_a_kill_between_the_moves_of_a_folder_loses_nothing(
+    tmp_path: Path, writer: Callable, made_by: str, swapped: bool
+) -> None:
+    retired = tmp_path / f".out.{made_by}.old"
     retired.mkdir()
     (retired / "old").write_text("x")
+    os.utime(retired, (0, 0))  # the old content was written long ago
     if swapped:
         (tmp_path / "out").mkdir()
         (tmp_path / "out/newer").write_text("x")
-    with pytest.raises(RuntimeError), resumable_dir(tmp_path / "out", "b" * 64):
-        raise RuntimeError
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["newer" if swapped else "old"]
-    assert not retired.exists()
+    with pytest.raises(Interruption), writer(tmp_path / "out"):
+        raise Interruption
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["newer" if swapped else "old"]
 
 
-@pytest.mark.parametrize("writer", [replace_dir, partial(resumable_dir, key="a" * 64)])
+@pytest.mark.parametrize("writer", FOLDER_WRITERS)
+def test_what_was_replaced_is_not_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: Callable
+) -> None:
+    """A kill while it is removed may leave half of it."""
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *_, **__: None)
+        for number in range(2):
+            with writer(tmp_path / "out") as folder:
+                (folder / str(number)).write_text("x")
+        assert len(names(tmp_path)) == 2
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(Interruption), writer(tmp_path / "out"):
+        raise Interruption
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("writer", FOLDER_WRITERS)
 def test_a_link_to_a_folder_elsewhere_stays_one(tmp_path: Path, writer: Callable) -> None:
     (tmp_path / "disk/real").mkdir(parents=True)
     (tmp_path / "out").symlink_to(tmp_path / "disk/real")

@@ -10,6 +10,7 @@ ROOT/ImageSets/Segmentation/SPLIT.txt     one ID a line
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +32,7 @@ IMAGES = "JPEGImages"
 CLASSES = "SegmentationClass"
 OBJECTS = "SegmentationObject"
 SPLITS = "ImageSets/Segmentation"
+WRITTEN = re.compile(f"{IMAGES}|{CLASSES}|{OBJECTS}|ImageSets")  # all that `VocWriter` writes
 
 
 @dataclass(frozen=True)

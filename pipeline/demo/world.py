@@ -6,6 +6,7 @@ Every image is a function of (seed, part, number) alone. No stage reads the trut
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from pipeline.benchmarks.voc import CLASSES, OBJECTS, VocWriter, encode_index_pn
 from pipeline.demo.glyphs import KNOWN_FAMILIES, UNSEEN_FAMILY, glyph_names, load_glyphs
 from pipeline.demo.scene import BENCH_BACKGROUNDS, OUTLINED, Scene, Style, choose_names, draw_scene
 from pipeline.engine.progress import StageRun
-from pipeline.files import replace_dir
+from pipeline.files import check_replaceable, replace_dir
 from pipeline.params.sections import WorldParams
 
 INDEX_STREAM = 1
 # Of the known and the unseen part of a benchmark: settings are chosen on `dev`, `voc` is reported.
 BENCH_STREAMS = {"dev": (2, 3), "voc": (4, 5)}
+INDEX, TRUTH = "index", "index_truth"
+WRITTEN = re.compile("|".join((INDEX, TRUTH, *BENCH_STREAMS)))
 INDEX_COUNTS = (0.10, 0.62, 0.20, 0.08)
 BENCH_COUNTS = (0.0, 0.35, 0.40, 0.25)
 CATEGORY_SHARE = 0.75
@@ -39,8 +42,10 @@ def draw_world(out_dir: Path, *, params: WorldParams, seed: int, stats_path: Pat
     known families), `unseen` (a family drawn nowhere else) and `val` (both).
 
     Raises:
-        PipelineError: the fonts of the extra `demo` are not installed.
+        PipelineError: `out_dir` holds something else, or the fonts of the extra `demo` are not
+            installed.
     """
+    check_replaceable(out_dir, WRITTEN, needed=TRUTH)
     known = Style(load_glyphs(KNOWN_FAMILIES), params.size, outlined=OUTLINED)
     # Noto's glyphs are line drawings with an outline of their own.
     unseen = Style(load_glyphs((UNSEEN_FAMILY,)), params.size)
@@ -65,7 +70,7 @@ def draw_world(out_dir: Path, *, params: WorldParams, seed: int, stats_path: Pat
 
 
 def _draw_index(folder: Path, style: Style, count: int, *, seed: int, run: StageRun) -> None:
-    images, truth = folder / "index", folder / "index_truth"
+    images, truth = folder / INDEX, folder / TRUTH
     for part in (images, truth / CLASSES, truth / OBJECTS):
         part.mkdir(parents=True)
     for number in range(count):

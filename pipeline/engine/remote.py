@@ -14,8 +14,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.errors import PipelineError
-from pipeline.files import Location, atomic_path, digest, read_json, write_json
-from pipeline.formats.shards import MANIFEST, check_replaceable
+from pipeline.files import Location, atomic_path, check_names, digest, read_json, write_json
+from pipeline.formats.shards import MANIFEST, SHARD_FILES
 
 NOTE = ".fetched.json"
 SENT_AT_ONCE = 4  # files; a store may hold each of them in memory
@@ -78,7 +78,7 @@ def _check_target(location: Location) -> None:
     """Find out now whether an output can be sent, and whether it would replace something else."""
     if location.is_dir():
         names = [path.relative_to(location).as_posix() for path in _files_below(location)]
-        check_replaceable(location, names)
+        check_names(location, names, SHARD_FILES)
     probe = location.parent / f".{location.name}.probe"
     probe.parent.mkdir(parents=True, exist_ok=True)
     probe.write_bytes(b"")

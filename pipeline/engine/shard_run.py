@@ -21,9 +21,17 @@ from pipeline.engine.dry_run import CacheUse, DryRun
 from pipeline.engine.progress import FINISHED_BEFORE, StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
-from pipeline.files import atomic_path, claim, file_versions, refuse_url, resumable_dir, write_json
-from pipeline.formats.shards import (
+from pipeline.files import (
+    atomic_path,
     check_replaceable,
+    claim,
+    file_versions,
+    refuse_url,
+    resumable_dir,
+    write_json,
+)
+from pipeline.formats.shards import (
+    SHARD_FILES,
     check_shard,
     shard_entry,
     shard_name,
@@ -183,7 +191,7 @@ def run_job(
             `out_dir` holds something else, or another run is at work on it.
     """
     refuse_url(out_dir)
-    _check_ours(out_dir)
+    check_replaceable(out_dir, SHARD_FILES)
     if isinstance(executor, DryRun):
         executor.shards(
             job.items,
@@ -238,13 +246,6 @@ def _make(
         rows[task.number] = _row(task.path, samples, part)
         write_json(_row_path(task.path), rows[task.number])
     return [rows[number] for number in sorted(rows)]
-
-
-def _check_ours(out_dir: Path) -> None:
-    """Refuse to replace a folder of something else."""
-    if out_dir.is_dir():
-        names = [path.name for path in out_dir.iterdir() if not path.name.startswith(".")]
-        check_replaceable(out_dir, names)
 
 
 def _finish(

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.exporters.items import ExportedImage, ExportedObject
+from pipeline.exporters.parts import write_image
 from pipeline.exporters.polygons import polygons
-from pipeline.files import native_path
 from pipeline.formats.rle import coco_annotation, encode_mask
 
 IMAGES, RLES, POLYGONS = "images", "annotations", "annotations_polygons"
@@ -28,11 +28,10 @@ class Coco:
         self._categories = categories
         self._num_images = self._num_annotations = 0
         self._files: dict[tuple[str, str], _InstancesFile] = {}
-        (folder / IMAGES).mkdir()
 
     def add(self, image: ExportedImage) -> None:
         self._num_images += 1
-        (self._folder / IMAGES / native_path(image.name)).write_bytes(image.data)
+        write_image(self._folder / IMAGES, image)
         entry = {
             "id": self._num_images,
             "file_name": image.name,

@@ -20,7 +20,7 @@ from pipeline.exporters.naming import UniqueNames, fit_stem
 from pipeline.exporters.outputs import MANIFEST, TOOL
 from pipeline.exporters.registry import find_format
 from pipeline.exporters.sources import Found, Source
-from pipeline.files import claim, replace_dir, write_json
+from pipeline.files import claim, replace_dir, utf8_text, write_json
 from pipeline.formats.images import WORD_IGNORE, ImageError
 from pipeline.formats.labels import IGNORE_INDEX, LabelMap
 
@@ -88,7 +88,8 @@ def run(
         counts = {**tally.counts, **getattr(exporter, "counts", {})}
         manifest = _manifest(source, tally, counts=counts, files=files)
         settings = {"format": format_name, "min_score": min_score, "split": val_share}
-        write_json(folder / MANIFEST, {**_head(), **settings, "opened_by": opened_by, **manifest})
+        settings["opened_by"] = utf8_text(opened_by, out_dir)
+        write_json(folder / MANIFEST, {**_head(), **settings, **manifest})
     _say(out_dir, tally, counts, opened_by)
 
 

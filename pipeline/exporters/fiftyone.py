@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.exporters.items import ExportedImage, ExportedObject
-from pipeline.exporters.parts import JsonRows, all_facts, crop_mask, write_image
+from pipeline.exporters.parts import JsonRows, all_facts, crop_mask, write_image, write_named
 from pipeline.files import write_bytes, write_json
 from pipeline.formats.images import encode_label, encode_png
 from pipeline.formats.labels import LABEL_TYPE
@@ -64,7 +64,7 @@ class Fiftyone:
             return None
         path = PurePosixPath("semantic", image.name).with_suffix(".png").as_posix()
         ids = image.semantic.astype(LABEL_TYPE)  # 65535, void, is -1 there
-        write_bytes(self._folder / path, encode_label(ids, len(self._categories)))
+        write_named(self._folder, path, encode_label(ids, len(self._categories)))
         return path
 
     def _object(self, found: ExportedObject) -> dict[str, Any]:

@@ -97,11 +97,11 @@ class _Split:
 
     def close(self) -> None:
         self._flush()
-        self._writer.close()
+        self._close_file()
 
     def _flush(self) -> None:
         if self._file_bytes >= FILE_BYTES:
-            self._writer.close()
+            self._close_file()
             self._writer = self._next_file()
         if self._rows:
             self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
@@ -112,7 +112,12 @@ class _Split:
         path = self._folder / f"{self._name}-{self._number:05d}.parquet"
         self._number += 1
         self._file_bytes = 0
-        return pq.ParquetWriter(path, self._schema)
+        self._file = path.open("wb")  # pyarrow itself takes no names but in UTF-8
+        return pq.ParquetWriter(self._file, self._schema)
+
+    def _close_file(self) -> None:
+        self._writer.close()
+        self._file.close()
 
 
 def _object(item: ExportedObject) -> dict[str, Any]:

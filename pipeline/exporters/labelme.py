@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.exporters.items import ExportedImage, ExportedObject
@@ -32,7 +32,7 @@ class Labelme:
             "version": VERSION,
             "flags": {},
             "shapes": [self._shape(found) for found in image.objects],
-            "imagePath": path.name,
+            "imagePath": PurePosixPath(image.name).name,
             "imageData": None,
             "imageHeight": image.height,
             "imageWidth": image.width,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+# Of a stem in UTF-8. File systems have room for 255, suffixes and temporary names take the others.
+MOST_BYTES = 200
 UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029/\\]")
 
 
@@ -28,8 +30,9 @@ class UniqueNames:
 
 
 def fit_stem(stem: str) -> str:
-    """A stem that lists of names, a line each, can hold."""
-    return UNFIT.sub("_", stem).strip() or "image"
+    """A stem that lists of names, a line each, can hold, and file systems; a long one is cut."""
+    content = UNFIT.sub("_", stem).strip().encode("utf-8", "surrogateescape")
+    return content[:MOST_BYTES].decode("utf-8", "ignore").rstrip() or "image"
 
 
 def _folded(stem: str) -> str:

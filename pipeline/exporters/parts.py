@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.exporters.items import ExportedImage
+from pipeline.files import native_path
 from pipeline.formats.rle import encode_mask, mask_box_xywh
 
 
@@ -35,9 +36,14 @@ def crop_mask(mask: NDArray[np.bool_]) -> Crop:
 
 def write_image(folder: Path, image: ExportedImage) -> Path:
     """Write the file of an image below a folder, under its name; returns its path."""
-    path = folder / image.name
+    return write_named(folder, image.name, image.data)
+
+
+def write_named(folder: Path, name: str, data: bytes) -> Path:
+    """Write a file below a folder, under a name in UTF-8; returns its path on this machine."""
+    path = folder / native_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(image.data)
+    path.write_bytes(data)
     return path
 
 

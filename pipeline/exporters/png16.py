@@ -16,7 +16,8 @@ import numpy as np
 from pipeline.errors import PipelineError
 from pipeline.exporters.items import ExportedImage
 from pipeline.exporters.maps import label_map, object_map
-from pipeline.files import native_path, write_json
+from pipeline.exporters.parts import write_image, write_named
+from pipeline.files import write_json
 from pipeline.formats.images import encode_png
 
 IMAGES, INSTANCES, SEMANTIC, LISTED = "images", "instances", "semantic", "instances.json"
@@ -30,8 +31,6 @@ class Png16:
         self._folder = folder
         self._categories = categories
         self._images: list[dict[str, Any]] = []
-        for part in (IMAGES, INSTANCES, SEMANTIC):
-            (folder / part).mkdir()
 
     def add(self, image: ExportedImage) -> None:
         if len(image.objects) > MOST:
@@ -41,9 +40,9 @@ class Png16:
             )
         name = f"{PurePosixPath(image.name).stem}.png"
         numbers = object_map(image)
-        (self._folder / IMAGES / native_path(image.name)).write_bytes(image.data)
-        (self._folder / INSTANCES / native_path(name)).write_bytes(encode_png(numbers))
-        (self._folder / SEMANTIC / native_path(name)).write_bytes(encode_png(label_map(image)))
+        write_image(self._folder / IMAGES, image)
+        write_named(self._folder / INSTANCES, name, encode_png(numbers))
+        write_named(self._folder / SEMANTIC, name, encode_png(label_map(image)))
         areas = np.bincount(numbers.ravel(), minlength=len(image.objects) + 1).tolist()
         self._images.append(
             {

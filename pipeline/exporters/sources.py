@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.benchmarks.example import Benchmark, Example
 from pipeline.errors import PipelineError, listing
 from pipeline.exporters.items import ExportedObject
-from pipeline.files import native_path, read_json
+from pipeline.files import native_path, read_json, utf8_text
 from pipeline.formats.dense_labels import LabelStore
 from pipeline.formats.images import ImageError, decode_label, read_file
 from pipeline.formats.labels import LabelMap
@@ -127,7 +127,7 @@ class PhotoPredictions:
         self._has_objects = bool(content["annotations"])
         self.origin = {
             "kind": "predictions of photos",
-            "path": folder.as_posix(),
+            "path": _noted(folder),
             **_objects_note(self._has_objects),
             **info,
         }
@@ -183,7 +183,7 @@ class BenchPredictions:
         self.origin = {
             "kind": "predictions of a benchmark",
             "benchmark": name,
-            "path": shard_dir.as_posix(),
+            "path": _noted(shard_dir),
             "protocol": settings.get("protocol", []),
         }
 
@@ -256,9 +256,9 @@ class ArchiveMasks:
         self._places = _places_by_image(self._samples, self.categories, masks_dir)
         self.origin = {
             "kind": "pseudo-labels of the archives",
-            "path": masks_dir.as_posix(),
+            "path": _noted(masks_dir),
             **_settings(self._samples),
-            **({} if labels_dir is None else {"labels": labels_dir.as_posix()}),
+            **({} if labels_dir is None else {"labels": _noted(labels_dir)}),
         }
 
     def __len__(self) -> int:
@@ -336,6 +336,11 @@ def _regions(labels: LabelMap | None) -> list[ExportedObject]:
         ExportedObject(labels == label_id, int(label_id))
         for label_id in np.unique(labels[labels > 0])
     ]
+
+
+def _noted(path: Path) -> str:
+    """A path as the manifest has it."""
+    return utf8_text(path.as_posix(), path)
 
 
 def _objects_note(has_objects: bool) -> dict[str, str]:

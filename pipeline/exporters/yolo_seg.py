@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pipeline.exporters.items import ExportedImage, ExportedObject
+from pipeline.exporters.parts import write_image, write_named
 from pipeline.exporters.polygons import one_polygon
-from pipeline.files import native_path
 
 DATA = "data.yaml"
 
@@ -26,15 +26,11 @@ class YoloSeg:
         self._splits: set[str] = set()
 
     def add(self, image: ExportedImage) -> None:
-        images, labels = (self._folder / part / image.split for part in ("images", "labels"))
-        if image.split not in self._splits:
-            self._splits.add(image.split)
-            images.mkdir(parents=True)
-            labels.mkdir(parents=True)
-        name = native_path(image.name)
-        (images / name).write_bytes(image.data)
+        self._splits.add(image.split)
+        write_image(self._folder / "images" / image.split, image)
+        name = PurePosixPath(image.name).with_suffix(".txt").as_posix()
         text = "".join(_line(item, image) for item in image.objects)
-        (labels / name.with_suffix(".txt")).write_text(text, encoding="utf-8")
+        write_named(self._folder / "labels" / image.split, name, text.encode())
 
     def finish(self) -> str:
         # Ultralytics asks for both splits, and finds them beside the file where `path` is left out.

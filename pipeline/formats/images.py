@@ -40,7 +40,7 @@ MAX_FILE_BYTES = 1 << 30
 MAX_SCANS = 100
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
 JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.DOTALL)
-TILE_WIDTH_TAG, TILE_LENGTH_TAG = 322, 323
+WIDTH_TAG, LENGTH_TAG, TILE_WIDTH_TAG, TILE_LENGTH_TAG = 256, 257, 322, 323
 MAX_REASON = 100
 ORIENTATION_TAG = 0x0112
 # EXIF orientation -> the operation that puts the image upright.
@@ -53,6 +53,9 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# EXIF orientation -> the operation that undoes that one; all but two undo themselves.
+AS_STORED = {**UPRIGHT, 6: UPRIGHT[8], 8: UPRIGHT[6]}
+QUARTER_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", *TIFF_SIGNATURES, b"GIF8")
 MAX_BYTE_CATEGORIES = 254
@@ -87,11 +90,14 @@ def load_image(
     content = read_file(data) if isinstance(data, Path) else data
     image = _open(content, max_pixels)
     try:
+        # Pillow itself turns a TIFF while it loads it, and forgets the orientation.
+        turned = _orientation(image) if isinstance(image, TiffImageFile) else 1
         rgb = as_rgb(decode(image, content))
-        orientation = _orientation(image)
+        to_turn = _orientation(image)  # a PNG may have it after its pixels
     except Exception as error:  # decoders answer hostile bytes with any exception
         raise ImageError(_reason(error)) from None
-    return rgb.transpose(UPRIGHT[orientation]) if upright and orientation in UPRIGHT else rgb
+    turn = UPRIGHT.get(to_turn) if upright else AS_STORED.get(turned)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def stored_size(path: Path) -> tuple[int, int]:
@@ -102,9 +108,23 @@ def stored_size(path: Path) -> tuple[int, int]:
     """
     try:
         with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
-            return image.height, image.width
+            width, height = _size_in_header(image)
+            return height, width
     except Exception as error:  # as in `load_image`
         raise ImageError(_reason(error)) from None
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height that `load_image` gives a file, which is opened and not loaded."""
+    width, height = _size_in_header(image)
+    return (height, width) if _orientation(image) in QUARTER_TURNED else (width, height)
+
+
+def _size_in_header(image: Image.Image) -> tuple[int, int]:
+    """Width and height as they are stored; the `size` of a TIFF is upright from Pillow 11 on."""
+    if isinstance(image, TiffImageFile):
+        return int(image.tag_v2[WIDTH_TAG]), int(image.tag_v2[LENGTH_TAG])
+    return image.size
 
 
 def read_file(path: Location) -> bytes:

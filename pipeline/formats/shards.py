@@ -21,7 +21,7 @@ from pipeline.files import Location, file_sha256, read_json, write_json
 
 MANIFEST = "_manifest.json"  # readers of Parquet folders pass over names with an underscore
 KEY = re.compile(r"[0-9A-Za-z_-]+")
-OURS = re.compile(r"\d{5,}\.(tar|parquet)|_?manifest\.json")
+SHARD_FILES = re.compile(r"\d{5,}\.(tar|parquet)|_?manifest\.json")  # all that is in such a folder
 TAR_BLOCK = 512
 ZEROS_AT_ONCE = 1 << 20
 MAX_OPEN = 128
@@ -127,24 +127,6 @@ def write_manifest(
     manifest = {"shards": list(entries), "samples": samples, **(settings or {})}
     write_json(shard_dir / MANIFEST, manifest)
     return manifest
-
-
-def check_replaceable(folder: Any, names: Iterable[str]) -> None:
-    """Refuse a folder whose files are not those of shards.
-
-    Args:
-        folder: for the message.
-        names: of all that is in it.
-
-    Raises:
-        PipelineError: something else is there; the message names it.
-    """
-    others = [name for name in names if not OURS.fullmatch(name)]
-    if others:
-        raise PipelineError(
-            f"{folder}: would be replaced as a whole, but holds other things too, such as "
-            f"{others[0]}; give a folder of its own"
-        )
 
 
 def read_manifest(shard_dir: Path) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from pipeline.benchmarks.voc import VOID, VocWriter
+from pipeline.benchmarks.voc import SPLITS, VOID, WRITTEN, VocWriter
 from pipeline.engine.progress import StageRun
 from pipeline.errors import PipelineError, counted, listing
-from pipeline.files import replace_dir
+from pipeline.files import check_replaceable, replace_dir
 from pipeline.formats.corrections import (
     BACKGROUND_NAME,
     CorrectedObject,
@@ -36,6 +36,7 @@ from pipeline.vocabulary.categories import Names, plain_name
 
 VOID_NAMES = ("void", "ignore")  # an object of these names is none, unless they are categories
 SPLIT = "val"
+SPLIT_FILE = f"{SPLIT}.txt"
 ID = re.compile(r"[^0-9A-Za-z_-]+")
 ID_DIGITS = 8
 
@@ -126,9 +127,11 @@ def write_benchmark(
         skip_empty: skip images without an object.
 
     Raises:
-        PipelineError: a damaged file, none of its images can be used, or VOC's layout has no room
-            for so many categories.
+        PipelineError: `out_dir` holds something else, a damaged file, none of its images can be
+            used, or VOC's layout has no room for so many categories.
     """
+    check_replaceable(out_dir, WRITTEN, needed=f"{SPLITS}/{SPLIT_FILE}")
+    check_replaceable(out_dir / SPLITS, re.compile(re.escape(SPLIT_FILE)))
     if len(names.categories) >= VOID:
         raise PipelineError(
             f"categories: {len(names.categories)}, but a benchmark in VOC's layout has room for "

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from pipeline.engine.progress import StageRun
 from pipeline.errors import PipelineError, listing
-from pipeline.files import replace_dir
-from pipeline.formats.shards import shard_entry, shard_name, write_manifest
+from pipeline.files import check_replaceable, replace_dir
+from pipeline.formats.shards import SHARD_FILES, shard_entry, shard_name, write_manifest
 from pipeline.formats.sources import ImageRef, SourceSpec, image_name
 from pipeline.formats.tables import (
     STATUS_OK,
@@ -89,9 +89,10 @@ def run(
         stats_path: JSON file of the counts.
 
     Raises:
-        PipelineError: another encoder, embeddings of another length than its, or not one name has
-            an image that can be used.
+        PipelineError: `out_dir` holds something else, another encoder, embeddings of another length
+            than its, or not one name has an image that can be used.
     """
+    check_replaceable(out_dir, SHARD_FILES)
     encoder = _checked_encoder(encoder, params.encoder)
     embeddings = read(path)
     _check_dim(path, embeddings.dim, params.encoder)

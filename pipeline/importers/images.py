@@ -16,10 +16,9 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.engine.parallel import Workers
 from pipeline.errors import PipelineError
-from pipeline.formats.images import FORMATS, ORIENTATION_TAG, ImageError
+from pipeline.formats.images import FORMATS, ImageError, upright_size
 from pipeline.formats.sources import ImageRef, SourceSpec, list_images, read_image
 
-QUARTER_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 READ_AHEAD = 256
 
 Prefixes = Sequence[tuple[str, str]]
@@ -171,8 +170,7 @@ def read_facts(ref: ImageRef, *, max_pixels: int) -> ImageFacts:
 def _upright_size(data: bytes, max_pixels: int) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            orientation = _orientation(image)
+            width, height = upright_size(image)
     except UnidentifiedImageError:
         raise ImageError("not an image" if data else "empty file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -181,11 +179,4 @@ def _upright_size(data: bytes, max_pixels: int) -> tuple[int, int]:
         raise ImageError(f"damaged: {type(error).__name__}") from None
     if not 0 < width * height <= max_pixels:
         raise ImageError(f"too large: {width}x{height}")
-    return (height, width) if orientation in QUARTER_TURNED else (width, height)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # damaged metadata does not spoil the pixels
-        return 1
+    return width, height

@@ -19,6 +19,7 @@ from pipeline.demo.world import (
     INDEX_OTHERS,
     draw_world,
 )
+from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.params.reading import read_params
 from pipeline.params.sections import WorldParams
@@ -99,6 +100,21 @@ def test_a_world_replaces_the_one_before(tmp_path: Path) -> None:
     folder = draw(tmp_path, params=WorldParams(index_images=1, bench_images=2, size=32))
     assert [path.name for path in (folder / "index").iterdir()] == ["00000.jpg"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stats.json", "world"]
+
+
+@pytest.mark.parametrize("theirs", ["thesis.tex", "voc/JPEGImages/cat.jpg"])
+def test_a_folder_that_is_no_world_is_not_replaced(tmp_path: Path, theirs: str) -> None:
+    path = tmp_path / "world" / theirs
+    path.parent.mkdir(parents=True)
+    path.write_text("years of work")
+    with pytest.raises(PipelineError, match="world: would be replaced as a whole, but h"):
+        draw(tmp_path)
+    assert path.read_text() == "years of work"
+
+
+def test_an_empty_folder_becomes_a_world(tmp_path: Path) -> None:
+    (tmp_path / "world").mkdir()
+    assert (draw(tmp_path) / "index").is_dir()
 
 
 def test_the_benchmark_is_read_as_any_voc_folder(world: Path) -> None:

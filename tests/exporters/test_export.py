@@ -286,6 +286,56 @@ def test_names_never_collide(tmp_path: Path) -> None:
         assert sorted(images) == sorted(Path(file["name"]).stem for file in files)
 
 
+@pytest.mark.parametrize("to", FORMATS)
+def test_long_names_are_cut_between_letters_and_stay_unique(tmp_path: Path, to: str) -> None:
+    stems = ["a" + "é" * 120, "a" + "é" * 120 + "bcd", "a" + "e" * 240]
+    paths = [image_file(tmp_path / f"{stem}.jpg", seed) for seed, stem in enumerate(stems)]
+    out = exported([Photo(path, (16, 24)) for path in paths], tmp_path, to)
+    names = [file["name"] for file in manifest_of(out)["files"]]
+    assert names == ["a" + "é" * 99 + ".jpg", "a" + "é" * 99 + "_2.jpg", "a" + "e" * 199 + ".jpg"]
+    if to != "hf":  # which has them in its tables
+        assert {Path(name).stem for name in names} == set(stored_images(out))
+
+
+IN_C = """
+import os, sys
+from pathlib import Path
+from pipeline.exporters.export import run
+from pipeline.exporters.registry import FORMATS
+from pipeline.exporters.sources import PhotoPredictions
+root = Path(os.fsdecode(chr(0x72AC).encode()))
+source = PhotoPredictions(root / "predictions")
+for to in FORMATS:
+    run(source=source, format_name=to, out_dir=root / sys.argv[1] / to)
+"""
+
+
+def test_names_are_the_same_under_a_locale_without_their_letters(tmp_path: Path) -> None:
+    mask = np.ones((16, 24), bool)
+    path = image_file(tmp_path / "犬/é.jpg")
+    write_predictions(tmp_path / "犬/predictions", [Photo(path, (16, 24), [(mask, 1, 0.5)])])
+    c_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for name, locale in (("utf8", {"PYTHONUTF8": "1"}), ("c", c_locale)):
+        done = subprocess.run(
+            [sys.executable, "-c", IN_C, name],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | locale,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+    made = [
+        {
+            found.relative_to(tmp_path / "犬" / name): found.read_bytes()
+            for found in (tmp_path / "犬" / name).rglob("*")
+            if found.is_file() and found.name != "manifest.json"
+        }
+        for name in ("utf8", "c")
+    ]
+    assert made[0] == made[1]
+    assert Path("labelme/images/é.json") in made[1]
+
+
 @pytest.mark.parametrize("to", OURS)
 def test_images_are_stored_upright_and_plain(tmp_path: Path, to: str) -> None:
     exif = Image.Exif()

@@ -26,6 +26,7 @@ from pipeline.formats.images import (
     resize_nearest,
     shrink_short_side,
     stored_size,
+    upright_size,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -180,25 +181,42 @@ def test_exif_rotation(orientation: int, format: str) -> None:
     assert np.abs(pixels(data).astype(int) - upright).max() <= 8
 
 
-def test_stored_pixels_stay_as_they_are_where_masks_belong_to_them() -> None:
+def turned(format: str, orientation: int) -> bytes:
+    """A file of `GRADIENT`, 20 wide and 12 high, whose EXIF says how to turn it."""
     exif = Image.Exif()
-    exif[ORIENTATION] = 6
-    stored = encoded(Image.fromarray(GRADIENT), "PNG", exif=exif)
-    np.testing.assert_array_equal(np.asarray(load_image(stored, upright=False)), GRADIENT)
-    assert load_image(stored).size == GRADIENT.shape[:2]
+    exif[ORIENTATION] = orientation
+    return encoded(Image.fromarray(GRADIENT), format, exif=exif)
 
 
-@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_stored_pixels_stay_as_they_are_where_masks_belong_to_them(
+    format: str, orientation: int
+) -> None:
+    data = turned(format, orientation)
+    np.testing.assert_array_equal(np.asarray(load_image(data, upright=False)), GRADIENT)
+    assert load_image(data).size == ((12, 20) if orientation in (5, 6, 7, 8) else (20, 12))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_stored_size_is_that_of_the_pixels_as_they_are_stored(
     tmp_path: Path, format: str, orientation: int
 ) -> None:
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
     path = tmp_path / "photo"
-    Image.new("RGB", (6, 4)).save(path, format, exif=exif)
-    stored = load_image(path, upright=False)
-    assert stored_size(path) == (stored.height, stored.width)
+    path.write_bytes(turned(format, orientation))
+    assert stored_size(path) == (12, 20)
+    assert load_image(path, upright=False).size == (20, 12)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("format", [name for name in FORMATS if name not in ("BMP", "GIF", "PPM")])
+def test_the_upright_size_is_that_of_the_upright_image(format: str, orientation: int) -> None:
+    data = turned(format, orientation)
+    expected = (12, 20) if orientation == 6 else (20, 12)
+    with Image.open(io.BytesIO(data)) as image:
+        assert upright_size(image) == expected
+    assert load_image(data).size == expected
 
 
 def test_the_size_of_what_has_no_header_is_an_image_error(tmp_path: Path) -> None:

@@ -40,10 +40,10 @@ def import_embeddings(
         encoder = encoder_name(params.encoder.model, params.encoder.pretrained)
         prefixes = parse_prefixes(changes.pop("prefixes", []))
         arguments = {"name": "pool", "source": pool, "encoder": encoder, "params": params}
+        arguments["out_dir"] = tmp_path / "embeddings" / "pool"
         embeddings.run(
             path=path,
             read=embeddings.READERS[form],
-            out_dir=tmp_path / "embeddings" / "pool",
             prefixes=prefixes,
             stats_path=tmp_path / "stats.json",
             **(arguments | changes),

@@ -115,6 +115,20 @@ def brush(mask: np.ndarray, label: str) -> Any:
     return region("brush", label, mask.shape, format="rle", rle=encode(mask))
 
 
+def write_bench(world: Path) -> None:
+    """Write the folder `bench`, of one image."""
+    path = world / "corrected.json"
+    path.write_text(json.dumps(coco(["dog.jpg"], [(0, "dog", box(1, 1, 9, 9))])))
+    importer.write_benchmark(
+        path=path,
+        images_dir=world / "photos",
+        corrections_dir=world / "corrections",
+        out_dir=world / "bench",
+        names=NAMES,
+        stats_path=world / "stats.json",
+    )
+
+
 def task(image: str, *annotations: Any, **fields: Any) -> dict[str, Any]:
     done = [it if isinstance(it, dict) else {"result": it} for it in annotations]
     return {
@@ -422,6 +436,32 @@ class TestBenchmark:
         assert [it.label_id for it in first.instances()] == [2, 1]
         np.testing.assert_array_equal(second.instances()[0].mask, box(19, 29, 1, 1))
         assert third.instances() == []
+
+    @pytest.mark.parametrize(
+        ("theirs", "message"),
+        [
+            ("holiday.jpg", "holds other things too, such as holiday.jpg"),
+            ("JPEGImages/holiday.jpg", "has no ImageSets/Segmentation/val.txt"),
+            ("ImageSets/Segmentation/train.txt", "has no ImageSets/Segmentation/val.txt"),
+        ],
+    )
+    def test_a_folder_that_is_no_benchmark_of_ours_is_not_replaced(
+        self, world: Path, theirs: str, message: str
+    ) -> None:
+        (world / "bench" / theirs).parent.mkdir(parents=True)
+        (world / "bench" / theirs).write_text("theirs")
+        message = f"bench: would be replaced as a whole, .*{message}"
+        with pytest.raises(PipelineError, match=message):
+            write_bench(world)
+        assert (world / "bench" / theirs).read_text() == "theirs"
+
+    def test_an_earlier_benchmark_and_an_empty_folder_are_replaced(self, world: Path) -> None:
+        (world / "bench").mkdir()
+        for _ in range(2):
+            write_bench(world)
+        (world / "bench/ImageSets/Segmentation/train.txt").write_text("theirs")
+        with pytest.raises(PipelineError, match=r"Segmentation: .* such as train\.txt"):
+            write_bench(world)
 
     def test_more_categories_than_its_layout_has_room_for_are_refused(self, world: Path) -> None:
         names = Names([f"c{i}" for i in range(255)], ["background"])

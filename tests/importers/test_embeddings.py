@@ -200,6 +200,19 @@ def test_a_folder_that_names_no_image_is_refused(
         import_embeddings(folder, "clip-retrieval")
 
 
+def test_a_folder_of_something_else_is_not_replaced(
+    tmp_path: Path, pool: SourceParams, import_embeddings: Callable
+) -> None:
+    path = write_pickle(tmp_path / "emb.pkl", random_tensors(["0.jpg"]))
+    import_embeddings(path)
+    for out_dir, other in ((tmp_path / "embeddings", "pool"), (pool.root, "0.jpg")):
+        before = sorted(out_dir.rglob("*"))
+        with pytest.raises(PipelineError, match=f"{out_dir}: .* other things too, such as {other}"):
+            import_embeddings(path, out_dir=out_dir)
+        assert sorted(out_dir.rglob("*")) == before
+    import_embeddings(path)
+
+
 def test_when_nothing_matches_the_old_output_stays(
     tmp_path: Path, pool: SourceParams, import_embeddings: Callable
 ) -> None:

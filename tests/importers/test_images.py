@@ -64,14 +64,15 @@ def test_nothing_outside_the_sources_is_opened(
     assert {item["reason"] for item in stats["skipped_items"]} == {"no such image"}
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
 def test_the_size_is_that_of_the_upright_image(
-    pool: SourceParams, import_archives: Callable
+    pool: SourceParams, import_archives: Callable, suffix: str
 ) -> None:
     image = Image.new("RGB", (60, 20))
     exif = image.getexif()
     exif[0x0112] = 6
-    image.save(pool.root / "turned.jpg", exif=exif)
-    rows, _ = import_archives({"cat": ["turned.jpg"], "dog": []})
+    image.save(pool.root / f"turned{suffix}", exif=exif)
+    rows, _ = import_archives({"cat": [f"turned{suffix}"], "dog": []})
     assert (rows[0].width, rows[0].height) == (20, 60)
 
 
