@@ -61,7 +61,8 @@ MinScore = Annotated[
 AsVideo = Annotated[bool, typer.Option("--video", help="Folders hold the frames of a video each.")]
 Every = Annotated[int, typer.Option(min=1, help="Of a video, every Nth frame.")]
 FramesASecond = Annotated[
-    float, typer.Option(min=0.001, help="Frames a second of a --video folder.")
+    float,
+    typer.Option(min=0.001, max=1000, help="Frames a second of a --video folder."),
 ]
 
 

@@ -48,6 +48,7 @@ PREDICTIONS = "predictions.json"
 STATS = "stats.json"
 NUMBER = re.compile(r"(\d+)")
 SECONDS_DIGITS = 6
+RATE_PARTS = 100_000  # a fraction of FFmpeg has 32 bits above and below
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def run(
         params: section `evaluate` of params.yaml.
         runtime: device and precision.
         every: only each Nth frame.
-        rate: frames a second of a folder.
+        rate: frames a second of a folder, from 0.001 to 1000.
 
     Raises:
         PipelineError: a path that does not exist or is no video, none of whose frames can be read,
@@ -234,7 +235,9 @@ def _length(clip: Clip) -> int | None:
 
 
 def _open(clip: Clip, rate: float) -> AbstractContextManager[Video]:
-    return _open_folder(clip, Fraction(rate)) if clip.frames else open_video(native_path(clip.path))
+    if not clip.frames:
+        return open_video(native_path(clip.path))
+    return _open_folder(clip, Fraction(rate).limit_denominator(RATE_PARTS))
 
 
 @contextmanager

@@ -143,6 +143,18 @@ def test_a_folder_of_frames(
     load_image(frames_dir / "f1.png")  # what was read is left alone
 
 
+@pytest.mark.parametrize("rate", [29.97, 0.001, 1000.0])
+def test_any_rate_that_the_command_takes(
+    frames_dir: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime, rate: float
+) -> None:
+    content = predict(tmp_path / "out", [frames_dir], checkpoint_dir, runtime, rate=rate)
+    seconds = [image["seconds"] for image in content["images"]]
+    assert seconds == pytest.approx([index / rate for index in (0, 1, 3, 4)], abs=1e-6)
+    with open_video(tmp_path / "out/videos/frames.mp4") as video:
+        shown = [float(frame.seconds) for frame in video.frames(1, lambda *_: None)]
+    assert shown == pytest.approx(seconds, abs=1 / 90_000)
+
+
 def test_several_clips_have_videos_and_tracks_of_their_own(
     clip: Path, frames_dir: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime
 ) -> None:
