@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -76,6 +77,27 @@ def run_pipeline(*args: object, cwd: Path, **environment: object) -> None:
 def fork_pipeline(*args: object, cwd: Path, **environment: object) -> Fork:
     """`run_pipeline` in a process of its own."""
     return Fork(lambda: run_pipeline(*args, cwd=cwd, **environment))
+
+
+def killed_after_moves(call: Callable[[], object], count: int) -> bool:
+    """Kill a call once it has moved so many files and folders; whether it came so far."""
+    process = Fork(lambda: _dying_after_moves(call, count))
+    code = process.wait()
+    assert code in (0, -signal.SIGKILL), process.output()
+    return code != 0
+
+
+def _dying_after_moves(call: Callable[[], object], count: int) -> None:
+    replace, moves = Path.replace, iter(range(1, count + 1))
+
+    def move(path: Path, target: Path) -> Path:
+        moved = replace(path, target)
+        if next(moves) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return moved
+
+    Path.replace = move  # type: ignore[method-assign]
+    call()
 
 
 def _with_output_to(descriptor: int, call: Callable[[], object]) -> None:

@@ -54,11 +54,16 @@ def listen(host: str, port: int) -> socket.socket:
         port: 0 for any free one.
 
     Raises:
-        PipelineError: it cannot, for the port is taken or the address is not this machine's.
+        PipelineError: it cannot, for the port is taken, or the address is none or not this
+            machine's.
     """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
+    except UnicodeError:  # of the codec of names
+        raise PipelineError(
+            f"--host {host!a}: not the name of a host; write that of this machine, or an IP address"
+        ) from None
     except OSError as error:
         reason = str(error.strerror).partition(" (")[0]
         raise PipelineError(

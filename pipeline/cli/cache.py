@@ -6,11 +6,13 @@ import json
 import re
 import time
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.cli.common import finite
 from pipeline.errors import size_text
 
 if TYPE_CHECKING:
@@ -56,11 +58,16 @@ def status(
 @cache_app.command()
 def gc(
     unused_days: Annotated[
-        float, typer.Option(min=0, help="Remove what was not used for so many days.")
+        float,
+        typer.Option(min=0, callback=finite, help="Remove what was not used for so many days."),
     ] = 30,
     max_gb: Annotated[
         float | None,
-        typer.Option(min=0, help="Then remove the least recently used until the rest fits."),
+        typer.Option(
+            min=0,
+            callback=finite,
+            help="Then remove the least recently used until the rest fits.",
+        ),
     ] = None,
     kind: Annotated[
         str | None,
@@ -78,7 +85,7 @@ def gc(
         root,
         now=time.time(),
         unused_days=unused_days,
-        max_bytes=None if max_gb is None else int(max_gb * 1e9),
+        max_bytes=None if max_gb is None else round(Fraction(max_gb) * 10**9),
         kind=kind,
         dry_run=dry_run,
     ):

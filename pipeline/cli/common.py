@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -173,6 +174,17 @@ def _location(text: str) -> Any:
         return as_location(text)
     except ValueError as error:  # of which typer would keep the value alone
         raise typer.BadParameter(str(error)) from None
+
+
+def finite(number: float | None) -> float | None:
+    """The number of an option, as it is: a range without an end takes infinity, and some take NaN.
+
+    Raises:
+        BadParameter: it is one of these; typer names the option.
+    """
+    if number is not None and not math.isfinite(number):
+        raise typer.BadParameter(f"{number} is not a finite number")
+    return number
 
 
 def try_outputs(*files: Location, folders: Sequence[Location] = ()) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.benches import find_bench
-from pipeline.cli.common import PATHS, MasksPath, Session, check_known, given_options, names
+from pipeline.cli.common import PATHS, MasksPath, Session, check_known, finite, given_options, names
 from pipeline.cli.stages import NAMES_HELP, BenchRoot, CheckpointPath
 from pipeline.errors import PipelineError
 
@@ -33,12 +33,16 @@ Archives = Annotated[bool, typer.Option(help="The archives' images with pseudo-m
 LabelsOfArchives = Annotated[
     Path | None, typer.Option(help="With --archives: dense labels as label maps: data/labels.")
 ]
-MinScore = Annotated[float, typer.Option(min=0, max=1, help="Leave out objects that score less.")]
+MinScore = Annotated[
+    float,
+    typer.Option(min=0, max=1, callback=finite, help="Leave out objects that score less."),
+]
 Split = Annotated[
     float | None,
     typer.Option(
         min=0,
         max=1,
+        callback=finite,
         help="Share of the images for validation, chosen by content; default: 0.1 of "
         "yolo-seg, none of others.",
     ),

@@ -12,6 +12,7 @@ from pipeline.cli.benches import alone, baseline
 from pipeline.cli.common import (
     Session,
     check_known,
+    finite,
     given_options,
     names,
     refuse_with_onnx,
@@ -54,6 +55,7 @@ MinScore = Annotated[
     typer.Option(
         min=0,
         max=1,
+        callback=finite,
         help="Leave out objects of a lower score; for all names, in place of "
         "`evaluate.min_score` and `evaluate.min_scores`.",
     ),
@@ -61,7 +63,8 @@ MinScore = Annotated[
 AsVideo = Annotated[bool, typer.Option("--video", help="Folders hold the frames of a video each.")]
 Every = Annotated[int, typer.Option(min=1, help="Of a video, every Nth frame.")]
 FramesASecond = Annotated[
-    float, typer.Option(min=0.001, help="Frames a second of a --video folder.")
+    float,
+    typer.Option(min=0.001, max=1000, callback=finite, help="Frames a second of a --video folder."),
 ]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline.cli.common import Session, names, refuse_with_onnx
+from pipeline.cli.common import Session, finite, names, refuse_with_onnx
 from pipeline.cli.stages import NAMES_HELP, CheckpointPath, OnnxPath
 from pipeline.errors import PipelineError, install_command
 
@@ -51,7 +51,10 @@ def serve(
         int, typer.Option(min=1, help="Requests of a worker at a time; more are sent away (503).")
     ] = 64,
     timeout: Annotated[
-        float, typer.Option(min=0.001, help="Seconds from a request to its answer (503).")
+        float,
+        typer.Option(
+            min=0.001, callback=finite, help="Seconds from a request to its answer (503)."
+        ),
     ] = 60.0,
 ) -> None:
     """Answer images by COCO JSON over HTTP: POST /predict, GET /categories, GET /health.

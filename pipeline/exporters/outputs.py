@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from pipeline.files import check_writable, read_json
+from pipeline.files import check_writable, native_path, read_json, utf8_text, write_json
 
 MANIFEST = "manifest.json"
 TOOL = "zutis-pipeline"
+UNFINISHED = ".unfinished.json"
 
 
 def check_folder(out_dir: Path, *, force: bool) -> None:
@@ -75,6 +77,33 @@ def check_own(out_dir: Path, paths: Iterable[Path], ours: Collection[Path], *, b
                 f"--out {out_dir}: {path.relative_to(out_dir)} was not written by {by} and would "
                 "be replaced; choose another folder, or move it away"
             )
+
+
+@contextmanager
+def announcing(out_dir: Path) -> Iterator[Callable[[Iterable[Path]], None]]:
+    """Yield a function that says what will lie in a folder, before any of it is put there.
+
+    A run that is cut off while it replaces one thing after the other leaves the list, a hidden
+    file, for `announced`; it goes once the block succeeds.
+
+    Args:
+        out_dir: the folder; the function takes paths below it, those that may still lie there too.
+    """
+
+    def announce(paths: Iterable[Path]) -> None:
+        names = {utf8_text(path.relative_to(out_dir).as_posix(), path) for path in paths}
+        write_json(out_dir / UNFINISHED, sorted(names))
+
+    yield announce
+    (out_dir / UNFINISHED).unlink(missing_ok=True)
+
+
+def announced(out_dir: Path) -> set[Path]:
+    """What a run that was cut off may have put into a folder; see `announcing`."""
+    try:
+        return {out_dir / native_path(name) for name in read_json(out_dir / UNFINISHED)}
+    except (PipelineError, TypeError):  # none, or that of something else
+        return set()
 
 
 def _is_export(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from pipeline.benchmarks.coco import field_of
 from pipeline.benchmarks.example import Benchmark, Example
 from pipeline.errors import PipelineError, listing
 from pipeline.exporters.items import ExportedObject
@@ -23,7 +24,7 @@ from pipeline.formats.images import ImageError, decode_label, read_file
 from pipeline.formats.labels import LabelMap
 from pipeline.formats.objects import decode_objects
 from pipeline.formats.predictions import PredictionStore
-from pipeline.formats.rle import Rle, RleObject, decode_mask
+from pipeline.formats.rle import Rle, RleObject, decode_mask, encode_mask, encode_segmentation
 from pipeline.formats.shards import SampleStore, open_samples
 
 PREDICTIONS = "predictions.json"  # as `pipeline.stages.predict` names it
@@ -113,12 +114,7 @@ class PhotoPredictions:
                 for image in content["images"]
                 if "labels" in image
             }
-            self._objects: dict[int, list[RleObject]] = {number: [] for number, _ in self._images}
-            for item in content["annotations"]:
-                _check_id(item["category_id"], self.categories, "category_id")
-                self._objects[item["image_id"]].append(
-                    RleObject(item["category_id"], item["segmentation"], item["score"])
-                )
+            self._objects = _objects_by_image(content, self.categories)
             info = dict(content.get("info", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PipelineError(
@@ -307,6 +303,46 @@ def _check_id(label_id: object, categories: Sequence[str], what: str, *, least: 
     """Refuse an id that no category has, for a file may have been edited."""
     if type(label_id) is not int or not least <= label_id <= len(categories):
         raise ValueError(f"{what} {label_id!r}: expected {least} to {len(categories)}")
+
+
+def _objects_by_image(
+    content: Mapping[str, Any], categories: Sequence[str]
+) -> dict[int, list[RleObject]]:
+    """The objects of a COCO file by the image's id, checked, for a file may have been edited.
+
+    Raises:
+        ValueError: one is not what it should be; annotation and field are named.
+    """
+    images = {image["id"]: image for image in content["images"]}
+    objects: dict[int, list[RleObject]] = {image_id: [] for image_id in images}
+    for place, entry in enumerate(content["annotations"]):
+        try:
+            image_id = entry["image_id"]
+            if image_id not in images:
+                raise ValueError(f"image_id {image_id!r} is not among the images")
+            _check_id(entry["category_id"], categories, "category_id")
+            objects[image_id].append(_object(entry, images[image_id]))
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"annotations[{place}]: {reason}") from None
+    return objects
+
+
+def _object(entry: Mapping[str, Any], image: Mapping[str, Any]) -> RleObject:
+    """The object of an annotation; its mask may be polygons, or have no pixel.
+
+    Raises:
+        KeyError, ValueError: score or mask is missing, or not what it should be.
+    """
+    score = field_of(entry, "score", int, float)
+    if not 0 <= score <= 1:
+        raise ValueError(f"score {score}: expected a number from 0 to 1")
+    size = field_of(image, "height", int), field_of(image, "width", int)
+    counts = encode_segmentation(entry["segmentation"], size)
+    if counts is None:
+        return RleObject(entry["category_id"], encode_mask(np.zeros(size, dtype=bool)), score)
+    mask: Rle = {"size": list(size), "counts": counts.decode("ascii")}
+    return RleObject(entry["category_id"], mask, score)
 
 
 def _below(name: str) -> str:

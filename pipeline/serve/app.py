@@ -36,7 +36,9 @@ from pipeline.vocabulary.categories import load_category_set, split_names
 
 PARAMETERS = ("categories", "labels")
 MAX_NAMES = 200  # of a request
-DECODED_BATCHES = 2  # images in memory: those of a batch under way, and of the next one
+# Images in memory of requests that wait: those of a batch under way, and of the next one. Of those
+# that were given up it is one batch at most, the one under way.
+DECODED_BATCHES = 2
 RETRY = {"Retry-After": "1"}
 CLIENT_GONE = 499
 Result = TypeVar("Result")

@@ -6,6 +6,7 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from PIL import Image
@@ -20,7 +21,7 @@ KEPT_NAMES = 8  # lists of names whose embeddings are kept
 Names = tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Job:
     image: Image.Image
     names: Names | None
@@ -50,6 +51,9 @@ class PredictionQueue:
     async def predict(self, image: Image.Image, names: Names | None) -> Prediction:
         """Segment an RGB image, by the network's own names or by others.
 
+        Whoever gives up waiting, by being cancelled, has the image let go at once, unless it is in
+        the batch under way.
+
         Raises:
             Refused: a name that the network does not know.
         """
@@ -57,7 +61,11 @@ class PredictionQueue:
         self._jobs.append(job)
         if self._work is None or self._work.done():
             self._work = asyncio.create_task(self._work_off())
-        return await job.answer
+        try:
+            return await job.answer
+        finally:
+            with suppress(ValueError):  # it has been taken
+                self._jobs.remove(job)
 
     async def _work_off(self) -> None:
         """Until no image waits."""

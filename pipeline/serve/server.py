@@ -69,6 +69,11 @@ def _listen(address: Address) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(place)
         listener.listen(BACKLOG)
+    except UnicodeError:  # of the codec of names
+        raise PipelineError(
+            f"--host {address.host!a}: not the name of a host; write that of this machine, or an "
+            "IP address"
+        ) from None
     except OSError as error:
         raise PipelineError(
             f"--host {address.host} --port {address.port}: {error.strerror or error}; choose "

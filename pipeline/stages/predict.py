@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -24,7 +23,7 @@ from pipeline.engine.batching import batches
 from pipeline.engine.progress import StageRun
 from pipeline.errors import PipelineError, counted
 from pipeline.exporters.naming import UniqueNames
-from pipeline.exporters.outputs import check_own
+from pipeline.exporters.outputs import announced, announcing, check_own
 from pipeline.files import (
     atomic_path,
     check_writable,
@@ -113,7 +112,7 @@ def run(
     """
     left_out: Counter[str] = Counter()
     paths = list_inputs(inputs, left_out)
-    _check_out(out_dir)
+    replaced = _check_out(out_dir)
     if onnx_path is not None:
         segmenter = _load_onnx(onnx_path, categories, context, params.min_score)
     elif runtime is None:
@@ -133,7 +132,9 @@ def run(
     context_ids = [1 + find_name(name, segmenter.categories, field="--context") for name in context]
     with (
         StageRun("predict", stats_path=out_dir / STATS, total=len(paths)) as stage,
-        # Left in reverse order: the pictures first, then the file that makes the run complete.
+        # Left in reverse order: the pictures first, then the file that makes the run complete;
+        # until then, what was announced tells the next run that the pictures are ours.
+        announcing(out_dir) as announce,
         atomic_path(out_dir / PREDICTIONS) as json_path,
         replace_dir(out_dir / OVERLAYS) as overlay_dir,
         replace_dir(out_dir / LABELS) as labels_dir,
@@ -169,6 +170,7 @@ def run(
             stage.skipped,
             info=_made_by(checkpoint_dir, labeller, runtime, onnx_path),
         )
+        announce([*replaced, *(out_dir / native_path(name) for name in output.pictures())])
 
 
 def _load_onnx(
@@ -317,8 +319,11 @@ def list_inputs(inputs: Sequence[Path], left_out: Counter[str] | None = None) ->
     return list(found.values())
 
 
-def _check_out(out_dir: Path) -> None:
+def _check_out(out_dir: Path) -> list[Path]:
     """Refuse a folder in which something would be replaced that no earlier run has written.
+
+    Returns:
+        The pictures of earlier runs in it.
 
     Raises:
         PipelineError: with the name of such a thing.
@@ -333,6 +338,7 @@ def _check_out(out_dir: Path) -> None:
         pictures += _entries(folder)
     replaced = (out_dir / PREDICTIONS, out_dir / STATS, *pictures)
     check_own(out_dir, replaced, ours, by="`pipeline predict`")
+    return [path for path in pictures if path in ours]
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -343,15 +349,24 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _written_by_predict(out_dir: Path) -> set[Path]:
-    """What an earlier run has written below `out_dir`, as its `predictions.json` lists it."""
+    """What earlier runs have written below `out_dir`: in `predictions.json`, or announced."""
+    cut_off = announced(out_dir)
     try:
-        images = read_json(out_dir / PREDICTIONS)["images"]
-        pictures = [image["overlay"] for image in images]
-        pictures += [image["labels"] for image in images if "labels" in image]
-        pictures += chain.from_iterable(image.get("confidence", {}).values() for image in images)
-        return {out_dir / native_path(name) for name in (PREDICTIONS, STATS, *pictures)}
+        pictures = _pictures(read_json(out_dir / PREDICTIONS)["images"])
+        return cut_off | {out_dir / native_path(name) for name in (PREDICTIONS, STATS, *pictures)}
     except (PipelineError, KeyError, TypeError, AttributeError):  # none, or that of something else
-        return set()
+        return cut_off
+
+
+def _pictures(images: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names of all pictures of `images` of a `predictions.json`."""
+    names: list[str] = []
+    for image in images:
+        names.append(image["overlay"])
+        if "labels" in image:
+            names.append(image["labels"])
+        names += image.get("confidence", {}).values()
+    return names
 
 
 def _pictures_of_predict(folder: Path) -> set[Path]:
@@ -427,6 +442,10 @@ class _CocoWriter:
                 instance, annotation_id=self._num_annotations, image_id=image_id
             )
             self._file.write(json.dumps(annotation))
+
+    def pictures(self) -> list[str]:
+        """The names of the pictures of all images so far."""
+        return _pictures(self._images)
 
     def finish(
         self,

@@ -20,7 +20,7 @@ from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
 from pipeline.exporters.naming import UniqueNames
-from pipeline.exporters.outputs import check_own
+from pipeline.exporters.outputs import announced, announcing, check_own
 from pipeline.files import (
     atomic_path,
     check_writable,
@@ -48,6 +48,7 @@ PREDICTIONS = "predictions.json"
 STATS = "stats.json"
 NUMBER = re.compile(r"(\d+)")
 SECONDS_DIGITS = 6
+RATE_PARTS = 100_000  # a fraction of FFmpeg has 32 bits above and below
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def run(
         params: section `evaluate` of params.yaml.
         runtime: device and precision.
         every: only each Nth frame.
-        rate: frames a second of a folder.
+        rate: frames a second of a folder, from 0.001 to 1000.
 
     Raises:
         PipelineError: a path that does not exist or is no video, none of whose frames can be read,
@@ -104,7 +105,7 @@ def run(
     """
     clips = [_find(given_path(Path(path))) for path in inputs]
     import_av()
-    _check_out(out_dir)
+    replaced = _check_out(out_dir)
     lengths = [_length(clip) for clip in clips]
     folder = resolve_weights(checkpoint_dir, runtime.cache_dir)
     has_objects = student_of(folder, read_checkpoint_config(folder)).gives_objects
@@ -117,7 +118,9 @@ def run(
     total = None if None in lengths else sum(-(-(length or 0) // every) for length in lengths)
     with (
         StageRun("predict", stats_path=out_dir / STATS, total=total, unit="frame") as stage,
-        # Left in reverse order: the videos first, then the file that makes the run complete.
+        # Left in reverse order: the videos first, then the file that makes the run complete;
+        # until then, what was announced tells the next run that the videos are ours.
+        announcing(out_dir) as announce,
         atomic_path(out_dir / PREDICTIONS) as json_path,
         replace_dir(out_dir / VIDEOS) as video_dir,
         json_path.open("w", encoding="utf-8") as file,
@@ -130,6 +133,7 @@ def run(
             path = video_dir / native_path(name)
             follow(clip, path, every=every, rate=rate, batch_size=params.batch_size)
         output.finish(segmenter.categories, stage.skipped)
+        announce([*replaced, *(out_dir / VIDEOS / native_path(name) for name in names)])
 
 
 class _Follow:
@@ -231,7 +235,9 @@ def _length(clip: Clip) -> int | None:
 
 
 def _open(clip: Clip, rate: float) -> AbstractContextManager[Video]:
-    return _open_folder(clip, Fraction(rate)) if clip.frames else open_video(native_path(clip.path))
+    if not clip.frames:
+        return open_video(native_path(clip.path))
+    return _open_folder(clip, Fraction(rate).limit_denominator(RATE_PARTS))
 
 
 @contextmanager
@@ -260,8 +266,11 @@ def _overlay_names(clips: Sequence[Clip]) -> list[str]:
     return [f"{names.take(stem or 'video')}.mp4" for stem in stems]
 
 
-def _check_out(out_dir: Path) -> None:
+def _check_out(out_dir: Path) -> list[Path]:
     """Refuse a folder in which something would be replaced that no earlier run has written.
+
+    Returns:
+        The videos of earlier runs in it.
 
     Raises:
         PipelineError: with the name of such a thing.
@@ -272,18 +281,21 @@ def _check_out(out_dir: Path) -> None:
     check_writable(out_dir / PREDICTIONS)
     videos = out_dir / VIDEOS
     inside = sorted(videos.iterdir()) if videos.is_dir() else [videos]
+    ours = _written(out_dir)
     replaced = (out_dir / PREDICTIONS, out_dir / STATS, *inside)
-    check_own(out_dir, replaced, _written(out_dir), by="`pipeline predict` of a video")
+    check_own(out_dir, replaced, ours, by="`pipeline predict` of a video")
+    return [path for path in inside if path in ours]
 
 
 def _written(out_dir: Path) -> set[Path]:
-    """What an earlier run has written below `out_dir`, as its `predictions.json` lists it."""
+    """What earlier runs have written below `out_dir`: in `predictions.json`, or announced."""
+    cut_off = announced(out_dir)
     try:
         videos = read_json(out_dir / PREDICTIONS)["videos"]
         names = [video["overlay"] for video in videos]
     except (PipelineError, KeyError, TypeError):  # none, or that of something else
-        return set()
-    return {out_dir / native_path(name) for name in (PREDICTIONS, STATS, *names)}
+        return cut_off
+    return cut_off | {out_dir / native_path(name) for name in (PREDICTIONS, STATS, *names)}
 
 
 class _CocoVideoWriter:

@@ -146,3 +146,10 @@ def test_a_taken_port_is_a_mistake_in_one_line() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(PipelineError, match=rf"--port {port}: cannot listen there"):
             listen("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70, "\udcff"])
+def test_what_can_be_no_host_is_a_mistake_in_one_line(host: str) -> None:
+    with pytest.raises(PipelineError, match=r"--host .*: not the name of a host; write") as error:
+        listen(host, 0)
+    assert str(error.value).isascii()

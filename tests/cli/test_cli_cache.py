@@ -113,6 +113,11 @@ def test_gc_by_age_size_and_kind(cache_dir: Path, filled: Path) -> None:
     assert list((cache_dir / "weights").iterdir()) == []
 
 
+def test_gc_keeps_to_any_size(filled: Path) -> None:
+    assert cache("gc", "--unused-days", "41", "--max-gb", "1e300").exit_code == 0
+    assert filled.is_dir()
+
+
 def test_gc_says_what_is_in_use(filled: Path) -> None:
     with BlobCache(filled.parent, SETTINGS):
         printed = cache("gc", "--unused-days", "0").stdout

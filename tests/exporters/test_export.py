@@ -456,6 +456,63 @@ def test_another_json_is_refused(tmp_path: Path, content: str, message: str) -> 
         PhotoPredictions(tmp_path)
 
 
+RUNS = [0, 64, 320]  # four columns of 16 of 16x24 pixels
+SIZE = {"size": [16, 24]}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("image_id", 7, "image_id 7 is not among the images"),
+        ("score", "0.5", "score is '0.5', not of type int or float"),
+        ("score", True, "score is True"),
+        ("score", float("nan"), "score nan: expected a number from 0 to 1"),
+        ("score", float("inf"), "score inf: expected"),
+        ("score", 1.5, "score 1.5: expected"),
+        ("segmentation", None, "its segmentation is None"),
+        ("segmentation", SIZE, "no 'counts'"),
+        ("segmentation", {**SIZE, "counts": "zzzz"}, "its run-length code has the character 'z'"),
+        ("segmentation", {**SIZE, "counts": [0, 64]}, "the counts of its run-length code add up"),
+        ("segmentation", {"size": [24, 16], "counts": RUNS}, "its run-length code has size [24"),
+        ("segmentation", [[0, 0, 4, 0, 400, 4]], "a polygon lies outside its image"),
+    ],
+)
+def test_an_annotation_that_cannot_be_read_is_named(
+    tmp_path: Path, field: str, value: object, message: str
+) -> None:
+    whole = np.ones((16, 24), bool)
+    photo = Photo(image_file(tmp_path / "a.jpg"), (16, 24), [(whole, 1, 0.5), (whole, 2, 0.4)])
+    path = write_predictions(tmp_path / "predictions", [photo]) / "predictions.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["annotations"][1][field] = value
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(PipelineError) as error:
+        PhotoPredictions(path.parent)
+    assert str(error.value).startswith(f"{path}: not what `pipeline predict` writes")
+    assert f"annotations[1]: {message}" in str(error.value)
+
+
+def test_masks_that_were_edited_are_exported(tmp_path: Path) -> None:
+    """As polygons, as plain runs and without a pixel."""
+    whole, columns = np.ones((16, 24), bool), np.zeros((16, 24), bool)
+    columns[:, :4] = True
+    objects = [(whole, 1, 0.9), (whole, 1, 0.8), (whole, 1, 0.7)]
+    photo = Photo(image_file(tmp_path / "a.jpg"), (16, 24), objects)
+    path = write_predictions(tmp_path / "predictions", [photo]) / "predictions.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for place, segmentation in enumerate(
+        ([[0, 0, 4, 0, 4, 16, 0, 16]], {**SIZE, "counts": RUNS}, [])
+    ):
+        content["annotations"][place]["segmentation"] = segmentation
+    path.write_text(json.dumps(content), encoding="utf-8")
+    source = PhotoPredictions(path.parent)
+    (entry,) = source
+    for item in entry.read().objects[:2]:
+        np.testing.assert_array_equal(item.mask, columns)
+    export.run(source=source, format_name="coco", out_dir=tmp_path / "out")
+    assert manifest_of(tmp_path / "out")["counts"] == {"objects": 2, "empty_masks": 1}
+
+
 def test_images_that_are_plain_keep_their_bytes() -> None:
     from pipeline.exporters.images import portable
 

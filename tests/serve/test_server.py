@@ -262,6 +262,14 @@ def test_a_port_in_use_is_named() -> None:
             serve(SlowSource(), address=Address(port=port), limits=Limits(), workers=1, threads=1)
 
 
+@pytest.mark.parametrize("host", ["a..b", "x" * 70, "\udcff"])
+def test_what_can_be_no_host_is_named(host: str) -> None:
+    address = Address(host, 0)
+    with pytest.raises(PipelineError, match=r"--host .*: not the name of a host; write") as error:
+        serve(SlowSource(), address=address, limits=Limits(), workers=1, threads=1)
+    assert str(error.value).isascii()
+
+
 def test_workers_that_cannot_load_end_the_server() -> None:
     process = Fork(
         lambda: serve(

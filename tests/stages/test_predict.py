@@ -32,6 +32,7 @@ from pipeline.params.sections import EvaluateParams
 from pipeline.params.sources import SourceParams
 from pipeline.stages import predict
 from tests.conftest import encoded_image, noise_image
+from tests.processes import killed_after_moves
 from tests.stages.tiny_checkpoint import write_checkpoint
 
 
@@ -280,6 +281,47 @@ def test_a_failed_run_keeps_the_earlier_one(
         predict_into(out_dir, [photos / "cut.jpg"], checkpoint_dir, runtime)
     assert json.loads((out_dir / "predictions.json").read_text()) == first
     assert len(list((out_dir / "overlays").iterdir())) == 4
+
+
+def test_a_run_killed_anywhere_can_be_run_again(
+    photos: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    """Whatever is put in place last before the kill, and whatever killed runs have left."""
+    out_dir, calm = tmp_path / "out", tmp_path / "calm"
+
+    def call(name: str, folder: Path, confidence: list[str]) -> dict:
+        inputs = [photos / name]
+        return predict_into(folder, inputs, checkpoint_dir, runtime, confidence=confidence)
+
+    moves = 1
+    while killed_after_moves(lambda: call("a.jpg", out_dir, ["cat"]), moves):
+        killed_after_moves(lambda: call("deep/b.jpg", out_dir, []), moves)
+        moves += 1
+    assert moves > 6  # the list, folders of three kinds, predictions.json and the stats
+    assert call("a.jpg", out_dir, []) == call("a.jpg", calm, [])
+    left = [path for path in out_dir.iterdir() if path.suffix not in (".tmp", ".old")]
+    assert sorted(path.name for path in left) == sorted(path.name for path in calm.iterdir())
+    for name in ("labels", "overlays"):
+        assert [path.name for path in (out_dir / name).iterdir()] == ["a.png"]
+
+
+def test_pictures_of_a_killed_run_are_told_from_what_lies_beside_them(
+    photos: Path, checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    out_dir = photos / "out"
+
+    def call() -> dict:
+        return predict_into(out_dir, [photos], checkpoint_dir, runtime)
+
+    assert killed_after_moves(call, 3)  # the list and two folders
+    assert not (out_dir / "predictions.json").exists()
+    assert len(list(out_dir.glob("*/*.png"))) == 8
+    (out_dir / "overlays/mine.png").write_bytes((photos / "deep/A.png").read_bytes())
+    with pytest.raises(PipelineError, match=r"overlays/mine\.png was not written by"):
+        call()
+    (out_dir / "overlays/mine.png").rename(photos / "mine.png")
+    names = [Path(image["file_name"]).name for image in call()["images"]]
+    assert sorted(names) == ["A.png", "a.jpg", "b.jpg", "dot.jpg", "mine.png"]
 
 
 def test_image_path_array_and_picture_are_the_same(photos: Path, checkpoint_dir: Path) -> None:

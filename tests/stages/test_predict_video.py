@@ -21,6 +21,7 @@ from pipeline.params.base import PredictionSettings
 from pipeline.params.sections import EvaluateParams
 from pipeline.stages import predict_video
 from tests.conftest import encoded_image, noise_image
+from tests.processes import killed_after_moves
 from tests.stages.tiny_checkpoint import CATEGORIES, write_checkpoint
 
 pytest.importorskip("av")
@@ -142,6 +143,18 @@ def test_a_folder_of_frames(
     load_image(frames_dir / "f1.png")  # what was read is left alone
 
 
+@pytest.mark.parametrize("rate", [29.97, 0.001, 1000.0])
+def test_any_rate_that_the_command_takes(
+    frames_dir: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime, rate: float
+) -> None:
+    content = predict(tmp_path / "out", [frames_dir], checkpoint_dir, runtime, rate=rate)
+    seconds = [image["seconds"] for image in content["images"]]
+    assert seconds == pytest.approx([index / rate for index in (0, 1, 3, 4)], abs=1e-6)
+    with open_video(tmp_path / "out/videos/frames.mp4") as video:
+        shown = [float(frame.seconds) for frame in video.frames(1, lambda *_: None)]
+    assert shown == pytest.approx(seconds, abs=1 / 90_000)
+
+
 def test_several_clips_have_videos_and_tracks_of_their_own(
     clip: Path, frames_dir: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime
 ) -> None:
@@ -160,6 +173,36 @@ def test_several_clips_have_videos_and_tracks_of_their_own(
     assert first == second
     # Again over its own outputs.
     assert predict(tmp_path / "out", inputs, checkpoint_dir, runtime) == content
+
+
+def test_a_run_killed_anywhere_can_be_run_again(
+    frames_dir: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    out_dir, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    (other / "1.png").write_bytes((frames_dir / "f1.png").read_bytes())
+    moves = 1
+    while killed_after_moves(
+        lambda: predict(out_dir, [frames_dir], checkpoint_dir, runtime), moves
+    ):
+        killed_after_moves(lambda: predict(out_dir, [other], checkpoint_dir, runtime), moves)
+        moves += 1
+    assert moves > 4  # the list, the videos, predictions.json and the stats
+    predict(out_dir, [frames_dir], checkpoint_dir, runtime)
+    left = [path for path in out_dir.iterdir() if path.suffix not in (".tmp", ".old")]
+    assert sorted(path.name for path in left) == ["predictions.json", "stats.json", "videos"]
+    assert [path.name for path in (out_dir / "videos").iterdir()] == ["frames.mp4"]
+
+
+def test_what_was_added_to_the_videos_of_a_killed_run_is_not_replaced(
+    frames_dir: Path, tmp_path: Path, checkpoint_dir: Path, runtime: Runtime
+) -> None:
+    out_dir = tmp_path / "out"
+    assert killed_after_moves(lambda: predict(out_dir, [frames_dir], checkpoint_dir, runtime), 2)
+    (out_dir / "videos/mine.mp4").write_bytes(b"mine")
+    with pytest.raises(PipelineError, match=r"videos/mine\.mp4 was not written by"):
+        predict(out_dir, [frames_dir], checkpoint_dir, runtime)
+    assert (out_dir / "videos/mine.mp4").read_bytes() == b"mine"
 
 
 def test_what_cannot_be_read_or_would_be_replaced_is_named(
