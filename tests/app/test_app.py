@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from pipeline.app.trial import KEPT_SEGMENTERS
-from pipeline.formats.images import decode_label, load_image
+from pipeline.formats.images import decode_label, decode_png, encode_png, load_image
 from pipeline.formats.predictions import PredictionStore
 from pipeline.formats.review import LABEL_VERDICTS, read_review
 from pipeline.formats.shards import MANIFEST, open_samples
@@ -25,6 +25,7 @@ from pipeline.formats.tables import read_archives
 from pipeline.inference.segmenter import Segmenter
 from pipeline.report.inputs import NO_VALUE
 from tests.conftest import encoded_image, noise_image
+from tests.formats.shard_folders import read_shards, write_shards
 from tests.stages.tiny_checkpoint import CATEGORIES
 
 VIEWS = ("/archives", "/labels", "/predictions", "/try")
@@ -125,6 +126,23 @@ def test_labels_are_optional_but_said_to_be_missing(make: Callable[..., Any]) ->
     assert "<code>pipeline pseudo_label</code> makes them" in page
     assert made.client.get("/pictures/sample/0/mask").status_code == 200
     assert made.client.get("/pictures/sample/0/labels").status_code == 404
+    assert made.client.get("/labels/facts/0").json()["present"] == []
+
+
+def test_labels_of_masks_that_were_made_anew_at_another_size_are_said_to_be_missing(
+    made: Any,
+) -> None:
+    samples = list(read_shards(made.root / "masks/made"))
+    for sample in samples:
+        mask = np.kron(decode_png(sample["mask.png"]), np.ones((2, 2), np.uint8))
+        sample["mask.png"] = encode_png(mask)
+    write_shards(samples, made.root / "masks/made", shard_size=8)
+    page = made.page("/labels?verdict=all")
+    assert "<code>pipeline pseudo_label</code> makes them" in page
+    assert set(re.findall(r'data-disagreement="([^"]+)"', page)) == {NO_VALUE}
+    assert made.client.get("/pictures/sample/0/mask").status_code == 200
+    page = made.page("/pictures/sample/0/labels", status=404)
+    assert "run <code>pipeline pseudo_label</code> first" in page
     assert made.client.get("/labels/facts/0").json()["present"] == []
 
 
