@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,6 +272,46 @@ def test_a_file_broken_by_hand_is_named_and_kept(made: Any) -> None:
     )
     assert "line 2" in made.page("/archives", status=400)
     assert "dropp" in path.read_text()
+
+
+def test_a_disk_that_takes_no_decision_is_named_with_what_to_do(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made.root / "data/review"
+    body = {"number": 4, "verdict": "reject"}
+
+    def full(path: Path, *_: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.formats.review.write_bytes", full)
+        assert made.post("/labels/change", body, 500)["error"] == (
+            f"no space left on the disk ({folder}/labels.csv): free some, then try again"
+        )
+    shutil.rmtree(folder)
+    folder.write_bytes(b"")
+    error = made.post("/labels/change", body, 500)["error"]
+    assert error.startswith(f"{os.strerror(errno.EEXIST)} ({folder}): make it writable")
+    folder.unlink()
+    (folder / "labels.csv").mkdir(parents=True)
+    assert str(folder / "labels.csv") in made.post("/labels/change", body, 500)["error"]
+    (folder / "labels.csv").rmdir()
+    assert made.post("/labels/change", body)["rejected"] == 1
+
+
+@pytest.mark.parametrize("depth", [500, 5000, 100_000])
+def test_a_request_nested_without_end_is_refused(made: Any, depth: int) -> None:
+    for body in ("[" * depth, '{"verdict": ' + "[" * depth + "]" * depth + ', "number": 4}'):
+        response = made.client.post("/labels/change", content=body, headers=made.headers)
+        assert response.status_code == 400
+        assert response.json()["error"]
+
+
+def test_an_address_without_end_is_refused(made: Any) -> None:
+    assert keys_on(made.page(f"/archives/1?page={'9' * 3000}"))
+    assert "there is none" in made.page(f"/labels/facts/{'9' * 3000}", status=400)
+    for address in (f"/labels?page={'9' * 5000}", f"/labels/facts/{'9' * 5000}"):
+        assert "too long" in made.page(address, status=414)
 
 
 # -- masks and labels ------------------------------------------------------------------------------
