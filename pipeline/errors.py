@@ -30,11 +30,15 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def install_command(extra: str) -> str:
-    """What installs the packages of an extra, for a message; in a clone it is run in its folder."""
+def install_command(extra: str = "") -> str:
+    """What installs all packages, those of an extra too; for a message.
+
+    In a clone it is run in its folder.
+    """
+    extras = f"[{extra}]" if extra else ""
     if (Path(__file__).parents[1] / "requirements.lock").is_file():
-        return f"pip install -c requirements.lock -e '.[{extra}]'"
-    return f"pip install 'zutis-pipeline[{extra}]'"
+        return f"pip install -c requirements.lock -e '.{extras}'"
+    return f"pip install 'zutis-pipeline{extras}'"
 
 
 def listing(names: Sequence[str], shown: int = LISTED_NAMES) -> str:

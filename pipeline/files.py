@@ -38,6 +38,9 @@ OUT_OF_SPACE = {
     errno.EDQUOT: ("no space left in the disk quota", "free some"),
     errno.EFBIG: ("a file is larger than the disk or `ulimit -f` allows", "have that changed"),
 }
+# What else is about a path and the user's to mend.
+BAD_PATH = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+BAD_PATH_CODES = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
 Location = Any  # a `Path`, or a `UPath` with a URL, which is used in the same way
 
@@ -373,6 +376,17 @@ def check_names(folder: Location, names: Iterable[str], ours: re.Pattern[str]) -
             f"{folder}: would be replaced as a whole, but holds other things too, such as "
             f"{other}; give a folder of its own"
         )
+
+
+def disk_fault(error: OSError) -> tuple[str, str] | None:
+    """Problem, with the file, and remedy where an error is about the user's disk; else None."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in OUT_OF_SPACE:
+        problem, remedy = OUT_OF_SPACE[error.errno]
+        return f"{problem}{where}", remedy
+    if isinstance(error, BAD_PATH) or error.errno in BAD_PATH_CODES:
+        return f"{error.strerror}{where}", "make it writable or choose another path"
+    return None
 
 
 def write_bytes(path: Path, data: bytes) -> None:

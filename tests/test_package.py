@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 
 import pipeline
+from pipeline.errors import install_command
 from pipeline.inference.segmenter import Segmenter
 from tests.paths import ROOT
 
@@ -34,6 +36,16 @@ def test_threads_wait_without_spinning_unless_asked_to(chosen: str | None, expec
     command = [sys.executable, "-c", "import pipeline.engine.runtime"]
     done = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
     assert re.findall(r"OMP_WAIT_POLICY\s*=\s*'(\w+)'", done.stderr)[:1] == [expected]
+
+
+def test_what_installs_packages_is_that_of_a_clone_or_of_the_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert install_command() == "pip install -c requirements.lock -e '.'"
+    assert install_command("demo") == "pip install -c requirements.lock -e '.[demo]'"
+    monkeypatch.setattr("pipeline.errors.__file__", str(tmp_path / "pipeline/errors.py"))
+    assert install_command() == "pip install 'zutis-pipeline'"
+    assert install_command("demo") == "pip install 'zutis-pipeline[demo]'"
 
 
 def test_other_names_are_unknown() -> None:

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.ablations.definitions import Ablation, Settings, Variant
 from pipeline.ablations.results import value_at
 from pipeline.errors import PipelineError
 from pipeline.files import digest
-from pipeline.params.reading import DOORS, parse_params
+from pipeline.params.reading import DOORS, load_yaml, parse_params
 from pipeline.params.sections import Params
 
 DIGITS = 6
@@ -121,7 +120,7 @@ def parse_settings(words: Sequence[str]) -> Settings:
         if not (key and equals) or key in settings:
             raise PipelineError(f"--set: {word!r}: expected key=value, every key once")
         try:
-            settings[key] = YAML(typ="safe", pure=True).load(text)
+            settings[key] = load_yaml(text)
         except YAMLError:
             raise PipelineError(f"--set: {word!r}: {text!r} is not a YAML value") from None
     return settings

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import PipelineError
-from pipeline.formats.tables import ARCHIVE_SCHEMA, READ_BYTES, UNREADABLE, ArchiveRow
+from pipeline.formats.parquet import UNREADABLE
+from pipeline.formats.tables import ARCHIVE_SCHEMA, READ_BYTES, ArchiveRow
 
 BLOCK_ROWS = 4096
 

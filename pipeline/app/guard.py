@@ -13,6 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 TOKEN_HEADER = "x-csrf-token"
+MAX_ADDRESS = 4000  # characters; of more than 4300 digits Python makes no number
 READING = ("GET", "HEAD")
 POLICY = (
     "default-src 'none'; img-src 'self' blob:; style-src 'self'; script-src 'self'; "
@@ -50,6 +51,7 @@ class Guard:
 
     Every request must name this server as its host: one of the names, or an IP address. One that
     changes anything must bring the token that the pages hold, and come from a page of this host.
+    Addresses without end are refused, too.
 
     Args:
         app: what answers otherwise.
@@ -76,16 +78,18 @@ class Guard:
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
-        refusal = self._refusal(scope["method"], Headers(scope=scope))
+        refusal = self._refusal(scope, Headers(scope=scope))
         answer = PlainTextResponse(*refusal) if refusal else self._app
         await answer(scope, receive, send_guarded)
 
-    def _refusal(self, method: str, headers: Headers) -> tuple[str, int] | None:
+    def _refusal(self, scope: Scope, headers: Headers) -> tuple[str, int] | None:
         """Why a request is refused, and the status; None if it is not."""
+        if len(scope["path"]) + len(scope["query_string"]) > MAX_ADDRESS:
+            return "the address is too long\n", 414
         host = headers.get("host", "")
         if not self._is_ours(host):
             return f"host {host!r}: this server goes by other names; use its address\n", 421
-        if method in READING:
+        if scope["method"] in READING:
             return None
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():

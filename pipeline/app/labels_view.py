@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pipeline.app.opened import MissingError, Opened
+from pipeline.app.opened import Opened
 from pipeline.app.pictures import THUMB_SIDE, picture_response
 from pipeline.app.review_book import Changes, ReviewBook, listed
 from pipeline.app.samples import PICTURES, SampleRow, Samples
@@ -81,10 +81,8 @@ class LabelsView(View):
             chosen.sort(key=lambda place: (-_known(rows[place].disagreement), place))
         chosen_query = {"sort": sort, "verdict": verdict, "category": category}
         pages = Pages(len(chosen), A_PAGE, number(query, "page", 1), chosen_query)
-        items = [
-            self._item(samples, place, rows[place], review)
-            for place in chosen[pages.start : pages.end]
-        ]
+        shown = chosen[pages.start : pages.end]
+        items = [self._item(samples, place, rows[place], review) for place in shown]
         decided = [decision.verdict for decision in review.values()]
         return self._page(
             "labels",
@@ -97,7 +95,7 @@ class LabelsView(View):
             category=category,
             categories=self._categories,
             version=opened.version,
-            has_labels=samples.has_labels,
+            has_labels=any(map(samples.has_label, shown)) if shown else samples.has_labels,
             num_samples=len(samples),
             num_measured=len(rows),
             is_measured=survey.is_done,
@@ -133,8 +131,6 @@ class LabelsView(View):
         if what not in PICTURES:
             raise PipelineError(f"picture {what!r}: expected {', '.join(PICTURES)}")
         side = PANE_SIDE if "large" in request.query_params else THUMB_SIDE
-        if what in ("labels", "confidence") and not samples.has_label(place):
-            raise MissingError("labels: not made yet; run `pipeline pseudo_label` first")
         make = partial(samples.draw, place, what, side)
         address = f"sample/{version}/{place}/{what}/{side}"
         return picture_response(partial(self._site.pictures.get, address, make))

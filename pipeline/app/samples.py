@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.app.opened import MissingError
 from pipeline.app.paged_shards import PagedShards
 from pipeline.app.pictures import draw_confidence, sharp, thumbnail
 from pipeline.formats.dense_labels import CONFIDENCE, LABEL
-from pipeline.formats.images import decode_label, decode_png, load_image, resize_nearest
+from pipeline.formats.images import decode_label, decode_png, load_image, png_size, resize_nearest
 from pipeline.formats.labels import LabelMap, agreement, decode_confidence
 from pipeline.formats.objects import decode_objects
 from pipeline.formats.review import NEGATIVES, Reviewed
@@ -25,6 +26,7 @@ from pipeline.pictures.overlays import colour_map
 from pipeline.pictures.report import fit_image, paint_labels
 
 PICTURES = ("image", "mask", "labels", "confidence")
+MASK = "mask.png"
 MASK_ALPHA = 0.6
 
 
@@ -114,19 +116,26 @@ class Samples:
         return SampleFacts(facts, present, bool(objects.any()), int(objects.max(initial=0)))
 
     def has_label(self, number: int) -> bool:
-        """Whether the sample has dense labels: shards of the same key at the same place."""
+        """Whether the sample has dense labels: of the same key at the same place, and of its size.
+
+        Labels of another size are older than the masks, which have been made anew since.
+
+        Raises:
+            ImageError: the header of its mask or labels is damaged.
+        """
         labels = self._labels
         return (
             labels is not None
             and number < len(labels)
             and labels.key(number) == self._masks.key(number)
+            and png_size(labels.member(number, LABEL)) == png_size(self._masks.member(number, MASK))
         )
 
     def draw(self, number: int, what: str, side: int) -> bytes:
         """A picture of a sample as a file: one of `PICTURES`.
 
         Raises:
-            KeyError: it has no dense labels.
+            MissingError: it has no dense labels.
             ImageError: one of its files is damaged.
         """
         image = load_image(self._masks.member(number, "jpg"))
@@ -150,14 +159,14 @@ class Samples:
 
     def _labels_of(self, number: int) -> PagedShards:
         if self._labels is None or not self.has_label(number):
-            raise KeyError(number)
+            raise MissingError("labels: not made yet; run `pipeline pseudo_label` first")
         return self._labels
 
     def _label(self, number: int) -> LabelMap:
         return decode_label(self._labels_of(number).member(number, LABEL))
 
     def _mask(self, number: int) -> NDArray[np.uint8]:
-        return decode_objects(self._masks.member(number, "mask.png"))
+        return decode_objects(self._masks.member(number, MASK))
 
     def _colours(self, number: int) -> NDArray[np.uint8]:
         """Colours of the objects of a mask: the category's for one, one each for several."""

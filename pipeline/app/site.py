@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -19,7 +20,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from pipeline.app.opened import MissingError
 from pipeline.app.pictures import PictureCache
 from pipeline.errors import PipelineError
-from pipeline.files import digest
+from pipeline.files import digest, disk_fault
 from pipeline.report.inputs import to_float
 
 FOLDER = Path(__file__).resolve().parent
@@ -78,10 +79,11 @@ class Site:
 
         def endpoint(request: Request) -> Response:
             try:
-                return handler(request)
+                with disk_faults_named():
+                    return handler(request)
             except PipelineError as error:
                 title = "Nothing here yet" if isinstance(error, MissingError) else CANNOT
-                return self.error(str(error), view=view, status=_status(error), title=title)
+                return self.error(str(error), view=view, status=status_of(error), title=title)
 
         return endpoint
 
@@ -91,9 +93,10 @@ class Site:
         async def endpoint(request: Request) -> Response:
             try:
                 body = await read_body(request, MAX_BODY_BYTES)
-                return JSONResponse(await run_in_threadpool(handler, _parsed(body)))
+                with disk_faults_named():
+                    return JSONResponse(await run_in_threadpool(handler, _parsed(body)))
             except PipelineError as error:
-                return JSONResponse({"error": str(error)}, _status(error))
+                return JSONResponse({"error": str(error)}, status_of(error))
 
         return endpoint
 
@@ -141,12 +144,34 @@ class TooLargeError(PipelineError):
     """What was sent is larger than allowed."""
 
 
+class DiskError(PipelineError):
+    """The disk does not take or give what a view needs."""
+
+
+@contextmanager
+def disk_faults_named() -> Iterator[None]:
+    """Turn an error about the disk into one that names the file and what to do.
+
+    Raises:
+        DiskError: in place of it.
+    """
+    try:
+        yield
+    except OSError as error:
+        fault = disk_fault(error)
+        if fault is None:
+            raise
+        raise DiskError(f"{': '.join(fault)}, then try again") from error
+
+
 def number(
     values: Mapping[str, str], name: str, default: int, *, least: int = 0, most: int = 2**31
 ) -> int:
     """A whole number of a query, kept within bounds; the default where it is none."""
     text = values.get(name, "")
-    return min(max(int(text), least), most) if text.isascii() and text.isdigit() else default
+    if not (text.isascii() and text.isdigit()):
+        return default
+    return int(min(max(float(text), least), most))  # of any number of digits
 
 
 def choice(values: Mapping[str, str], name: str, allowed: Sequence[str]) -> str:
@@ -186,14 +211,17 @@ class Pages:
 def _parsed(body: bytes) -> Mapping[str, Any]:
     try:
         content = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise PipelineError("the request is no JSON; load the page again") from None
     if not isinstance(content, dict):
         raise PipelineError("the request is no JSON object; load the page again")
     return content
 
 
-def _status(error: PipelineError) -> int:
+def status_of(error: PipelineError) -> int:
+    """The status of an answer that tells an error."""
     if isinstance(error, MissingError):
         return 404
+    if isinstance(error, DiskError):
+        return 500
     return 413 if isinstance(error, TooLargeError) else 400

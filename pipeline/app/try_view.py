@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pipeline.app.site import Site, TooLargeError, read_body, threshold_of
+from pipeline.app.site import Site, disk_faults_named, read_body, status_of, threshold_of
 from pipeline.app.trial import (
     MAX_PIXELS,
     Trial,
@@ -76,10 +76,10 @@ class TryView(View):
         try:
             data = await read_body(request, MAX_UPLOAD_BYTES)
             names = _names(unquote(request.headers.get(NAMES_HEADER, "")))
-            trial = await run_in_threadpool(self._trials.segment, data, names)
+            with disk_faults_named():
+                trial = await run_in_threadpool(self._trials.segment, data, names)
         except PipelineError as error:
-            status = 413 if isinstance(error, TooLargeError) else 400
-            return JSONResponse({"error": str(error)}, status)
+            return JSONResponse({"error": str(error)}, status_of(error))
         return JSONResponse(_described(trial))
 
     def picture(self, request: Request) -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import warnings
@@ -32,7 +31,7 @@ from pipeline.cli.serve import serve_app
 from pipeline.cli.stages import stages_app
 from pipeline.cli.weights import weights_app
 from pipeline.errors import PipelineError, first_line
-from pipeline.files import OUT_OF_SPACE
+from pipeline.files import OUT_OF_SPACE, disk_fault
 from pipeline.workspace.making import refuse_other_version
 
 app = typer.Typer(
@@ -65,8 +64,6 @@ app.add_typer(import_app, name="import", no_args_is_help=True)
 app.add_typer(selfmask_app, name="selfmask", no_args_is_help=True)
 app.add_typer(demo_app, name="demo", no_args_is_help=True)
 
-BAD_PATH = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-BAD_PATH_CODES = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 # Packages whose errors are those of an object store or of the way there.
 STORES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 DVC_EXPERIMENTS = "/.dvc/tmp/exps/"  # in there DVC runs what it does not run in the workspace
@@ -105,16 +102,16 @@ def main() -> None:
 
 def _explain(error: OSError) -> str:
     """One line for a failed file operation; re-raises what is not about the user's disk."""
-    where = f" ({error.filename})" if error.filename else ""
+    fault = disk_fault(error)
+    if fault is None:
+        raise error
+    message = f"error: {': '.join(fault)}"
     if error.errno in OUT_OF_SPACE:
-        problem, remedy = OUT_OF_SPACE[error.errno]
-        return (
-            f"error: {problem}{where}: {remedy} and run the same command again; "
+        message += (
+            " and run the same command again; "
             "nothing half-written was kept and finished work is reused"
         )
-    if isinstance(error, BAD_PATH) or error.errno in BAD_PATH_CODES:
-        return f"error: {error.strerror}{where}: make it writable or choose another path"
-    raise error
+    return message
 
 
 def _refuse_experiment_that_dvc_loses(folder: Path) -> None:

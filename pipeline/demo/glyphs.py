@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from scipy import ndimage
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, install_command
 
 SIDE = 128
 UNSEEN_FAMILY = "noto_emoji"
@@ -142,7 +142,7 @@ def _package_file(package: str, pattern: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise PipelineError(
             f"the demo's fonts are in the package {package}, which is not installed; "
-            "run: pip install -e '.[demo]'"
+            f"run: {install_command('demo')}"
         )
     matches = sorted(Path(spec.submodule_search_locations[0]).glob(pattern))
     if not matches:

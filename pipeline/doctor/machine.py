@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline import __version__
 from pipeline.doctor.finding import Finding
 from pipeline.engine.cache_store import list_cache
-from pipeline.errors import PipelineError, size_text
+from pipeline.errors import PipelineError, install_command, size_text
 from pipeline.files import check_writable
 
 PACKAGES = ("torch", "open_clip_torch", "timm", "numpy", "pyarrow", "dvc", "pydantic")
@@ -64,7 +64,7 @@ def _packages() -> Finding:
     found = {name: installed(name) for name in PACKAGES}
     text = ", ".join(f"{name} {number or 'missing'}" for name, number in found.items())
     if None in found.values():
-        return Finding("packages", "fail", text, "make install")
+        return Finding("packages", "fail", text, install_command())
     return Finding("packages", "ok", text)
 
 

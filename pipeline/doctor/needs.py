@@ -59,7 +59,7 @@ def missing(sections: Any, cache_dir: Path) -> list[Missing]:
 def encoders(sections: Any) -> Iterator[EncoderParams]:
     """All encoders that params name."""
     if isinstance(sections, Mapping):
-        if sections.keys() >= {"model", "pretrained"}:
+        if _is_encoder(sections):
             yield EncoderParams.model_validate(dict(sections))
             return
         sections = list(sections.values())
@@ -74,16 +74,21 @@ def _missing(value: Any, cache_dir: Path) -> Iterator[Missing]:
             yield from _missing(item, cache_dir)
     if not isinstance(value, Mapping):
         return
-    if value.keys() >= {"model", "pretrained"}:
+    if _is_encoder(value):
         yield from _missing_encoder(EncoderParams.model_validate(dict(value)), cache_dir)
         return
     for key, item in value.items():
-        if key == "root" and not (URL in item or Path(item).is_dir()):
-            yield Missing("data", str(item))
-        elif key in WEIGHTS_KEYS and isinstance(item, str):
-            yield from _missing_weights(item, cache_dir)
-        else:
+        if not isinstance(item, str):  # also an entry that somebody has called so
             yield from _missing(item, cache_dir)
+        elif key == "root" and not (URL in item or Path(item).is_dir()):
+            yield Missing("data", item)
+        elif key in WEIGHTS_KEYS:
+            yield from _missing_weights(item, cache_dir)
+
+
+def _is_encoder(section: Mapping[str, Any]) -> bool:
+    """Whether a section is an encoder's, and not one of entries that somebody has called so."""
+    return section.keys() >= {"model", "pretrained"} and isinstance(section["model"], str)
 
 
 def _missing_weights(name: str, cache_dir: Path) -> Iterator[Missing]:

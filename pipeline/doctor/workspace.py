@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.doctor.finding import Finding
 from pipeline.errors import first_line, listing
+from pipeline.params.reading import load_yaml
 
 PATIENCE_S = 120  # of `dvc status`, which hashes what has changed
 OVERDUE = 3  # exit status here of a command that took longer
@@ -66,7 +66,7 @@ def missing_params(folder: Path) -> list[str]:
 def _mapping(path: Path) -> dict[str, Any]:
     """A YAML file; nothing where it is none, which others report."""
     try:
-        content = YAML(typ="safe").load(path.read_bytes())
+        content = load_yaml(path.read_bytes())
     except (OSError, YAMLError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.files import digest, write_bytes, write_json
+from pipeline.formats.parquet import UNREADABLE
 
 try:
     import fcntl
@@ -131,7 +132,7 @@ class BlobCache:
                 continue
             try:
                 keys = pq.read_table(path, columns=["key"])["key"].to_pylist()
-            except (pa.ArrowException, OSError, KeyError):
+            except (*UNREADABLE, KeyError):
                 if self._read_intact(path.name) is None:
                     path.unlink(missing_ok=True)
                     continue
@@ -171,7 +172,7 @@ def stored_keys(folder: Path) -> set[str]:
     """The keys of a cache's folder, which is only read; damaged chunks are passed over."""
     keys: set[str] = set()
     for path in sorted(folder.glob("*.parquet")):
-        with suppress(pa.ArrowException, OSError, KeyError):
+        with suppress(*UNREADABLE, KeyError):
             keys.update(pq.read_table(path, columns=["key"])["key"].to_pylist())
     return keys
 

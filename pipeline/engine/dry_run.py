@@ -1,7 +1,8 @@
 """What a stage would do: its items, what of them is done, and how long the rest would take.
 
 Nothing is written and no network is loaded, so what an encoder's weights decide is left open: what
-is said to be done is so if they are the same.
+is said to be done is so if they are the same. What a run that was cut off has finished counts only
+if all of its settings were these, which only the stage itself can tell: it is a bound.
 """
 
 from __future__ import annotations
@@ -74,26 +75,27 @@ class DryRun:
             (len(list(part.glob(f"*{row_suffix}"))) for part in parts_left(out_dir)), default=0
         )
         if finished:
-            print(f"  finished {finished} shards of a run that was cut off")
+            print(f"  finished at most {finished} shards, of a run that was cut off")
         left = max(0, len(items) - finished * shard_size)
         if cached is not None:
             share = _share_done(items, cached, cache_dir)
             print(f"  done     about {round(share * len(items))} of {len(items)}, by the cache")
             left = min(left, round((1 - share) * len(items)))
-        self.time(left)
+        self.time(left, bound="at least " if finished else "")
 
     def items(self, count: int, *, unit: str = "images", text: str = "") -> None:
         """Print what is known of a stage that does `count` items in one go."""
         print(f"  items    {count} {unit}{text}")
         self.time(count, unit=unit)
 
-    def time(self, left: int, *, unit: str = "items") -> None:
-        """Print how long `left` items take at the rate of the last run."""
+    def time(self, left: int, *, unit: str = "items", bound: str = "") -> None:
+        """Print how long `left` items take at the rate of the last run; `bound` stands before."""
         rate = last_rate(self._stats_path)
         if rate is None:
             print(f"  time     unknown: no run of {left or 'any'} {unit} was measured here")
         else:
-            print(f"  time     {_duration(left / rate)} for {left} {unit}, {rate:.3g} a second")
+            duration = f"{bound}{_duration(left / rate)}"
+            print(f"  time     {duration} for {left} {unit}, {rate:.3g} a second")
 
 
 def last_rate(stats_path: Path) -> float | None:

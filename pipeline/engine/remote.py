@@ -2,7 +2,7 @@
 
 Stages work on local files. An input is brought to the cache first, and only what has changed since
 the last time; an output is made here, then sent: its manifest last, so that a reader sees a whole
-folder or none.
+folder or none. What a process has asked for here is marked as in use until the process ends.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pipeline.engine.cache import UseMark
 from pipeline.errors import PipelineError
 from pipeline.files import Location, atomic_path, check_names, digest, read_json, write_json
 from pipeline.formats.shards import MANIFEST, SHARD_FILES
@@ -20,6 +21,8 @@ from pipeline.formats.shards import MANIFEST, SHARD_FILES
 NOTE = ".fetched.json"
 SENT_AT_ONCE = 4  # files; a store may hold each of them in memory
 VERSION_FIELDS = ("size", "ETag", "etag", "md5Hash", "LastModified", "mtime", "updated")
+
+_marks: dict[Path, UseMark] = {}  # by folder; nobody says when a copy is no longer read
 
 
 def fetch(location: Location, cache_dir: Path) -> Path:
@@ -69,6 +72,8 @@ def publishing(location: Location, cache_dir: Path) -> Iterator[Path]:
 def _local_path(location: Location, cache_dir: Path, purpose: str) -> Path:
     """A place for what lies at a URL; what is made never touches what others read."""
     folder = cache_dir / "remote" / digest(str(location))[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    _marks.setdefault(folder, UseMark(folder)).take()
     if not (folder / "settings.json").exists():
         write_json(folder / "settings.json", {"url": str(location)})
     return folder / purpose / location.name

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError
+from pipeline.formats.parquet import UNREADABLE
 from pipeline.formats.shards import MANIFEST, check_shard, read_manifest
-from pipeline.formats.tables import FLOAT16, UNREADABLE
+from pipeline.formats.tables import FLOAT16
 
 AGAIN = "run `pipeline bank` again"
 HEADER = struct.Struct("<III")

@@ -251,6 +251,19 @@ def decode_png(data: bytes) -> np.ndarray:
         raise ImageError(_reason(error)) from None
 
 
+def png_size(data: bytes) -> tuple[int, int]:
+    """Height and width of a PNG file, from its header.
+
+    Raises:
+        ImageError: the header cannot be read.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            return image.height, image.width
+    except Exception as error:  # as in `load_image`
+        raise ImageError(_reason(error)) from None
+
+
 def encode_label(label: np.ndarray, num_categories: int) -> bytes:
     """PNG file of label ids.
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_path
+from pipeline.formats.parquet import UNREADABLE
 from pipeline.formats.shards import MANIFEST, read_manifest
 
 ENCODER = b"encoder"
@@ -29,8 +30,6 @@ EMBEDDING = "embedding"
 FLOAT16 = np.dtype("<f2")
 # What a reader holds of each column of a file; without a bound it would be a whole row group.
 READ_BYTES = 2**20
-# What Arrow raises for a damaged file; a name in it that is no text gives the last one.
-UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 MAX_DIM, MAX_DIGITS = 2**20, 9
 
 EMBEDDING_FIELDS = [

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from pipeline.engine.progress import StageRun
 from pipeline.errors import PipelineError, listing
 from pipeline.files import check_replaceable, replace_dir
+from pipeline.formats.parquet import UNREADABLE
 from pipeline.formats.shards import SHARD_FILES, shard_entry, shard_name, write_manifest
 from pipeline.formats.sources import ImageRef, SourceSpec, image_name
 from pipeline.formats.tables import (
@@ -244,7 +245,7 @@ def _read_names(path: Path) -> list[str | None]:
                 )
             column = file.read(columns=[NAME_COLUMN])[NAME_COLUMN]
             return column.cast(pa.string()).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise PipelineError(f"{path}: not a readable Parquet file: {error}") from None
 
 

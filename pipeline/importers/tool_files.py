@@ -175,10 +175,13 @@ def _task_names(task: Mapping[str, Any]) -> list[str]:
 
 
 def _add_results(image: ToolImage, results: Sequence[Any]) -> None:
-    """Add the regions; those of several results of one id are one, as without label tags."""
+    """Add the regions; those of several results of one id are one, as without label tags.
+
+    A result without a value, such as a relation of two regions, is no region.
+    """
     regions: dict[str, dict[str, Any]] = {}
     for place, result in enumerate(results):
-        value = field_of(result, "value", dict)
+        value = field_of(result, "value", dict) if "value" in result else {}
         kind = field_of(result, "type", str)
         if not ({"rle", "points", "x"} & value.keys()) and LABELS not in value:
             image.left_out[kind] += 1

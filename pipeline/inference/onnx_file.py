@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from pipeline.errors import PipelineError, first_line
+from pipeline.errors import PipelineError, first_line, install_command
 from pipeline.params.base import PredictionSettings, Section
 
 FORMAT = 1  # that of `OnnxInfo`; to be raised when earlier files would be read wrongly
 FORMAT_KEY = "format"
-INSTALL = "pip install 'zutis-pipeline[onnx]'"
+INSTALL = install_command("onnx")
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 ERRORS_ALONE = 3  # severity of onnxruntime's log
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, SerializeAsAny, ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from pipeline.errors import PipelineError
@@ -90,7 +91,7 @@ def parse_params(content: Any, *, name: str = "params.yaml") -> Params:
 def _parse_method(name: str, key: str, door: Door, section: Mapping[str, Any]) -> Section:
     """The section of a door, by the class of the method that it names."""
     method = section.get(door.tag, door.default)
-    if method not in door.methods:
+    if not isinstance(method, str) or method not in door.methods:
         raise PipelineError(
             f"{name}: {key}.{door.tag}: expected one of {', '.join(door.methods)}, got {method!r}"
         )
@@ -138,9 +139,34 @@ def parse_section(content: Any, model: type[AnySection], *, name: str) -> AnySec
         raise PipelineError("\n".join(_messages(name, error, model))) from None
 
 
+class _Constructor(SafeConstructor):
+    """Makes values; says where one stands that looks like a date or number and is none."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError) as error:
+            problem = f"a date or number that is none ({error}); a text needs quotes"
+            raise ConstructorError(problem=problem, problem_mark=node.start_mark) from None
+
+
+def load_yaml(content: str | bytes) -> Any:
+    """The plain values of a document in YAML 1.2.
+
+    Raises:
+        YAMLError: it is none.
+    """
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = _Constructor
+    try:
+        return yaml.load(content)
+    except RecursionError:
+        raise YAMLError("nested too deeply; close the brackets that are open") from None
+
+
 def _read_yaml(path: Path) -> Any:
     try:
-        return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+        return load_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise PipelineError(f"{path}: cannot be read: {error.strerror}") from None
     except MarkedYAMLError as error:

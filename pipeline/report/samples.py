@@ -40,7 +40,8 @@ def read_samples(
 
     Args:
         masks_dir: mask shards.
-        labels_dir: label shards, joined to them by key; without them there are no dense labels.
+        labels_dir: label shards, joined to them by key; without them, and for a mask of another
+            size, there are no dense labels.
         archives: rows of the archives; those that are not in the shards are left out.
         make_target: makes what training saw; without it that picture is left out.
 
@@ -115,11 +116,10 @@ def _sample(
     image = _image(store, index, SAMPLE_SIDE)
     mask = decode_png(store.member(index, "mask.png")) > 0
     maps: dict[str, NDArray[np.integer]] = {"pseudo-mask": mask * row.label_id}
-    if labels is not None and store.keys[index] in labels:
-        dense_labels, confidence = labels.get(store.keys[index])
-        maps["dense labels"] = dense_labels
+    if (dense := _dense_labels(labels, store.keys[index], mask.shape)) is not None:
+        maps["dense labels"] = dense[0]
         if make_target is not None:
-            maps["training saw"] = make_target(mask, row.label_id, dense_labels, confidence)
+            maps["training saw"] = make_target(mask, row.label_id, *dense)
     pictures = {"image": picture(image, alt=f"Image of {row.category}", max_bytes=SAMPLE_BYTES)}
     for title, values in maps.items():
         painted = paint_labels(np.asarray(image), resize_nearest(values, image.size[::-1]))
@@ -132,6 +132,19 @@ def _sample(
         "pictures": pictures,
         "label_ids": {int(value) for labels in maps.values() for value in np.unique(labels)},
     }
+
+
+def _dense_labels(
+    labels: LabelStore | None, key: str, shape: tuple[int, ...]
+) -> tuple[NDArray[np.integer], NDArray[np.floating]] | None:
+    """Dense labels (H, W) and confidence (H, W) of a mask of this shape; None where it has none.
+
+    Labels of another shape are older than the mask, which has been made anew since.
+    """
+    if labels is None or key not in labels:
+        return None
+    dense_labels, confidence = labels.get(key)
+    return (dense_labels, confidence) if dense_labels.shape == shape else None
 
 
 def _similarity(row: ArchiveRow) -> str:

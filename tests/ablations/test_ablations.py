@@ -383,7 +383,7 @@ def test_words_become_settings() -> None:
         "train.scale_range": [0.5, 0.1],
         "evaluate.max_side": None,
     }
-    for wrong in (["k"], ["=3"], ["k=1", "k=2"], ["k=[1"]):
+    for wrong in (["k"], ["=3"], ["k=1", "k=2"], ["k=[1"], ["seed=2020-13-45"]):
         with pytest.raises(PipelineError, match="--set"):
             parse_settings(wrong)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from pipeline.app.trial import KEPT_SEGMENTERS
-from pipeline.formats.images import decode_label, load_image
+from pipeline.formats.images import decode_label, decode_png, encode_png, load_image
 from pipeline.formats.predictions import PredictionStore
 from pipeline.formats.review import LABEL_VERDICTS, read_review
 from pipeline.formats.shards import MANIFEST, open_samples
@@ -25,6 +27,7 @@ from pipeline.formats.tables import read_archives
 from pipeline.inference.segmenter import Segmenter
 from pipeline.report.inputs import NO_VALUE
 from tests.conftest import encoded_image, noise_image
+from tests.formats.shard_folders import read_shards, write_shards
 from tests.stages.tiny_checkpoint import CATEGORIES
 
 VIEWS = ("/archives", "/labels", "/predictions", "/try")
@@ -125,6 +128,23 @@ def test_labels_are_optional_but_said_to_be_missing(make: Callable[..., Any]) ->
     assert "<code>pipeline pseudo_label</code> makes them" in page
     assert made.client.get("/pictures/sample/0/mask").status_code == 200
     assert made.client.get("/pictures/sample/0/labels").status_code == 404
+    assert made.client.get("/labels/facts/0").json()["present"] == []
+
+
+def test_labels_of_masks_that_were_made_anew_at_another_size_are_said_to_be_missing(
+    made: Any,
+) -> None:
+    samples = list(read_shards(made.root / "masks/made"))
+    for sample in samples:
+        mask = np.kron(decode_png(sample["mask.png"]), np.ones((2, 2), np.uint8))
+        sample["mask.png"] = encode_png(mask)
+    write_shards(samples, made.root / "masks/made", shard_size=8)
+    page = made.page("/labels?verdict=all")
+    assert "<code>pipeline pseudo_label</code> makes them" in page
+    assert set(re.findall(r'data-disagreement="([^"]+)"', page)) == {NO_VALUE}
+    assert made.client.get("/pictures/sample/0/mask").status_code == 200
+    page = made.page("/pictures/sample/0/labels", status=404)
+    assert "run <code>pipeline pseudo_label</code> first" in page
     assert made.client.get("/labels/facts/0").json()["present"] == []
 
 
@@ -252,6 +272,46 @@ def test_a_file_broken_by_hand_is_named_and_kept(made: Any) -> None:
     )
     assert "line 2" in made.page("/archives", status=400)
     assert "dropp" in path.read_text()
+
+
+def test_a_disk_that_takes_no_decision_is_named_with_what_to_do(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made.root / "data/review"
+    body = {"number": 4, "verdict": "reject"}
+
+    def full(path: Path, *_: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.formats.review.write_bytes", full)
+        assert made.post("/labels/change", body, 500)["error"] == (
+            f"no space left on the disk ({folder}/labels.csv): free some, then try again"
+        )
+    shutil.rmtree(folder)
+    folder.write_bytes(b"")
+    error = made.post("/labels/change", body, 500)["error"]
+    assert error.startswith(f"{os.strerror(errno.EEXIST)} ({folder}): make it writable")
+    folder.unlink()
+    (folder / "labels.csv").mkdir(parents=True)
+    assert str(folder / "labels.csv") in made.post("/labels/change", body, 500)["error"]
+    (folder / "labels.csv").rmdir()
+    assert made.post("/labels/change", body)["rejected"] == 1
+
+
+@pytest.mark.parametrize("depth", [500, 5000, 100_000])
+def test_a_request_nested_without_end_is_refused(made: Any, depth: int) -> None:
+    for body in ("[" * depth, '{"verdict": ' + "[" * depth + "]" * depth + ', "number": 4}'):
+        response = made.client.post("/labels/change", content=body, headers=made.headers)
+        assert response.status_code == 400
+        assert response.json()["error"]
+
+
+def test_an_address_without_end_is_refused(made: Any) -> None:
+    assert keys_on(made.page(f"/archives/1?page={'9' * 3000}"))
+    assert "there is none" in made.page(f"/labels/facts/{'9' * 3000}", status=400)
+    for address in (f"/labels?page={'9' * 5000}", f"/labels/facts/{'9' * 5000}"):
+        assert "too long" in made.page(address, status=414)
 
 
 # -- masks and labels ------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pipeline.app.guard import is_loopback
 from pipeline.app.paged_shards import OPEN_SHARDS, PagedShards
 from pipeline.app.pictures import PictureCache
 from pipeline.app.review_book import ReviewBook
+from pipeline.app.site import number as number_of
 from pipeline.app.survey import Survey
 from pipeline.app.web import listen
 
@@ -66,6 +67,14 @@ def test_the_cache_forgets_what_was_not_used_for_longest() -> None:
     assert cache.num_bytes == 8
     cache.get("huge", lambda: bytes(11))
     assert cache.num_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("7", 7), ("0", 2), ("9" * 5000, 50), ("-1", 3), ("", 3), ("1e1", 3), ("²", 3), ("0007", 7)],
+)
+def test_numbers_of_a_query_are_kept_within_bounds(text: str, expected: int) -> None:
+    assert number_of({"page": text}, "page", 3, least=2, most=50) == expected
 
 
 def test_many_at_once_lose_no_decision(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pipeline.demo.scene import (
     draw_scene,
     typical_looks,
 )
+from pipeline.errors import PipelineError, install_command
 
 CATEGORIES, OTHERS = glyph_names()
 
@@ -21,6 +22,17 @@ CATEGORIES, OTHERS = glyph_names()
 @pytest.fixture(scope="module")
 def style() -> Style:
     return Style(load_glyphs(KNOWN_FAMILIES), size=48)
+
+
+def test_fonts_that_are_not_installed_are_named_with_the_fix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", {}.get)
+    with pytest.raises(PipelineError) as caught:
+        load_glyphs(("phosphor",))
+    assert str(caught.value).endswith(
+        f"qtawesome, which is not installed; run: {install_command('demo')}"
+    )
 
 
 def generator(seed: int) -> np.random.Generator:

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 from pipeline.doctor.machine import EXTRAS, check_machine
 from pipeline.doctor.params import check_params, idle_stages, params_finding
 from pipeline.doctor.workspace import check_workspace
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, install_command
 from pipeline.params.reading import parse_params
 from tests.paths import ROOT
 
@@ -46,6 +46,14 @@ def test_missing_weights_and_data_are_named_with_the_fix(tmp_path: Path) -> None
     assert findings["weights clip_vit_b_16"].state == "warn"
     assert findings[f"data {tmp_path}/gone"].state == "fail"
     assert findings[f"data {tmp_path}/worlds/w/i"].state == "ok"
+
+
+def test_entries_may_be_called_as_fields_are(tmp_path: Path) -> None:
+    names = ("root", "weights", "model", "pretrained")
+    index = {name: {"root": str(tmp_path / name)} for name in names}
+    findings = found({"index": index}, tmp_path)
+    gone = {item.text for item in findings.values() if item.name == "data"}
+    assert gone == {f"{tmp_path / name}: no such folder" for name in names}
 
 
 def test_params_of_files_that_are_there_need_no_network(
@@ -208,6 +216,16 @@ def test_the_machine_is_described_and_a_missing_device_fails(tmp_path: Path) -> 
         for item in check_machine("tpu", cache_dir=tmp_path, workspace=tmp_path / "file/x")
     }
     assert wrong["device"].state == "fail"
+
+
+def test_packages_that_are_missing_are_named_with_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.doctor.machine.installed", {"timm": "1.0"}.get)
+    findings = check_machine("cpu", cache_dir=tmp_path / "cache", workspace=tmp_path)
+    packages = next(item for item in findings if item.name == "packages")
+    assert (packages.state, packages.fix) == ("fail", install_command())
+    assert "torch missing, open_clip_torch missing, timm 1.0" in packages.text
 
 
 def test_a_folder_that_cannot_be_written_fails(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.engine.cache import CHUNK_BYTES, CHUNK_ENTRIES, BlobCache
+from pipeline.engine.cache import CHUNK_BYTES, CHUNK_ENTRIES, BlobCache, stored_keys
 
 SETTINGS = {"model": "tiny", "threshold": 0.5}
 
@@ -76,10 +76,11 @@ def test_the_last_value_put_wins_while_pending(tmp_path: Path) -> None:
     assert BlobCache(tmp_path, SETTINGS).get("a") == b"two"
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "flipped key", "empty", "text"])
 def test_a_damaged_chunk_is_removed_and_the_others_stay(tmp_path: Path, damage: str) -> None:
     with BlobCache(tmp_path, SETTINGS) as cache:
         cache.put("a", b"A" * 1000)
+        cache.put("a key", b"A" * 1000)
         cache.flush()
         cache.put("b", b"B" * 1000)
     for path in chunk_paths(cache):
@@ -89,10 +90,12 @@ def test_a_damaged_chunk_is_removed_and_the_others_stay(tmp_path: Path, damage: 
             damaged = {
                 "cut": data[:place],
                 "flip": data[:place] + b"!" + data[place + 1 :],
+                "flipped key": data.replace(b"a key", b"\xe1 key"),
                 "empty": b"",
                 "text": b"not parquet",
             }[damage]
             path.write_bytes(damaged)
+    assert "b" in stored_keys(cache.dir)
     reopened = BlobCache(tmp_path, SETTINGS)
     assert reopened.get("a") is None
     assert reopened.get("b") == b"B" * 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,14 +43,22 @@ def test_says_what_is_done_and_writes_nothing(
         assert int(done) == int(total)
 
 
-def test_what_a_killed_run_has_finished_is_counted(
+def test_what_a_killed_run_has_finished_is_a_bound(
     workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     part = tmp_path / "x" / f".made.{'0' * 16}.part"
     part.mkdir(parents=True)
     (part / "00000.tar.row.json").write_text("{}")
-    workspace.run("mask", tmp_path / "x", executor=DryRun(tmp_path / "stats.json"))
-    assert "finished 1 shards of a run that was cut off" in capsys.readouterr().out
+    write_json(tmp_path / "stats/mask.json", {"items": 100})
+    times = {"stage": "mask", "seconds": 50.0, "counts": {}}
+    write_json(tmp_path / "times/mask.json", times)
+    workspace.run("mask", tmp_path / "x", executor=DryRun(tmp_path / "stats/mask.json"))
+    said = capsys.readouterr().out
+    assert "finished at most 1 shards, of a run that was cut off" in said
+    assert re.search(r"time +at least \d+ s for \d+ items", said)
+    shutil.rmtree(part)
+    workspace.run("mask", tmp_path / "x", executor=DryRun(tmp_path / "stats/mask.json"))
+    assert re.search(r"time +\d+ s for \d+ items", capsys.readouterr().out)
 
 
 def test_the_rate_is_that_of_what_was_new(tmp_path: Path) -> None:

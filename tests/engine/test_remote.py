@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from pipeline.engine.cache_store import DAY_S, Verdict, collect
 from pipeline.engine.remote import fetch, publishing
 from pipeline.errors import PipelineError
 from pipeline.files import as_location
@@ -37,6 +43,16 @@ mask: {{weights: "{selfmask}", shard_size: 5}}
 pseudo_label:
   encoder: {{model: "{model}", pretrained: "{weights}"}}
   templates: name
+"""
+
+# Fetches what lies at a URL and reads it until its standard input ends.
+READER = """
+import sys
+from pathlib import Path
+from pipeline.engine.remote import fetch
+from pipeline.files import as_location
+print(fetch(as_location(sys.argv[1]), Path(sys.argv[2])), flush=True)
+sys.stdin.read()
 """
 
 
@@ -157,6 +173,43 @@ def test_only_what_has_changed_is_fetched_again(store: str, tmp_path: Path) -> N
     assert (copy / "a").stat().st_mtime_ns == before
     assert (copy / "b").read_bytes() == b"new"
     assert not (copy / "sub/c").exists()
+
+
+@contextmanager
+def reading(url: str, cache_dir: Path) -> Iterator[Path]:
+    """Another process that has fetched what lies at a URL and is at work with it."""
+    command = [sys.executable, "-c", READER, url, str(cache_dir)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as reader:
+        assert reader.stdout is not None
+        yield Path(reader.stdout.readline().strip())
+        reader.communicate()
+
+
+def gc_after(days: float, cache_dir: Path) -> list[Verdict]:
+    """What becomes of things that were not used for 30 days, so many days from now."""
+    return list(collect(cache_dir, now=time.time() + days * DAY_S, unused_days=30))
+
+
+def test_a_copy_counts_as_used_when_it_was_asked_for_last_and_stays_while_it_is_read(
+    tmp_path: Path,
+) -> None:
+    url, cache_dir = f"file://{tmp_path}/masks", tmp_path / "cache"
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks/00000.tar").write_bytes(b"x")
+    with reading(url, cache_dir) as copy:
+        pass
+    for path in [cache_dir, *cache_dir.rglob("*")]:
+        os.utime(path, (time.time() - 31 * DAY_S,) * 2)
+    with reading(url, cache_dir) as again:
+        assert again == copy
+        assert gc_after(0, cache_dir) == []
+        [verdict] = gc_after(31, cache_dir)
+        assert (verdict.is_removed, verdict.reason) == (False, "in use by a running stage")
+        assert (copy / "00000.tar").read_bytes() == b"x"
+    assert [verdict.is_removed for verdict in gc_after(31, cache_dir)] == [True]
+    assert not copy.exists()
 
 
 def test_nothing_at_a_url_is_an_error(store: str, tmp_path: Path) -> None:

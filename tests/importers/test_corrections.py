@@ -276,12 +276,15 @@ class TestLabelStudio:
     def test_what_is_no_mask_is_left_out_and_counted(self, world: Path) -> None:
         results = [
             {"type": "choices", "value": {"choices": ["good"]}},
+            {"type": "relation", "from_id": "r1", "to_id": "r2", "direction": "right"},
             region("ellipse", "dog", x=1.0, y=1.0, radiusX=2.0, radiusY=2.0),
             brush(box(0, 0, 0, 0), "dog"),
             brush(box(4, 4, 2, 3), "dog"),
         ]
         stats = run(world, [task("dog.jpg", results)])
-        assert stats["left_out"] == {"choices": 1, "ellipse": 1, "mask without a pixel": 1}
+        kinds = ("choices", "ellipse", "mask without a pixel", "relation")
+        assert stats["left_out"] == dict.fromkeys(kinds, 1)
+        assert stats["counts"]["objects"] == 1
 
     @pytest.mark.parametrize(
         "image",

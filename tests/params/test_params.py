@@ -139,6 +139,9 @@ def test_a_missing_key_is_named(tmp_path: Path, text: str, key: str) -> None:
         ("train:", "train", "None"),
         ("mask: {source: spectral, clusters: [2, 0]}", "mask.clusters.1", "0"),
         ("mask: {weights: 3}", "mask.weights", "3"),
+        ("mask: {source: [selfmask]}", "mask.source", "['selfmask']"),
+        ("train: {student: {zutis: 1}}", "train.student", "{'zutis': 1}"),
+        ("pseudo_label: {method: }", "pseudo_label.method", "None"),
         ("pseudo_label: {key_smoothing: -0.1}", "pseudo_label.key_smoothing", "-0.1"),
         ("worlds: {demo: {size: 16}}", "worlds.demo.size", "16"),
         ("benches: {voc: {root: x, format: vox}}", "benches.voc.format", "'vox'"),
@@ -197,7 +200,15 @@ def test_a_file_without_keys_is_refused(tmp_path: Path, text: str, found: str) -
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("k: 3\nseed: [1, 2", 2), ("k: 1\nk: 2\n", 2), ("k: 1\n---\nk: 2\n", 2), ("k: 1: 2\n", 1)],
+    [
+        ("k: 3\nseed: [1, 2", 2),
+        ("k: 1\nk: 2\n", 2),
+        ("k: 1\n---\nk: 2\n", 2),
+        ("k: 1: 2\n", 1),
+        ("k: 1\nseed: 2020-13-45\n", 2),
+        (f"k: {'9' * 5000}\n", 1),
+        ("k: !!int ''\n", 1),
+    ],
 )
 def test_a_file_that_is_no_yaml_is_refused_with_the_line(
     tmp_path: Path, text: str, line: int
@@ -205,6 +216,12 @@ def test_a_file_that_is_no_yaml_is_refused_with_the_line(
     message = message_of(tmp_path, text)
     assert message.startswith(f"not valid YAML: line {line}, column ")
     assert "\n" not in message
+
+
+def test_a_file_nested_without_end_is_refused(tmp_path: Path) -> None:
+    assert message_of(tmp_path, f"k: {'[' * 5000}") == (
+        "not valid YAML: nested too deeply; close the brackets that are open"
+    )
 
 
 def test_a_file_of_bytes_is_refused(tmp_path: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 from pipeline.formats.tables import read_archives, write_archives
+from pipeline.report.samples import read_samples
+from pipeline.training.targets import training_target
 from tests.report.helpers import CATEGORIES, Tree, section, text_of, write_archive_shards
 
 
@@ -53,3 +56,17 @@ def test_all_objects_of_a_mask_are_shown(tree: Tree) -> None:
         )
         shown.append(section(tree.report(), "labels"))
     assert shown[0] == shown[1]
+
+
+def test_labels_of_masks_that_were_made_anew_at_another_size_are_left_out(tree: Tree) -> None:
+    masks_dir, older_dir = tree.labels_dir, tree.root / "older"
+    masks_dir.rename(older_dir)
+    write_archive_shards(tree, CATEGORIES, per_category=2, size=(40, 60))
+    archives = read_archives(tree.archives_path)
+    for labels_dir, titles in (
+        (masks_dir, ("image", "pseudo-mask", "dense labels", "training saw")),
+        (older_dir, ("image", "pseudo-mask")),
+    ):
+        make_target = partial(training_target, target="fused")
+        found = read_samples(masks_dir, labels_dir, archives, make_target)
+        assert {tuple(sample["pictures"]) for sample in found["samples"]} == {titles}
