@@ -544,21 +544,6 @@ def test_with_flip_a_mirrored_image_has_the_mirrored_prediction(
     assert size == (8, 8) or differs[0] > 0.01
 
 
-def test_with_flip_both_looks_leave_the_same_pixels_out(
-    checkpoint_dir: Path, runtime: Runtime
-) -> None:
-    segmenter = Segmenter.load(
-        checkpoint_dir, runtime=runtime, settings=PredictionSettings(flip=True)
-    )
-    pixels = to_tensor(noise_image(5, 53, 48), segmenter.settings, patch_size=8)[None]
-    assert segmenter.student.patch_size == 8
-    [found], [whole] = (
-        segmenter.student.predict(part, [(48, 53)], segmenter.settings)
-        for part in (pixels, pixels[..., :48])
-    )
-    np.testing.assert_array_equal(found.semantic, whole.semantic)
-
-
 @pytest.mark.parametrize("pamr", [None, PamrParams(dilations=[1, 3], steps=4)])
 @pytest.mark.parametrize("size", [(48, 40), (9, 50), (1, 1)])
 def test_a_joint_foreground_is_where_all_categories_together_outweigh_the_background(

@@ -124,9 +124,9 @@ class ZutisPredictor:
         images = images.to(self._runtime.device)
         mask_probs, patch_tokens = self._see(images)
         if settings.flip:
-            # Without what the network leaves out at the right, so that tokens of both lie together.
-            width = images.shape[-1] // self.patch_size * self.patch_size
-            mirrored = self._see(images[..., :width].flip(-1))[1].flip(2)
+            # Of what is no whole patch the network leaves out the right of the one and the left of
+            # the other: their mean lies nearer to the truth than either, which is stretched.
+            mirrored = self._see(images.flip(-1))[1].flip(2)
             patch_tokens = F.normalize(patch_tokens + mirrored, dim=-1)
         return [
             Segmentation(
