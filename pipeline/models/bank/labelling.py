@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pipeline.models.bank.regions import RegionEncoder, Regions
 from pipeline.models.dense.labels import LOGIT_SCALE, label_and_confidence
-from pipeline.models.dense.options import similarity
 
 
 class RegionBank:
@@ -94,8 +93,8 @@ class BankLabeller:
         """Labels of some images, each with its mask and the name under which the bank has it.
 
         The score of a pixel is (1 - w) of its own plus w of its region's: the cosine of a label's
-        text, of several names the best, and the mean value of the nearest regions of other images.
-        Where a pixel is of no region, or no other image has one, its own score stands.
+        first name and the mean value of the nearest regions of other images. Where a pixel is of no
+        region, or no other image has one, its own score stands.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
@@ -130,7 +129,7 @@ class BankLabeller:
         labeller = self._encoder.labeller
         means = self._bank.nearest_values(regions.keys.numpy(), self._nearest, without=name)
         values = F.normalize(torch.from_numpy(means), dim=1)
-        scores = similarity(labeller, values)
+        scores = values @ labeller.text.float().cpu().T
         if labeller.logit_scale is None:
             scores = (self._logit_scale * scores).softmax(dim=1)
         scores[torch.from_numpy(~means.any(axis=1))] = torch.nan

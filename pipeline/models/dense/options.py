@@ -77,11 +77,6 @@ class LabellerWithOptions:
     def _has_threshold(self) -> bool:
         return self._params.background_threshold is not None and self._background is not None
 
-    def similarity(self, features: Tensor) -> Tensor:
-        """Cosines (R, K) of unit features (R, C) with the best of each label id's names."""
-        rows = similarity(cast("ObjectLabeller", self._labeller), features)
-        return best_of_rows(rows[..., None, None], self._rows)[..., 0, 0]
-
     def select(self, label_ids: Sequence[int]) -> LabellerWithOptions:
         """The same for some label ids, in this order."""
         chosen = list(label_ids)
@@ -150,13 +145,6 @@ class LabellerWithOptions:
         else:
             scores, features = self._labeller.scores(images), []
         return [best_of_rows(scores.float(), self._rows), *(maps.float() for maps in features)]
-
-
-def similarity(labeller: ObjectLabeller, features: Tensor) -> Tensor:
-    """Cosines (R, K) of unit features (R, C) with label ids, of several names that of the best."""
-    if not isinstance(labeller, LabellerWithOptions):
-        return features @ labeller.text.to(features).T
-    return labeller.similarity(features)
 
 
 def best_of_rows(scores: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:

@@ -225,32 +225,6 @@ def test_settings_tell_what_regions_depend_on(encoder: EncoderParams, runtime: R
     assert all(one not in found[:number] for number, one in enumerate(found))
 
 
-def test_the_best_of_a_labels_names_counts_in_the_bank_too(
-    encoder: EncoderParams, runtime: Runtime
-) -> None:
-    rng = np.random.default_rng(0)
-    image, mask = torch.from_numpy(rng.random((1, 3, 24, 32), dtype=np.float32)), np.ones((24, 32))
-    several = {"background_names": "each", "synonyms": {"cat": ["lion"]}}
-    names = Names(["cat", "dog"], ["background", "car"])
-    params = DenseClipParams(encoder=encoder, templates="name", **several)
-    regions = load_region_encoder(BankParams(), params, names, runtime)
-    [text] = [
-        load_dense_labeller(
-            DenseClipParams(encoder=encoder, templates="name"),
-            Names(["cat", "dog", "lion", "car"]),
-            runtime,
-        ).text
-    ]
-    for row, label in ((0, 0), (1, 1), (2, 2), (3, 1), (4, 0)):
-        values = text[row, None].repeat(2, 1).numpy()
-        _, [found] = regions.encode(image, [mask > 0])
-        bank = RegionBank(["a", "b"], np.ones((2, found.keys.shape[1]), np.float32), values)
-        labels, _ = BankLabeller(regions, bank, weight=1.0, nearest=2).label(
-            image, [mask > 0], ["new"]
-        )
-        assert set(labels.unique().tolist()) == {label}
-
-
 def test_a_labeller_without_features_is_refused(
     encoder: EncoderParams, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:

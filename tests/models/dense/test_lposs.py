@@ -230,7 +230,11 @@ def test_settings_name_the_graph(load: Any, graph_encoder: EncoderParams) -> Non
         load("denseclip").settings,
     ]
     assert all(one != other for one, other in itertools.combinations(settings, 2))
-    assert load("denseclip").settings.keys() == {*DenseClipParams().recipe(), "weights"}
+    assert load("denseclip").settings.keys() == {
+        "method",
+        "weights",
+        *DenseClipParams().recipe(),
+    }
 
 
 def test_a_graph_encoder_that_is_not_there_is_named(load: Any) -> None:
