@@ -21,7 +21,7 @@ from pipeline.app.predictions_view import PredictionsView
 from pipeline.app.site import STATIC_DIR, Site
 from pipeline.app.try_view import TryView
 from pipeline.app.workspace import Workspace
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, no_host
 from pipeline.pictures.report import category_colour
 
 
@@ -61,9 +61,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except UnicodeError:  # of the codec of names
-        raise PipelineError(
-            f"--host {host!a}: not the name of a host; write that of this machine, or an IP address"
-        ) from None
+        raise no_host(host) from None
     except OSError as error:
         reason = str(error.strerror).partition(" (")[0]
         raise PipelineError(

@@ -20,7 +20,7 @@ from multiprocessing.synchronize import Event
 
 import uvicorn
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, no_host
 from pipeline.serve.connection import connections_within
 from pipeline.serve.options import Address, Limits, SegmenterSource
 
@@ -70,10 +70,7 @@ def _listen(address: Address) -> socket.socket:
         listener.bind(place)
         listener.listen(BACKLOG)
     except UnicodeError:  # of the codec of names
-        raise PipelineError(
-            f"--host {address.host!a}: not the name of a host; write that of this machine, or an "
-            "IP address"
-        ) from None
+        raise no_host(address.host) from None
     except OSError as error:
         raise PipelineError(
             f"--host {address.host} --port {address.port}: {error.strerror or error}; choose "

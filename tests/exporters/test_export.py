@@ -29,6 +29,7 @@ from pipeline.formats.labels import IGNORE_INDEX
 from tests.conftest import encoded_image, noise_image
 from tests.exporters.hard_masks import hard_masks
 from tests.exporters.predicted import CATEGORIES, Photo, write_predictions
+from tests.locales import LOCALES, run_in_locale
 
 OURS = ("coco", "yolo-seg", "voc", "png16")
 Mask = NDArray[np.bool_]
@@ -314,23 +315,15 @@ def test_names_are_the_same_under_a_locale_without_their_letters(tmp_path: Path)
     mask = np.ones((16, 24), bool)
     path = image_file(tmp_path / "犬/é.jpg")
     write_predictions(tmp_path / "犬/predictions", [Photo(path, (16, 24), [(mask, 1, 0.5)])])
-    c_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    for name, locale in (("utf8", {"PYTHONUTF8": "1"}), ("c", c_locale)):
-        done = subprocess.run(
-            [sys.executable, "-c", IN_C, name],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | locale,
-            capture_output=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr.decode()
+    for name in LOCALES:
+        run_in_locale(name, IN_C, name, cwd=tmp_path)
     made = [
         {
             found.relative_to(tmp_path / "犬" / name): found.read_bytes()
             for found in (tmp_path / "犬" / name).rglob("*")
             if found.is_file() and found.name != "manifest.json"
         }
-        for name in ("utf8", "c")
+        for name in LOCALES
     ]
     assert made[0] == made[1]
     assert Path("labelme/images/é.json") in made[1]

@@ -115,10 +115,10 @@ def brush(mask: np.ndarray, label: str) -> Any:
     return region("brush", label, mask.shape, format="rle", rle=encode(mask))
 
 
-def write_bench(world: Path) -> None:
-    """Write the folder `bench`, of one image."""
+def write_bench(world: Path, content: Any = None) -> None:
+    """Write the folder `bench` of what was corrected; without it, of one image."""
     path = world / "corrected.json"
-    path.write_text(json.dumps(coco(["dog.jpg"], [(0, "dog", box(1, 1, 9, 9))])))
+    path.write_text(json.dumps(content or coco(["dog.jpg"], [(0, "dog", box(1, 1, 9, 9))])))
     importer.write_benchmark(
         path=path,
         images_dir=world / "photos",
@@ -413,18 +413,8 @@ class TestBenchmark:
         objects = [(0, "dog", box(1, 1, 9, 9)), (0, "cat", box(2, 2, 3, 3))]
         objects += [(0, "void", box(0, 0, 1, 30)), (1, "cat", box(19, 29, 1, 1))]
         content = coco(["a/boat.jpg", "b/boat.png", "dog.jpg", "gone.jpg"], objects)
-        path = world / "corrected.json"
-        path.write_text(json.dumps(content))
         run(world, coco(["dog.jpg"], []))
-        path.write_text(json.dumps(content))
-        importer.write_benchmark(
-            path=path,
-            images_dir=world / "photos",
-            corrections_dir=world / "corrections",
-            out_dir=world / "bench",
-            names=NAMES,
-            stats_path=world / "stats.json",
-        )
+        write_bench(world, content)
         stats = json.loads((world / "stats.json").read_text())
         assert stats["counts"] == {"objects": 3, "reencoded": 1, "trained_on": 1}
         assert list(reasons(stats)) == ["gone.jpg"]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,11 +27,11 @@ from pipeline.params.base import EncoderParams
 from pipeline.params.sections import EmbedParams
 from pipeline.params.sources import SourceParams
 from pipeline.stages import embed
+from tests.locales import LOCALES, run_in_locale
 from tests.processes import Fork
 from tests.stages.tiny_checkpoint import write_checkpoint
 
 KILLED_IMAGES = 800
-C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 @pytest.fixture
@@ -365,16 +362,9 @@ def test_names_are_the_same_under_a_locale_without_their_letters(
         tar.add(root / "Müller 犬.jpg", "Müller/犬.jpg")
     (root / "gone ü.jpg").symlink_to("nowhere")
     made = []
-    for name, locale in (("utf8", {"PYTHONUTF8": "1"}), ("c", C_LOCALE)):
+    for name in LOCALES:
         work = tmp_path / name
-        done = subprocess.run(
-            [sys.executable, "-c", IN_C, *tiny_clip, checkpoint, work],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | locale,
-            capture_output=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr.decode()
+        run_in_locale(name, IN_C, *tiny_clip, checkpoint, work, cwd=tmp_path)
         rows = [
             (row["key"], row["path"], row["member"], row["status"])
             for format in ("folder", "webdataset")
