@@ -284,8 +284,7 @@ def _train_phase(
     for batch in loader:
         for group in optimizer.param_groups:
             group["lr"] = phase.learning_rate * _cosine(step, phase.iterations)
-        with torch.autocast(encoder.mean.device.type, torch.bfloat16):
-            loss = contrastive_loss(encoder, batch, phase)
+        loss = contrastive_loss(encoder, batch, phase)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
@@ -315,30 +314,28 @@ def contrastive_loss(encoder: ClipEncoder, batch: PairBatch, phase: Phase) -> Te
     pixels = encoder.normalise(batch.images.to(encoder.mean.device) / 255)
     embeddings, patches = _embeddings_and_patches(encoder.clip.visual, pixels)
     captions = _embed_texts(encoder, batch.captions)
-    with torch.autocast(pixels.device.type, enabled=False):
-        scale = encoder.clip.logit_scale.exp()
-        similar = F.normalize(embeddings.float(), dim=-1) @ captions.T
-        loss = _cross_entropy(scale * similar, batch.topics)
-        if phase.patch_loss > 0:
-            similar = _patch_similarity(patches, captions)
-            loss = loss + phase.patch_loss * _cross_entropy(scale * similar, batch.topics)
+    scale = encoder.clip.logit_scale.exp()
+    similar = F.normalize(embeddings, dim=-1) @ captions.T
+    loss = _cross_entropy(scale * similar, batch.topics)
+    if phase.patch_loss > 0:
+        similar = _patch_similarity(patches, captions)
+        loss = loss + phase.patch_loss * _cross_entropy(scale * similar, batch.topics)
     if phase.background_loss > 0:
         phrases = _embed_texts(encoder, batch.phrases)
-        with torch.autocast(pixels.device.type, enabled=False):
-            similar = _patch_similarity(patches, phrases)
-            loss = loss + phase.background_loss * _cross_entropy(scale * similar, batch.backgrounds)
+        similar = _patch_similarity(patches, phrases)
+        loss = loss + phase.background_loss * _cross_entropy(scale * similar, batch.backgrounds)
     return loss
 
 
 def _embed_texts(encoder: ClipEncoder, texts: list[str]) -> Tensor:
     """(B, C) unit rows, float32."""
     tokens = encoder.tokenize(texts).to(encoder.mean.device)
-    return F.normalize(encoder.clip.encode_text(tokens).float(), dim=-1)
+    return F.normalize(encoder.clip.encode_text(tokens), dim=-1)
 
 
 def _patch_similarity(patches: Tensor, text: Tensor) -> Tensor:
     """Patches (B, N, C) and unit rows (T, C) -> (B, T)."""
-    cosines = F.normalize(patches.float(), dim=-1) @ text.T
+    cosines = F.normalize(patches, dim=-1) @ text.T
     return ((PATCH_SCALE * cosines).softmax(dim=1) * cosines).sum(dim=1)
 
 
