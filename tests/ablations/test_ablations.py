@@ -156,12 +156,12 @@ def test_a_stage_that_was_never_run_does_not_stand_in_the_way(project: Path) -> 
         )
     call(project, "git", "commit", "-qam", "a stage for later")
     before = state(project)
-    run("temperature", root=project)
+    run("templates", root=project)
     assert state(project) == before
     assert not (project / "later.txt").exists()
     assert all(
         variant.metrics
-        for variant in read_result(project / "reports/ablations/temperature.json").variants
+        for variant in read_result(project / "reports/ablations/templates.json").variants
     )
 
 
@@ -175,12 +175,12 @@ def test_outputs_that_are_lost_meanwhile_are_named(project: Path) -> None:
 
 
 def test_data_that_changed_since_are_not_answered_from_old_experiments(project: Path) -> None:
-    run("temperature", root=project)
-    path = project / "reports/ablations/temperature.json"
+    run("templates", root=project)
+    path = project / "reports/ablations/templates.json"
     before = {variant.experiment for variant in read_result(path).variants}
     with (project / "dvc.lock").open("a") as lock:  # as `dvc repro` with other photos leaves it
         lock.write("# other photos\n")
-    run("temperature", root=project)
+    run("templates", root=project)
     assert not before & {variant.experiment for variant in read_result(path).variants}
 
 

@@ -41,7 +41,7 @@ tables:
         run:
           - preset: demo
             model: denseclip
-            params: &names {benches.voc_val.categories: demo}
+            params: &names {benches.voc_val.categories: demo, pseudo_label.templates: name}
         images: 3
         protocol: &protocol {model: denseclip, num_categories: 16, corruption: none}
         values: &values {miou: miou, ap: ap}
@@ -54,6 +54,9 @@ tables:
               index.demo.root: data/raw/photos
               k: 2
               retrieve.num_negatives: 2
+              retrieve.templates: name
+              pseudo_label.templates: name
+              train.templates: name
               train.iterations: 1
               train.crop_size: 32
               train.num_queries: 4
