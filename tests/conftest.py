@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,8 +34,9 @@ TINY_CLIP_CONFIG = {
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """The same sums in the same order, and no fight over the cores."""
+    """The same sums in the same order, and no fight over the cores, in what tests start too."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
