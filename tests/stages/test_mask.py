@@ -278,6 +278,11 @@ def test_empty_masks_stay_empty_and_are_counted(world: World) -> None:
     world.run(threshold=1.0)
     assert all(not decode_png(sample["mask.png"]).any() for sample in world.samples().values())
     assert world.stats()["counts"]["empty_masks"] == 5
+    (warning,) = world.stats()["warnings"]
+    assert warning.startswith("5 of 5 masks are empty")
+    assert "mask.source: selfmask" in warning
+    world.run(threshold=0.5)
+    assert "warnings" not in world.stats()
 
 
 def test_an_image_that_changed_since_it_was_embedded_is_skipped(world: World) -> None:

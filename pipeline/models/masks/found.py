@@ -35,7 +35,7 @@ MAX_POSITIONS = 16_384  # bound on what one image may cost
 POSITIONS_PER_IMAGE = 512  # drawn to learn from
 LEARNING_STEPS = 1_000
 LOSS_WEIGHT = 10.0  # against the weights' square; at 1 few images teach little
-LEARNER_VERSION = 1
+LEARNER_VERSION = 2
 
 
 class FoundLearner:
@@ -62,6 +62,9 @@ class FoundLearner:
         """The weights, as a safetensors file, from RGB images of any size.
 
         They are those of a logistic regression: does a position lie on what its image votes for?
+        Then the bias is moved until as many positions are more likely salient than not as are voted
+        for. Without that, features that tell little call next to nothing salient, for most of an
+        image is not.
 
         Raises:
             PipelineError: no position does, or all of them do.
@@ -77,8 +80,11 @@ class FoundLearner:
         with single_threaded():
             fitted = LogisticRegression(C=LOSS_WEIGHT, max_iter=LEARNING_STEPS)
             fitted.fit(features, salient)
+        descending = -np.sort(-fitted.decision_function(features))
+        boundary = descending[salient.sum() - 1 : salient.sum() + 1].mean()
         weight = torch.from_numpy(fitted.coef_).float()[..., None, None].contiguous()
-        return save({"weight": weight, "bias": torch.from_numpy(fitted.intercept_).float()})
+        bias = torch.from_numpy(fitted.intercept_ - boundary).float()
+        return save({"weight": weight, "bias": bias})
 
     def _examples(
         self, image: Image.Image, number: int
