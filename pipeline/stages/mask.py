@@ -145,7 +145,7 @@ def _review(params: MaskParams, stage: StageRun) -> None:
     if num_empty > num_masks / 2:
         stage.warn(
             f"{num_empty} of {num_masks} masks are empty, and training leaves their images out; "
-            f"mask.source: {params.source} finds nothing there: look at other sources or encoders"
+            f"mask.source: {params.source} finds nothing there: try another source, facet or encoder"
         )
     if params.max_components is not None:
         _review_components(params.max_components, stage)
