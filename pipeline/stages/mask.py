@@ -144,8 +144,9 @@ def _review(params: MaskParams, stage: StageRun) -> None:
     num_empty = stage.counts["empty_masks"]
     if num_empty > num_masks / 2:
         stage.warn(
-            f"{num_empty} of {num_masks} masks are empty, and training leaves their images out; "
-            f"mask.source: {params.source} finds nothing there: try another source, facet or encoder"
+            f"{num_empty} of {num_masks} masks are empty, and training leaves their images out: "
+            f"mask.source: {params.source} finds nothing there; try another source, facet or "
+            "encoder"
         )
     if params.max_components is not None:
         _review_components(params.max_components, stage)
