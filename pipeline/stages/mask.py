@@ -132,29 +132,28 @@ def run(
         remedy="If the images have moved or changed, run `pipeline embed` again",
         max_error_rate=params.max_error_rate,
         section=section,
-        review=partial(_review, params),
+        review=partial(_review, params, section or "mask"),
         cached=CacheUse("masks", _settings(params), _content_key),
     )
     return run_job(job, out_dir=out_dir, stats_path=stats_path, runtime=runtime, executor=executor)
 
 
-def _review(params: MaskParams, stage: StageRun) -> None:
+def _review(params: MaskParams, section: str, stage: StageRun) -> None:
     """Warn of masks that are mostly empty, and of what `max_components` leaves out."""
     num_masks = stage.items - stage.counts["negatives"]
     num_empty = stage.counts["empty_masks"]
     if num_empty > num_masks / 2:
         stage.warn(
             f"{num_empty} of {num_masks} masks are empty, and training leaves their images out: "
-            f"mask.source: {params.source} finds nothing there; try another source, facet or "
+            f"{section}.source: {params.source} finds nothing there; try another source, facet or "
             "encoder"
         )
     if params.max_components is not None:
-        _review_components(params.max_components, stage)
+        _review_components(f"{section}.max_components: {params.max_components}", stage)
 
 
-def _review_components(most: int, stage: StageRun) -> None:
+def _review_components(field: str, stage: StageRun) -> None:
     """Say what `max_components` takes from the archives; refuse to go on if that is everything."""
-    field = f"mask.max_components: {most}"
     numbers = {name: stage.measured(name, KEPT) for name in sorted(stage.measures)}
     if numbers and not any(left for _, left in numbers.values()):
         total = sum(count for count, _ in numbers.values())

@@ -55,7 +55,6 @@ tables:
               k: 2
               retrieve.num_negatives: 2
               retrieve.templates: name
-              pseudo_label.templates: name
               train.templates: name
               train.iterations: 1
               train.crop_size: 32

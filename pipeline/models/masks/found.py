@@ -80,7 +80,7 @@ class FoundLearner:
         with single_threaded():
             fitted = LogisticRegression(C=LOSS_WEIGHT, max_iter=LEARNING_STEPS)
             fitted.fit(features, salient)
-        descending = -np.sort(-fitted.decision_function(features))
+            descending = -np.sort(-fitted.decision_function(features))
         boundary = descending[salient.sum() - 1 : salient.sum() + 1].mean()
         weight = torch.from_numpy(fitted.coef_).float()[..., None, None].contiguous()
         bias = torch.from_numpy(fitted.intercept_ - boundary).float()
