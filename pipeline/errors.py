@@ -30,13 +30,6 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def no_host(host: str) -> PipelineError:
-    """The error about a `--host` that cannot be the name of one."""
-    return PipelineError(
-        f"--host {host!a}: not the name of a host; write that of this machine, or an IP address"
-    )
-
-
 def install_command(extra: str = "") -> str:
     """What installs all packages, those of an extra too; for a message.
 

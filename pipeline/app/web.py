@@ -21,7 +21,6 @@ from pipeline.app.predictions_view import PredictionsView
 from pipeline.app.site import STATIC_DIR, Site
 from pipeline.app.try_view import TryView
 from pipeline.app.workspace import Workspace
-from pipeline.errors import PipelineError, no_host
 from pipeline.pictures.report import category_colour
 
 
@@ -46,37 +45,13 @@ def create_app(workspace: Workspace, *, host: str = "127.0.0.1") -> Starlette:
     )
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address.
-
-    Args:
-        host: name or IP address of this machine.
-        port: 0 for any free one.
-
-    Raises:
-        PipelineError: it cannot, for the port is taken, or the address is none or not this
-            machine's.
-    """
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
-    except UnicodeError:  # of the codec of names
-        raise no_host(host) from None
-    except OSError as error:
-        reason = str(error.strerror).partition(" (")[0]
-        raise PipelineError(
-            f"--host {host} --port {port}: cannot listen there ({reason}); choose another "
-            "port, or end what uses it"
-        ) from None
-
-
 def serve(workspace: Workspace, *, host: str, listening: socket.socket) -> None:
     """Serve the app until it is interrupted.
 
     Args:
         workspace: what is looked at.
         host: the address that it is to be reached at.
-        listening: see `listen`.
+        listening: from `pipeline.sockets.listen`.
     """
     import uvicorn
 

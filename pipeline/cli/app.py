@@ -36,8 +36,9 @@ def app(
     except ImportError as error:
         raise PipelineError(f"pipeline app: {error}; {install_command('app')}") from None
     from pipeline.app.guard import is_loopback
-    from pipeline.app.web import listen, serve
+    from pipeline.app.web import serve
     from pipeline.app.workspace import Workspace
+    from pipeline.sockets import listen
 
     session: Session = ctx.obj
     workspace = Workspace(

@@ -20,9 +20,10 @@ from multiprocessing.synchronize import Event
 
 import uvicorn
 
-from pipeline.errors import PipelineError, no_host
+from pipeline.errors import PipelineError
 from pipeline.serve.connection import connections_within
 from pipeline.serve.options import Address, Limits, SegmenterSource
+from pipeline.sockets import listen
 
 BACKLOG = 1024
 HEAD_S = 5.0  # that an open connection has for its request when the server ends
@@ -52,31 +53,12 @@ def serve(
     Raises:
         PipelineError: the network cannot be loaded, or nobody can listen there.
     """
-    listener = _listen(address)
+    listener = listen(address.host, address.port, backlog=BACKLOG)
     share = max(1, threads // workers)
     if workers == 1:
         _serve_alone(source, listener, limits, share)
     else:
         _serve_together(source, listener, limits, workers, share)
-
-
-def _listen(address: Address) -> socket.socket:
-    try:
-        family, *_, place = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[
-            0
-        ]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(place)
-        listener.listen(BACKLOG)
-    except UnicodeError:  # of the codec of names
-        raise no_host(address.host) from None
-    except OSError as error:
-        raise PipelineError(
-            f"--host {address.host} --port {address.port}: {error.strerror or error}; choose "
-            "another, or port 0 for a free one"
-        ) from None
-    return listener
 
 
 def _announce(listener: socket.socket, workers: int, threads: int) -> None:

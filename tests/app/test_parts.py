@@ -20,7 +20,6 @@ from pipeline.app.pictures import PictureCache
 from pipeline.app.review_book import ReviewBook
 from pipeline.app.site import number as number_of
 from pipeline.app.survey import Survey
-from pipeline.app.web import listen
 
 
 def test_any_sample_of_many_shards(tmp_path: Path) -> None:
@@ -148,17 +147,3 @@ def test_a_survey_shows_what_it_has_and_what_ended_it() -> None:
 )
 def test_what_only_this_machine_reaches(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
-
-
-def test_a_taken_port_is_a_mistake_in_one_line() -> None:
-    with listen("127.0.0.1", 0) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(PipelineError, match=rf"--port {port}: cannot listen there"):
-            listen("127.0.0.1", port)
-
-
-@pytest.mark.parametrize("host", ["a..b", "x" * 70, "\udcff"])
-def test_what_can_be_no_host_is_a_mistake_in_one_line(host: str) -> None:
-    with pytest.raises(PipelineError, match=r"--host .*: not the name of a host; write") as error:
-        listen(host, 0)
-    assert str(error.value).isascii()
