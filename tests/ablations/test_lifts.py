@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 import sys
 from pathlib import Path
@@ -13,9 +15,9 @@ from pipeline.ablations.costs import Notebook, read_lock, stages_of
 from pipeline.ablations.definitions import read_ablation
 from pipeline.ablations.results import Spread, read_result
 from pipeline.ablations.run import run
+from pipeline.cli import main
 from pipeline.files import read_json, write_json
 from tests.ablations.dvc_project import call, finished_project
-from tests.paths import ROOT
 
 DVC_YAML = """\
 stages:
@@ -73,7 +75,7 @@ iterations, seed = params["train"]["iterations"], params["seed"]
 cache = os.environ.get("PIPELINE_CACHE", "")
 with open("runs.log", "a") as log:
     print(name, iterations, seed, cache, (Path(cache) / "weights").exists(), file=log)
-if (iterations, seed) == (4000, 4) and Path("broken").exists():
+if (iterations, seed) == (4000, 5) and Path("broken").exists():
     sys.exit("out of luck")
 for folder in ("reports/stats", "reports/times", "reports/metrics", "data/embeddings"):
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -104,17 +106,30 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DVC project, run and committed."""
-    return finished_project(tmp_path_factory.mktemp("finished"), FILES)
+    """A DVC project, run and committed, beside its definition and a common cache with weights."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "common/weights").mkdir(parents=True)
+    (folder / "longer.yaml").write_text(DEFINITION)
+    (folder / "project").mkdir()
+    return finished_project(folder / "project", FILES)
+
+
+@pytest.fixture(scope="module")
+def ablated(finished: Path) -> tuple[Path, str]:
+    """The same after an ablation with two seeds, and what that printed."""
+    write_json(finished / "reports/times/train.json", {"stage": "train", "seconds": 12345})
+    (finished / "runs.log").unlink()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+        patch.setenv("PIPELINE_CACHE", str(finished.parent / "common"))
+        run("longer", root=finished, seeds=2, folder=finished.parent)
+    return finished, output.getvalue()
 
 
 @pytest.fixture
-def project(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the project, and a common cache with weights."""
-    monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "common"))
-    (tmp_path / "common/weights").mkdir(parents=True)
-    (tmp_path / "longer.yaml").write_text(DEFINITION)
-    return Path(shutil.copytree(finished, tmp_path / "project"))
+def project(ablated: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it."""
+    monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "all/common"))
+    return Path(shutil.copytree(ablated[0].parent, tmp_path / "all") / "project")
 
 
 def runs(project: Path) -> list[list[str]]:
@@ -125,13 +140,8 @@ def spread(mean: float, lowest: float, highest: float) -> Spread:
     return Spread(mean=mean, min=lowest, max=highest)
 
 
-def test_seeds_benchmarks_lifts_and_seconds(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = len(runs(project))
-    write_json(project / "reports/times/train.json", {"stage": "train", "seconds": 12345})
-    run("longer", root=project, seeds=2, folder=project.parent)
-
+def test_seeds_benchmarks_lifts_and_seconds(ablated: tuple[Path, str]) -> None:
+    project, output = ablated
     result = read_result(project / "reports/ablations/longer.json")
     assert (result.bench, result.report_bench) == ("first", "second")
     plain, longer = result.variants
@@ -159,7 +169,7 @@ def test_seeds_benchmarks_lifts_and_seconds(
     assert (longer.seconds, longer.more_seconds) == (4001, 3950)
     assert (plain.seconds, plain.more_seconds) == (None, None)
 
-    lines = capsys.readouterr().out.splitlines()
+    lines = output.splitlines()
     assert lines[0].startswith("1/4 plain, seed 3: first mIoU 20.00, AP50 -; second mIoU 30.00,")
     assert [line.split(":")[0] for line in lines[1:4]] == [
         *("2/4 4,000 iterations, seed 3", "3/4 plain, seed 4"),
@@ -171,16 +181,15 @@ def test_seeds_benchmarks_lifts_and_seconds(
     assert "+3.50 (+3.00 to +4.00)" in lines[-2]
 
     # Every run had an empty cache of its own, with the common weights; the times are as before.
-    caches = [words[3] for words in runs(project)[before:]]
+    caches = [words[3] for words in runs(project)]
     assert len(set(caches)) == 3
-    assert all(words[4] == "True" for words in runs(project)[before:])
+    assert all(words[4] == "True" for words in runs(project))
     assert not any(Path(cache).exists() for cache in caches)
     assert (project.parent / "common/weights").is_dir()
     assert read_json(project / "reports/times/train.json")["seconds"] == 12345
 
 
 def test_what_the_run_cache_answers_keeps_its_time(project: Path) -> None:
-    run("longer", root=project, seeds=2, folder=project.parent)
     path = project / "reports/ablations/longer.json"
     content, ran = path.read_bytes(), len(runs(project))
     path.unlink()
@@ -196,28 +205,34 @@ def test_what_the_run_cache_answers_keeps_its_time(project: Path) -> None:
 def test_a_variant_that_fails_is_not_tried_with_other_seeds_and_continues(project: Path) -> None:
     (project / "broken").touch()
     with pytest.raises(Exception, match=r"1 of 2 variants failed.*out of luck"):
-        run("longer", root=project, folder=project.parent)
+        run("longer", root=project, seeds=4, folder=project.parent)
     plain, longer = read_result(project / "reports/ablations/longer.json").variants
-    assert ([entry.seed for entry in plain.runs], len(longer.runs)) == ([3, 4, 5], 1)
-    assert longer.lift == {"miou": spread(3, 3, 3)}
+    assert ([entry.seed for entry in plain.runs], len(longer.runs)) == ([3, 4, 5, 6], 2)
+    assert longer.lift == {"miou": spread(3.5, 3, 4)}
     (project / "broken").unlink()
     run("longer", root=project, folder=project.parent)
     plain, longer = read_result(project / "reports/ablations/longer.json").variants
+    assert [entry.seed for entry in longer.runs] == [3, 4, 5]
     assert longer.lift == {"miou": spread(4, 3, 5)}
     assert (longer.seconds, longer.more_seconds) == (4001, 3950)
 
 
 def test_a_commands_options_reach_the_ablation(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = (*("ablate", "rounds", "--dry-run", "--seeds", "1"), "--bench", "second")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    text = call(project, sys.executable, "-m", "pipeline", *words)
-    assert text.splitlines()[0].endswith(", on second")
-    assert text.count("dvc exp run") == len(read_ablation("rounds").variants)
-    text = call(project, sys.executable, "-m", "pipeline", *words, "--report-bench", "first")
-    assert text.splitlines()[0].endswith(", on second, reported on first")
-    assert text.count("score@second score@first") == len(read_ablation("rounds").variants)
+    def text(*options: str) -> str:
+        words = ("pipeline", "ablate", "rounds", "--dry-run", "--seeds", "1", "--bench", "second")
+        monkeypatch.setattr(sys, "argv", [*words, *options])
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main()
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(project)
+    assert text().splitlines()[0].endswith(", on second")
+    assert text().count("dvc exp run") == len(read_ablation("rounds").variants)
+    both = text("--report-bench", "first")
+    assert both.splitlines()[0].endswith(", on second, reported on first")
+    assert both.count("score@second score@first") == len(read_ablation("rounds").variants)
 
 
 # -- seconds ---------------------------------------------------------------------------------------
