@@ -31,6 +31,7 @@ from pipeline.files import (
     write_json,
 )
 from pipeline.formats.shards import (
+    MANIFEST,
     SHARD_FILES,
     check_shard,
     shard_entry,
@@ -191,7 +192,7 @@ def run_job(
             `out_dir` holds something else, or another run is at work on it.
     """
     refuse_url(out_dir)
-    check_replaceable(out_dir, SHARD_FILES)
+    check_replaceable(out_dir, SHARD_FILES, needed=MANIFEST)
     if isinstance(executor, DryRun):
         executor.shards(
             job.items,

@@ -21,7 +21,7 @@ from pipeline.files import Location, file_sha256, read_json, write_json
 
 MANIFEST = "_manifest.json"  # readers of Parquet folders pass over names with an underscore
 KEY = re.compile(r"[0-9A-Za-z_-]+")
-SHARD_FILES = re.compile(r"\d{5,}\.(tar|parquet)|_?manifest\.json")  # all that is in such a folder
+SHARD_FILES = re.compile(r"\d{5,}\.(tar|parquet)|_manifest\.json")  # all that is in such a folder
 TAR_BLOCK = 512
 ZEROS_AT_ONCE = 1 << 20
 MAX_OPEN = 128

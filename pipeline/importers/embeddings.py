@@ -24,7 +24,7 @@ from pipeline.engine.progress import StageRun
 from pipeline.errors import PipelineError, listing
 from pipeline.files import check_replaceable, replace_dir
 from pipeline.formats.parquet import UNREADABLE
-from pipeline.formats.shards import SHARD_FILES, shard_entry, shard_name, write_manifest
+from pipeline.formats.shards import MANIFEST, SHARD_FILES, shard_entry, shard_name, write_manifest
 from pipeline.formats.sources import ImageRef, SourceSpec, image_name
 from pipeline.formats.tables import (
     STATUS_OK,
@@ -93,7 +93,7 @@ def run(
         PipelineError: `out_dir` holds something else, another encoder, embeddings of another length
             than its, or not one name has an image that can be used.
     """
-    check_replaceable(out_dir, SHARD_FILES)
+    check_replaceable(out_dir, SHARD_FILES, needed=MANIFEST)
     encoder = _checked_encoder(encoder, params.encoder)
     embeddings = read(path)
     _check_dim(path, embeddings.dim, params.encoder)

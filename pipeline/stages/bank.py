@@ -33,6 +33,7 @@ from pipeline.files import check_replaceable, claim, file_sha256, refuse_url, re
 from pipeline.formats.bank import ImageRegions, RegionRows, pack_rows, unpack_rows, write_regions
 from pipeline.formats.images import decode_png, load_image
 from pipeline.formats.shards import (
+    MANIFEST,
     SHARD_FILES,
     SampleStore,
     open_samples,
@@ -146,7 +147,7 @@ def write_empty(*, out_dir: Path, stats_path: Path) -> None:
         PipelineError: `out_dir` holds something else, or another run is at work on it.
     """
     refuse_url(out_dir)
-    check_replaceable(out_dir, SHARD_FILES)
+    check_replaceable(out_dir, SHARD_FILES, needed=MANIFEST)
     with (
         StageRun("bank", stats_path=stats_path, total=0),
         claim(out_dir),

@@ -100,13 +100,22 @@ def test_shards_of_images_that_have_changed_since_are_not_kept(
     assert content(made) == content(workspace.run("embed", tmp_path / "calm"))
 
 
-def test_a_folder_of_something_else_is_not_replaced(workspace: Workspace, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ("thesis.tex", r"holds other things too, such as thesis\.tex"),
+        ("00000.tar", r"has no _manifest\.json, so no earlier run has written it"),
+    ],
+)
+def test_a_folder_of_something_else_is_not_replaced(
+    workspace: Workspace, tmp_path: Path, theirs: str, message: str
+) -> None:
     (tmp_path / "run/made").mkdir(parents=True)
-    (tmp_path / "run/made/thesis.tex").write_text("years of work")
-    with pytest.raises(PipelineError, match=r"holds other things too, such as thesis\.tex"):
+    (tmp_path / "run/made" / theirs).write_text("years of work")
+    with pytest.raises(PipelineError, match=message):
         workspace.run("mask", tmp_path / "run")
-    assert (tmp_path / "run/made/thesis.tex").exists()
-    (tmp_path / "run/made/thesis.tex").unlink()
+    assert (tmp_path / "run/made" / theirs).read_text() == "years of work"
+    (tmp_path / "run/made" / theirs).unlink()
     workspace.run("mask", tmp_path / "run")
     workspace.run("mask", tmp_path / "run")
 
