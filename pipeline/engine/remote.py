@@ -19,6 +19,7 @@ from pipeline.files import Location, atomic_path, check_names, digest, read_json
 from pipeline.formats.shards import MANIFEST, SHARD_FILES
 
 NOTE = ".fetched.json"
+SENDING = "_sending"  # beside shards that are being sent: what is there is ours, if not whole
 SENT_AT_ONCE = 4  # files; a store may hold each of them in memory
 VERSION_FIELDS = ("size", "ETag", "etag", "md5Hash", "LastModified", "mtime", "updated")
 
@@ -82,8 +83,13 @@ def _local_path(location: Location, cache_dir: Path, purpose: str) -> Path:
 def _check_target(location: Location) -> None:
     """Find out now whether an output can be sent, and whether it would replace something else."""
     if location.is_dir():
-        names = [path.relative_to(location).as_posix() for path in _files_below(location)]
-        check_names(location, names, SHARD_FILES)
+        names = {path.relative_to(location).as_posix() for path in _files_below(location)}
+        check_names(location, sorted(names - {SENDING}), SHARD_FILES)
+        if names and names.isdisjoint({MANIFEST, SENDING}):
+            raise PipelineError(
+                f"{location}: would be replaced as a whole, but has no {MANIFEST}, so no earlier "
+                "run has written it; give a folder of its own"
+            )
     probe = location.parent / f".{location.name}.probe"
     probe.parent.mkdir(parents=True, exist_ok=True)
     probe.write_bytes(b"")
@@ -109,13 +115,16 @@ def _fetch_files(files: dict[str, Location], folder: Path) -> None:
 def _send_folder(folder: Path, location: Location) -> None:
     """Send the files of a folder, the manifest last, and remove all others there."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    location.mkdir(parents=True, exist_ok=True)
+    (location / SENDING).write_bytes(b"")
     (location / MANIFEST).unlink(missing_ok=True)
     _send(folder, location, [name for name in names if name != MANIFEST])
     for path in list(_files_below(location)):
-        if path.relative_to(location).as_posix() not in names:
+        if path.relative_to(location).as_posix() not in (*names, SENDING):
             path.unlink()
     if MANIFEST in names:
         _send(folder, location, [MANIFEST])
+    (location / SENDING).unlink()
 
 
 def _send(folder: Path, location: Location, names: list[str]) -> None:

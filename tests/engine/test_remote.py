@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -253,6 +255,48 @@ def test_other_things_at_a_url_are_not_replaced(store: str, tmp_path: Path) -> N
     ):
         pass
     assert (as_location(f"{store}/run/embeddings/pool") / "00000.parquet").is_file()
+
+
+def test_shards_of_somebody_else_are_not_replaced(store: str, tmp_path: Path) -> None:
+    target = as_location(f"{store}/laion")
+    (target / "00000.tar").write_bytes(b"theirs")
+    with (
+        pytest.raises(PipelineError, match=r"laion: .* has no _manifest\.json, so no earlier run"),
+        publishing(target, tmp_path),
+    ):
+        pass
+    assert (target / "00000.tar").read_bytes() == b"theirs"
+
+
+def test_a_folder_whose_sending_was_cut_off_is_sent_again(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = as_location(f"{store}/masks")
+
+    def send(numbers: Sequence[int]) -> None:
+        with publishing(target, tmp_path) as made:
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir(parents=True)
+            for number in numbers:
+                (made / f"{number:05}.tar").write_bytes(bytes([number]))
+            (made / MANIFEST).write_bytes(b"{}")
+
+    send(range(9))
+    put = target.fs.put
+
+    def put_little(sources: list[str], paths: list[str]) -> None:
+        if sources[0].endswith("00004.tar"):
+            raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+        put(sources, paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target.fs, "put", put_little)
+        with pytest.raises(OSError, match="unreachable"):
+            send(range(7))
+    assert not (target / MANIFEST).exists()
+    send(range(7))
+    names = sorted(path.name for path in target.rglob("*") if path.is_file())
+    assert names == [*(f"{number:05}.tar" for number in range(7)), MANIFEST]
 
 
 def test_a_folder_that_is_not_there_is_made(tmp_path: Path) -> None:
