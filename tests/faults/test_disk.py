@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from pipeline.cli import main
+from pipeline.formats.shards import MANIFEST
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, save_selfmask
 from tests.conftest import encoded_image, noise_image
 from tests.processes import Fork
@@ -152,6 +153,7 @@ def earlier_output(folder: Path) -> dict[str, bytes]:
     """Something of an earlier run."""
     folder.mkdir(parents=True)
     (folder / "00000.tar").write_bytes(b"earlier")
+    (folder / MANIFEST).write_bytes(b"{}")
     return files(folder)
 
 
