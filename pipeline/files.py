@@ -358,10 +358,15 @@ def check_replaceable(path: Path, ours: re.Pattern[str], *, needed: str | None =
     names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     check_names(path, names, ours)
     if names and needed and not (path / needed).exists():
-        raise PipelineError(
-            f"{path}: would be replaced as a whole, but has no {needed}, so no earlier run has "
-            "written it; give a folder of its own"
-        )
+        raise not_ours(path, needed)
+
+
+def not_ours(folder: Location, needed: str) -> PipelineError:
+    """The error about a folder, which is to be replaced, without what every run has written."""
+    return PipelineError(
+        f"{folder}: would be replaced as a whole, but has no {needed}, so no earlier run has "
+        "written it; give a folder of its own"
+    )
 
 
 def check_names(folder: Location, names: Iterable[str], ours: re.Pattern[str]) -> None:

@@ -15,7 +15,15 @@ from tqdm import tqdm
 
 from pipeline.engine.cache import UseMark
 from pipeline.errors import PipelineError
-from pipeline.files import Location, atomic_path, check_names, digest, read_json, write_json
+from pipeline.files import (
+    Location,
+    atomic_path,
+    check_names,
+    digest,
+    not_ours,
+    read_json,
+    write_json,
+)
 from pipeline.formats.shards import MANIFEST, SHARD_FILES
 
 NOTE = ".fetched.json"
@@ -86,10 +94,7 @@ def _check_target(location: Location) -> None:
         names = {path.relative_to(location).as_posix() for path in _files_below(location)}
         check_names(location, sorted(names - {SENDING}), SHARD_FILES)
         if names and names.isdisjoint({MANIFEST, SENDING}):
-            raise PipelineError(
-                f"{location}: would be replaced as a whole, but has no {MANIFEST}, so no earlier "
-                "run has written it; give a folder of its own"
-            )
+            raise not_ours(location, MANIFEST)
     probe = location.parent / f".{location.name}.probe"
     probe.parent.mkdir(parents=True, exist_ok=True)
     probe.write_bytes(b"")
@@ -119,8 +124,9 @@ def _send_folder(folder: Path, location: Location) -> None:
     (location / SENDING).write_bytes(b"")
     (location / MANIFEST).unlink(missing_ok=True)
     _send(folder, location, [name for name in names if name != MANIFEST])
+    kept = {*names, SENDING}
     for path in list(_files_below(location)):
-        if path.relative_to(location).as_posix() not in (*names, SENDING):
+        if path.relative_to(location).as_posix() not in kept:
             path.unlink()
     if MANIFEST in names:
         _send(folder, location, [MANIFEST])

@@ -21,19 +21,10 @@ from pipeline.engine.dry_run import CacheUse, DryRun
 from pipeline.engine.progress import FINISHED_BEFORE, StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.errors import PipelineError
-from pipeline.files import (
-    atomic_path,
-    check_replaceable,
-    claim,
-    file_versions,
-    refuse_url,
-    resumable_dir,
-    write_json,
-)
+from pipeline.files import atomic_path, claim, file_versions, refuse_url, resumable_dir, write_json
 from pipeline.formats.shards import (
-    MANIFEST,
-    SHARD_FILES,
     check_shard,
+    check_shards_replaceable,
     shard_entry,
     shard_name,
     write_manifest,
@@ -192,7 +183,7 @@ def run_job(
             `out_dir` holds something else, or another run is at work on it.
     """
     refuse_url(out_dir)
-    check_replaceable(out_dir, SHARD_FILES, needed=MANIFEST)
+    check_shards_replaceable(out_dir)
     if isinstance(executor, DryRun):
         executor.shards(
             job.items,

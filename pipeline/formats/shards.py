@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from pipeline.errors import PipelineError
-from pipeline.files import Location, file_sha256, read_json, write_json
+from pipeline.files import Location, check_replaceable, file_sha256, read_json, write_json
 
 MANIFEST = "_manifest.json"  # readers of Parquet folders pass over names with an underscore
 KEY = re.compile(r"[0-9A-Za-z_-]+")
@@ -108,6 +108,15 @@ def shard_entry(path: Path, samples: int) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "sha256": file_sha256(path),
     }
+
+
+def check_shards_replaceable(folder: Path) -> None:
+    """Refuse a folder that is to be replaced by one of shards, and is none of an earlier run.
+
+    Raises:
+        PipelineError: it holds something else, or shards without a manifest.
+    """
+    check_replaceable(folder, SHARD_FILES, needed=MANIFEST)
 
 
 def write_manifest(

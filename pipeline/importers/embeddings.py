@@ -22,9 +22,14 @@ from tqdm import tqdm
 
 from pipeline.engine.progress import StageRun
 from pipeline.errors import PipelineError, listing
-from pipeline.files import check_replaceable, replace_dir
+from pipeline.files import replace_dir
 from pipeline.formats.parquet import UNREADABLE
-from pipeline.formats.shards import MANIFEST, SHARD_FILES, shard_entry, shard_name, write_manifest
+from pipeline.formats.shards import (
+    check_shards_replaceable,
+    shard_entry,
+    shard_name,
+    write_manifest,
+)
 from pipeline.formats.sources import ImageRef, SourceSpec, image_name
 from pipeline.formats.tables import (
     STATUS_OK,
@@ -93,7 +98,7 @@ def run(
         PipelineError: `out_dir` holds something else, another encoder, embeddings of another length
             than its, or not one name has an image that can be used.
     """
-    check_replaceable(out_dir, SHARD_FILES, needed=MANIFEST)
+    check_shards_replaceable(out_dir)
     encoder = _checked_encoder(encoder, params.encoder)
     embeddings = read(path)
     _check_dim(path, embeddings.dim, params.encoder)

@@ -29,13 +29,12 @@ from pipeline.engine.progress import StageRun, Tally
 from pipeline.engine.runtime import Runtime
 from pipeline.engine.shard_run import Executor, Job, Load, run_job
 from pipeline.errors import PipelineError
-from pipeline.files import check_replaceable, claim, file_sha256, refuse_url, replace_dir
+from pipeline.files import claim, file_sha256, refuse_url, replace_dir
 from pipeline.formats.bank import ImageRegions, RegionRows, pack_rows, unpack_rows, write_regions
 from pipeline.formats.images import decode_png, load_image
 from pipeline.formats.shards import (
-    MANIFEST,
-    SHARD_FILES,
     SampleStore,
+    check_shards_replaceable,
     open_samples,
     shard_entry,
     shard_name,
@@ -147,7 +146,7 @@ def write_empty(*, out_dir: Path, stats_path: Path) -> None:
         PipelineError: `out_dir` holds something else, or another run is at work on it.
     """
     refuse_url(out_dir)
-    check_replaceable(out_dir, SHARD_FILES, needed=MANIFEST)
+    check_shards_replaceable(out_dir)
     with (
         StageRun("bank", stats_path=stats_path, total=0),
         claim(out_dir),

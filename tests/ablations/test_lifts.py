@@ -228,8 +228,9 @@ def test_a_commands_options_reach_the_ablation(
         return capsys.readouterr().out
 
     monkeypatch.chdir(project)
-    assert text().splitlines()[0].endswith(", on second")
-    assert text().count("dvc exp run") == len(read_ablation("rounds").variants)
+    one = text()
+    assert one.splitlines()[0].endswith(", on second")
+    assert one.count("dvc exp run") == len(read_ablation("rounds").variants)
     both = text("--report-bench", "first")
     assert both.splitlines()[0].endswith(", on second, reported on first")
     assert both.count("score@second score@first") == len(read_ablation("rounds").variants)
