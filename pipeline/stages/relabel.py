@@ -27,7 +27,7 @@ from pipeline.params.base import PredictionSettings
 from pipeline.training.relabelling import relabel
 from pipeline.training.settings import TargetSettings
 
-RELABEL_VERSION = 1  # to be raised with every change after which the same settings label otherwise
+RELABEL_VERSION = 2  # to be raised with every change after which the same settings label otherwise
 
 
 def run(

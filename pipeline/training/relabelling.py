@@ -38,8 +38,10 @@ def relabel(
     """Join a student's prediction of an image with the pseudo-labels that it was trained on.
 
     Inside of the student's objects a pixel has the category of the first object that has it, unless
-    the target names another category: then it is void. Elsewhere the target stays, but is void
-    where the student's label map names another category; its background overrules nothing.
+    the target names another category: then it is void. So is what the target calls background of an
+    object more than half of which it names: the two disagree on how far the object goes. Elsewhere
+    the target stays, but is void where the student's label map names another category; its
+    background overrules nothing.
 
     Of a pseudo-mask's object that the student's objects cover by more than half, they have taken
     the place: what remains of it is void. What remains of any other one is an object.
@@ -67,6 +69,8 @@ def relabel(
         mask = instance.mask & ~taken
         semantic[mask] = instance.label_id
         semantic[mask & named & (target != instance.label_id)] = IGNORE_INDEX
+        if 2 * np.count_nonzero(mask & named) > np.count_nonzero(mask):
+            semantic[mask & (target == BACKGROUND)] = IGNORE_INDEX
         taken |= mask
         if mask.any():
             masks.append(mask)

@@ -23,8 +23,8 @@ def test_an_object_takes_the_place_of_the_pseudo_mask_that_it_covers() -> None:
     target = row(0, 1, 1, 1, 1, 0, 0)
     prediction = row(0, 0, 1, 1, 1, 1, 0)
     new = relabel(target, row(0, 1, 1, 1, 1, 0, 0), prediction, [instance(prediction > 0, 1)])
-    # Where they disagree on its extent, the pseudo-mask alone is void, the object is not.
-    np.testing.assert_array_equal(new.semantic, row(0, IGNORE_INDEX, 1, 1, 1, 1, 0))
+    # Where they disagree on its extent, nobody knows; the student's outline is that of the object.
+    np.testing.assert_array_equal(new.semantic, row(0, IGNORE_INDEX, 1, 1, 1, IGNORE_INDEX, 0))
     np.testing.assert_array_equal(new.masks, [prediction > 0])
     assert new.num_kept == 1
 
@@ -37,6 +37,21 @@ def test_an_object_elsewhere_stands_beside_the_pseudo_mask() -> None:
     np.testing.assert_array_equal(new.masks, [row(0, 0, 0, 0, 1, 1) > 0, row(1, 1, 1, 0, 0, 0) > 0])
 
 
+def test_an_object_of_which_the_pseudo_mask_has_a_half_or_less_is_kept_whole() -> None:
+    target = row(0, 1, 1, 0, 0, 0)
+    prediction = row(0, 1, 1, 1, 1, 0)
+    new = relabel(target, target, prediction, [instance(prediction > 0, 1)])
+    np.testing.assert_array_equal(new.semantic, prediction)
+
+
+def test_around_an_object_of_another_name_nobody_knows() -> None:
+    target = row(0, 1, 1, 1, 0, IGNORE_INDEX)
+    prediction = row(0, 2, 2, 2, 2, 2)
+    new = relabel(target, row(0, 1, 1, 1, 0, 0), prediction, [instance(prediction > 0, 2)])
+    # What the pseudo-labels leave open is the student's to say.
+    np.testing.assert_array_equal(new.semantic, row(0, *[IGNORE_INDEX] * 4, 2))
+
+
 def test_what_two_name_otherwise_is_void() -> None:
     target = row(1, 1, 1, 0, 0)
     # No object was kept: the map alone; its background overrules nothing.
@@ -45,9 +60,9 @@ def test_what_two_name_otherwise_is_void() -> None:
     np.testing.assert_array_equal(new.masks, [row(1, 1, 1, 0, 0) > 0])
     # The same with an object of another name.
     new = relabel(
-        target, row(1, 1, 1, 0, 0), row(0, 2, 2, 2, 0), [instance(row(0, 1, 1, 1, 0) > 0, 2)]
+        target, row(1, 1, 1, 0, 0), row(0, 2, 2, 2, 2), [instance(row(0, 1, 1, 1, 1) > 0, 2)]
     )
-    np.testing.assert_array_equal(new.semantic, row(IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 2, 0))
+    np.testing.assert_array_equal(new.semantic, row(*[IGNORE_INDEX] * 3, 2, 2))
 
 
 def plain(
@@ -61,6 +76,11 @@ def plain(
         own = [at for at in pixels if pseudo[at] == number]
         share = sum(owner[at] is not None for at in own) / len(own)
         covered[number] = share > 0.5
+    new = {
+        number: sum(target[at] > 0 for at in own) <= len(own) / 2
+        for number in range(len(objects))
+        if (own := [at for at in pixels if owner[at] == number])
+    }
     semantic = np.empty(target.shape, np.int16)
     groups: dict[tuple[int, int], set[tuple[int, int]]] = {}
     for at in pixels:
@@ -68,7 +88,7 @@ def plain(
         place = owner[at]
         if place is not None:
             label = objects[place].label_id
-            semantic[at] = label if old in (0, -1, label) else -1
+            semantic[at] = label if old in {-1, label, 0 if new[place] else label} else -1
             groups.setdefault((0, place), set()).add(at)
             continue
         semantic[at] = -1 if seen not in (0, old) or covered.get(int(pseudo[at]), False) else old
