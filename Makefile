@@ -4,7 +4,9 @@ VENV := .venv
 # Exact versions of all packages; `make test LOCK=` takes the newest that pyproject.toml allows.
 LOCK ?= requirements.lock
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
-INSTALL := $(PIP) install $(if $(LOCK),--constraint $(LOCK))
+INSTALL := $(PIP) install --no-compile $(if $(LOCK),--constraint $(LOCK))
+# On all cores, where pip takes one. Some packages carry code of other Pythons, which does not compile.
+COMPILE := $(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: demo test lint bench docs install setup lock clean
@@ -42,12 +44,14 @@ $(VENV)/.installed-demo: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade pip
 	$(INSTALL) --editable '.[demo]'
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-demo
 	$(INSTALL) --editable '.[demo,dev]'
 	# The same OpenCV without its windows, which need libGL: a bare server has none.
 	$(INSTALL) --no-deps --force-reinstall opencv-python-headless
+	$(COMPILE)
 	touch $@
 
 # Resolves anew, as for an empty environment, and installs nothing. Take the oldest Python that is
