@@ -82,6 +82,7 @@ def said(page: Any, text: str) -> None:
 def test_a_round_of_dropping(made: Any, open_page: Callable[..., Any]) -> None:
     page = open_page("/archives")
     page.get_by_role("link", name="cat", exact=True).click()
+    page.wait_for_url("**/archives/1")  # and until its script answers keys
     first, second = (page.locator("[data-tiles] .tile").nth(it) for it in (0, 1))
     keys = [it.get_attribute("data-key") for it in (first, second)]
     first.focus()
@@ -95,6 +96,7 @@ def test_a_round_of_dropping(made: Any, open_page: Callable[..., Any]) -> None:
     said(page, "Undone")
     assert made.review("archives") == []
     first.get_by_role("link", name="Alike").click()
+    page.wait_for_url("**/archives/1/alike*")
     page.locator("input[name=key]").nth(2).uncheck()
     number = page.locator("[data-tiles] .tile").count()
     page.wait_for_function(
