@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -356,30 +356,33 @@ def check_replaceable(path: Path, ours: re.Pattern[str], *, needed: str | None =
     if not path.is_dir():
         return
     names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
-    check_names(path, names, ours)
-    if names and needed and not (path / needed).exists():
-        raise not_ours(path, needed)
+    check_contents(path, names, ours, needed=needed)
 
 
-def not_ours(folder: Location, needed: str) -> PipelineError:
-    """The error about a folder, which is to be replaced, without what every run has written."""
-    return PipelineError(
-        f"{folder}: would be replaced as a whole, but has no {needed}, so no earlier run has "
-        "written it; give a folder of its own"
-    )
+def check_contents(
+    folder: Location, names: Sequence[str], ours: re.Pattern[str], *, needed: str | None
+) -> None:
+    """Refuse a folder, which is to be replaced, for what is in it or what it lacks.
 
-
-def check_names(folder: Location, names: Iterable[str], ours: re.Pattern[str]) -> None:
-    """Refuse a folder, which is to be replaced, for a name in it that is not one of ours.
+    Args:
+        folder: here or at a URL.
+        names: of all that is in it.
+        ours: names of all that an earlier run may have put into it.
+        needed: path below it of something without which names of ours alone are not ours.
 
     Raises:
-        PipelineError: with the first such name.
+        PipelineError: with the first other name, or with what is needed.
     """
     other = next((name for name in names if not ours.fullmatch(name)), None)
     if other is not None:
         raise PipelineError(
             f"{folder}: would be replaced as a whole, but holds other things too, such as "
             f"{other}; give a folder of its own"
+        )
+    if names and needed and not (folder / needed).exists():
+        raise PipelineError(
+            f"{folder}: would be replaced as a whole, but has no {needed}, so no earlier run has "
+            "written it; give a folder of its own"
         )
 
 

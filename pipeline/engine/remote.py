@@ -15,15 +15,7 @@ from tqdm import tqdm
 
 from pipeline.engine.cache import UseMark
 from pipeline.errors import PipelineError
-from pipeline.files import (
-    Location,
-    atomic_path,
-    check_names,
-    digest,
-    not_ours,
-    read_json,
-    write_json,
-)
+from pipeline.files import Location, atomic_path, check_contents, digest, read_json, write_json
 from pipeline.formats.shards import MANIFEST, SHARD_FILES
 
 NOTE = ".fetched.json"
@@ -92,9 +84,8 @@ def _check_target(location: Location) -> None:
     """Find out now whether an output can be sent, and whether it would replace something else."""
     if location.is_dir():
         names = {path.relative_to(location).as_posix() for path in _files_below(location)}
-        check_names(location, sorted(names - {SENDING}), SHARD_FILES)
-        if names and names.isdisjoint({MANIFEST, SENDING}):
-            raise not_ours(location, MANIFEST)
+        needed = None if SENDING in names else MANIFEST
+        check_contents(location, sorted(names - {SENDING}), SHARD_FILES, needed=needed)
     probe = location.parent / f".{location.name}.probe"
     probe.parent.mkdir(parents=True, exist_ok=True)
     probe.write_bytes(b"")
@@ -107,8 +98,9 @@ def _fetch_files(files: dict[str, Location], folder: Path) -> None:
     note = read_json(note_path) if note_path.is_file() else {}
     versions = {name: _version(path) for name, path in files.items()}
     kept = {n for n in files if note.get(n) == versions[n] and (folder / n).is_file()}
+    ours = {*kept, NOTE}
     for path in list(folder.rglob("*")):
-        if path.is_file() and path.relative_to(folder).as_posix() not in (*kept, NOTE):
+        if path.is_file() and path.relative_to(folder).as_posix() not in ours:
             path.unlink()
     for name in tqdm([n for n in files if n not in kept], desc="fetch", unit="file", leave=False):
         with atomic_path(folder / name) as temporary:

@@ -69,7 +69,7 @@ def relabel(
         mask = instance.mask & ~taken
         semantic[mask] = instance.label_id
         semantic[mask & named & (target != instance.label_id)] = IGNORE_INDEX
-        if 2 * np.count_nonzero(mask & named) > np.count_nonzero(mask):
+        if _mostly(mask, named):
             semantic[mask & (target == BACKGROUND)] = IGNORE_INDEX
         taken |= mask
         if mask.any():
@@ -78,8 +78,13 @@ def relabel(
     for number in range(1, int(pseudo_objects.max(initial=0)) + 1):
         whole = pseudo_objects == number
         rest = whole & ~taken
-        if 2 * np.count_nonzero(rest) < np.count_nonzero(whole):
+        if _mostly(whole, taken):
             semantic[rest] = IGNORE_INDEX
         elif rest.any():
             masks.append(rest)
     return Relabelled(semantic, np.array(masks, dtype=bool).reshape(-1, *target.shape), num_kept)
+
+
+def _mostly(whole: NDArray[np.bool_], inside: NDArray[np.bool_]) -> bool:
+    """Whether more than half of one region lies in another."""
+    return bool(2 * np.count_nonzero(whole & inside) > np.count_nonzero(whole))

@@ -76,7 +76,7 @@ def plain(
         own = [at for at in pixels if pseudo[at] == number]
         share = sum(owner[at] is not None for at in own) / len(own)
         covered[number] = share > 0.5
-    new = {
+    fresh = {
         number: sum(target[at] > 0 for at in own) <= len(own) / 2
         for number in range(len(objects))
         if (own := [at for at in pixels if owner[at] == number])
@@ -88,7 +88,7 @@ def plain(
         place = owner[at]
         if place is not None:
             label = objects[place].label_id
-            semantic[at] = label if old in {-1, label, 0 if new[place] else label} else -1
+            semantic[at] = label if old in (-1, label) or (old == 0 and fresh[place]) else -1
             groups.setdefault((0, place), set()).add(at)
             continue
         semantic[at] = -1 if seen not in (0, old) or covered.get(int(pseudo[at]), False) else old
