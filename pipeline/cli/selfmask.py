@@ -62,4 +62,7 @@ def train(
         params=params,
         runtime=runtime,
     )
-    print(f"{out} written; use it by `mask.source: selfmask`, `mask.weights: {out}`")
+    print(
+        f"{out} written; use it by `mask.source: selfmask`, `mask.weights: {out}`; if masks were "
+        "made with an earlier one of this name: dvc repro --force --single-item mask"
+    )

@@ -71,15 +71,23 @@ class ObjectLabeller(DenseLabeller, Protocol):
 
     text: Tensor
 
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, C, h, w) of patches, float32, of any length, beside `text`."""
+
     def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What `scores` gives, and features (B, C, h, w) float32, of any length, beside `text`."""
+        """What `scores` and `features` give, in one pass."""
 
 
 class TextLabeller(ObjectLabeller, Protocol):
     """One that can be given other text, as `template_choice` asks for.
 
     The score of a row depends on no other row.
+
+    Attributes:
+        gives_pixels: whether its scores are of pixels, not of patches.
     """
+
+    gives_pixels: bool
 
     def with_text(self, text: Tensor) -> Self:
         """The same with other unit rows (R, C) in place of the label ids'."""
@@ -157,6 +165,15 @@ class PseudoLabelParams(Section):
                     f"{name}: it weighs names against each other before the experts of "
                     "template_choice do; set one of the two to null"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_denoising(self) -> Self:
+        if self.windows is not None and getattr(self, "prompt_denoising", None) is not None:
+            raise ValueError(
+                "prompt_denoising: what it removes from one window would be lost in all that "
+                "overlap it; set it or windows to null"
+            )
         return self
 
     def recipe(self) -> dict[str, Any]:
@@ -286,15 +303,6 @@ class LpossSection(DenseClipSection):
 
     graph_encoder: EncoderParams | None = None
     neighbours: Count = 400
-
-    @model_validator(mode="after")
-    def _check_denoising(self) -> Self:
-        if self.windows is not None and self.prompt_denoising is not None:
-            raise ValueError(
-                "prompt_denoising: what it removes from one window would spread to all of them, "
-                "which share a graph; set it or windows to null"
-            )
-        return self
 
 
 class LpossParams(LpossSection):

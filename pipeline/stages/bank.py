@@ -31,7 +31,8 @@ from pipeline.engine.shard_run import Executor, Job, Load, run_job
 from pipeline.errors import PipelineError
 from pipeline.files import claim, file_sha256, refuse_url, replace_dir
 from pipeline.formats.bank import ImageRegions, RegionRows, pack_rows, unpack_rows, write_regions
-from pipeline.formats.images import decode_png, load_image
+from pipeline.formats.images import load_image
+from pipeline.formats.objects import decode_objects
 from pipeline.formats.shards import (
     SampleStore,
     check_shards_replaceable,
@@ -257,8 +258,8 @@ class RegionMaker:
         ):
             pixels = np.stack([np.asarray(photos[key]) for key in batch])
             tensors = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-            masks = [decode_png(images[key].mask_png) > 0 for key in batch]
-            _, found = self._encoder.encode(tensors, masks)
+            masks = [decode_objects(images[key].mask_png) for key in batch]
+            found = self._encoder.regions(tensors, masks)
             for key, regions in zip(batch, found, strict=True):
                 keys, values = (means.half().numpy() for means in (regions.keys, regions.values))
                 blobs[key] = pack_rows(RegionRows(regions.shares, keys, values))

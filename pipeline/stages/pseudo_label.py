@@ -27,6 +27,7 @@ from pipeline.formats.bank import read_bank
 from pipeline.formats.dense_labels import CONFIDENCE, LABEL
 from pipeline.formats.images import decode_label, decode_png, encode_label, encode_png, load_image
 from pipeline.formats.labels import BACKGROUND, agreement, encode_confidence
+from pipeline.formats.objects import decode_objects
 from pipeline.formats.shards import SampleStore, open_samples, write_tar
 from pipeline.methods.bank import load_region_encoder
 from pipeline.methods.dense import (
@@ -246,7 +247,7 @@ class LabelMaker:
         if self._banked is None:
             with self._runtime.autocast():
                 return self._labeller.label(pixels.to(self._runtime.device))
-        masks = [decode_png(photo.mask_png) > 0 for photo in photos]
+        masks = [decode_objects(photo.mask_png) for photo in photos]
         return self._banked.label(
             pixels, masks, [sha256(photo.jpeg).hexdigest() for photo in photos]
         )

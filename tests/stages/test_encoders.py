@@ -199,7 +199,9 @@ def test_options_that_a_tower_lacks_are_refused_by_name(tmp_path: Path, kind: st
 
     plain = scores()
     if kind in WITHOUT_KEYS:
-        with pytest.raises(PipelineError, match=r"key_smoothing: 1\.0.*no attention keys"):
+        with pytest.raises(
+            PipelineError, match=r"pseudo_label\.key_smoothing: 1\.0.*no attention keys"
+        ):
             scores(key_smoothing=1.0)
     else:
         assert not torch.equal(scores(key_smoothing=1.0, key_affinity="cosine"), plain)
@@ -207,7 +209,7 @@ def test_options_that_a_tower_lacks_are_refused_by_name(tmp_path: Path, kind: st
         assert not torch.equal(scores(normalisation="clip"), plain)
         scores(dense_attention="value_only")
     else:
-        with pytest.raises(PipelineError, match="dense_attention: value_only is for CLIP's own"):
+        with pytest.raises(PipelineError, match=r"pseudo_label\.dense_attention: .* CLIP's own"):
             scores(dense_attention="value_only")
         others = {"published_activation": False, "position_resize": "grid"}
         assert torch.equal(scores(normalisation="clip", **others), plain)

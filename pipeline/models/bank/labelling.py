@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import faiss
 import numpy as np
@@ -88,9 +89,14 @@ class BankLabeller:
         self._logit_scale = logit_scale
 
     def label(
-        self, images: Tensor, masks: Sequence[NDArray[np.bool_]], names: Sequence[str]
+        self,
+        images: Tensor,
+        masks: Sequence[NDArray[np.integer[Any] | np.bool_]],
+        names: Sequence[str],
     ) -> tuple[Tensor, Tensor]:
         """Labels of some images, each with its mask and the name under which the bank has it.
+
+        They are seen one after the other, as scores of all pixels are large.
 
         The score of a pixel is (1 - w) of its own plus w of its region's: the cosine of a label's
         first name and the mean value of the nearest regions of other images. Where a pixel is of no
@@ -98,27 +104,31 @@ class BankLabeller:
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            masks: B masks (H, W); an image without any is cut into clusters of its features.
+            masks: B masks (H, W), see `RegionEncoder.encode`; an image without any is cut into
+                clusters of its features.
             names: B names, as the bank has them.
 
         Returns:
             Label ids (B, H, W) int64 and confidence (B, H, W), as `DenseLabeller.label`.
         """
-        scores, regions = self._encoder.encode(images, masks)
         found = [
-            self._scores_of(one, name, scores.device)
-            for one, name in zip(regions, names, strict=True)
+            self._label(image, mask, name)
+            for image, mask, name in zip(images.split(1), masks, names, strict=True)
         ]
+        labels, confidence = zip(*found, strict=True)
+        return torch.cat(labels), torch.cat(confidence)
+
+    def _label(
+        self, image: Tensor, mask: NDArray[np.integer[Any] | np.bool_], name: str
+    ) -> tuple[Tensor, Tensor]:
+        """The same for one image (1, 3, H, W)."""
+        scores, [regions] = self._encoder.encode(image, [mask])
+        numbers, table = self._scores_of(regions, name, scores.device)
 
         def mixed(start: int, own: Tensor) -> Tensor:
-            return torch.stack(
-                [
-                    self._mix(maps, numbers, table[:, start : start + len(maps)])
-                    for maps, (numbers, table) in zip(own, found, strict=True)
-                ]
-            )
+            return self._mix(own[0], numbers, table[:, start : start + own.shape[1]])[None]
 
-        height, width = images.shape[-2:]
+        height, width = image.shape[-2:]
         scale = self._encoder.labeller.logit_scale
         return label_and_confidence(scores, (height, width), scale=scale, change=mixed)
 

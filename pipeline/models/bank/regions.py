@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.methods.dense import ObjectLabeller
 
 # To be raised when regions or their means change though their settings do not.
-REGION_VERSION = 1
+REGION_VERSION = 2
 
 
 class PatchEncoder(Protocol):
@@ -99,13 +99,13 @@ class RegionEncoder:
 
     @torch.no_grad()
     def encode(
-        self, images: Tensor, masks: Sequence[NDArray[np.bool_]]
+        self, images: Tensor, masks: Sequence[NDArray[np.integer[Any] | np.bool_]]
     ) -> tuple[Tensor, list[Regions]]:
         """The labeller's own scores and the regions of some images.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            masks: B masks (H, W).
+            masks: B masks (H, W): true, or the numbers of objects, from 1.
 
         Returns:
             Scores (B, K, h, w) float32 on the device, and the regions of each image, on the CPU.
@@ -113,11 +113,33 @@ class RegionEncoder:
         images = images.to(self._runtime.device)
         with self._runtime.autocast():
             scores, values = self.labeller.scores_and_features(images)
+        return scores.float(), self._each(images, masks, values)
+
+    @torch.no_grad()
+    def regions(
+        self, images: Tensor, masks: Sequence[NDArray[np.integer[Any] | np.bool_]]
+    ) -> list[Regions]:
+        """The regions alone, for which nothing is done to the scores; see `encode`."""
+        images = images.to(self._runtime.device)
+        with self._runtime.autocast():
+            values = self.labeller.features(images)
+        return self._each(images, masks, values)
+
+    def _each(
+        self,
+        images: Tensor,
+        masks: Sequence[NDArray[np.integer[Any] | np.bool_]],
+        values: Tensor,
+    ) -> list[Regions]:
+        """The regions of images with values (B, C, h, w)."""
+        with self._runtime.autocast():
             keys = self._patches.patch_features(images, facet=self._facet)
         each = zip(masks, keys.float().cpu(), values.float().cpu(), strict=True)
-        return scores.float(), [self._regions(*one) for one in each]
+        return [self._regions(*one) for one in each]
 
-    def _regions(self, mask: NDArray[np.bool_], keys: Tensor, values: Tensor) -> Regions:
+    def _regions(
+        self, mask: NDArray[np.integer[Any] | np.bool_], keys: Tensor, values: Tensor
+    ) -> Regions:
         if mask.any():
             parts = mask.astype(np.int32)
         else:
@@ -138,7 +160,8 @@ def numbered_components(
     """Number the components of every value of a map, see `components_of_values`.
 
     Args:
-        parts: (H, W), such as a mask: its components and those of its complement are numbered.
+        parts: (H, W), such as a mask of numbered objects: the components of each and those of what
+            they leave are numbered.
         min_share: a component of less of the map is left out.
 
     Returns:

@@ -13,7 +13,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.models.clip.tokens import PositionResize, embed_patches
+from pipeline.models.clip.tokens import embed_patches
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
@@ -28,10 +28,9 @@ def vit_features(
     *,
     layer: int,
     facet: str,
-    position_resize: PositionResize = "size",
 ) -> Tensor:
     images = pad_to_multiple(images, square_side(visual.patch_size))
-    tokens, grid = embed_patches(visual, images, position_resize=position_resize)
+    tokens, grid = embed_patches(visual, images, position_resize="grid")
     blocks = visual.transformer.resblocks
     if not -len(blocks) <= layer < len(blocks):
         raise PipelineError(f"layer: {layer} does not exist; this ViT has {len(blocks)} blocks")

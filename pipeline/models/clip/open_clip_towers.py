@@ -78,7 +78,7 @@ class OpenClipVit:
 
     def patch_features(self, images: Tensor, *, layer: int, facet: Facet) -> Tensor:
         """Keys or output of a block."""
-        return vit_features(self.visual, images, layer=layer, facet=facet, position_resize="grid")
+        return vit_features(self.visual, images, layer=layer, facet=facet)
 
     def describe(self) -> str:
         """Sizes of encoder and text space."""

@@ -59,11 +59,13 @@ class ClipLabeller(nn.Module):
         params: its options.
         options: those of the tower.
         text: (K, C) unit rows by label id.
+        gives_pixels: scores are of patches.
     """
 
     mean: Tensor
     std: Tensor
     text: Tensor
+    gives_pixels = False
 
     def __init__(
         self, encoder: ClipEncoder, text: Tensor, params: DenseClipSection | AttentionParams
@@ -129,6 +131,10 @@ class ClipLabeller(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w), float32: cosines."""
         return self.scores_and_features(images)[0]
+
+    def features(self, images: Tensor) -> Tensor:
+        """The features (B, C, h, w) behind the scores, float32."""
+        return self.scores_and_features(images)[1]
 
     def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scores as `forward` gives them, and the features (B, C, h, w) behind them, float32."""
@@ -284,12 +290,12 @@ def _check_options(tower: DenseTower, params: DenseClipSection) -> None:
     """
     if params.key_smoothing is not None and not tower.has_keys:
         raise PipelineError(
-            f"key_smoothing: {params.key_smoothing}, but the encoder ({tower.describe()}) averages "
-            "its map and has no attention keys; set it to null"
+            f"pseudo_label.key_smoothing: {params.key_smoothing}, but the encoder "
+            f"({tower.describe()}) averages its map and has no attention keys; set it to null"
         )
     if params.dense_attention == "value_only" and not tower.published:
         raise PipelineError(
-            "dense_attention: value_only is for CLIP's own ViT, but the encoder is "
+            "pseudo_label.dense_attention: value_only is for CLIP's own ViT, but the encoder is "
             f"{tower.describe()}; use maskclip"
         )
 

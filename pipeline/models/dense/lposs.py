@@ -18,7 +18,14 @@ from torch import Tensor
 from pipeline.models.clip import pad_to_multiple
 from pipeline.models.dense.labels import labels_one_by_one
 from pipeline.models.dense.pixel_graph import PixelGraph
-from pipeline.models.dense.windows import Place, cut_windows, joined, joined_features, over_windows
+from pipeline.models.dense.windows import (
+    Place,
+    cut_windows,
+    features_in_windows,
+    joined,
+    joined_features,
+    over_windows,
+)
 from pipeline.models.layers.interpolate import upsample
 
 if TYPE_CHECKING:
@@ -68,6 +75,7 @@ class Lposs:
         self._params = params
         self._with_pixels = with_pixels
         self.patch_size = labeller.patch_size
+        self.gives_pixels = with_pixels or params.windows is not None
         self.logit_scale = labeller.logit_scale
         self.text = labeller.text
 
@@ -95,6 +103,13 @@ class Lposs:
     def scores(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> scores (B, K, h, w), or (B, K, H, W) of pixels."""
         return self.scores_and_features(images)[0]
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """The labeller's features (B, C, h, w), which nothing is spread for."""
+        return features_in_windows(
+            self._labeller.features, images, self._params.windows, patch_size=self.patch_size
+        )
 
     def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The same, and the labeller's features (B, C, h, w)."""
@@ -130,8 +145,6 @@ class Lposs:
                 pixels = PixelGraph(image[0])
                 flat = propagate(pixels.apply, whole[0].flatten(1).T)
                 whole = flat.T.reshape(whole.shape)
-        if len(places) == 1:
-            return whole, features[0]
         return whole, joined_features(features, places, window, size, patch_size=self.patch_size)
 
     def _seen(self, crops: Tensor) -> list[Tensor]:

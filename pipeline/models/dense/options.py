@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from pipeline.models.dense.labels import labels_one_by_one
-from pipeline.models.dense.windows import cut_windows, joined, joined_features, over_windows
+from pipeline.models.dense.windows import (
+    cut_windows,
+    features_in_windows,
+    joined,
+    joined_features,
+    over_windows,
+)
 from pipeline.models.layers.interpolate import upsample
 from pipeline.models.layers.pamr import refined
 
@@ -94,6 +100,14 @@ class LabellerWithOptions:
     def scores(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> scores (B, K, H, W), or (B, K, h, w) of patches."""
         return self._refined(images, with_features=False)[0]
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """The labeller's features (B, C, h, w) of patches, as all windows have them."""
+        labeller = cast("ObjectLabeller", self._labeller)
+        return features_in_windows(
+            labeller.features, images, self._windows, patch_size=self.patch_size
+        )
 
     def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What `scores` gives, and features (B, C, h, w) of patches."""

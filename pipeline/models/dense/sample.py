@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pipeline.errors import PipelineError
@@ -40,14 +39,12 @@ def image_sample(
     if (folder / MANIFEST).exists():
         store = open_samples(folder, members=["jpg"])
         for number in _spaced(len(store), count, folder, field):
-            yield _as_tensor(load_image(store.member(number, "jpg")))
+            jpeg, name = store.member(number, "jpg"), f"sample {store.keys[number]} of {folder}"
+            yield _decoded(jpeg, f"{field}: {name}", fix="run the stage that wrote it again")
         return
     files = list(image_files(folder, Counter()))
     for number in _spaced(len(files), count, folder, field):
-        try:
-            yield _as_tensor(load_image(files[number]))
-        except ImageError as error:
-            raise PipelineError(f"{field}: {files[number]}: {error}; remove it") from None
+        yield _decoded(files[number], f"{field}: {files[number]}", fix="remove it")
 
 
 def _spaced(total: int, count: int, folder: Path, field: str) -> list[int]:
@@ -57,6 +54,10 @@ def _spaced(total: int, count: int, folder: Path, field: str) -> list[int]:
     return [number * total // count for number in range(count)]
 
 
-def _as_tensor(image: Image.Image) -> Tensor:
+def _decoded(source: Path | bytes, name: str, *, fix: str) -> Tensor:
+    try:
+        image = load_image(source)
+    except ImageError as error:
+        raise PipelineError(f"{name}: {error}; {fix}") from None
     pixels = np.array(shrink_short_side(image, SHORT_SIDE))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255

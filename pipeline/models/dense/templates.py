@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.methods.dense import TextLabeller
 
 ROWS_AT_ONCE = 1024  # of text, that a labeller compares with an image in one pass
+PIXELS_AT_ONCE = 2**24  # of scores in one pass, where these are of pixels
 
 
 class TemplateExperts:
@@ -59,6 +60,10 @@ class TemplateExperts:
     def scores(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> probabilities (B, K, h, w), float32."""
         return self.scores_and_features(images)[0]
+
+    def features(self, images: Tensor) -> Tensor:
+        """The labeller's features (B, C, h, w)."""
+        return self._labeller.features(images)
 
     @torch.no_grad()
     def scores_and_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,5 +129,8 @@ def expert_classifiers(classifiers: Tensor, chosen: Sequence[Sequence[int]]) -> 
 def _classified(labeller: TextLabeller, classifiers: Tensor, images: Tensor) -> Iterator[Tensor]:
     """Scores (B, K, h, w) by each of several classifiers (N, K, C), many in one pass."""
     num_labels = classifiers.shape[1]
-    for part in classifiers.split(max(1, ROWS_AT_ONCE // num_labels)):
+    rows = ROWS_AT_ONCE
+    if labeller.gives_pixels:
+        rows = PIXELS_AT_ONCE // images[:, 0].numel()
+    for part in classifiers.split(max(1, rows // num_labels)):
         yield from labeller.with_text(part.flatten(0, 1)).scores(images).split(num_labels, dim=1)

@@ -97,7 +97,12 @@ def joined_features(
     *,
     patch_size: int,
 ) -> Tensor:
-    """The same, averaged over patches (B, C, h, w), a few channels at a time."""
+    """The same, averaged over patches (B, C, h, w), a few channels at a time.
+
+    Those of a single window, which is the whole image, stay as they are.
+    """
+    if len(maps) == 1:
+        return maps[0]
     height, width = (-(-side // patch_size) for side in size)
     return torch.cat(
         [
@@ -106,3 +111,24 @@ def joined_features(
         ],
         dim=1,
     )
+
+
+def features_in_windows(
+    see: Callable[[Tensor], Tensor],
+    images: Tensor,
+    windows: WindowParams | None,
+    *,
+    patch_size: int,
+) -> Tensor:
+    """Features (B, C, h, w) of images (B, 3, H, W), seen in windows unless these are None.
+
+    Args:
+        see: images (n, 3, S, T) -> features (n, C, s, t).
+        images: of one size.
+        windows: their side and stride.
+        patch_size: pixels, along a side, that a feature stands for.
+    """
+    places, crops = cut_windows(images, windows)
+    [maps] = over_windows(lambda crop: [see(crop).float()], crops)
+    window = crops[0].shape[-2:]
+    return joined_features(maps, places, window, images.shape[-2:], patch_size=patch_size)

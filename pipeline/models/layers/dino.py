@@ -80,7 +80,7 @@ class DinoEncoder(nn.Module):
         padded = F.pad((images - self.mean) / self.std, padding)
         grid = (padded.shape[-2] // self.patch_size, padded.shape[-1] // self.patch_size)
         chosen = layer % len(blocks)
-        tokens = self.vit.embed(padded)
+        tokens = self.vit.embed(padded, position_resize="grid")
         for block in blocks[:chosen]:
             tokens = block(tokens)
         if facet == "token":

@@ -6,6 +6,7 @@ Letters: B batch, D width, h w patch grid, N = h w patches, H W pixels.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -74,21 +75,24 @@ class ViTEncoder(nn.Module):
             tokens = block(tokens)
         return self.norm(tokens)
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, *, position_resize: Literal["size", "grid"] = "size") -> Tensor:
         """The tokens (B, 1 + N, D) that enter the first block, CLS first."""
         patches = self.patch_embed(images)
         height, width = patches.shape[-2:]
         cls_tokens = self.cls_token.expand(len(images), -1, -1)
         tokens = torch.cat((cls_tokens, patches.flatten(2).transpose(1, 2)), dim=1)
-        return tokens + self.position_embedding(height, width)
+        return tokens + self.position_embedding(height, width, mode=position_resize)
 
-    def position_embedding(self, height: int, width: int) -> Tensor:
+    def position_embedding(
+        self, height: int, width: int, *, mode: Literal["size", "grid"] = "size"
+    ) -> Tensor:
         """(1, 1 + N, D) embedding of CLS and a grid of `height` x `width` patches.
 
-        As published, the learned grid is left as it is whenever the number of patches agrees,
-        even if the sides do not.
+        The learned grid is left as it is where it has as many patches ("size", as SelfMask's code
+        does it, even if the sides do not agree), or the same sides ("grid").
         """
-        if height * width == self.grid**2:
+        native = (self.grid, self.grid)
+        if (height, width) == native or (mode == "size" and height * width == self.grid**2):
             return self.pos_embed
         learned = self.pos_embed[:, CLS_TOKENS:].transpose(1, 2).unflatten(2, (self.grid, -1))
         resized = F.interpolate(learned, (height, width), mode="bicubic", align_corners=False)

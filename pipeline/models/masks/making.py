@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.models.masks.bilateral import MAX_STEPS, bilateral_solve
+from pipeline.models.masks.normalised_cut import CUT_THRESHOLD
 
 if TYPE_CHECKING:
     from pipeline.methods.masks import MaskSource
@@ -34,7 +35,9 @@ def coarse_objects(images: Sequence[Image.Image], *, source: MaskSource) -> NDAr
         probs = source.predict(tensors)[:, None]
     if probs.shape[-2:] != (height, width):
         probs = F.interpolate(probs, (height, width), mode="bilinear")
-    return (probs > source.threshold).numpy()
+    found = probs > source.threshold
+    found[:, 1:] = probs[:, 1:] > CUT_THRESHOLD
+    return found.numpy()
 
 
 def as_tensors(images: Sequence[Image.Image], *, max_pixels: int) -> Tensor:

@@ -29,6 +29,7 @@ WEAK = 1e-5  # weight of positions that are not alike; 0 would part the graph
 MAX_POSITIONS = 4_096  # bound on what one image may cost: the affinity is quadratic in its area
 MAX_SPECKS = 8  # cut off and left out, before an image counts as without an object
 TIE = 1e-6
+CUT_THRESHOLD = 0.5  # of what is cut of patches and enlarged, which is no network's probability
 
 
 def cut_settings(params: ObjectsParams, seed: int) -> dict[str, object]:
@@ -38,7 +39,9 @@ def cut_settings(params: ObjectsParams, seed: int) -> dict[str, object]:
 
 def further_settings(params: ObjectsParams, seed: int) -> dict[str, object]:
     """The same for the objects after the first: nothing if there are none."""
-    return {} if params.objects == 1 else cut_settings(params, seed)
+    if params.objects == 1:
+        return {}
+    return {**cut_settings(params, seed), "cut_threshold": CUT_THRESHOLD}
 
 
 def with_further_objects(

@@ -181,6 +181,22 @@ def test_a_batch_is_its_images_one_by_one(encoder: EncoderParams, runtime: Runti
         assert one.shares.sum() == pytest.approx(1, abs=0.3)
 
 
+def test_objects_that_touch_are_regions_of_their_own(
+    encoder: EncoderParams, runtime: Runtime
+) -> None:
+    rng = np.random.default_rng(2)
+    image = torch.from_numpy(rng.random((1, 3, 24, 40), dtype=np.float32))
+    objects = np.zeros((24, 40), np.uint8)
+    objects[4:20, 8:20], objects[4:20, 20:32] = 1, 2
+    regions = make_encoder(encoder, runtime)
+    _, [found] = regions.encode(image, [objects])
+    assert [found.numbers[8, column] for column in (30, 10, 0)] == [1, 2, 3]
+    [alone] = regions.regions(image, [objects])
+    np.testing.assert_array_equal(alone.numbers, found.numbers)
+    torch.testing.assert_close(alone.values, found.values)
+    torch.testing.assert_close(alone.keys, found.keys)
+
+
 def test_an_image_without_a_mask_is_cut_into_clusters(
     encoder: EncoderParams, runtime: Runtime
 ) -> None:

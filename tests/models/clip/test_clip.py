@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,20 @@ class TestImages:
             expected = expected + blocks[1].attn.in_proj_bias[rows]
             actual = encoder.patch_features(images, facet=facet).permute(0, 2, 3, 1)
             assert torch.allclose(actual, expected, atol=1e-5)
+
+    def test_a_strip_of_as_many_patches_as_the_native_grid_has_its_own_positions(
+        self, encoder: ClipEncoder
+    ) -> None:
+        """Positions that tell rows alone do so at every grid: columns of a grey image are alike."""
+        encoder = deepcopy(encoder)
+        positions = encoder.clip.visual.positional_embedding
+        rows = torch.linspace(-1, 1, 4).repeat_interleave(4)
+        with torch.no_grad():
+            positions[1:] = rows[:, None] * torch.linspace(-1, 1, positions.shape[1])
+        [tokens] = encoder.patch_features(torch.full((1, 3, 32, 128), 0.5), facet="token")
+        assert tokens.shape[1:] == (2, 8)
+        torch.testing.assert_close(tokens, tokens[..., :1].expand_as(tokens), rtol=0, atol=1e-5)
+        assert not torch.allclose(tokens[:, :1], tokens[:, -1:], atol=1e-2)
 
     def test_a_layer_beyond_the_last_is_refused(self, encoder: ClipEncoder) -> None:
         with pytest.raises(PipelineError, match="layer: 2 does not exist; this ViT has 2 blocks"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -370,6 +370,9 @@ def test_images_that_cannot_be_sampled_are_named(photos: Path, load: Any, tmp_pa
     (photos / "0.png").write_bytes(b"no image")
     with pytest.raises(PipelineError, match=rf"{field}: .*/0\.png: not an image; remove it"):
         load(template_choice={"images": str(photos)})
+    write_shards([{"__key__": "0_1", "jpg": b"no image"}], tmp_path / "masks", shard_size=1)
+    with pytest.raises(PipelineError, match=rf"{field}: sample 0_1 of .*/masks: not an image; run"):
+        load(template_choice={"images": str(tmp_path / "masks")})
 
 
 # -- all of them -----------------------------------------------------------------------------------
@@ -398,6 +401,9 @@ def test_every_method_has_every_option(
         alone, sure = model.label(images[number : number + 1])
         assert (alone[0] == labels[number]).float().mean() > 0.99
         torch.testing.assert_close(sure[0], confidence[number], rtol=0, atol=1e-4)
+    teller = cast("ObjectLabeller", model)
+    _, features = teller.scores_and_features(images)
+    torch.testing.assert_close(teller.features(images), features, rtol=0, atol=1e-5)
     options = {
         *("windows", "pamr", "synonyms", "template_choice"),
         *("background_names", "background_threshold"),
@@ -447,6 +453,10 @@ def test_options_at_their_default_leave_the_recipe_as_it_was() -> None:
                 "windows": {"side": 8, "stride": 8},
                 "prompt_denoising": 0.5,
             },
+            r"pseudo_label: prompt_denoising: what it removes from one window .* or windows to",
+        ),
+        (
+            {"windows": {"side": 8, "stride": 4}, "prompt_denoising": 0.5},
             r"pseudo_label: prompt_denoising: what it removes from one window .* or windows to",
         ),
         ({"template_choice": {"keep": 0}}, r"pseudo_label\.template_choice\.keep: .*, got 0"),

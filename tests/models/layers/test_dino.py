@@ -74,6 +74,22 @@ def test_keys_are_the_middle_third_of_the_projection(layer: int, encoder: DinoEn
     torch.testing.assert_close(keys.flatten(2).transpose(1, 2), seen[0][:, 1:, 48:96])
 
 
+def test_a_strip_of_as_many_patches_as_the_native_grid_has_its_own_positions(
+    encoder: DinoEncoder,
+) -> None:
+    """Positions that tell rows alone do so at every grid: columns of a grey image are alike."""
+    side = encoder.config.grid
+    rows = torch.linspace(-1, 1, side).repeat_interleave(side)
+    with torch.no_grad():
+        encoder.vit.pos_embed[:, 1:] = rows[:, None] * torch.linspace(-1, 1, 48)
+    height, width = side // 2, 2 * side
+    grey = torch.full((1, 3, height * encoder.patch_size, width * encoder.patch_size), 0.5)
+    [tokens] = encoder.patch_features(grey, facet="token")
+    assert tokens.shape[1:] == (height, width)
+    torch.testing.assert_close(tokens, tokens[..., :1].expand_as(tokens), rtol=0, atol=1e-5)
+    assert not torch.allclose(tokens[:, :1], tokens[:, -1:], atol=1e-2)
+
+
 def test_a_block_beyond_the_last_is_refused(encoder: DinoEncoder) -> None:
     with pytest.raises(PipelineError, match="layer: 2 does not exist; this ViT has 2 blocks"):
         encoder.patch_features(torch.zeros(1, 3, 8, 8), layer=2)

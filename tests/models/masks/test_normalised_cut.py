@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.linalg import eigh
 
 from pipeline.engine.runtime import Runtime
 from pipeline.methods.masks import CutParams, ObjectsParams, SelfMaskParams, load_mask_source
 from pipeline.models.masks.eigenvectors import smallest_eigenvectors
+from pipeline.models.masks.making import coarse_objects
 from pipeline.models.masks.normalised_cut import cut_objects, with_further_objects
 from pipeline.models.masks.selfmask import SelfMask, SelfMaskConfig, save_selfmask
 from pipeline.params.base import EncoderParams
@@ -187,6 +189,27 @@ def test_large_maps_are_cut_on_a_smaller_grid() -> None:
     truth[160:264, 80:240] = True
     found = masks[0, 1] > 0.5
     assert (found & truth).sum() / (found | truth).sum() > 0.9
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.9])
+def test_the_threshold_is_of_the_networks_own_probabilities(threshold: float) -> None:
+    """Those of the cut objects only tell where their patches end."""
+
+    class Source:
+        def __init__(self) -> None:
+            self.settings: dict[str, Any] = {}
+            self.max_pixels = 10_000
+            self.threshold = threshold
+
+        def predict(self, images: torch.Tensor) -> torch.Tensor:
+            return self.predict_objects(images)[:, 0]
+
+        def predict_objects(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.linspace(0, 1, images.shape[-1]).expand(1, 2, *images.shape[-2:])
+
+    [[first, second]] = coarse_objects([Image.new("RGB", (11, 2))], source=Source())
+    assert first[0].tolist() == [number / 10 > threshold + 1e-6 for number in range(11)]
+    assert second[0].tolist() == [number > 5 for number in range(11)]
 
 
 def images(count: int, height: int, width: int) -> torch.Tensor:
