@@ -32,6 +32,15 @@ TINY_CLIP_CONFIG = {
 }
 
 
+# Few tests that take long. Begun last, they would keep one core busy while the other has no more.
+BEGUN_FIRST = ("test_notebook", "test_ray", "test_ablations", "test_lifts", "test_reproduce")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files go to the workers in this order, see `--no-loadscope-reorder`."""
+    items.sort(key=lambda item: item.path.stem not in BEGUN_FIRST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """The same sums in the same order, and no fight over the cores, in what tests start too."""

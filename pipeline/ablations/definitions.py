@@ -22,11 +22,13 @@ class Variant(Section):
     """One setting: its name in tables, and the params that it sets, by dotted key.
 
     A mapping takes the place of a whole section. Where the method of a section is set, as by
-    `mask.source`, what params.yaml says there and the new method lacks goes.
+    `mask.source`, what params.yaml says there and the new method lacks goes. `factors` multiply
+    what params.yaml, or what is set for all variants, says at these keys.
     """
 
     label: Annotated[str, Field(pattern=r"\S")]
     params: Settings = Field(default_factory=dict)
+    factors: dict[str, float] = Field(default_factory=dict)
 
 
 class Ablation(Section):

@@ -149,21 +149,22 @@ def _step(
     name: str,
     variant: Variant,
     params: Params,
-    for_all: Mapping[str, Any],
+    for_all: Settings,
     scored: Sequence[str],
     number: int,
 ) -> Step:
     """The run of a variant with the seed that is `number` after the first."""
     seed = for_all.get("seed", params.seed)
-    wanted = {**for_all, **variant.params}
+    before = params.model_dump(mode="json")
+    place = f"ablation {name}, variant {variant.label!r}"
+    own = {**variant.params, **_multiplied(variant.factors, for_all, before, place)}
+    wanted = {**for_all, **own}
     if number:
         seed = wanted["seed"] = seed + number
     wanted = _with_whole_sections(wanted, params)
-    before = params.model_dump(mode="json")
     after = params.model_dump(mode="json")
     for key, value in wanted.items():
         set_at(after, key, value)
-    place = f"ablation {name}, variant {variant.label!r}"
     after = parse_params(after, name=place).model_dump(mode="json")
     overrides = {
         key: value for key, value in wanted.items() if value_at(after, key) != value_at(before, key)
@@ -173,10 +174,27 @@ def _step(
     return Step(
         label=variant.label,
         seed=seed,
-        params=dict(variant.params),
+        params=own,
         overrides=overrides,
         experiment=f"{name}-{slug}-{f'seed{seed}-' if number else ''}{identity}",
     )
+
+
+def _multiplied(
+    factors: Mapping[str, float], for_all: Settings, before: Settings, place: str
+) -> Settings:
+    """What some params are times their factors; whole numbers stay whole.
+
+    Raises:
+        PipelineError: one of them is no number.
+    """
+    found: Settings = {}
+    for key, factor in factors.items():
+        value = for_all.get(key, value_at(before, key))
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise PipelineError(f"{place}: factors: {key}: {value!r} is no number; name another")
+        found[key] = round(value * factor) if isinstance(value, int) else value * factor
+    return found
 
 
 def _with_whole_sections(wanted: Settings, params: Params) -> Settings:

@@ -48,19 +48,21 @@ def read_ablations(
 
 def _shown(result: AblationResult, ablation: Ablation) -> dict[str, Any]:
     headings, cells = table(ablation, result, score)
+    seeds = max(len(variant.runs) for variant in result.variants)
     encoders = {variant.encoder for variant in result.variants if variant.encoder}
     return {
         "bench": ", ".join(result.benches),
         "headings": headings,
         "encoder": encoders.pop() if len(encoders) == 1 else "",
         "for_all": _settings(result.params),
-        "seeds": max(len(variant.runs) for variant in result.variants),
+        "seeds": seeds,
         "lift_over": ablation.lift_over,
         "variants": [
             {
                 "label": variant.label,
                 "settings": _settings(variant.params),
                 "is_run": variant.experiment is not None,
+                "seeds": len(variant.runs) if 0 < len(variant.runs) < seeds else None,
                 "cells": row,
             }
             for variant, row in zip(result.variants, cells, strict=True)

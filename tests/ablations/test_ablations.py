@@ -283,6 +283,33 @@ def test_params_for_all_variants_go_into_each_and_into_its_name() -> None:
     assert [step.experiment for step in again] == [step.experiment for step in shorter]
 
 
+def test_factors_multiply_what_the_params_or_the_command_say() -> None:
+    longer = Ablation.model_validate(
+        SWITCH.model_dump()
+        | {
+            "variants": [
+                {"label": "plain"},
+                {"label": "longer", "factors": {"train.iterations": 2, "train.learning_rate": 0.5}},
+                {"label": "no number", "factors": {"train.target": 2}},
+            ]
+        }
+    )
+    *both, wrong = longer.variants
+    longer = longer.model_copy(update={"variants": both})
+    params = params_of()
+    _, step = plan("switch", longer, params, bench="voc")
+    assert step.overrides == step.params
+    assert step.params == {
+        "train.iterations": 2 * params.train.iterations,
+        "train.learning_rate": params.train.learning_rate / 2,  # type: ignore[attr-defined]
+    }
+    _, step = plan("switch", longer, params, bench="voc", for_all={"train.iterations": 7})
+    assert step.overrides["train.iterations"] == 14
+    longer = longer.model_copy(update={"variants": [*both, wrong]})
+    with pytest.raises(PipelineError, match=r"'no number': factors: train\.target: 'saliency' is"):
+        plan("switch", longer, params, bench="voc")
+
+
 def test_mistakes_in_settings_are_named() -> None:
     for settings, match in [
         ({"train.iteration": 3}, r"variant 'off'.*'train\.iteration'.*did you mean 'iterations'"),

@@ -141,7 +141,7 @@ class TestZutis:
     def test_settings_and_some_of_the_names(
         self, tiny_clip: tuple[Path, Path], tmp_path: Path
     ) -> None:
-        folder = write_checkpoint(tmp_path / "zutis", tiny_clip)
+        folder = write_checkpoint(tmp_path / "zutis", tiny_clip, logit_scale=20.0)
         network = OnnxNetwork.load(export(folder, tmp_path / "z.onnx"))
         image = picture((50, 70))
         for settings in (

@@ -339,8 +339,10 @@ def test_the_protocol_names_the_options_that_are_on(
 
 
 def test_the_protocol_names_what_refines_the_network_and_not_the_labeller_beside_it(
-    bench: Bench, tmp_path: Path
+    bench: Bench, tmp_path: Path, tiny_clip: tuple[Path, Path]
 ) -> None:
+    sharp = write_checkpoint(tmp_path / "sharp", tiny_clip, logit_scale=20.0)
+    bench = replace(bench, checkpoint_dir=sharp)
     bench.write(from_predictions(bench))
     before = bench.evaluate(tmp_path / "before")
     params = EvaluateParams(

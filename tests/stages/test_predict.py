@@ -547,8 +547,13 @@ def test_with_flip_a_mirrored_image_has_the_mirrored_prediction(
 @pytest.mark.parametrize("pamr", [None, PamrParams(dilations=[1, 3], steps=4)])
 @pytest.mark.parametrize("size", [(48, 40), (9, 50), (1, 1)])
 def test_a_joint_foreground_is_where_all_categories_together_outweigh_the_background(
-    checkpoint_dir: Path, runtime: Runtime, size: tuple[int, int], pamr: PamrParams | None
+    tiny_clip: tuple[Path, Path],
+    tmp_path: Path,
+    runtime: Runtime,
+    size: tuple[int, int],
+    pamr: PamrParams | None,
 ) -> None:
+    checkpoint_dir = write_checkpoint(tmp_path / "zutis", tiny_clip, logit_scale=5.0)
     image = noise_image(4, *size)
     apart, jointly, everywhere = (
         Segmenter.load(

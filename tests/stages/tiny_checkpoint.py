@@ -15,7 +15,9 @@ ARCHITECTURE = {"num_queries": 12, "decoder_layers": 2, "num_heads": 2, "feedfor
 CATEGORIES = ["cat", "dog", "bird"]
 
 
-def write_checkpoint(folder: Path, tiny_clip: tuple[Path, Path]) -> Path:
+def write_checkpoint(
+    folder: Path, tiny_clip: tuple[Path, Path], *, logit_scale: float = 1.0
+) -> Path:
     """Write a checkpoint for `CATEGORIES` whose predictions have labels and objects."""
     model_path, weights_path = map(str, tiny_clip)
     with torch.random.fork_rng():
@@ -31,7 +33,7 @@ def write_checkpoint(folder: Path, tiny_clip: tuple[Path, Path]) -> Path:
         "categories": CATEGORIES,
         "background": ["background"],
         "templates": "name",
-        "logit_scale": 1.0,
+        "logit_scale": logit_scale,
         "step": 7,
     }
     save_checkpoint(folder, network, config)

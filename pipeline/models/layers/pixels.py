@@ -5,10 +5,12 @@ Letters: B images, K label ids, H W pixels, h w grid of the scores.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from pipeline.errors import PipelineError
 from pipeline.models.layers.interpolate import joint_foreground_labels, upsample, upsampled_labels
 from pipeline.models.layers.pamr import refined
 from pipeline.params.base import PredictionSettings
@@ -44,3 +46,25 @@ def labels_of_pixels(
     if settings.joint_foreground and has_background:
         return joint_foreground_labels(scores, *sizes, scale=probability_scale)
     return upsampled_labels(scores, *sizes)
+
+
+def check_joint_foreground(text: Tensor, scale: float) -> None:
+    """Refuse a joint foreground that leaves no background.
+
+    The odds of K categories against the background sum to K exp(-scale |b - m|) at least, for unit
+    patch embeddings, the background's text b and the mean m of the categories'.
+
+    Args:
+        text: (1 + K, C) unit rows, the background's first.
+        scale: factor of the cosines in their softmax.
+
+    Raises:
+        PipelineError: the sum exceeds 1 whatever an image shows.
+    """
+    count = len(text) - 1
+    if count and scale * float((text[0] - text[1:].mean(dim=0)).norm()) < math.log(count):
+        raise PipelineError(
+            f"evaluate.joint_foreground: with {count} categories and cosines times {scale:g} "
+            "(train.logit_scale) no pixel could be background; train with 20, with which it was "
+            "measured, or set it to false"
+        )

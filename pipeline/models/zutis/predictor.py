@@ -19,7 +19,7 @@ from pipeline.models.clip import ClipEncoder
 from pipeline.models.clip.checkpoint import checkpoint_clip, frozen_clip
 from pipeline.models.clip.crop_names import CropNamer, no_encoder
 from pipeline.models.layers.pamr import refined
-from pipeline.models.layers.pixels import labels_of_pixels
+from pipeline.models.layers.pixels import check_joint_foreground, labels_of_pixels
 from pipeline.models.layers.regions import labels_of_regions, regions_protocol
 from pipeline.models.weights.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointConfig
 from pipeline.models.weights.weights import hash_tensors, load_state, load_strict
@@ -120,7 +120,13 @@ class ZutisPredictor:
     def predict(
         self, images: Tensor, sizes: Sequence[tuple[int, int]], settings: PredictionSettings
     ) -> list[Segmentation]:
-        """Predictions at `sizes` (H, W) of images (B, 3, H', W') in [0, 1]."""
+        """Predictions at `sizes` (H, W) of images (B, 3, H', W') in [0, 1].
+
+        Raises:
+            PipelineError: `joint_foreground` with a scale at which nothing could be background.
+        """
+        if settings.joint_foreground and settings.background:
+            check_joint_foreground(self._text, self.logit_scale)
         images = images.to(self._runtime.device)
         mask_probs, patch_tokens = self._see(images)
         if settings.flip:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.errors import PipelineError
 from pipeline.models.layers import bilinear
 from pipeline.models.layers.interpolate import (
     bilinear_taps,
@@ -14,6 +15,7 @@ from pipeline.models.layers.interpolate import (
     upsample,
     upsampled_labels,
 )
+from pipeline.models.layers.pixels import check_joint_foreground
 
 SIZES = [
     ((48, 48), (384, 384)),
@@ -118,3 +120,22 @@ class TestJointForeground:
     def test_scores_far_apart_overflow_to_the_right_label(self) -> None:
         far = torch.tensor([[0.0, 500.0], [0.0, -500.0]])[:, :, None, None]
         assert joint_foreground_labels(far, (1, 1), scale=100.0).flatten().tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(("scale", "is_refused"), [(1.0, True), (20.0, False)])
+def test_a_joint_foreground_that_leaves_no_background_is_refused(
+    scale: float, is_refused: bool
+) -> None:
+    """Five categories at equal angles: the best of tokens is as far from all of them as it can."""
+    text = torch.eye(6)
+    token = F.normalize(text[0] - text[1:].mean(dim=0), dim=0)
+    labels = joint_foreground_labels((text @ token)[None, :, None, None], (1, 1), scale=scale)
+    assert (labels.item() == 0) is not is_refused
+    if is_refused:
+        with pytest.raises(
+            PipelineError, match=r"joint_foreground: with 5 .* times 1 .* train with"
+        ):
+            check_joint_foreground(text, scale)
+    else:
+        check_joint_foreground(text, scale)
+    check_joint_foreground(text[:2], 1e-6)  # one category is likelier than the background or not
