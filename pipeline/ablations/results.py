@@ -80,6 +80,7 @@ class AblationResult(Section):
         report_bench: the one that is reported then, if there is another.
         params: set for all variants.
         variants: in the order of the definition.
+        note: what else a reader has to know, such as that it was measured before something changed.
     """
 
     ablation: str
@@ -87,6 +88,7 @@ class AblationResult(Section):
     report_bench: str | None = None
     params: Settings
     variants: list[VariantResult]
+    note: str = ""
 
     @property
     def benches(self) -> list[str]:

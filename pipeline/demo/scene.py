@@ -33,7 +33,7 @@ COMPANIONS = {
     "sheep": "tree",
     "tree": "sheep",
 }
-# Share of the objects of the world that are outlined; pre-training sees none.
+# Share of the objects of the world that are outlined.
 OUTLINED = 0.5
 # Share of the image side that an object spans, by the number of objects.
 EXTENTS = {1: (0.5, 0.92), 2: (0.42, 0.62), 3: (0.34, 0.5)}

@@ -57,6 +57,7 @@ def _shown(result: AblationResult, ablation: Ablation) -> dict[str, Any]:
         "for_all": _settings(result.params),
         "seeds": seeds,
         "lift_over": ablation.lift_over,
+        "note": result.note,
         "variants": [
             {
                 "label": variant.label,
