@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -117,6 +118,7 @@ def retrain(
         train.dry_run(at_rate_of_train, params=params, cache_dir=runtime.cache_dir)
         stage.dry_run(dry, inputs, runtime=runtime)
         return
+    start_time = time.monotonic()
     train.run(
         masks_dir=relabelled,
         labels_dir=relabelled,
@@ -130,7 +132,14 @@ def retrain(
         runtime=runtime,
         stats_path=out / "train.json",
     )
-    stage.run(inputs, candidate_dir=out / CANDIDATE, out_dir=out, runtime=runtime, stats_path=stats)
+    stage.run(
+        inputs,
+        candidate_dir=out / CANDIDATE,
+        out_dir=out,
+        runtime=runtime,
+        stats_path=stats,
+        trained_seconds=time.monotonic() - start_time,
+    )
     shutil.rmtree(out / CANDIDATE)
 
 

@@ -111,7 +111,8 @@ def last_rate(stats_path: Path) -> float | None:
     # The stage `mask` counts what it makes, for its negatives take no time.
     new = counts.get("masked", stats["items"] - counts.get("cached", 0))
     new -= counts.get(FINISHED_BEFORE, 0)
-    return new / run["seconds"] if new > 0 and run["seconds"] > 0 else None
+    seconds = run["seconds"] - run.get("earlier_seconds", 0.0)
+    return new / seconds if new > 0 and seconds > 0 else None
 
 
 def _share_done(items: Sequence[Any], cached: CacheUse, cache_dir: Path) -> float:

@@ -151,6 +151,7 @@ class StageRun(Tally):
             `FORGIVEN_ERRORS`, raises PipelineError. None: any share.
         section: of params.yaml that says so; of the stage's name without it.
         silent: count and do nothing else, claim nothing: for the processes beside the main one.
+        earlier_seconds: what else the stage took before this: part of its time, of no item's.
 
     Attributes:
         left_out: number of files by kind that are no items, and so not among the skipped.
@@ -169,6 +170,7 @@ class StageRun(Tally):
         max_error_rate: float | None = None,
         section: str | None = None,
         silent: bool = False,
+        earlier_seconds: float = 0.0,
     ) -> None:
         super().__init__()
         self.left_out: Counter[str] = Counter()
@@ -184,6 +186,7 @@ class StageRun(Tally):
         self._unit = unit
         self._max_error_rate = max_error_rate
         self._silent = silent
+        self._earlier_seconds = earlier_seconds
         self._warnings: list[str] = []
         self._notes: dict[str, float | list[str]] = {}
         self._bar = tqdm(
@@ -274,7 +277,13 @@ class StageRun(Tally):
         if self._times_path is not None:
             stats_counts = dict(sorted(self.counts.items()))
             run_counts = dict(sorted(self.run_counts.items()))
-            run = {"stage": self.stage, "seconds": round(seconds, 3), "counts": run_counts}
+            earlier = round(self._earlier_seconds, 3)
+            run = {
+                "stage": self.stage,
+                "seconds": round(seconds + earlier, 3),
+                **({"earlier_seconds": earlier} if earlier else {}),
+                "counts": run_counts,
+            }
             write_json(self._times_path, run)
         write_json(
             self._stats_path,

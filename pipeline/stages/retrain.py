@@ -27,6 +27,7 @@ def run(
     out_dir: Path,
     runtime: Runtime,
     stats_path: Path,
+    trained_seconds: float = 0.0,
 ) -> None:
     """Write the checkpoint in force after a round: what it has trained, or the former one.
 
@@ -41,6 +42,7 @@ def run(
         out_dir: folder of the one in force after it.
         runtime: device, precision and seed.
         stats_path: counts of this run, JSON.
+        trained_seconds: what the training took, which is part of the stage's time.
 
     Raises:
         PipelineError: shards that do not fit the params, a checkpoint that cannot be used, or a
@@ -49,7 +51,12 @@ def run(
     params, store = inputs.params, inputs.open_samples()
     held_out = _judged_by(inputs, store, runtime)
     settings = PredictionSettings.of(inputs.evaluate, instances=False)
-    with StageRun("retrain", stats_path=stats_path, total=2 * len(held_out)) as stage:
+    with StageRun(
+        "retrain",
+        stats_path=stats_path,
+        total=2 * len(held_out),
+        earlier_seconds=trained_seconds,
+    ) as stage:
         archives = inputs.archives()
         before, after = (
             agreement(

@@ -7,12 +7,14 @@ import random
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from pipeline.engine.dry_run import last_rate
 from pipeline.engine.progress import StageRun
 from pipeline.engine.runtime import make_runtime, seed_generators
 from pipeline.errors import PipelineError
@@ -61,6 +63,17 @@ def test_times_are_kept_beside_the_stats_which_have_none(tmp_path: Path) -> None
         assert read_json(tmp_path / name / "times/mask.json")["seconds"] >= 0
     first, second = (tmp_path / name / "stats/mask.json" for name in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_what_a_stage_took_before_is_part_of_its_time_and_of_no_items(tmp_path: Path) -> None:
+    stats = tmp_path / "stats/retrain.json"
+    with StageRun("retrain", stats_path=stats, earlier_seconds=1000.0) as run:
+        run.advance(3)
+        sleep(0.01)
+    assert 1000 < read_json(tmp_path / "times/retrain.json")["seconds"] < 2000
+    rate = last_rate(stats)
+    assert rate is not None
+    assert rate > 1
 
 
 def test_times_of_a_run_with_a_folder_of_its_own_are_kept_in_such_a_folder(tmp_path: Path) -> None:
