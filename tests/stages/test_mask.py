@@ -525,6 +525,9 @@ def test_further_encoders_vote_too(world: World) -> None:
             for encoder in (params.encoder, other)]  # fmt: skip
     source = load_mask_source(params.model_copy(update={"more_encoders": [other]}), world.runtime)
     np.testing.assert_array_equal(source.predict(pixels)[0] > 0, spectral_mask(maps, size=(40, 48)))
+    missing = other.model_copy(update={"pretrained": str(world.root / "none.safetensors")})
+    with pytest.raises(PipelineError, match=r"mask\.more_encoders\[1\]\.pretrained: .*none"):
+        world.run("missing", more_encoders=[other, missing])
 
 
 @pytest.mark.parametrize(

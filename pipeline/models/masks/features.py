@@ -18,13 +18,20 @@ if TYPE_CHECKING:
 class FeatureEncoder:
     """The encoder that a mask source names, with its facet and precision.
 
+    Args:
+        params: the source's.
+        runtime: device and precision.
+        field: where the encoder stands in the params, for messages.
+
     Attributes:
         patch_size: side of a patch in pixels.
         settings: all that the features depend on besides the image; representable in JSON.
     """
 
-    def __init__(self, params: FeatureParams, runtime: Runtime) -> None:
-        self._encoder = load_patch_encoder(params.encoder, runtime, field="mask.encoder")
+    def __init__(
+        self, params: FeatureParams, runtime: Runtime, *, field: str = "mask.encoder"
+    ) -> None:
+        self._encoder = load_patch_encoder(params.encoder, runtime, field=field)
         self._facet = params.facet
         if params.precision == "bfloat16":
             runtime = replace(runtime, amp_dtype=torch.bfloat16)

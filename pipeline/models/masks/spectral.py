@@ -46,10 +46,11 @@ class SpectralSource:
     """
 
     def __init__(self, params: SpectralParams, runtime: Runtime) -> None:
-        self.encoders = [
-            FeatureEncoder(params.model_copy(update={"encoder": encoder}), runtime)
-            for encoder in (params.encoder, *params.more_encoders)
-        ]
+        self.encoders = [FeatureEncoder(params, runtime)]
+        for number, encoder in enumerate(params.more_encoders):
+            other = params.model_copy(update={"encoder": encoder})
+            field = f"mask.more_encoders[{number}]"
+            self.encoders.append(FeatureEncoder(other, runtime, field=field))
         self._params = params
         self._seed = runtime.seed
         self.threshold = 0.5
