@@ -103,8 +103,8 @@ CROPS = {"crop_names": {"weight": 0.7, "margin": 0.0}}
 BOTH = {**REFINED, **CROPS}
 JOINT = {**BOTH, "joint_foreground": True}
 SEEN_TWICE = {"crop_names": {"weight": 0.7, "student_weight": 0.1, "margin": 0.0}}
-BEST = {**JOINT, **SEEN_TWICE}  # as the preset of that name
-LIFTS = {"refined": REFINED, "crops": CROPS, "both": BOTH, "joint": JOINT, "best": BEST}
+ALL = {**JOINT, **SEEN_TWICE}
+LIFTS = {"refined": REFINED, "crops": CROPS, "both": BOTH, "joint": JOINT, "all": ALL}
 LIFTED = ["saliency", "fused"]  # targets, where lifts alone are asked for
 
 

@@ -208,7 +208,7 @@ def test_best_is_folder_with_what_refines_a_prediction(tmp_path: Path) -> None:
     assert {key: added.pop(key) for key in ("flip", "pamr", "crop_names", "joint_foreground")} == {
         "flip": True,
         "pamr": {"dilations": [4, 8, 16], "steps": 20},
-        "crop_names": {"weight": 0.7, "student_weight": 0.1, "margin": 0.0},
+        "crop_names": {"weight": 0.7, "margin": 0.0},
         "joint_foreground": True,
     }
     assert contents["best"]["train"].pop("logit_scale") == 20
