@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import faiss
 import numpy as np
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.models.bank.regions import RegionEncoder, Regions
+from pipeline.models.bank.regions import ObjectMap, RegionEncoder, Regions
 from pipeline.models.dense.labels import LOGIT_SCALE, label_and_confidence
 
 
@@ -91,7 +90,7 @@ class BankLabeller:
     def label(
         self,
         images: Tensor,
-        masks: Sequence[NDArray[np.integer[Any] | np.bool_]],
+        masks: Sequence[ObjectMap],
         names: Sequence[str],
     ) -> tuple[Tensor, Tensor]:
         """Labels of some images, each with its mask and the name under which the bank has it.
@@ -104,8 +103,7 @@ class BankLabeller:
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            masks: B masks (H, W), see `RegionEncoder.encode`; an image without any is cut into
-                clusters of its features.
+            masks: B masks (H, W); an image without any is cut into clusters of its features.
             names: B names, as the bank has them.
 
         Returns:
@@ -118,9 +116,7 @@ class BankLabeller:
         labels, confidence = zip(*found, strict=True)
         return torch.cat(labels), torch.cat(confidence)
 
-    def _label(
-        self, image: Tensor, mask: NDArray[np.integer[Any] | np.bool_], name: str
-    ) -> tuple[Tensor, Tensor]:
+    def _label(self, image: Tensor, mask: ObjectMap, name: str) -> tuple[Tensor, Tensor]:
         """The same for one image (1, 3, H, W)."""
         scores, [regions] = self._encoder.encode(image, [mask])
         numbers, table = self._scores_of(regions, name, scores.device)

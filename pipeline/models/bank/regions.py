@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # To be raised when regions or their means change though their settings do not.
 REGION_VERSION = 2
+# (H, W): the numbers of an image's objects from 1, or where its only one is.
+ObjectMap = NDArray[np.integer[Any] | np.bool_]
 
 
 class PatchEncoder(Protocol):
@@ -98,14 +100,12 @@ class RegionEncoder:
         }
 
     @torch.no_grad()
-    def encode(
-        self, images: Tensor, masks: Sequence[NDArray[np.integer[Any] | np.bool_]]
-    ) -> tuple[Tensor, list[Regions]]:
+    def encode(self, images: Tensor, masks: Sequence[ObjectMap]) -> tuple[Tensor, list[Regions]]:
         """The labeller's own scores and the regions of some images.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            masks: B masks (H, W): true, or the numbers of objects, from 1.
+            masks: B masks (H, W).
 
         Returns:
             Scores (B, K, h, w) float32 on the device, and the regions of each image, on the CPU.
@@ -116,9 +116,7 @@ class RegionEncoder:
         return scores.float(), self._each(images, masks, values)
 
     @torch.no_grad()
-    def regions(
-        self, images: Tensor, masks: Sequence[NDArray[np.integer[Any] | np.bool_]]
-    ) -> list[Regions]:
+    def regions(self, images: Tensor, masks: Sequence[ObjectMap]) -> list[Regions]:
         """The regions alone, for which nothing is done to the scores; see `encode`."""
         images = images.to(self._runtime.device)
         with self._runtime.autocast():
@@ -128,7 +126,7 @@ class RegionEncoder:
     def _each(
         self,
         images: Tensor,
-        masks: Sequence[NDArray[np.integer[Any] | np.bool_]],
+        masks: Sequence[ObjectMap],
         values: Tensor,
     ) -> list[Regions]:
         """The regions of images with values (B, C, h, w)."""
@@ -137,9 +135,7 @@ class RegionEncoder:
         each = zip(masks, keys.float().cpu(), values.float().cpu(), strict=True)
         return [self._regions(*one) for one in each]
 
-    def _regions(
-        self, mask: NDArray[np.integer[Any] | np.bool_], keys: Tensor, values: Tensor
-    ) -> Regions:
+    def _regions(self, mask: ObjectMap, keys: Tensor, values: Tensor) -> Regions:
         if mask.any():
             parts = mask.astype(np.int32)
         else:
